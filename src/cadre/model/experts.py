@@ -1,0 +1,149 @@
+"""The mixture of experts: router -> dispatch -> experts -> combine (DeepSeek-V3 report, section 2.1.2).
+
+Three separate objects: the Router scores and chooses, dispatch and combine move tokens, Experts compute. Balance lives in
+training: it reads the loads and moves the router's bias.
+
+Letters in names: T token, D hidden, E expert, K expert choices of a token, R = T*K routed rows, F expert width, G group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadre.kernels.grouped import expert_swiglu
+from cadre.kernels.permute import gather_rows, sum_choices
+from cadre.model.config import ModelConfig
+from cadre.model.layers import SwiGLU
+
+
+@dataclass
+class Routes:
+    """Where each token goes. expert_TK: int64 choices; weight_TK: float32 weights of the choices; score_TE: float32
+    affinities (sigmoid or softmax of the logits, without bias), kept for balance losses."""
+
+    expert_TK: Tensor
+    weight_TK: Tensor
+    score_TE: Tensor
+
+
+class Router(nn.Module):
+    """Scores every expert for every token and picks top-k, limited to the best groups. All arithmetic in float32.
+
+    deepseek_v3, glm4_moe: sigmoid affinities; the choice (not the weight) adds `e_score_correction_bias`; a group counts
+    by the sum of its two best (V3 report, equations 12-16). deepseek_v2: softmax affinities; a group counts by its best.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        experts = config.n_routed_experts or 0
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        if config.scoring_func == "sigmoid":
+            self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+        else:
+            self.e_score_correction_bias = None
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """The bias moves between devices with the model but keeps float32 under every cast: its steps are near 1e-3,
+        below bfloat16's resolution."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(device=moved.device)
+        return self
+
+    def forward(self, x_TD: Tensor) -> Routes:
+        config = self.config
+        logit_TE = F.linear(x_TD.float(), self.weight.float())
+        score_TE = logit_TE.sigmoid() if config.scoring_func == "sigmoid" else logit_TE.softmax(dim=-1)
+        expert_TK = self.choose(score_TE.detach())
+        weight_TK = score_TE.gather(1, expert_TK)
+        if config.norm_topk_prob:
+            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        return Routes(expert_TK, weight_TK * config.routed_scaling_factor, score_TE)
+
+    def choose(self, score_TE: Tensor) -> Tensor:
+        """The experts of each token, int64 [T, K], from float32 affinities."""
+        config = self.config
+        choice_TE = score_TE if self.e_score_correction_bias is None else score_TE + self.e_score_correction_bias
+        if config.n_group > 1 and config.topk_group < config.n_group:
+            choice_TGE = choice_TE.unflatten(1, (config.n_group, -1))
+            if config.scoring_func == "sigmoid":
+                group_TG = choice_TGE.topk(2, dim=-1).values.sum(dim=-1)
+            else:
+                group_TG = choice_TGE.amax(dim=-1)
+            best = group_TG.topk(config.topk_group, dim=-1, sorted=False).indices
+            closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, best, False)
+            choice_TE = choice_TGE.masked_fill(closed_TG[:, :, None], float("-inf")).flatten(1)
+        return choice_TE.topk(config.num_experts_per_tok or 1, dim=-1, sorted=False).indices
+
+
+@dataclass
+class Plan:
+    """How routed rows lie. row_TK: the row of each token's each choice; token_R: the token of each row; load_E: rows per
+    expert; weight_TK: the router's weights. Rows of one expert are adjacent, experts in order, tokens in order within."""
+
+    row_TK: Tensor
+    token_R: Tensor
+    load_E: Tensor
+    weight_TK: Tensor
+
+
+def dispatch(x_TD: Tensor, routes: Routes) -> tuple[Tensor, Plan]:
+    """Copy each token to the rows of its experts: [R, D] sorted by expert, and the plan that brings them back. No token
+    is ever dropped."""
+    tokens, choices = routes.expert_TK.shape
+    flat_R = routes.expert_TK.flatten()
+    order_R = flat_R.argsort(stable=True)
+    row_R = torch.empty_like(order_R)
+    row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    load_E = torch.bincount(flat_R, minlength=routes.score_TE.shape[1])
+    plan = Plan(row_R.view(tokens, choices), order_R // choices, load_E, routes.weight_TK)
+    return gather_rows(x_TD, plan.token_R, plan.row_TK), plan
+
+
+def combine(y_RD: Tensor, plan: Plan) -> Tensor:
+    """Bring rows back to their tokens and add them, each by its router weight: [T, D] in y's dtype."""
+    return sum_choices(y_RD, plan.weight_TK, plan.row_TK, plan.token_R)
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, fused as transformers 5 keeps them: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts or 0, config.hidden_size, config.moe_intermediate_size or 0
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
+        return expert_swiglu(x_RD, load_E, self.gate_up_proj, self.down_proj)
+
+
+class MixtureOfExperts(nn.Module):
+    """A token's chosen experts, weighted, plus the shared experts that every token passes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        width = config.n_shared_experts * (config.moe_intermediate_size or 0)
+        self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+        self.routes: Routes | None = None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_TD = x_BTD.flatten(0, -2)
+        routes = self.gate(x_TD)
+        x_RD, plan = dispatch(x_TD, routes)
+        y_RD = self.experts(x_RD, plan.load_E)
+        y_TD = combine(y_RD, plan)
+        if self.training:
+            self.routes = routes
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD.view_as(x_BTD)

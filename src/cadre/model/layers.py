@@ -1,0 +1,52 @@
+"""The small parts every block shares. Weights may be wider than the activations (float32 masters under bfloat16
+compute): each part casts its weight to the dtype of what flows through it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadre.kernels.swiglu import swiglu
+
+
+class Linear(nn.Linear):
+    """`y = x W^T + b` in x's dtype; W is [out, in]. Left uninitialised: `initialize` or a checkpoint fills it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, its statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)
+        x32 = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
+        return self.weight.to(x.dtype) * x32.to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer, and the shared experts as one: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, width)
+        self.up_proj = Linear(hidden, width)
+        self.down_proj = Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

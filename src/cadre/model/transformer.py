@@ -1,0 +1,142 @@
+"""The decoder-only transformer: blocks of attention and feed-forward around a residual stream.
+
+Letters in names: B batch, T position, D hidden, W vocabulary (words).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadre.model.attention import GroupedQueryAttention, LatentAttention, LayerCache
+from cadre.model.config import ModelConfig
+from cadre.model.experts import MixtureOfExperts, Router
+from cadre.model.layers import Linear, RMSNorm, SwiGLU
+from cadre.model.rope import RotaryTable
+
+
+class Cache(Protocol):
+    """What the model asks of a cache: how long it is, and its part for one layer."""
+
+    @property
+    def length(self) -> int: ...
+
+    def layer(self, index: int) -> LayerCache: ...
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is experts or dense by layer number."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LatentAttention(config) if config.attention == "latent" else GroupedQueryAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MixtureOfExperts | SwiGLU
+        if config.is_sparse(index):
+            self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size or 0)
+
+    def forward(self, x_BTD: Tensor, turn_TR: Tensor, cache: Cache | None, document_BT: Tensor | None) -> Tensor:
+        layer_cache = None if cache is None else cache.layer(self.index)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), turn_TR, layer_cache, document_BT)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class MultiTokenPredictor(nn.Module):
+    """Predicts one token further than the stage before it (DeepSeek-V3 report, section 2.2): joins that stage's hidden
+    state with the embedding of the next token, and runs one block. Embedding and head are the main model's.
+
+    The stage before hands over its normed output, as transformers, vLLM and the published weights have it.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.block = Block(config, index)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_BTD: Tensor, next_BTD: Tensor, turn_TR: Tensor, cache: Cache | None, document_BT: Tensor | None
+    ) -> Tensor:
+        """hidden_BTD: the stage before; next_BTD: embeddings of the tokens one further. Returns normed hidden states."""
+        joined = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(hidden_BTD)), dim=-1))
+        return self.norm(self.block(joined, turn_TR, cache, document_BT))
+
+
+class Transformer(nn.Module):
+    """A language model of any corner of the grid. Parameters are created empty: `initialize` or a checkpoint fills them.
+
+    `model(ids)` with int64 ids [B, T] gives logits [B, T, vocab] in the compute dtype, which is the weights' dtype unless
+    `compute_dtype` is set (float32 masters under bfloat16 compute).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=empty)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.mtp = nn.ModuleList(
+            MultiTokenPredictor(config, index) for index in range(config.num_hidden_layers, config.total_layers)
+        )
+        self.rotary = RotaryTable(config)
+
+    def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.lm_head(self.hidden(ids_BT, cache))
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        embedded = F.embedding(ids_BT, self.embed_tokens.weight)
+        return embedded if self.compute_dtype is None else embedded.to(self.compute_dtype)
+
+    def hidden(self, ids_BT: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
+        """Normed hidden states [B, T, D], what the head reads. With a cache, ids continue what it holds. With documents
+        (int [B, T]), attention stays within equal numbers."""
+        start = 0 if cache is None else cache.length
+        turn_TR = self.rotary(start, start + ids_BT.shape[1], ids_BT.device)
+        x_BTD = self.embed(ids_BT)
+        for block in self.layers:
+            x_BTD = block(x_BTD, turn_TR, cache, document_BT)
+        return self.norm(x_BTD)
+
+    def further_hidden(
+        self, hidden_BTD: Tensor, ids_BT: Tensor, depth: int, cache: Cache | None = None, document_BT: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states of multi-token prediction module `depth` (from 0), given those of the stage before at positions
+        t and the ids at positions t + depth + 1. Position t then predicts the token at t + depth + 2."""
+        start = 0 if cache is None else cache.length
+        turn_TR = self.rotary(start, start + ids_BT.shape[1], ids_BT.device)
+        return self.mtp[depth](hidden_BTD, self.embed(ids_BT), turn_TR, cache, document_BT)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> Transformer:
+        """Fill every weight from one seed: matrices normal with std `initializer_range`, norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, RMSNorm):
+                    parameter.fill_(1.0)
+                elif name == "bias":
+                    parameter.zero_()
+                else:
+                    parameter.normal_(std=self.config.initializer_range, generator=generator)
+            if isinstance(module, Router) and module.e_score_correction_bias is not None:
+                module.e_score_correction_bias.zero_()
+        return self
+
+    def sparse_layers(self) -> list[tuple[int, MixtureOfExperts]]:
+        """Every mixture of experts with its layer number, multi-token prediction blocks included."""
+        blocks = [*self.layers, *(module.block for module in self.mtp)]
+        return [(block.index, block.mlp) for block in blocks if isinstance(block.mlp, MixtureOfExperts)]

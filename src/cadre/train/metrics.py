@@ -1,0 +1,192 @@
+"""The run's record of itself: `metrics.jsonl`, one JSON object per line, mirrored to TensorBoard.
+
+Every record has "step". Which of these keys it has says what it is:
+
+    training    loss (nats/token, main head), tokens (seen so far), mtp_loss (one per module), balance_loss, grad_norm,
+                learning_rate, tokens_per_second, mfu (a fraction), seconds (of training so far), seconds_per_step,
+                load [sparse layers][experts] (fractions of the routed assignments, each layer sums to 1),
+                load_layers (their layer numbers), max_vio [sparse layers], skipped (a non-finite step was skipped)
+    evaluation  bits_per_byte, eval_seconds, tokens
+    event       event ("resumed", "stopped", "finished", ...), message
+
+MaxVio = max load / mean load - 1 (arXiv 2408.15664, section 4.1).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cadre.errors import RunError, UsageError
+
+FILE_NAME = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+# An assignment's share to 6 decimals is finer than any batch resolves, and 61 layers x 256 experts stay near 140 KB.
+LOAD_DECIMALS = 6
+
+TAGS = {
+    "loss": "loss/train",
+    "balance_loss": "loss/balance",
+    "bits_per_byte": "eval/bits_per_byte",
+    "eval_seconds": "eval/seconds",
+    "grad_norm": "optimizer/grad_norm",
+    "learning_rate": "optimizer/learning_rate",
+    "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
+    "seconds_per_step": "speed/seconds_per_step",
+    "tokens": "progress/tokens",
+}
+
+
+class MetricsLog:
+    """Appends records to `run_dir/metrics.jsonl` and mirrors them to `run_dir/tensorboard/`.
+
+    `resume_step` is the step training continues from: lines of later steps, which the resumed run writes again, are
+    dropped first, so that N + N steps leave the records of 2N. A torn last line (`kill -9`, full disk) is always
+    dropped. The caller writes a step's records before it saves that step's checkpoint.
+
+    Raises UsageError if an existing file is not a metrics file, RunError if the disk refuses.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / FILE_NAME
+        with _disk(self.path):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _trim(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(
+                str(run_dir / TENSORBOARD_FOLDER), purge_step=None if resume_step is None else resume_step + 1
+            )
+        self._load: NDArray[np.float64] | None = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record and flushes it; NaN and infinity become null. Raises RunError on a full disk."""
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"a metrics record needs an integer 'step', got {record.get('step')!r}")
+        record = _finite(record)
+        if "load" in record:
+            record["load"] = [[None if f is None else round(f, LOAD_DECIMALS) for f in row] for row in record["load"]]
+        with _disk(self.path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            self._mirror(record)
+
+    def close(self) -> None:
+        with _disk(self.path):
+            self._file.close()
+            self._board.close()
+
+    def _mirror(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        scalars = {tag: record.get(key) for key, tag in TAGS.items()}
+        scalars |= {f"loss/mtp_{i}": loss for i, loss in enumerate(record.get("mtp_loss") or [], start=1)}
+        layers = record.get("load_layers") or []
+        scalars |= {
+            f"load/max_vio/layer_{layer}": value
+            for layer, value in zip(layers, record.get("max_vio") or [], strict=False)
+        }
+        for tag, value in scalars.items():
+            if value is not None:
+                self._board.add_scalar(tag, value, step)
+        if "event" in record:
+            self._board.add_text("events", f"{record['event']}: {record.get('message') or ''}", step)
+        if record.get("load"):
+            self._load = np.array(record["load"], dtype=float)
+        # An image costs a thousand scalars, so the map (layers x experts) goes out with the evaluations only.
+        if "bits_per_byte" in record and self._load is not None:
+            pixels = max(1, 512 // self._load.shape[1])
+            image = np.kron(load_colours(load_ratio(self._load)), np.ones((pixels, pixels, 1)))
+            self._board.add_image("load/expert_map", image, step, dataformats="HWC")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The run's records in the order written, [] if it has none yet; a torn last line is left out.
+
+    Raises UsageError if another line is not a record.
+    """
+    return [record for record, _ in _parse(run_dir / FILE_NAME)[0]]
+
+
+def load_ratio(load: ArrayLike) -> NDArray[np.float64]:
+    """Load over its mean along the last axis (experts): 1 is balance, max - 1 is MaxVio; nan if nothing was routed."""
+    load_E = np.asarray(load, dtype=float)
+    mean = load_E.mean(axis=-1, keepdims=True)
+    return np.divide(load_E, mean, out=np.full_like(load_E, np.nan), where=mean > 0)
+
+
+def load_colours(ratio: ArrayLike) -> NDArray[np.float64]:
+    """Colours [..., 4] (RGBA in 0..1) of loads relative to their mean: blue starved, orange twice the mean or more.
+
+    Balance (1) is transparent, so that one picture suits light and dark pages.
+    """
+    excess = np.nan_to_num(np.clip(np.asarray(ratio, dtype=float) - 1, -1, 1))
+    blue, orange = (0.16, 0.47, 0.84), (0.93, 0.42, 0.13)
+    colours = np.where(excess[..., None] < 0, blue, orange)
+    return np.concatenate([colours, np.abs(excess)[..., None] ** 0.8], axis=-1)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes `path` atomically: readers, and a crash, see the old file or the whole new one. Raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write metrics to {path}: {error.strerror or error}") from error
+
+
+def _trim(path: Path, resume_step: int | None) -> None:
+    records, torn = _parse(path)
+    kept = [line for record, line in records if resume_step is None or record["step"] <= resume_step]
+    if torn or len(kept) < len(records):
+        replace_file(path, b"".join(line + b"\n" for line in kept))
+
+
+def _parse(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], bool]:
+    """Each record with its line, and whether the file's end is torn (it does not end in a whole line)."""
+    if not path.exists():
+        return [], False
+    *lines, tail = path.read_bytes().split(b"\n")
+    lines += [tail] if tail else []
+    records: list[tuple[dict[str, Any], bytes]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("no record")
+        except ValueError as error:
+            if number == len(lines):
+                return records, True
+            raise UsageError(f"{path}, line {number}: expected a JSON object with an integer 'step'") from error
+        records.append((record, line))
+    return records, bool(tail)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
