@@ -200,5 +200,6 @@ def _check_column(schema: pa.Schema, path: Path) -> None:
     if "text" not in schema.names:
         raise UsageError(f'{path}: no column "text"; the file has {", ".join(schema.names) or "no columns"}')
     kind = schema.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain)):
         raise UsageError(f'{path}: column "text" holds {kind}; wanted strings')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ _BOS_NAMES = (
     "<bos>",
     "[BOS]",
     "<|begin_of_text|>",
-    "<｜begin▁of▁sentence｜>",
+    "<\uff5cbegin▁of▁sentence\uff5c>",
     "<|begin▁of▁sentence|>",
     "<|startoftext|>",
 )
@@ -55,7 +55,7 @@ _EOS_NAMES = (
     "<eos>",
     "[EOS]",
     "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>",
+    "<\uff5cend▁of▁sentence\uff5c>",
     "<|end▁of▁sentence|>",
     "<|endoftext|>",
 )
@@ -164,16 +164,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp's files are the owner's alone
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -2,8 +2,8 @@
 
 Arithmetic and checks only; this file imports no torch, so `cadre.plan` can count models that fit on no machine here.
 
-`model_type` picks a corner of the grid, attention x feed-forward, and with it the Hugging Face architecture that a saved
-model belongs to:
+`model_type` picks a corner of the grid, attention x feed-forward, and with it the Hugging Face architecture that a
+saved model belongs to:
 
     deepseek_v3   latent attention, sigmoid-scored experts with a correction bias (DeepSeek-V3 report, sections 2.1-2.2)
     deepseek_v2   latent attention, softmax-scored experts (DeepSeek-V2 report, sections 2.1-2.2)
@@ -15,6 +15,7 @@ Latent attention with dense feed-forward is `deepseek_v3` with every layer dense
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from pathlib import Path
@@ -53,18 +54,19 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # Fields of a config.json that say nothing about the function the model computes.
-_HF_IRRELEVANT = frozenset(
-    """_name_or_path architectures auto_map torch_dtype dtype transformers_version use_cache pretraining_tp ep_size
-    attention_dropout output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux output_attentions
-    output_hidden_states return_dict id2label label2id problem_type is_encoder_decoder chunk_size_feed_forward
-    tokenizer_class quantization_config keys_to_ignore_at_inference num_mtp_layers qk_head_dim mlp_layer_types""".split()
-)
+_HF_IRRELEVANT = frozenset((
+    "_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "pretraining_tp", "ep_size", "attention_dropout", "output_router_logits", "router_aux_loss_coef", "aux_loss_alpha",
+    "seq_aux", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type",
+    "is_encoder_decoder", "chunk_size_feed_forward", "tokenizer_class", "quantization_config",
+    "keys_to_ignore_at_inference", "num_mtp_layers", "qk_head_dim", "mlp_layer_types",
+))  # fmt: skip
 
 
 class RopeParameters(BaseModel):
     """Rotary position embedding, in transformers 5's spelling. `yarn` is arXiv 2309.00071; `llama3` Meta's variant."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
     rope_theta: float = 10000.0
@@ -81,13 +83,24 @@ class RopeParameters(BaseModel):
     high_freq_factor: float = 4.0
 
 
+# Which of the fields above each scaling reads; rope_theta and partial_rotary_factor always count. Latent attention's
+# softmax scale follows mscale_all_dim under any scaling, in transformers as here.
+_ROPE_READS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor", "mscale_all_dim"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+             "attention_factor", "truncate"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "mscale_all_dim"),
+}  # fmt: skip
+
+
 class ModelConfig(BaseModel):
-    """The shape of a model. Field names are Hugging Face's; every value is checked, so a config that exists can be built.
+    """The shape of a model. Field names are Hugging Face's; every value is checked: a config that exists can be built.
 
     Raises `UsageError` from `from_dict` and `from_file`, naming the field, its value and the allowed range.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     model_type: ModelType = "deepseek_v3"
     vocab_size: int
@@ -183,13 +196,11 @@ class ModelConfig(BaseModel):
             return values
         values = dict(values)
         kind = values.get("model_type", "deepseek_v3")
-        if kind in ("deepseek_v3", "deepseek_v2"):
-            values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        elif kind in ("llama", "glm4_moe"):
-            if values.get("num_key_value_heads") is None:
-                values["num_key_value_heads"] = values.get("num_attention_heads")
-            if values.get("head_dim") is None and _int(values, "hidden_size") and _int(values, "num_attention_heads"):
-                values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = values.get("num_attention_heads")
+        divisible = _int(values, "hidden_size") and _int(values, "num_attention_heads")
+        if kind in ("llama", "glm4_moe") and values.get("head_dim") is None and divisible:
+            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
         if kind != "llama":
             values.setdefault("scoring_func", "softmax" if kind == "deepseek_v2" else "sigmoid")
             if kind == "deepseek_v2":
@@ -198,16 +209,24 @@ class ModelConfig(BaseModel):
                 values.setdefault("topk_method", "group_limited_greedy" if grouped else "greedy")
             else:
                 values.setdefault("topk_method", "noaux_tc")
+            blocks = [values.get(name, 0) for name in ("num_hidden_layers", "num_nextn_predict_layers")]
+            dense = values.get("first_k_dense_replace")
+            if all(isinstance(value, int) for value in (dense, *blocks)) and dense >= sum(blocks):
+                for name in _OF_EXPERTS:
+                    values.pop(name, None)  # no layer would read it
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                  "max_position_embeddings")  # fmt: skip
         _at_least(self, 0, "num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace")
         if not 0 < self.rms_norm_eps < 1:
             _refuse("rms_norm_eps", self.rms_norm_eps, "a number between 0 and 1")
         if not 0 < self.initializer_range < 1:
             _refuse("initializer_range", self.initializer_range, "a number between 0 and 1")
+        if not (math.isfinite(self.routed_scaling_factor) and self.routed_scaling_factor > 0):
+            _refuse("routed_scaling_factor", self.routed_scaling_factor, "a number above 0")
         if self.attention == "latent":
             self._check_latent()
         else:
@@ -221,7 +240,7 @@ class ModelConfig(BaseModel):
             value = getattr(self, name)
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and not 0 <= token < self.vocab_size:
-                    _refuse(name, token, f"a token id from 0 to {self.vocab_size - 1} (vocab_size is {self.vocab_size})")
+                    _refuse(name, token, f"a token id from 0 to {self.vocab_size - 1}, below vocab_size")
         return self
 
     def _check_latent(self) -> None:
@@ -231,12 +250,12 @@ class ModelConfig(BaseModel):
         if self.num_key_value_heads != self.num_attention_heads:
             _refuse(
                 "num_key_value_heads", self.num_key_value_heads,
-                f"{self.num_attention_heads}, the number of attention heads: latent attention shares one latent instead",
+                f"{self.num_attention_heads}, the number of heads: latent attention has no groups",
             )  # fmt: skip
 
     def _check_grouped(self) -> None:
         _absent(self, "grouped-query attention", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-                "v_head_dim")  # fmt: skip
+                "v_head_dim", "rope_interleave")  # fmt: skip
         _at_least(self, 1, "num_key_value_heads", "head_dim")
         if self.num_attention_heads % _given(self.num_key_value_heads):
             _refuse("num_key_value_heads", self.num_key_value_heads,
@@ -247,16 +266,16 @@ class ModelConfig(BaseModel):
     def _check_dense_only(self) -> None:
         _absent(self, "llama, which is dense", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
                 "moe_intermediate_size", "first_k_dense_replace", "scoring_func", "topk_method",
-                "num_nextn_predict_layers")  # fmt: skip
+                "num_nextn_predict_layers", "n_group", "topk_group", "norm_topk_prob",
+                "routed_scaling_factor")  # fmt: skip
         _needed(self, "intermediate_size")
-        _at_least(self, 1, "intermediate_size")
 
     def _check_experts(self) -> None:
         if self.first_k_dense_replace > self.total_layers:
-            _refuse("first_k_dense_replace", self.first_k_dense_replace, f"0 to {self.total_layers}, the number of blocks")
+            _refuse("first_k_dense_replace", self.first_k_dense_replace,
+                    f"0 to {self.total_layers}, the number of blocks")  # fmt: skip
         if self.first_k_dense_replace > 0:
             _needed(self, "intermediate_size")
-            _at_least(self, 1, "intermediate_size")
         if not self.has_experts:
             return
         _needed(self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -273,12 +292,12 @@ class ModelConfig(BaseModel):
             _refuse("num_experts_per_tok", top_k,
                     f"1 to {reachable}: topk_group ({self.topk_group}) groups of {per_group} experts each")  # fmt: skip
         softmax = self.model_type == "deepseek_v2"
-        if self.scoring_func != ("softmax" if softmax else "sigmoid"):
-            _refuse("scoring_func", self.scoring_func,
-                    f"{'softmax' if softmax else 'sigmoid'} in {self.model_type} (softmax belongs to deepseek_v2)")  # fmt: skip
+        scoring = "softmax" if softmax else "sigmoid"
+        if self.scoring_func != scoring:
+            _refuse("scoring_func", self.scoring_func, f"{scoring} in {self.model_type} (softmax: deepseek_v2)")
         if softmax:
             if self.norm_topk_prob:
-                _refuse("norm_topk_prob", True, "false: deepseek_v2 never normalises in transformers (deepseek_v3 does)")
+                _refuse("norm_topk_prob", True, "false: deepseek_v2 never normalises in transformers, deepseek_v3 does")
             if self.topk_method not in ("greedy", "group_limited_greedy"):
                 _refuse("topk_method", self.topk_method, "greedy or group_limited_greedy in deepseek_v2")
             if self.topk_method == "greedy" and self.n_group > 1:
@@ -286,42 +305,69 @@ class ModelConfig(BaseModel):
         else:
             if self.topk_method != "noaux_tc":
                 _refuse("topk_method", self.topk_method, f"noaux_tc in {self.model_type}")
+            two = "a group is scored by its two best experts"
             if per_group < 2 and experts > 1:
-                _refuse("n_group", self.n_group,
-                        f"at most {experts // 2}: a group is scored by its two best experts, so it needs two")  # fmt: skip
+                _refuse("n_group", self.n_group, f"at most {experts // 2}: {two}, so it needs two")
             if experts < 2:
-                _refuse("n_routed_experts", experts, f"at least 2 in {self.model_type}: a group is scored by its two best")
+                _refuse("n_routed_experts", experts, f"at least 2 in {self.model_type}: {two}")
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters
+        if not 0 < rope.partial_rotary_factor <= 1:
+            _refuse("rope_parameters.partial_rotary_factor", rope.partial_rotary_factor, "above 0 and at most 1")
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             name = "qk_rope_head_dim" if self.attention == "latent" else "head_dim x partial_rotary_factor"
             _refuse(name, self.rotary_dim, "an even number, at least 2: rotary dimensions turn in pairs")
-        if self.attention == "latent" and rope.partial_rotary_factor != 1.0:
-            _refuse("rope_parameters.partial_rotary_factor", rope.partial_rotary_factor, "1 with latent attention")
+        if self.model_type != "glm4_moe" and rope.partial_rotary_factor != 1:
+            _refuse("rope_parameters.partial_rotary_factor", rope.partial_rotary_factor,
+                    f"1 in {self.model_type} (glm4_moe turns part of a head)")  # fmt: skip
+        for name, value in rope:
+            if isinstance(value, float) and not math.isfinite(value):
+                _refuse(f"rope_parameters.{name}", value, "a finite number")
+        for name, field in RopeParameters.model_fields.items():
+            idle = name not in ("rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_READS[rope.rope_type])
+            if idle and getattr(rope, name) != field.default:
+                readers = " or ".join(kind for kind, reads in _ROPE_READS.items() if name in reads)
+                raise ValueError(f"rope_parameters.{name} is {getattr(rope, name)}, but rope_type {rope.rope_type} "
+                                 f"does not read it: leave it out, or set rope_type to {readers}")  # fmt: skip
         if not rope.rope_theta > 1:
             _refuse("rope_parameters.rope_theta", rope.rope_theta, "a number above 1")
-        if rope.rope_type != "default" and not (math.isfinite(rope.factor) and rope.factor >= 1):
+        if rope.factor < 1:
             _refuse("rope_parameters.factor", rope.factor, "a number of at least 1")
-        if rope.rope_type in ("yarn", "llama3") and not rope.original_max_position_embeddings:
-            _refuse("rope_parameters.original_max_position_embeddings", rope.original_max_position_embeddings,
-                    f"the context length before {rope.rope_type} scaling")  # fmt: skip
+        context = rope.original_max_position_embeddings
+        if rope.rope_type in ("yarn", "llama3") and (context is None or context < 1):
+            _refuse("rope_parameters.original_max_position_embeddings", context,
+                    f"the context length before {rope.rope_type} scaling, at least 1")  # fmt: skip
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            least, most = getattr(rope, low), getattr(rope, high)
+            if not 0 < least < most:
+                _refuse(f"rope_parameters.{low}", least, f"above 0 and below {high} ({most})")
+        for name in ("mscale", "mscale_all_dim"):
+            if (getattr(rope, name) or 0) < 0:
+                _refuse(f"rope_parameters.{name}", getattr(rope, name), "at least 0")
+        if rope.attention_factor is not None and rope.attention_factor <= 0:
+            _refuse("rope_parameters.attention_factor", rope.attention_factor, "a number above 0")
 
     # ------------------------------------------------------------------------------------------------- in and out
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Build from plain values (a recipe's `[model]`). Raises `UsageError` naming the first field that is wrong."""
+        for name in values:
+            if name not in cls.model_fields:
+                close = difflib.get_close_matches(name, cls.model_fields, n=1)
+                raise UsageError(f"{name} is not a field of a model" + (f"; did you mean {close[0]}?" if close else ""))
         try:
             return cls(**values)
         except ValidationError as error:
-            raise UsageError(_explain(error)) from None
+            raise UsageError(explain(error)) from None
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Build from the content of a Hugging Face `config.json`, of either spelling of the rotary fields.
 
-        What the file leaves out takes transformers' default for the family; what Cadre cannot compute is refused by name.
+        What the file leaves out takes transformers' default for the family; what Cadre cannot compute is refused by
+        name.
         """
         values = dict(values)
         kind = values.get("model_type")
@@ -344,6 +390,8 @@ class ModelConfig(BaseModel):
                 values.pop(name, None)
         merged = {**_HF_DEFAULTS[kind], **{k: v for k, v in values.items() if k not in _HF_IRRELEVANT}}
         merged["rope_parameters"] = rope
+        if not merged.get("first_k_dense_replace") and kind != "llama" and "intermediate_size" not in values:
+            del merged["intermediate_size"]  # no layer is dense
         for name in ("n_group", "topk_group"):
             if merged.get(name) is None and name in merged:
                 merged[name] = 1
@@ -375,35 +423,33 @@ class ModelConfig(BaseModel):
     def to_hf(self) -> dict[str, Any]:
         """The content of this model's `config.json`: every field its family has, no default left to the reader."""
         rope = self.rope_parameters
-        keep = {"rope_type", "rope_theta"}
-        if self.attention == "grouped" and self.model_type == "glm4_moe":
+        keep = {"rope_type", "rope_theta", *(k for k in _ROPE_READS[rope.rope_type] if getattr(rope, k) is not None)}
+        if self.model_type == "glm4_moe":
             keep.add("partial_rotary_factor")
-        if rope.rope_type != "default":
-            keep |= {"factor"}
-        if rope.rope_type in ("yarn", "llama3"):
-            keep.add("original_max_position_embeddings")
-        if rope.rope_type == "yarn":
-            keep |= {"beta_fast", "beta_slow", "truncate"}
-            keep |= {k for k in ("mscale", "mscale_all_dim", "attention_factor") if getattr(rope, k) is not None}
-        if rope.rope_type == "llama3":
-            keep |= {"low_freq_factor", "high_freq_factor"}
         fields = self.model_dump(exclude={"rope_parameters"})
         if self.attention == "latent":
             dropped = {"head_dim", "use_qk_norm"}
         else:
-            dropped = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"}
+            dropped = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                       "rope_interleave"}  # fmt: skip
         if self.model_type == "llama":
-            dropped |= {"n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group",
-                        "first_k_dense_replace", "topk_group", "norm_topk_prob", "routed_scaling_factor", "scoring_func",
-                        "topk_method", "num_nextn_predict_layers", "use_qk_norm"}  # fmt: skip
+            dropped |= {*_OF_EXPERTS, "first_k_dense_replace", "norm_topk_prob", "routed_scaling_factor",
+                        "scoring_func", "topk_method", "num_nextn_predict_layers", "use_qk_norm"}  # fmt: skip
+        if self.intermediate_size is None:
+            dropped.add("intermediate_size")  # no layer is dense, and transformers wants a number or nothing
         result = {k: v for k, v in fields.items() if k not in dropped}
         if self.model_type != "llama" and not self.has_experts:
             # transformers reads these even where no layer holds experts.
-            result.update(n_routed_experts=2, n_shared_experts=1, num_experts_per_tok=1, moe_intermediate_size=1)
+            needed = dict(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=1)
+            result.update({name: value for name, value in needed.items() if result[name] is None})
         result["rope_parameters"] = rope.model_dump(include=keep)
         result["architectures"] = [_ARCHITECTURES[self.model_type]]
         return result
 
+
+# The shape of a mixture of experts.
+_OF_EXPERTS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group",
+               "topk_group")  # fmt: skip
 
 _ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -415,8 +461,12 @@ _ARCHITECTURES = {
 
 def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
     """Take both spellings of the rotary fields out of `values` and return the newer one."""
-    rope = dict(values.pop("rope_parameters", None) or {})
-    rope.update(values.pop("rope_scaling", None) or {})
+    rope: dict[str, Any] = {}
+    for spelling in ("rope_parameters", "rope_scaling"):
+        given = values.pop(spelling, None) or {}
+        if not isinstance(given, dict):
+            raise UsageError(f"{where}: {spelling} is {given!r}; it must be an object of rope_type and its fields")
+        rope.update(given)
     if "type" in rope:
         rope.setdefault("rope_type", rope["type"])
         del rope["type"]
@@ -428,16 +478,21 @@ def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, An
         rope.setdefault("partial_rotary_factor", 0.5 if partial is None else partial)
     elif partial is not None:
         rope.setdefault("partial_rotary_factor", partial)
+    longest = {**_HF_DEFAULTS[kind], **values}
     if rope.get("rope_type") in ("yarn", "llama3"):
-        rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
-    if rope.get("rope_type") == "yarn" and rope.get("factor") is None and rope.get("original_max_position_embeddings"):
-        rope["factor"] = values["max_position_embeddings"] / rope["original_max_position_embeddings"]
-    known = {k: v for k, v in rope.items() if v is not None or k == "rope_type"}
+        rope.setdefault("original_max_position_embeddings", longest["max_position_embeddings"])
+    known = _int(rope, "original_max_position_embeddings") and _int(longest, "max_position_embeddings")
+    if rope.get("rope_type") == "yarn" and rope.get("factor") is None and known:
+        rope["factor"] = longest["max_position_embeddings"] / rope["original_max_position_embeddings"]
+    # What the scaling does not read, transformers passes over too.
+    idle = RopeParameters.model_fields.keys() - _ROPE_READS.get(str(rope.get("rope_type", "default")), ())
+    idle -= {"rope_type", "rope_theta", "partial_rotary_factor"}
+    given = {k: v for k, v in rope.items() if (v is not None or k == "rope_type") and k not in idle}
     try:
-        RopeParameters(**known)
+        RopeParameters(**given)
     except ValidationError as error:
-        raise UsageError(f"{where}: rope_parameters: {_explain(error)}") from None
-    return known
+        raise UsageError(f"{where}: rope_parameters: {explain(error)}") from None
+    return given
 
 
 def _int(values: dict[str, Any], name: str) -> bool:
@@ -464,17 +519,17 @@ def _at_least(config: ModelConfig, low: int, *names: str) -> None:
 def _needed(config: ModelConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) is None:
-            raise ValueError(f"{name} is missing; {config.model_type} needs it")
+            raise ValueError(f"{name} is missing; {config.model_type} needs it: a whole number, at least 1")
 
 
 def _absent(config: ModelConfig, kind: str, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if value not in (None, 0, False):
+        value, default = getattr(config, name), ModelConfig.model_fields[name].default
+        if value is not None and value != default and not (default is None and value == 0):
             raise ValueError(f"{name} is {value}, but it has no meaning in {kind}: leave it out")
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """The first problem of a pydantic error as one line."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])

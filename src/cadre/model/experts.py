@@ -8,7 +8,9 @@ Letters in names: T token, D hidden, E expert, K expert choices of a token, R = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,7 @@ class Router(nn.Module):
         else:
             self.e_score_correction_bias = None
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """The bias moves between devices with the model but keeps float32 under every cast: its steps are near 1e-3,
         below bfloat16's resolution."""
         bias = self.e_score_correction_bias

@@ -53,7 +53,8 @@ def _yarn(freq: Tensor, rope: RopeParameters, dim: int) -> tuple[Tensor, float]:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    # A tiny context can put `high` below `low`; transformers then lets the ramp fall, so this does too.
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)).clamp(0, 1)
     magnitude = rope.attention_factor
     if magnitude is None:
         if rope.mscale and rope.mscale_all_dim:
@@ -92,7 +93,8 @@ class RotaryTable:
 def rotate_pairs(x_BTHR: Tensor, turn_TR: Tensor) -> Tensor:
     """Turn the pairs (2i, 2i+1), as DeepSeek's weights expect. The order within the result is the same for queries and
     keys, so scores equal transformers', which writes V3's pairs out de-interleaved."""
-    pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)))
+    # view_as_complex refuses the odd strides of a slice beside an odd latent width.
+    pairs = torch.view_as_complex(x_BTHR.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn_TR[:, None]).flatten(-2).to(x_BTHR.dtype)
 
 

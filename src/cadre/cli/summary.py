@@ -1,0 +1,65 @@
+"""What the report says of a run beside its metrics: counts, data, machine, result."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from cadre.plan.count import count
+
+if TYPE_CHECKING:
+    from cadre.train.run import Run
+    from cadre.train.trainer import Result
+
+
+def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: str) -> dict[str, Any]:
+    """The `summary` of `cadre.train.report.write_report`."""
+    from cadre.cli.train import load_line
+
+    manifest = run.data.manifest
+    return {
+        "name": run.recipe.name,
+        "command": command,
+        "config": run.config.to_hf(),
+        "counts": count(run.config, context=run.recipe.data.seq_len).as_dict(),
+        "data": {
+            "source": run.recipe.data.source,
+            "vocab_size": run.config.vocab_size,
+            "bytes_per_token": manifest["bytes_per_token"],
+            **manifest["train"],
+            "held_out_documents": manifest["held_out"]["documents"],
+        },
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "dtype": run.recipe.train.dtype,
+            "gemm_flops_per_second": result.gemm_flops_per_second,
+            "torch": torch.__version__,
+        },
+        "result": asdict(result),
+        "samples": samples,
+        "model_dir": str(run.path / "model"),
+        "load_line": load_line(run.path / "model"),
+        "cost": {
+            "device_hours": result.seconds / 3600,
+            "note": "one machine, wall clock of training and evaluation; preparing the text is not counted",
+        },
+    }
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,102 @@
+"""Which documents are held out, and where long text may be cut."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from cadre.data.sources import Document
+from cadre.errors import RunError, UsageError
+
+# Before a line's first character and before a single space between words no pre-tokenizer of ours (nor GPT-2's or
+# DeepSeek's) makes one token of both sides, so the pieces' tokens are the whole's.
+_SEAM = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
+_SEAM_REACH = 4096
+
+
+@dataclass(frozen=True)
+class Split:
+    """A corpus divided into training and held-out text.
+
+    digests: the documents' SHA-256, in the order they are read. held_out: the digests that are held out, so copies
+    of a held-out document are held out too. tail: for a corpus of one document, the share of its end held out.
+    """
+
+    digests: list[bytes]
+    held_out: frozenset[bytes]
+    tail: float = 0.0
+
+    @property
+    def content(self) -> str:
+        """SHA-256, in hexadecimal, of the corpus: equal for equal documents in equal order, wherever they lie."""
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()
+
+    def divide(self, documents: Iterable[Document]) -> Iterator[tuple[bool, Document]]:
+        """(is held out, document), reading the corpus anew. Raises RunError if it is not the one that was split."""
+        count = 0
+        for count, document in enumerate(documents, start=1):
+            digest = _digest(document)
+            if count > len(self.digests) or digest != self.digests[count - 1]:
+                raise RunError(f"{document.name}: the text changed while it was being prepared; run it again")
+            if self.tail:
+                cut = _cut_tail(document.text, self.tail)
+                yield False, Document(document.name, document.text[:cut])
+                yield True, Document(document.name, document.text[cut:])
+            else:
+                yield digest in self.held_out, document
+        if count != len(self.digests):
+            raise RunError("the text changed while it was being prepared; run it again")
+
+
+def split_documents(documents: Iterable[Document], held_out: float) -> Split:
+    """Hold out a share of the documents: those whose hashes rank first, at least one, never all.
+
+    The choice depends on the documents' contents alone, not on their order or names. A corpus of one document gives
+    up its end instead, cut where a paragraph or line ends. `held_out` 0 holds nothing out.
+
+    Raises UsageError if `held_out` is not in [0, 1).
+    """
+    if not 0 <= held_out < 1:
+        raise UsageError(f"held_out {held_out} is out of range: a share of the documents, from 0 up to but not 1")
+    digests = [_digest(document) for document in documents]
+    ranked = sorted(set(digests))
+    if not held_out:
+        return Split(digests, frozenset())
+    if len(ranked) == 1:
+        return Split(digests, frozenset(), tail=held_out)
+    count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
+    return Split(digests, frozenset(ranked[:count]))
+
+
+def pieces(text: str, limit: int) -> Iterator[str]:
+    """Cut text into pieces of at most `limit` characters which tokenise to the tokens of the whole.
+
+    Only text without any line or word end for 4,096 characters is cut elsewhere, at the limit.
+    """
+    start = 0
+    while len(text) - start > limit:
+        stop = start + limit
+        for seam in _SEAM.finditer(text, max(start + 1, stop - _SEAM_REACH), start + limit):
+            stop = seam.start()
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _digest(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode("utf-8")).digest()
+
+
+def _cut_tail(text: str, share: float) -> int:
+    """Where the held-out end starts: the last paragraph, line or word end that holds out up to twice the share."""
+    if len(text) < 2:
+        raise UsageError("the corpus is one character, of which nothing can be held out: give more text")
+    cut = min(max(round(len(text) * (1 - share)), 1), len(text) - 1)
+    lowest = max(len(text) - 2 * (len(text) - cut), 0)
+    for end in ("\n\n", "\n", " "):
+        found = text.rfind(end, lowest, cut)
+        if found >= 0:
+            return found + len(end)
+    return cut

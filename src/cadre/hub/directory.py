@@ -1,0 +1,156 @@
+"""What a model directory holds, told from its config.json and the headers of its files.
+
+No torch here: `cadre plan` reads models on machines that could not hold them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from cadre.errors import UsageError
+from cadre.model.config import ModelConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: safetensors' name of its dtype, and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def model_directory(path: str | Path) -> Path:
+    """The Hugging Face directory that `path` means: itself, or the `model/` of a run directory.
+
+    If a crash hit `save` between its two renames, the model it was replacing is found where that moment left it.
+    Raises `UsageError` if there is no config.json in any of these places.
+    """
+    path = Path(path)
+    for folder in (path, path / "model"):
+        for candidate in (folder, set_aside(folder)):
+            if (candidate / "config.json").is_file():
+                return candidate
+    if path.is_dir():
+        raise UsageError(f"{path}: is no model directory: no config.json")
+    raise UsageError(f"{path}: is no model directory: {'not a folder' if path.exists() else 'no such folder'}")
+
+
+def set_aside(folder: Path) -> Path:
+    """Where `save` keeps the old model for the moment between its two renames."""
+    return _hidden(folder, "old")
+
+
+def in_making(folder: Path) -> Path:
+    """Where `save` writes before it renames."""
+    return _hidden(folder, "new")
+
+
+def _hidden(folder: Path, state: str) -> Path:
+    folder = folder.resolve()
+    return folder.parent / f".{folder.name}.{state}"
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The config of a model directory, a run directory or a `config.json` file.
+
+    Of a directory with weights it is the config of the model that `load` gives (see `without_absent_modules`). Raises
+    `UsageError` if there is none, or none that Cadre can build.
+    """
+    path = Path(path)
+    if path.is_file():
+        return ModelConfig.from_file(path)
+    directory = model_directory(path)
+    config = ModelConfig.from_file(directory / "config.json")
+    if config.num_nextn_predict_layers and any(directory.glob("*.safetensors")):
+        config = without_absent_modules(config, stored_tensors(directory))
+    return config
+
+
+def without_absent_modules(config: ModelConfig, stored: dict[str, Stored]) -> ModelConfig:
+    """The config without multi-token prediction where no module's tensor is stored: transformers announces the modules
+    (one by default) but never saves them."""
+    if not config.num_nextn_predict_layers or modules_stored(config, stored):
+        return config
+    dense = min(config.first_k_dense_replace, config.num_hidden_layers)
+    return config.model_copy(update={"num_nextn_predict_layers": 0, "first_k_dense_replace": dense})
+
+
+def modules_stored(config: ModelConfig, stored: dict[str, Stored]) -> list[int]:
+    """The layer numbers beyond `num_hidden_layers` under which tensors are stored, in order."""
+    parts = (name.split(".") for name in stored if name.startswith("model.layers."))
+    layers = {int(part[2]) for part in parts if part[2].isdecimal()}
+    return sorted(layer for layer in layers if layer >= config.num_hidden_layers)
+
+
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a model directory by name, from its safetensors files' headers.
+
+    Raises `UsageError` naming the file: none but pickle files, a missing shard, a damaged file, a tensor in two files.
+    """
+    placed = _index(directory) if not (directory / WEIGHTS).is_file() and (directory / INDEX).is_file() else {}
+    files = [directory / name for name in sorted(set(placed.values()))] if placed else [_single(directory)]
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, tensor in _header(file).items():
+            if name in stored:
+                raise UsageError(f"{directory}: {name} is in both {stored[name].file.name} and {file.name}")
+            stored[name] = tensor
+    for name, file_name in placed.items():
+        if name not in stored or stored[name].file.name != file_name:
+            raise UsageError(f"{directory / INDEX}: {name} should be in {file_name}, but is not")
+    return stored
+
+
+def _single(directory: Path) -> Path:
+    if (directory / WEIGHTS).is_file():
+        return directory / WEIGHTS
+    found = sorted(directory.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{directory}: holds {len(found)} safetensors files, but no {INDEX} that joins them")
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise UsageError(f"{directory / pickles[0]}: pickle files can run code; Cadre loads safetensors only")
+    raise UsageError(f"{directory}: holds a config.json but no weights: no {WEIGHTS}")
+
+
+def _index(directory: Path) -> dict[str, str]:
+    """Which file holds each tensor. File names must be plain: an index must not reach outside its directory."""
+    path = directory / INDEX
+    try:
+        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(placed.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: cannot be read as an index of safetensors files ({error!r})") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UsageError(f"{path}: {name!r} is not the name of a safetensors file beside it")
+        if not (directory / name).is_file():
+            raise UsageError(f"{directory}: {name} is missing, though {INDEX} lists it")
+    if not names:
+        raise UsageError(f"{path}: lists no tensors")
+    return placed
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    # Opening checks that the header is sound and that it covers the file's bytes exactly.
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, no mapping
+            return {name: Stored(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file}: truncated, damaged or no safetensors file ({one_line(error)})") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

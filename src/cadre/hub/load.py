@@ -1,0 +1,192 @@
+"""Reading models in the Hugging Face layout, whoever wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cadre.errors import UsageError
+from cadre.hub.directory import (
+    Stored,
+    load_config,
+    model_directory,
+    modules_stored,
+    stored_tensors,
+    without_absent_modules,
+)
+from cadre.hub.fp8 import SCALE_SUFFIX, check_quantization, dequantize, scale_shape
+from cadre.hub.names import Piece, duplicates, fused_pieces, hollow, pieces, skeleton
+from cadre.model.config import ModelConfig
+from cadre.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["load", "load_config"]
+
+_FP8 = "F8_E4M3"
+# What a stored dtype becomes in memory.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    _FP8: torch.bfloat16,
+}
+_CORRECTION_BIAS = "e_score_correction_bias"
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Transformer, Tokenizer | None]:
+    """Read a deepseek_v3, deepseek_v2, glm4_moe or llama directory, or the model of a run directory, in eval mode.
+
+    `dtype` defaults to the stored one (of a mixture, the one config.json names or the commonest by bytes; FP8 blocks
+    become bfloat16); the router's correction bias is float32 whatever it says. Tensors go from the files straight into
+    the parameters, so beside the model there is never more than one of them. The tokenizer is None where the directory
+    has no tokenizer.json.
+
+    Raises `UsageError`, before any weight is read where headers tell: no model directory, pickle files, damaged or
+    missing files, tensors that are missing, unexpected or of the wrong shape, a quantization Cadre cannot undo, and a
+    tokenizer with more ids than the model has embeddings.
+    """
+    directory = model_directory(path)
+    config = ModelConfig.from_file(directory / "config.json")
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    check_quantization(raw, str(directory / "config.json"))
+    stored = stored_tensors(directory)
+    config = without_absent_modules(config, stored)
+    tokenizer = _tokenizer(directory, config)
+    model = skeleton(config)
+    plan = _plan(directory, config, model, stored)
+    model.to(dtype or _stored_dtype(stored, raw))
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    _fill(config, model, stored, plan)
+    return model.eval(), tokenizer
+
+
+def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    from cadre.data.tokenizer import check_vocabulary, load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    try:
+        check_vocabulary(tokenizer, config.vocab_size)
+    except UsageError as error:
+        raise UsageError(f"{directory}: {error}") from None
+    return tokenizer
+
+
+def _plan(directory: Path, config: ModelConfig, model: Transformer, stored: dict[str, Stored]) -> dict[str, Piece]:
+    """Which part of the model each stored tensor fills, after refusing a directory that is not exactly this model."""
+    wanted = {piece.disk: piece for piece in pieces(config, model)}
+    for piece in fused_pieces(config, model):
+        if piece.disk in stored:
+            wanted = {disk: other for disk, other in wanted.items() if other.state != piece.state}
+            wanted[piece.disk] = piece
+    _check_modules(directory, config, stored, wanted)
+    missing = [disk for disk in wanted if disk not in stored]
+    if missing:
+        raise UsageError(f"{directory}: {_count(missing)} missing: {missing[0]}{' and others' if missing[1:] else ''}")
+    copies, empty = duplicates(config), hollow(config)
+    for name, tensor in stored.items():
+        if name in wanted:
+            shape: tuple[int, ...] = wanted[name].shape
+        elif name in copies:
+            shape = tuple(model.embed_tokens.weight.shape)
+        elif name in empty:
+            shape = empty[name]
+        elif name.endswith(SCALE_SUFFIX) and _is_fp8(stored.get(name.removesuffix(SCALE_SUFFIX))):
+            shape = scale_shape(stored[name.removesuffix(SCALE_SUFFIX)].shape)
+        elif name.endswith("rotary_emb.inv_freq"):
+            continue
+        else:
+            raise UsageError(f"{tensor.file}: unexpected tensor {name}: the model of config.json has no such part")
+        if tensor.shape != shape:
+            raise UsageError(f"{tensor.file}: {name} has shape {list(tensor.shape)}; config.json wants {list(shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise UsageError(f"{tensor.file}: {name} is stored as {tensor.dtype}; Cadre reads {', '.join(_DTYPES)}")
+        if _is_fp8(tensor) and (len(shape) != 2 or name + SCALE_SUFFIX not in stored):
+            raise UsageError(f"{tensor.file}: {name} is FP8 without scales of its blocks ({name}{SCALE_SUFFIX})")
+    return wanted
+
+
+def _check_modules(directory: Path, config: ModelConfig, stored: dict[str, Stored], wanted: dict[str, Piece]) -> None:
+    """Refuse a number of multi-token prediction modules that differs from the config's."""
+    count, found = config.num_nextn_predict_layers, modules_stored(config, stored)
+    beyond = [layer for layer in found if layer >= config.total_layers]
+    if beyond:
+        raise UsageError(
+            f"{directory}: tensors of layer {beyond[0]}, but config.json has {config.num_hidden_layers} layers and"
+            f" num_nextn_predict_layers {count}"
+        )
+    own = tuple(f"model.layers.{layer}." for layer in range(config.num_hidden_layers, config.total_layers))
+    missing = [disk for disk in wanted if own and disk.startswith(own) and disk not in stored]
+    if missing:
+        raise UsageError(
+            f"{directory}: num_nextn_predict_layers is {count}, but the modules are there in part only:"
+            f" {_count(missing)} missing, {missing[0]} first"
+        )
+
+
+def _stored_dtype(stored: dict[str, Stored], raw: dict[str, Any]) -> torch.dtype:
+    size: Counter[str] = Counter()
+    for name, tensor in stored.items():
+        if not name.endswith((_CORRECTION_BIAS, SCALE_SUFFIX, "rotary_emb.inv_freq")):
+            size[tensor.dtype] += torch.Size(tensor.shape).numel() * _DTYPES[tensor.dtype].itemsize
+    if len(size) > 1 and _FP8 not in size:
+        named = f"torch.{raw.get('dtype') or raw.get('torch_dtype')}"
+        for dtype in _DTYPES.values():
+            if str(dtype) == named:
+                return dtype
+    return _DTYPES[_FP8 if _FP8 in size else size.most_common(1)[0][0]]
+
+
+@torch.no_grad()
+def _fill(
+    config: ModelConfig, model: Transformer, stored: dict[str, Stored], plan: dict[str, Piece]
+) -> None:
+    state = model.state_dict()
+    copies = {name: original for name, original in duplicates(config).items() if name in stored}
+    with ExitStack() as stack:
+        open_files: dict[Path, Any] = {}
+
+        def read(name: str) -> Tensor:
+            file = stored[name].file
+            if file not in open_files:
+                open_files[file] = stack.enter_context(safe_open(file, framework="pt"))
+            return open_files[file].get_tensor(name)
+
+        def value(name: str, dtype: torch.dtype) -> Tensor:
+            if _is_fp8(stored[name]):
+                return dequantize(read(name), read(name + SCALE_SUFFIX), dtype)
+            return read(name)
+
+        for name, piece in plan.items():
+            whole = state[piece.state]
+            whole[piece.index].copy_(value(name, whole.dtype))
+        for name, original in copies.items():
+            kept = state[original]
+            if not torch.equal(value(name, kept.dtype).to(kept), kept):
+                raise UsageError(
+                    f"{stored[name].file}: {name} differs from the model's own {original}, which multi-token prediction"
+                    " shares"
+                )
+
+
+def _is_fp8(tensor: Stored | None) -> bool:
+    return tensor is not None and tensor.dtype == _FP8
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"

@@ -1,0 +1,202 @@
+"""Writing models in the Hugging Face layout: a directory that `transformers` loads as it is, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cadre.errors import RunError, UsageError
+from cadre.hub.directory import INDEX, WEIGHTS, in_making, one_line, set_aside
+from cadre.hub.names import duplicates, hollow, pieces
+from cadre.model.config import ModelConfig
+from cadre.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# What a model directory may hold for `save` to replace it: anything else is somebody's and would be lost.
+_REPLACEABLE = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", INDEX),
+)
+
+
+def save(
+    model: Transformer,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write `config.json`, `generation_config.json`, safetensors of at most `max_shard_bytes` each (one tensor may be
+    larger) with their index, and the tokenizer's files. `dtype` casts on the way; the router's correction bias stays
+    float32. A model that is already there is replaced as a whole, its tokenizer included.
+
+    Everything is written to a folder beside `path` and flushed to disk; then two renames put the old model aside and
+    the new one in place. A crash leaves the old model or the new one; between the renames, a moment, the old one is at
+    `.NAME.old`, where `load` looks too and from where the next `save` fetches it.
+
+    Raises `UsageError`, before anything is written, for what the format cannot express and for a `path` that holds
+    other files; `RunError` when writing fails (a full disk), with nothing left of the attempt.
+    """
+    check_expressible(model.config)
+    target = Path(path).resolve()
+    new, old = in_making(target), set_aside(target)
+    _check_replaceable(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for leftover in (new, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        new.mkdir()
+        try:
+            _write(model, new, tokenizer, dtype, max_shard_bytes)
+            _swap(new, target, old)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full" if full else one_line(error)
+        raise RunError(f"{target}: the model was not saved: {reason}") from error
+
+
+def check_expressible(config: ModelConfig) -> None:
+    """Refuse what `transformers` cannot build or would compute differently. Raises `UsageError` naming the field."""
+    kind = config.model_type
+    if kind in ("deepseek_v2", "llama") and config.hidden_size % config.num_attention_heads:
+        raise UsageError(
+            f"hidden_size is {config.hidden_size}; a {kind} model on disk needs a multiple of num_attention_heads"
+            f" ({config.num_attention_heads}): transformers builds no other"
+        )
+    if kind == "deepseek_v2" and config.num_nextn_predict_layers:
+        raise UsageError(
+            f"num_nextn_predict_layers is {config.num_nextn_predict_layers}; a deepseek_v2 model on disk has no"
+            " multi-token prediction: set 0, or use deepseek_v3"
+        )
+    if kind == "deepseek_v2" and not config.rope_interleave:
+        raise UsageError("rope_interleave is false; transformers' deepseek_v2 always rotates adjacent pairs: set true")
+    if config.num_nextn_predict_layers and config.first_k_dense_replace > config.num_hidden_layers:
+        raise UsageError(
+            f"first_k_dense_replace is {config.first_k_dense_replace}; on disk it is at most num_hidden_layers"
+            f" ({config.num_hidden_layers}): transformers always builds multi-token prediction blocks with experts"
+        )
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target}: is a file; a model is saved to a folder")
+    names = sorted(entry.name for entry in target.iterdir())
+    foreign = [n for n in names if n not in _REPLACEABLE and not n.endswith(".safetensors")]
+    if foreign or (names and "config.json" not in names):
+        raise UsageError(f"{target}: holds {(foreign or names)[0]}, so it is not only a model; save to a new folder")
+
+
+def _write(
+    model: Transformer, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None, max_shard_bytes: int
+) -> None:
+    config = model.config
+    stored_dtype = dtype or model.embed_tokens.weight.dtype
+    _write_json(folder / "config.json", {**config.to_hf(), "dtype": str(stored_dtype).removeprefix("torch.")})
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    _write_tensors(list(_tensors(model, dtype)), folder, max_shard_bytes)
+    if tokenizer is not None:
+        from cadre.data.tokenizer import save_tokenizer
+
+        save_tokenizer(tokenizer, folder)
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A tensor to write. It is made only when its shard is written, so that casting never doubles the model."""
+
+    name: str
+    source: Tensor
+    dtype: torch.dtype
+    copy: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return self.source.numel() * self.dtype.itemsize
+
+    def make(self) -> Tensor:
+        made = self.source.to(device="cpu", dtype=self.dtype).contiguous()
+        # safetensors refuses two names for one storage.
+        return made.clone() if self.copy and made.data_ptr() == self.source.data_ptr() else made
+
+
+def _tensors(model: Transformer, dtype: torch.dtype | None) -> Iterator[_Pending]:
+    config, state = model.config, model.state_dict()
+    for piece in pieces(config, model):
+        tensor = state[piece.state][piece.index]
+        cast = None if piece.state.endswith("e_score_correction_bias") else dtype
+        yield _Pending(piece.disk, tensor, cast or tensor.dtype)
+    for name, original in duplicates(config).items():
+        yield _Pending(name, state[original], dtype or state[original].dtype, copy=True)
+    for name, shape in hollow(config).items():
+        yield _Pending(name, torch.empty(shape), dtype or model.embed_tokens.weight.dtype)
+
+
+def _write_tensors(tensors: list[_Pending], folder: Path, max_shard_bytes: int) -> None:
+    shards: list[list[_Pending]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if tensor.bytes > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.bytes
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({tensor.name: tensor.make() for tensor in shard}, folder / name, metadata={"format": "pt"})
+        placed.update((tensor.name, name) for tensor in shard)
+    if len(shards) > 1:
+        size = sum(tensor.bytes for tensor in tensors)
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Two renames, since no portable call exchanges two folders."""
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,52 @@
+"""What this machine can do at most, measured: the ruler that every speed is held against."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 2048, repeats: int = 5) -> float:
+    """Rate of one large square matrix product, FLOP/s: the median of `repeats`, multiply and add counted as two."""
+    if device.type == "cuda":
+        size = max(size, 8192)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.mm(a, b)
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where its matrix products are faster than float32's, float32 elsewhere (CPUs that only emulate it)."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    rate = {dtype: gemm_flops_per_second(dtype, device, 768, 3) for dtype in (torch.bfloat16, torch.float32)}
+    return torch.bfloat16 if rate[torch.bfloat16] > 1.2 * rate[torch.float32] else torch.float32
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the accelerator if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

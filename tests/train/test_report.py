@@ -1,0 +1,220 @@
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cadre.train.metrics import MetricsLog
+from cadre.train.report import _bytes, _duration, _short, _si, main, write_report
+
+SUMMARY = {
+    "name": "pocket",
+    "command": "cadre train pocket --out runs/pocket",
+    "config": {"model_type": "deepseek_v3", "hidden_size": 256, "rope_scaling": None, "eos_token_id": [1, 2]},
+    "counts": {
+        "total_parameters": 20_971_520,
+        "active_parameters": 6_291_456,
+        "active_parameters_without_input_embedding": 5_242_880,
+        "active_parameters_without_embeddings": 4_194_304,
+        "training_flops_per_token": 31_457_280,
+        "kv_cache_bytes_per_token": 1_152,
+        "kv_cache_bytes_per_token_mha": 8_192,
+    },
+    "data": {
+        "source": "sotu", "documents": 1100, "tokens": 3_100_000, "bytes": 12_300_000, "bytes_per_token": 3.97,
+        "held_out_documents": 44, "vocab_size": 4096,
+    },
+    "machine": {
+        "cpu": "Intel Xeon", "cores": 2, "threads": 2, "memory_bytes": 16 * 2**30, "dtype": "bfloat16",
+        "gemm_flops_per_second": 4.1e11, "torch": "2.13.0",
+    },
+    "result": {
+        "bits_per_byte": 1.3312, "loss": 3.4021, "steps": 1500, "tokens": 3_072_000, "seconds": 358.4,
+        "tokens_per_second": 8571.0, "mfu": 0.412, "peak_memory_bytes": 2.2e9, "total_flops": 9.6e13, "stopped": None,
+    },
+    "samples": [
+        {"prompt": "My fellow citizens", "text": "My fellow citizens of the Senate,\n\nwe have met again to consider"},
+        {"prompt": "The state of the Union", "text": " is strong, and the people are at work. " * 8},
+    ],
+    "model_dir": "runs/pocket/model",
+    "load_line": 'model = transformers.AutoModelForCausalLM.from_pretrained("runs/pocket/model")',
+    "cost": {"device_hours": 0.0996, "note": "2 CPU cores; data preparation not included"},
+}  # fmt: skip
+
+
+def fake_records(steps: int, layers: int = 3, experts: int = 16, seed: int = 0) -> list[dict]:
+    """Metrics as a real run leaves them: falling noisy loss, balancing experts, evaluations, events, a skipped step."""
+    rng = np.random.default_rng(seed)
+    records: list[dict] = []
+    drift = rng.normal(size=(layers, experts)) * 0.9
+    tokens, seconds = 0, 0.0
+    for step in range(1, steps + 1):
+        part = step / steps
+        rate = 8500 * (1 + 0.04 * rng.normal()) * (0.7 if rng.random() < 0.02 else 1)
+        tokens, seconds = tokens + 2048, seconds + 2048 / rate
+        loss = 2.9 + 5.4 * math.exp(-part * 22) + 1.2 * math.exp(-part * 3) + 0.07 * rng.normal()
+        record = {
+            "step": step, "tokens": tokens, "loss": loss, "mtp_loss": [loss + 0.6], "balance_loss": 1.02,
+            "grad_norm": 0.5 + 2 * math.exp(-part * 30) + 0.1 * abs(rng.normal()), "tokens_per_second": rate,
+            "learning_rate": 2e-3 * min(1, step / 50) * (1 if part < 0.7 else 1 - (part - 0.7) / 0.3 * 0.9),
+            "mfu": rate / 8500 * 0.41, "seconds": seconds, "seconds_per_step": 2048 / rate, "skipped": False,
+        }  # fmt: skip
+        if layers:
+            drift = drift * (1 - 6 / steps) + 0.03 * rng.normal(size=drift.shape)
+            load = np.exp(drift + 0.08 * rng.normal(size=drift.shape))
+            load /= load.sum(axis=1, keepdims=True)
+            record["load"] = load.round(6).tolist()
+            record["load_layers"] = list(range(1, layers + 1))
+            record["max_vio"] = (load.max(axis=1) / load.mean(axis=1) - 1).tolist()
+        if step == steps * 2 // 5:
+            record |= {"loss": math.nan, "grad_norm": math.inf, "skipped": True}
+        records.append(record)
+        if step % max(1, steps // 12) == 0:
+            score = (2.9 + 1.2 * math.exp(-part * 3)) / math.log(2) / 3.1
+            records.append({"step": step, "bits_per_byte": score, "eval_seconds": 2.5, "tokens": tokens})
+        if step == steps // 2:
+            records.append({"step": step, "event": "resumed", "message": "from checkpoints/000750"})
+    return records
+
+
+def write(run_dir: Path, records: list[dict]) -> None:
+    log = MetricsLog(run_dir)
+    for record in records:
+        log.write(record)
+    log.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run_dir = tmp_path_factory.mktemp("run")
+    write(run_dir, fake_records(300))
+    path = write_report(run_dir, SUMMARY)
+    assert path == run_dir / "report.html"
+    assert sorted(p.name for p in run_dir.iterdir()) == ["metrics.jsonl", "report.html", "tensorboard"]
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_is_self_contained(page: str) -> None:
+    links = re.findall(r"""(?:src|href|srcset|action|data)\s*=\s*["']?([^"'\s>]+)""", page)
+    links += re.findall(r"""url\(["']?([^"')]+)""", page)
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert "@import" not in page and "<script" not in page
+    addresses = {address for address in re.findall(r"https?://[^\s\"'<]+", page)}
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_ids_are_unique_and_references_resolve(page: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:"|url\()#([^")]+)', page)) <= set(ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1.331", "5 min 58 s", "8,571", "41.2%", "21.0M", "6.29M active, 30%", "1,152 B", "7.11 times as much",
+        "Training loss", "Held-out score over time", "by seconds of training", "Throughput", "MFU", "Learning rate",
+        "Gradient norm", "Layer 1", "Layer 3", "MaxVio", "20,971,520", "410 GFLOP/s", "hidden_size", "4096", "sotu",
+        "cadre train pocket --out runs/pocket", "from checkpoints/000750", "non-finite loss or gradient",
+        "<b>My fellow citizens</b> of the Senate", "<b>The state of the Union</b> is strong", "16.0 GiB", "0.0996",
+    ],
+)  # fmt: skip
+def test_the_page_shows(page: str, text: str) -> None:
+    assert text in page
+
+
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
+    attack = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+    write(tmp_path, [*fake_records(3), {"step": 3, "event": attack, "message": attack}])
+    summary = {
+        "name": attack, "command": attack, "config": {attack: attack}, "data": {"source": attack},
+        "machine": {"cpu": attack}, "samples": [{"prompt": attack, "text": attack + "\ud800"}], "model_dir": attack,
+        "load_line": attack, "cost": {"note": attack}, "result": {"stopped": attack},
+    }  # fmt: skip
+    page = write_report(tmp_path, summary).read_text(encoding="utf-8")
+    assert "<script" not in page and "<img" not in page
+    assert page.count("&lt;script&gt;") >= 12
+
+
+def test_a_dense_run_has_no_load_section(tmp_path: Path) -> None:
+    write(tmp_path, fake_records(40, layers=0))
+    page = write_report(tmp_path, SUMMARY).read_text(encoding="utf-8")
+    assert "Training loss" in page
+    assert "Expert load" not in page and "MaxVio" not in page
+
+
+def test_a_run_without_metrics_leaves_out_every_empty_section(tmp_path: Path) -> None:
+    page = write_report(tmp_path, {"name": "nothing yet"}).read_text(encoding="utf-8")
+    assert "nothing yet" in page
+    assert "<svg" not in page and "<h2" not in page and "<dl" not in page
+
+
+def test_headlines_fall_back_on_the_metrics(tmp_path: Path) -> None:
+    records = fake_records(24, layers=0)
+    write(tmp_path, records)
+    page = write_report(tmp_path, {"name": "x"}).read_text(encoding="utf-8")
+    score = [r["bits_per_byte"] for r in records if "bits_per_byte" in r][-1]
+    assert f">{score:.3f}</dd>" in page
+    assert "24 steps, 49.2K tokens" in page
+
+
+def test_an_unmeasured_mfu_leaves_its_card_and_figure_out(tmp_path: Path) -> None:
+    write(tmp_path, [record | {"mfu": None} for record in fake_records(5) if "loss" in record])
+    assert "MFU" not in write_report(tmp_path, {"name": "x"}).read_text(encoding="utf-8")
+
+
+def test_a_stopped_run_says_so(tmp_path: Path) -> None:
+    for stopped, text in ((True, "stopped before its planned end"), ("SIGTERM", "Stopped early: SIGTERM")):
+        page = write_report(tmp_path, {"name": "x", "result": {"stopped": stopped}}).read_text(encoding="utf-8")
+        assert text in page
+
+
+def test_a_long_run_renders_in_seconds(tmp_path: Path) -> None:
+    part = [record for record in fake_records(500, layers=8, experts=64) if not record.get("skipped")]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for first in range(0, 5000, 500):
+            file.writelines(json.dumps(record | {"step": first + record["step"]}) + "\n" for record in part)
+    start = time.process_time()
+    path = write_report(tmp_path, SUMMARY)
+    assert time.process_time() - start < 4
+    assert path.stat().st_size < 1_000_000
+
+
+def test_pictures_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", fake_records(30))
+    pictures = tmp_path / "pictures"
+    assert main([str(tmp_path / "run"), "--pictures", str(pictures)]) == 0
+    assert sorted(path.name for path in pictures.iterdir()) == ["expert-load.svg", "training-curve.svg"]
+    assert all(path.read_text().startswith("<svg") for path in pictures.iterdir())
+    assert main([str(tmp_path), "--pictures", str(pictures)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_pictures_of_a_dense_run_are_the_curve_alone(tmp_path: Path) -> None:
+    write(tmp_path, fake_records(10, layers=0))
+    command = [sys.executable, "-m", "cadre.train.report", str(tmp_path), "--pictures", str(tmp_path / "pictures")]
+    subprocess.run(command, check=True)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["training-curve.svg"]
+
+
+@given(st.floats(0, 1e30))
+def test_scaled_numbers_keep_three_digits(number: float) -> None:
+    for text, base in ((_short(number), 1000), (_si(number, "FLOP"), 1000), (_bytes(number), 1024)):
+        digits = re.match(r"[\d,.]+", text)
+        assert digits and (number < 1e5 or number > 9e14 or float(digits[0].replace(",", "")) < base)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(41.6, "42 s"), (59.7, "1 min 00 s"), (358.4, "5 min 58 s"), (3599.6, "1 h 00 min"), (200_000, "2 d 8 h")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert _duration(seconds) == text
