@@ -13,18 +13,19 @@ FAMILIES = ("deepseek_v3", "deepseek_v2", "glm4_moe", "llama")
 
 _COMMON = dict(vocab_size=31, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=64)
 _LATENT = dict(kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+_GROUPED = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 _EXPERTS = dict(
     intermediate_size=20, first_k_dense_replace=1, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=7
 )
 _SMALL: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_COMMON, **_LATENT, **_EXPERTS, "n_shared_experts": 1, "q_lora_rank": 9},
     "deepseek_v2": {**_COMMON, **_LATENT, **_EXPERTS, "n_shared_experts": 2},
-    "glm4_moe": {**_COMMON, **_EXPERTS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "use_qk_norm": True},
-    "llama": {**_COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 20},
+    "glm4_moe": {**_COMMON, **_EXPERTS, **_GROUPED, "use_qk_norm": True, "rope_parameters": {"partial_rotary_factor": 0.5}},
+    "llama": {**_COMMON, **_GROUPED, "intermediate_size": 20},
 }
 
 
-def small(model_type: str, **changes: Any) -> ModelConfig:
+def small(model_type: str, /, **changes: Any) -> ModelConfig:
     """A small valid model of a family, with changes."""
     return ModelConfig.from_dict({"model_type": model_type, **_SMALL[model_type], **changes})
 
@@ -43,13 +44,15 @@ def configs(draw: DrawFn, families: tuple[str, ...] = FAMILIES) -> ModelConfig:
     heads = whole(1, 4)
     values: dict[str, Any] = dict(
         model_type=kind, vocab_size=whole(5, 40), hidden_size=whole(3, 24), num_hidden_layers=whole(1, 3),
-        num_attention_heads=heads, attention_bias=maybe(), tie_word_embeddings=maybe(), max_position_embeddings=whole(8, 99),
+        num_attention_heads=heads, attention_bias=maybe(), tie_word_embeddings=maybe(),
+        max_position_embeddings=whole(8, 99),
         rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6])), initializer_range=draw(st.sampled_from([0.006, 0.02])),
-        bos_token_id=draw(st.sampled_from([None, 0])), eos_token_id=draw(st.sampled_from([None, 1, [1, 2]])),
+        bos_token_id=draw(st.sampled_from([None, 0])),
+        eos_token_id=draw(st.sampled_from([None, 1, [1, 2]])),
     )  # fmt: skip
     if kind.startswith("deepseek"):
-        values.update(kv_lora_rank=whole(1, 12), q_lora_rank=draw(st.sampled_from([None, 1, 7])), v_head_dim=whole(1, 9),
-                      qk_nope_head_dim=whole(1, 9), qk_rope_head_dim=2 * whole(1, 3), rope_interleave=maybe())  # fmt: skip
+        values.update(kv_lora_rank=whole(1, 12), qk_nope_head_dim=whole(1, 9), qk_rope_head_dim=2 * whole(1, 3))
+        values.update(q_lora_rank=draw(st.sampled_from([None, 1, 7])), v_head_dim=whole(1, 9), rope_interleave=maybe())
     else:
         values.update(head_dim=4 * whole(1, 3), num_key_value_heads=heads // draw(st.sampled_from(_divisors(heads))))
     if kind == "llama":
@@ -94,6 +97,8 @@ def _rope(draw: DrawFn, kind: str) -> dict[str, Any]:
     if scaling in ("yarn", "llama3"):
         values["original_max_position_embeddings"] = draw(st.integers(4, 64))
     if scaling == "yarn":
-        values.update(mscale=draw(st.sampled_from([None, 0.707, 1.0])), mscale_all_dim=draw(st.sampled_from([None, 0.707])),
-                      truncate=draw(st.booleans()), beta_fast=draw(st.sampled_from([32.0, 4.0])))  # fmt: skip
+        values["mscale"] = draw(st.sampled_from([None, 0.707, 1.0]))
+        values["mscale_all_dim"] = draw(st.sampled_from([None, 0.707]))
+        values["beta_fast"] = draw(st.sampled_from([32.0, 4.0]))
+        values["truncate"] = draw(st.booleans())
     return values

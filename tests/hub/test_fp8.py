@@ -29,16 +29,17 @@ def quantize(weight):
 
 def dequantize_by_loop(weight, scale):
     result = torch.empty(weight.shape)
-    for i in range(weight.shape[0]):
-        for j in range(0, weight.shape[1]):
-            result[i, j] = weight[i, j].float() * scale[i // 128, j // 128]
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = (slice(i * 128, (i + 1) * 128), slice(j * 128, (j + 1) * 128))
+            result[block] = weight[block].float() * scale[i, j]
     return result
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 12), st.booleans(), st.integers(0, 2**31))
-def test_dequantize_equals_a_plain_loop(long, short, wide, seed):
-    shape = (short, long) if wide else (long, short)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**31))
+def test_dequantize_equals_a_plain_loop(rows, columns, seed):
+    shape = (rows, columns)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape(shape), generator=generator) + 0.1
@@ -65,7 +66,7 @@ def fp8_model(build, tmp_path):
         if tensor.dim() == 2 and ("_proj" in name) and "eh_proj" not in name:
             weight, scale = quantize(tensor.float())
             tensors[name], tensors[f"{name}_scale_inv"] = weight, scale
-            wanted[name] = dequantize_by_loop(weight, scale) if tensor.numel() < 20_000 else dequantize(weight, scale, torch.float32)
+            wanted[name] = dequantize_by_loop(weight, scale)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     set_quantization(tmp_path, QUANTIZATION)
     return tmp_path, wanted
@@ -129,7 +130,7 @@ def test_scale_of_wrong_shape_is_refused(fp8_model):
     ],
 )
 def test_other_quantizations_are_refused(quantization):
-    with pytest.raises(UsageError, match="^here: quantization_config with quant_method .* Cadre reads"):
+    with pytest.raises(UsageError, match=r"^here: quantization_config with quant_method .* Cadre reads"):
         check_quantization({"quantization_config": quantization}, "here")
 
 

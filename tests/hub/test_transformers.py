@@ -294,7 +294,7 @@ def test_hidden_size_refused_as_transformers_does(kind, tmp_path):
     with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
         AutoConfig.for_model(kind, **shape)
     config = ModelConfig.from_dict({"model_type": kind, **shape})
-    with pytest.raises(UsageError, match="^hidden_size is 50; .* multiple of num_attention_heads"):
+    with pytest.raises(UsageError, match=r"^hidden_size is 50; .* multiple of num_attention_heads"):
         save(Transformer(config), tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -303,7 +303,7 @@ def test_modules_of_deepseek_v2_refused(tmp_path):
     with pytest.raises(ValueError, match="num_mtp_layers"):
         AutoConfig.for_model("deepseek_v2", **FAMILIES["deepseek_v2"]).get_mtp_config()
     config = ModelConfig.from_dict({"model_type": "deepseek_v2", **FAMILIES["deepseek_v2"], "num_nextn_predict_layers": 1})
-    with pytest.raises(UsageError, match="^num_nextn_predict_layers is 1; a deepseek_v2 model"):
+    with pytest.raises(UsageError, match=r"^num_nextn_predict_layers is 1; a deepseek_v2 model"):
         save(Transformer(config), tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -311,7 +311,7 @@ def test_modules_of_deepseek_v2_refused(tmp_path):
 def test_dense_modules_refused(stir, tmp_path, monkeypatch):
     shape = {**FAMILIES["deepseek_v3"], "first_k_dense_replace": 4, "num_nextn_predict_layers": 1}
     ours = stir(Transformer(ModelConfig.from_dict({"model_type": "deepseek_v3", **shape})), 0)
-    with pytest.raises(UsageError, match="^first_k_dense_replace is 4; on disk it is at most num_hidden_layers"):
+    with pytest.raises(UsageError, match=r"^first_k_dense_replace is 4; on disk it is at most num_hidden_layers"):
         save(ours, tmp_path / "model")
     monkeypatch.setattr("cadre.hub.save.check_expressible", lambda config: None)
     save(ours, tmp_path / "model")
@@ -323,7 +323,7 @@ def test_dense_modules_refused(stir, tmp_path, monkeypatch):
 
 def test_half_rotation_of_deepseek_v2_refused(stir, tmp_path, monkeypatch):
     ours = stir(Transformer(ModelConfig(model_type="deepseek_v2", **FAMILIES["deepseek_v2"], rope_interleave=False)), 0)
-    with pytest.raises(UsageError, match="^rope_interleave is false"):
+    with pytest.raises(UsageError, match=r"^rope_interleave is false"):
         save(ours, tmp_path / "model")
     monkeypatch.setattr("cadre.hub.save.check_expressible", lambda config: None)
     save(ours, tmp_path / "model")

@@ -37,6 +37,8 @@ def _register() -> None:
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 failed, 2 bad usage or bad input, 130 interrupted."""
     _register()
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(sys.argv)):
+        _end("arguments must be UTF-8: none of them can be written down otherwise", 2)
     try:
         app(standalone_mode=True)
     except UsageError as error:

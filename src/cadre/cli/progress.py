@@ -13,9 +13,8 @@ from rich.text import Text
 class TrainingLine:
     """Shows step, loss, tokens/s, MFU and time left; writes evaluations and events as lines of their own."""
 
-    def __init__(self, minutes: float | None) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self.minutes = minutes
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
 
     def __enter__(self) -> TrainingLine:

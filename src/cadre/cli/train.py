@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -13,8 +14,12 @@ import typer
 from cadre.errors import UsageError
 
 if TYPE_CHECKING:
+    from cadre.train.recipe import Recipe
     from cadre.train.run import Run
     from cadre.train.trainer import Result
+
+# More than any budget has room for: the trainer cuts them to what the clock allows.
+_STEPS_OF_A_BUDGET = 10**9
 
 
 def train(
@@ -27,41 +32,46 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
 ) -> None:
     """Train a model by a recipe, on a named corpus or your own text."""
+    from cadre.cli.progress import TrainingLine
     from cadre.kernels.limits import default_device
     from cadre.train.recipe import read_recipe
+    from cadre.train.run import held_recipe, start
     from cadre.train.run import resume as resume_run
-    from cadre.train.run import start
     from cadre.train.trainer import Trainer
 
-    overrides = list(set_ or [])
     if sum(x is not None for x in (steps, tokens, budget)) > 1:
         raise UsageError("--steps, --tokens and --budget exclude each other: give one")
-    if steps is not None:
-        overrides.append(f"train.steps={steps}")
-    if budget is not None:
-        overrides += [f"train.minutes={_seconds(budget) / 60}", "train.steps=1000000000"]
-    device = default_device()
-    from cadre.cli.progress import TrainingLine
-
+    if resume is not None and out is not None:
+        raise UsageError("--out and --resume exclude each other: a resumed run stays in its directory")
     if resume is not None:
-        if out is not None:
-            raise UsageError("--out and --resume exclude each other: a resumed run stays in its directory")
-        wanted = None if recipe is None else read_recipe(recipe, overrides)
-        line = TrainingLine(None)
-        run = resume_run(resume, wanted, overrides, device, line.note)
+        held_recipe(resume)
+    named = recipe or ("pocket" if resume is None else str(resume / "recipe.toml"))
+    chosen = _with_length(read_recipe(named, set_), steps, tokens, budget)
+    line, device = TrainingLine(), default_device()
+    if resume is not None:
+        run = resume_run(resume, chosen, device, line.note)
     else:
-        chosen = read_recipe(recipe or "pocket", overrides)
-        if tokens is not None:
-            per_step = chosen.train.batch * chosen.data.seq_len
-            count = max(1, round(_tokens(tokens) / per_step))
-            chosen = read_recipe(recipe or "pocket", [*overrides, f"train.steps={count}"])
-        line = TrainingLine(chosen.train.minutes)
         path = out or Path("runs") / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = start(chosen, path, device, line.note)
     _announce(run, line.note)
     with line:
         result = Trainer(run, line).train()
     _finish(run, result)
+
+
+def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: str | None) -> Recipe:
+    """The recipe with the length that the command line asks for, if it does, instead of its own."""
+    length: dict[str, float | None]
+    if budget is not None:
+        length = {"steps": _STEPS_OF_A_BUDGET, "minutes": _seconds(budget) / 60}
+    elif tokens is not None:
+        per_step = recipe.train.batch * recipe.data.seq_len
+        length = {"steps": max(1, round(_tokens(tokens) / per_step)), "minutes": None}
+    elif steps is not None:
+        length = {"steps": steps, "minutes": None}
+    else:
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=length)})
 
 
 def _announce(run: Run, note: Any) -> None:
@@ -91,8 +101,9 @@ def _finish(run: Run, result: Result) -> None:
             print(f"\n> {prompt}{text}")
     report = write_report(run.path, summarize(run, result, samples, _command()))
     print()
+    here = shlex.quote(str(run.path))
     if result.stopped:
-        print(f"stopped by {result.stopped} after step {result.steps}; continue with: cadre train --resume {run.path}")
+        print(f"stopped by {result.stopped} after step {result.steps}; continue with: cadre train --resume {here}")
     elif result.bits_per_byte is not None:
         print(f"held-out score   {result.bits_per_byte:.4f} bits per byte")
     print(
@@ -102,7 +113,7 @@ def _finish(run: Run, result: Result) -> None:
     print(f"report           {report}")
     print(f"model            {run.path / 'model'}")
     print(f'in transformers  python -c "{load_line(run.path / "model")}"')
-    print(f'try it           cadre generate {run.path} "Fellow citizens"')
+    print(f'try it           cadre generate {here} "Fellow citizens"')
 
 
 def load_line(model_dir: Path) -> str:
@@ -110,7 +121,7 @@ def load_line(model_dir: Path) -> str:
 
 
 def _command() -> str:
-    return " ".join(["cadre", *sys.argv[1:]])
+    return shlex.join(["cadre", *sys.argv[1:]])
 
 
 def _seconds(budget: str) -> float:

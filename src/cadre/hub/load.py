@@ -164,7 +164,8 @@ def _fill(
         def read(name: str) -> Tensor:
             file = stored[name].file
             if file not in open_files:
-                open_files[file] = stack.enter_context(safe_open(file, framework="pt"))
+                # Mapped files would stay resident beside the parameters until closed; pread holds one tensor.
+                open_files[file] = stack.enter_context(safe_open(file, framework="pt", backend="pread"))
             return open_files[file].get_tensor(name)
 
         def value(name: str, dtype: torch.dtype) -> Tensor:

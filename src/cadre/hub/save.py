@@ -171,6 +171,8 @@ def _write_tensors(tensors: list[_Pending], folder: Path, max_shard_bytes: int) 
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({tensor.name: tensor.make() for tensor in shard}, folder / name, metadata={"format": "pt"})
+        # safetensors makes files that only their owner reads; the others follow the user's umask.
+        (folder / name).chmod((folder / "config.json").stat().st_mode)
         placed.update((tensor.name, name) for tensor in shard)
     if len(shards) > 1:
         size = sum(tensor.bytes for tensor in tensors)

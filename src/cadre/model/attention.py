@@ -23,10 +23,6 @@ LATENT_NORM_EPS = 1e-6
 class LayerCache(Protocol):
     """What attention asks of a cache: keep two tensors per position of one layer."""
 
-    @property
-    def length(self) -> int:
-        """How many positions are kept already."""
-
     def append(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Add new positions [B, T, ...] and return all of them [B, S, ...]."""
 
@@ -103,9 +99,9 @@ class LatentAttention(nn.Module):
         weight_HNVC = self.kv_b_proj.weight.to(q_BTHN.dtype).view(self.heads, self.nope + self.value, self.latent)
         k_HNC, v_HVC = weight_HNVC.split((self.nope, self.value), dim=1)
         q_BTHC = torch.einsum("bthn,hnc->bthc", q_BTHN, k_HNC)
-        q_BTHCR = torch.cat((q_BTHC, q_BTHR), dim=-1).flatten(1, 2)
-        key_BSCR = torch.cat((latent_BSC, k_BSR), dim=-1)
-        score_BTHS = torch.bmm(q_BTHCR, key_BSCR.transpose(1, 2)).float().mul_(self.scale)
+        # Two products into one score: joining the two parts of the keys would copy the whole cache at every token.
+        latent_score = torch.bmm(q_BTHC.flatten(1, 2), latent_BSC.transpose(1, 2))
+        score_BTHS = torch.baddbmm(latent_score, q_BTHR.flatten(1, 2), k_BSR.transpose(1, 2)).float().mul_(self.scale)
         new, seen = q_BTHN.shape[1], latent_BSC.shape[1]
         if new > 1:
             ahead_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BTHN.device).triu_(seen - new + 1)

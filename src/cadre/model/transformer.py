@@ -19,12 +19,15 @@ from cadre.model.rope import RotaryTable
 
 
 class Cache(Protocol):
-    """What the model asks of a cache: how long it is, and its part for one layer."""
+    """What the model asks of a cache: how many positions it holds, its part for one layer, and to count positions that
+    every layer has appended. An interrupted forward pass is never counted, so the next one overwrites it."""
 
     @property
     def length(self) -> int: ...
 
     def layer(self, index: int) -> LayerCache: ...
+
+    def advance(self, positions: int) -> None: ...
 
 
 class Block(nn.Module):
@@ -109,6 +112,8 @@ class Transformer(nn.Module):
         x_BTD = self.embed(ids_BT)
         for block in self.layers:
             x_BTD = block(x_BTD, turn_TR, cache, document_BT)
+        if cache is not None:
+            cache.advance(ids_BT.shape[1])
         return self.norm(x_BTD)
 
     def further_hidden(
@@ -118,7 +123,10 @@ class Transformer(nn.Module):
         t and the ids at positions t + depth + 1. Position t then predicts the token at t + depth + 2."""
         start = 0 if cache is None else cache.length
         turn_TR = self.rotary(start, start + ids_BT.shape[1], ids_BT.device)
-        return self.mtp[depth](hidden_BTD, self.embed(ids_BT), turn_TR, cache, document_BT)
+        further_BTD = self.mtp[depth](hidden_BTD, self.embed(ids_BT), turn_TR, cache, document_BT)
+        if cache is not None:
+            cache.advance(ids_BT.shape[1])
+        return further_BTD
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Transformer:

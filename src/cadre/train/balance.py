@@ -15,13 +15,14 @@ from cadre.model.transformer import Transformer
 
 def sequence_balance_loss(routes: Routes, sequences: int) -> Tensor:
     """Sequence-wise balance loss without its factor (V3 report, equations 17-20), averaged over sequences; 1 when every
-    sequence spreads evenly over the experts. Gradients reach the router through the normalised affinities."""
-    experts, choices = routes.score_TE.shape[1], routes.expert_TK.shape[1]
+    sequence spreads evenly over the experts. Gradients reach the router through the normalised affinities. Loads are of
+    the choices made, correction bias and groups included; equation 18 counts the top-k of the bare affinities."""
+    experts = routes.score_TE.shape[1]
     score_TE = routes.score_TE / routes.score_TE.sum(dim=-1, keepdim=True)
     share_BE = score_TE.unflatten(0, (sequences, -1)).mean(dim=1)
     chosen_BR = routes.expert_TK.view(sequences, -1)
     count_BE = torch.zeros_like(share_BE).scatter_add_(1, chosen_BR, torch.ones_like(chosen_BR, dtype=share_BE.dtype))
-    load_BE = count_BE * (experts * choices / (choices * chosen_BR.shape[1]))
+    load_BE = count_BE * (experts / chosen_BR.shape[1])
     return (load_BE * share_BE).sum(dim=-1).mean()
 
 

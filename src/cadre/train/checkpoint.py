@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cadre.errors import RunError, UsageError
 from cadre.model.transformer import Transformer
 from cadre.train.optimizer import Optimizer
 
+_STATE = {"step", "total_steps", "length", "identity"}
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -33,12 +35,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint for `state["step"]` beside the others, then drop all but the newest `keep`.
+    """Write a checkpoint for `state["step"]` beside the others, unless it is there, then drop all but the newest `keep`.
 
     Raises `RunError` when the disk is full; the previous checkpoints stay as they were.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{state['step']:08d}"
+    if final.exists():
+        return final  # a step has one state
     partial = folder / f".partial-{os.getpid()}"
     try:
         folder.mkdir(exist_ok=True)
@@ -51,8 +55,7 @@ def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, sta
             json.dump(state, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
+        _sync(partial)
         partial.replace(final)
         _sync(folder)
     except (OSError, SafetensorError) as error:
@@ -61,16 +64,21 @@ def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, sta
         reason = "the disk is full" if full else str(error)
         raise RunError(f"{final}: checkpoint not written, {reason}; earlier checkpoints are intact") from None
     for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        # Renamed first: what a crash leaves of it must not look like a checkpoint.
+        with suppress(OSError):
+            shutil.rmtree(old.rename(folder / f".partial-{old.name}"))
     return final
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """The plain part of a checkpoint. Raises `UsageError` if it cannot be read."""
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path}: no readable checkpoint ({error}); delete this folder to resume from an earlier one") from None
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not state.keys() >= _STATE:
+            raise ValueError("state.json lacks parts of a checkpoint's state")
+        return state
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
 
 
 def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> None:
@@ -79,14 +87,17 @@ def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> Non
         weights = load_file(path / "weights.safetensors")
         moments = load_file(path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: damaged checkpoint ({error}); delete this folder to resume from an earlier one") from None
+        raise _damaged(path, error) from None
     own = model_tensors(model)
     if weights.keys() != own.keys() or any(weights[k].shape != own[k].shape for k in own):
         raise UsageError(f"{path}: its weights are not those of the model in recipe.toml")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    optimizer.load_tensors(moments)
+    try:
+        optimizer.load_tensors(moments)
+    except KeyError as error:
+        raise UsageError(f"{path}: its optimizer state is not that of this model and optimizer (no {error})") from None
 
 
 def model_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -95,6 +106,10 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path}: damaged checkpoint ({error}); delete this folder to resume from an earlier one")
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -39,24 +39,25 @@ def losses(
 
     The multi-token losses are averaged over modules and weighted (V3 report, equation 25). With documents, attention and
     the targets of the modules stay inside a document; the first token of the next document remains the main head's.
+    Every loss is divided by all N positions (as equation 24 has it), so that micro-batches add up to their batch.
     """
     depth = len(model.mtp)
     length = ids_BT.shape[1] - 1 - depth
     inside = None if document_BT is None else document_BT[:, :length]
-    ones_N = torch.ones(ids_BT.shape[0] * length, device=ids_BT.device)
+    positions = ids_BT.shape[0] * length
+    mean_N = torch.full((positions,), 1 / positions, device=ids_BT.device)
 
     hidden = model.hidden(ids_BT[:, :length], document_BT=inside)
     head = model.lm_head.weight
-    main = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, 1 : length + 1].flatten(), ones_N / len(ones_N))
+    main = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, 1 : length + 1].flatten(), mean_N)
     total = main
     further = []
     for stage in range(depth):
         hidden = model.further_hidden(hidden, ids_BT[:, stage + 1 : length + stage + 1], stage, document_BT=inside)
         reach = slice(stage + 2, length + stage + 2)
-        weight_N = ones_N
+        weight_N = mean_N
         if document_BT is not None and inside is not None:
-            weight_N = (document_BT[:, reach] == inside).flatten().float()
-        weight_N = weight_N / weight_N.sum().clamp(min=1)
+            weight_N = mean_N * (document_BT[:, reach] == inside).flatten()
         loss = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, reach].flatten(), weight_N)
         further.append(loss.detach())
         if mtp_weight:

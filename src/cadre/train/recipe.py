@@ -16,7 +16,7 @@ from cadre.model.config import ModelConfig, explain
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataSection(_Section):
@@ -45,7 +45,7 @@ class TrainSection(_Section):
     micro_batch: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     mtp_weight: float = Field(default=0.3, ge=0)
     mtp_weight_final: float | None = Field(default=None, ge=0)
     clip: float = Field(default=1.0, gt=0)
@@ -124,6 +124,8 @@ class Recipe(_Section):
         if "from" in self.model:
             if len(self.model) > 1:
                 raise ValueError("model.from takes the whole model from a directory: leave the other fields out")
+            if not isinstance(self.model["from"], str):
+                raise ValueError(f"model.from is {self.model['from']!r}; it must be the path of a model directory")
             return self
         config = self.config(vocab_size=self.model.get("vocab_size") or self.data.vocab_size or 1 << 17)
         reach = self.data.seq_len
@@ -156,22 +158,18 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
     Raises `UsageError` for an unknown recipe, section, key, type or value.
     """
-    path = Path(name_or_path)
-    if path.suffix == ".toml" or path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such recipe file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: cannot be read ({error})") from None
-        name = path.stem
+    name, known = name_or_path, shipped()
+    if name in known:
+        text = (resources.files("cadre.recipes") / f"{name}.toml").read_text(encoding="utf-8")
     else:
-        if name_or_path not in shipped():
-            known = ", ".join(shipped())
-            raise UsageError(f"recipe {name_or_path!r} is neither a file nor a shipped recipe ({known})")
-        text = (resources.files("cadre.recipes") / f"{name_or_path}.toml").read_text(encoding="utf-8")
-        name = name_or_path
-    return parse_recipe(text, str(name_or_path), overrides or [], name)
+        path = Path(name_or_path)
+        try:
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        except FileNotFoundError:
+            raise UsageError(f"recipe {name!r} is neither a file nor a shipped recipe ({', '.join(known)})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {name!r} cannot be read ({error})") from None
+    return parse_recipe(text, name_or_path, overrides, name)
 
 
 def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name: str = "custom") -> Recipe:
@@ -230,14 +228,12 @@ def _literal(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value)  # a JSON string is a TOML basic string, but for \u007f, which both accept raw
+        # A JSON string is a TOML basic string, but TOML knows no surrogate pairs and wants DEL escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items() if v is not None) + " }"
-    if isinstance(value, float):
-        text = repr(value)
-        return text if re.search(r"[.einf]", text) else text + ".0"
     return repr(value)
 
 

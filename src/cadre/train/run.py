@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,51 +16,64 @@ from typing import Any
 
 import torch
 
+from cadre.data.batches import Batches
 from cadre.data.shards import TokenData, prepare
 from cadre.data.tokenizer import check_vocabulary, special_ids, tokenizer_hash
 from cadre.errors import RunError, UsageError
-from cadre.hub.load import load, load_config
+from cadre.hub.directory import load_config, model_directory
+from cadre.hub.load import load
 from cadre.hub.save import check_expressible
 from cadre.kernels.limits import best_dtype
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.train.checkpoint import checkpoints, read_state
-from cadre.train.recipe import Recipe, parse_recipe
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from cadre.train.metrics import read_metrics, replace_file
+from cadre.train.recipe import Recipe, read_recipe
 
 
 @dataclass
 class Run:
-    """A run ready to train: recipe resolved, data prepared, model built (not yet restored from `checkpoint`)."""
+    """A run ready to train: recipe resolved, data prepared, model built (model and batches are not yet restored from
+    `checkpoint`). `total_steps`: where it ends, unless the recipe's minutes end sooner."""
 
     path: Path
     recipe: Recipe
     config: ModelConfig
     data: TokenData
+    batches: Batches
     model: Transformer
     dtype: torch.dtype
     checkpoint: Path | None
+    total_steps: int
 
     def identity(self) -> dict[str, Any]:
         """What must not change between checkpoint and resume."""
-        return {"model": self.config.to_hf(), "tokenizer": tokenizer_hash(self.data.tokenizer)}
+        corpus = self.data.manifest["inputs"]["text"]
+        return {"model": self.config.to_hf(), "tokenizer": tokenizer_hash(self.data.tokenizer), "corpus": corpus}
 
 
 def start(recipe: Recipe, path: Path, device: torch.device, note: Callable[[str], None]) -> Run:
     """Prepare a new run in `path`. Raises `UsageError` if `path` holds anything already, or the recipe cannot be run."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        held = "another run: continue it with --resume, or" if (path / "recipe.toml").is_file() else "other files:"
-        raise UsageError(f"--out {path}: holds {held} choose an empty folder")
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            held = "another run: continue it with --resume, or" if (path / "recipe.toml").is_file() else "other files:"
+            raise UsageError(f"--out {path}: holds {held} choose an empty folder")
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
     data_section = recipe.data
     source: Path | None = None
     if "from" in recipe.model:
-        source = Path(recipe.model["from"])
+        source = model_directory(recipe.model["from"])
         if data_section.tokenizer is None and data_section.vocab_size is None:
             data_section = data_section.model_copy(update={"tokenizer": str(source)})
     data = _prepare(data_section, recipe.model.get("vocab_size"), note)
     if source is not None:
         config = load_config(source)
+        if config.max_position_embeddings < data_section.seq_len:
+            raise UsageError(
+                f"data.seq_len is {data_section.seq_len}; it must be at most max_position_embeddings of {source} "
+                f"({config.max_position_embeddings})"
+            )
         check_vocabulary(data.tokenizer, config.vocab_size)
     else:
         bos, eos = special_ids(data.tokenizer)
@@ -71,59 +83,77 @@ def start(recipe: Recipe, path: Path, device: torch.device, note: Callable[[str]
             raise UsageError(str(error)) from None
         check_vocabulary(data.tokenizer, config.vocab_size)
     check_expressible(config)
+    batches = _batches(recipe, config, data)
     if source is not None:
         model, _ = load(source, dtype=torch.float32)
     else:
         model = Transformer(config).initialize(recipe.train.seed)
-    dtype = best_dtype(device) if recipe.train.dtype == "auto" else _DTYPES[recipe.train.dtype]
+    dtype = _dtype(recipe.train.dtype, device)
     train = recipe.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    fields = {k: v for k, v in config.model_dump(exclude_none=True).items()}
-    rope = config.rope_parameters.model_dump(exclude_none=True)
-    resolved = recipe.model_copy(update={"train": train, "data": data_section, "model": {**fields, "rope_parameters": rope}})
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        _write(path / "recipe.toml", resolved.to_toml())
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
-    return Run(path, resolved, config, data, model.to(device), dtype, None)
+    fields = config.model_dump(exclude_none=True)
+    resolved = recipe.model_copy(update={"train": train, "data": data_section, "model": fields})
+    _write_recipe(path, resolved)
+    return Run(path, resolved, config, data, batches, model.to(device), dtype, None, train.steps)
 
 
-def resume(path: Path, wanted: Recipe | None, overrides: list[str], device: torch.device, note: Callable[[str], None]) -> Run:
+def held_recipe(path: Path) -> Recipe:
+    """The recipe of the run in `path`. Raises `UsageError` if there is no run."""
+    file = path / "recipe.toml"
+    if not file.is_file():
+        raise UsageError(f"--resume {path}: is no run directory (it has no recipe.toml)")
+    return read_recipe(str(file))
+
+
+def resume(path: Path, wanted: Recipe, device: torch.device, note: Callable[[str], None]) -> Run:
     """Open a run to continue it from its newest checkpoint, or from the start if it has none.
 
-    `wanted` (a recipe named beside --resume) and `overrides` may change how training goes on, but not the model, its data
-    or the batches: a difference there raises `UsageError` and is named.
+    `wanted` may differ from the run's recipe in how training goes on, but not in the model, its data or the batches: a
+    difference there raises `UsageError` and is named, and so does a run that has ended.
     """
-    if not (path / "recipe.toml").is_file():
-        raise UsageError(f"--resume {path}: is no run directory (it has no recipe.toml)")
-    text = (path / "recipe.toml").read_text(encoding="utf-8")
-    held = parse_recipe(text, str(path / "recipe.toml"))
-    recipe = parse_recipe(text, str(path / "recipe.toml"), overrides)
-    if wanted is not None:
-        _refuse_difference(path, held, wanted)
-        recipe = wanted.model_copy(update={"model": held.model, "data": held.data, "name": held.name})
-    _refuse_difference(path, held, recipe)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": held.train.dtype})})
+    held = held_recipe(path)
+    _refuse_difference(path, held, wanted)
+    dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device)
+    train = wanted.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    recipe = wanted.model_copy(update={"model": held.model, "data": held.data, "name": held.name, "train": train})
     data = _prepare(recipe.data, recipe.model["vocab_size"], note)
     config = recipe.config(recipe.model["vocab_size"])
+    check_vocabulary(data.tokenizer, config.vocab_size)
+    model, batches = Transformer(config), _batches(recipe, config, data)
     saved = checkpoints(path)
-    run = Run(path, recipe, config, data, Transformer(config), _DTYPES[recipe.train.dtype], saved[-1] if saved else None)
-    if run.checkpoint is not None:
-        identity, then = run.identity(), read_state(run.checkpoint)["identity"]
-        for field in sorted({*identity["model"], *then["model"]}):
-            now, before = identity["model"].get(field), then["model"].get(field)
-            if now != before:
-                raise UsageError(f"--resume {path}: model.{field} is {now}, but the checkpoint was trained with {before}")
-        if identity["tokenizer"] != then["tokenizer"]:
-            raise UsageError(
-                f"--resume {path}: the tokenizer has changed (now {identity['tokenizer'][:12]}, checkpoint "
-                f"{then['tokenizer'][:12]}): restore the corpus or tokenizer file that the run began with"
-            )
+    run = Run(path, recipe, config, data, batches, model, dtype, saved[-1] if saved else None, train.steps)
+    if run.checkpoint is None:
+        model.initialize(train.seed)
     else:
-        run.model.initialize(recipe.train.seed)
-    run.model.to(device)
-    _write(path / "recipe.toml", recipe.to_toml())
+        state = read_state(run.checkpoint)
+        _refuse_other_identity(path, run.identity(), state["identity"])
+        if state["length"] == [train.steps, train.minutes]:
+            run.total_steps = state["total_steps"]
+        if state["step"] >= run.total_steps and _ended(path):
+            raise UsageError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
+    model.to(device)
+    _write_recipe(path, recipe)
     return run
+
+
+def _ended(path: Path) -> bool:
+    """Whether a run's last words are written: a crash may fall between its last step and those."""
+    records = read_metrics(path)
+    return bool(records) and records[-1].get("event") == "finished" and (path / "report.html").is_file()
+
+
+def _dtype(choice: str, device: torch.device) -> torch.dtype:
+    return best_dtype(device) if choice == "auto" else getattr(torch, choice)
+
+
+def _batches(recipe: Recipe, config: ModelConfig, data: TokenData) -> Batches:
+    return Batches(
+        data.train,
+        batch=recipe.train.batch,
+        seq_len=recipe.data.seq_len,
+        extra=1 + config.num_nextn_predict_layers,
+        seed=recipe.train.seed,
+        separate_documents=recipe.data.separate_documents,
+    )
 
 
 def _prepare(section: Any, vocab_size: int | None, note: Callable[[str], None]) -> TokenData:
@@ -134,11 +164,10 @@ def _prepare(section: Any, vocab_size: int | None, note: Callable[[str], None]) 
 
 
 def _refuse_difference(path: Path, held: Recipe, wanted: Recipe) -> None:
-    """Name the first field of model, data or batch order that differs."""
-    fixed = ("seq_len", "source", "tokenizer", "vocab_size", "held_out", "separate_documents")
-    pairs = [(f"data.{name}", getattr(held.data, name), getattr(wanted.data, name)) for name in fixed]
+    """Name the first field of model, data or batch order that differs; what `wanted` leaves open is no difference."""
+    pairs = [(f"model.{name}", held.model.get(name), value) for name, value in wanted.model.items() if name != "from"]
+    pairs += [(f"data.{name}", getattr(held.data, name), value) for name, value in wanted.data if value is not None]
     pairs += [(f"train.{name}", getattr(held.train, name), getattr(wanted.train, name)) for name in ("batch", "seed")]
-    pairs += [(f"model.{name}", held.model.get(name), value) for name, value in wanted.model.items() if name != "from"]
     pairs += [("optimizer.name", held.optimizer.name, wanted.optimizer.name)]
     for name, before, now in pairs:
         if isinstance(now, dict) and isinstance(before, dict):
@@ -147,10 +176,22 @@ def _refuse_difference(path: Path, held: Recipe, wanted: Recipe) -> None:
             raise UsageError(f"--resume {path}: {name} is {now!r}, but the run began with {before!r}: start a new run instead")
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _refuse_other_identity(path: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
+    for field in sorted({*now["model"], *then["model"]}):
+        here, before = now["model"].get(field), then["model"].get(field)
+        if here != before:
+            raise UsageError(f"--resume {path}: model.{field} is {here}, but the checkpoint was trained with {before}")
+    for what, remedy in (("corpus", "text"), ("tokenizer", "tokenizer file")):
+        if now[what] != then[what]:
+            raise UsageError(
+                f"--resume {path}: the {what} has changed (now {now[what][:12]}, checkpoint {then[what][:12]}): restore the "
+                f"{remedy} that the run began with"
+            )
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        replace_file(path / "recipe.toml", recipe.to_toml().encode("utf-8"))
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from None

@@ -7,13 +7,13 @@ import signal
 import statistics
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
-from cadre.data.batches import Batches
+from cadre.data.batches import Batch
 from cadre.data.sources import Document
 from cadre.errors import RunError
 from cadre.hub.save import save
@@ -60,7 +60,7 @@ class Result:
     steps: int
     tokens: int
     seconds: float
-    loss: float
+    loss: float | None
     bits_per_byte: float | None
     tokens_per_second: float
     mfu: float
@@ -80,21 +80,14 @@ class Trainer:
         self.model.compute_dtype = run.dtype
         self.optimizer = Optimizer(self.model, self.recipe.optimizer)
         self.balance = Balance(self.model, self.recipe.balance.bias_speed)
-        section = self.recipe.data
-        self.batches = Batches(
-            run.data.train,
-            batch=self.recipe.train.batch,
-            seq_len=section.seq_len,
-            extra=1 + len(self.model.mtp),
-            seed=self.recipe.train.seed,
-            separate_documents=section.separate_documents,
-        )
-        self.tokens_per_step = self.recipe.train.batch * section.seq_len
-        self.flops_per_token = count(run.config, context=section.seq_len).training_flops_per_token
-        self.progress = Progress(total_steps=self.recipe.train.steps)
+        seq_len = self.recipe.data.seq_len
+        self.tokens_per_step = self.recipe.train.batch * seq_len
+        self.flops_per_token = count(run.config, context=seq_len).training_flops_per_token
+        self.progress = Progress(total_steps=run.total_steps)
         self.step_seconds: deque[float] = deque(maxlen=50)
         self.eval_seconds_per_token = 0.0
-        self.last_loss, self.bits_per_byte = math.nan, None
+        self.last_loss: float | None = None
+        self.bits_per_byte: float | None = None
         if run.checkpoint is not None:
             self._restore()
 
@@ -104,36 +97,38 @@ class Trainer:
         """Run to the end. Raises `RunError` if the disk is full or the loss stays non-finite."""
         recipe, progress = self.recipe, self.progress
         resumed = progress.step if self.run.checkpoint is not None else None
-        self.metrics = MetricsLog(self.run.path, resume_step=resumed or 0)
-        self.gemm_rate = gemm_flops_per_second(self.run.dtype, self.device)
-        if resumed is not None:
-            self._event("resumed", f"from the checkpoint of step {resumed}")
-        iterator = iter(self.batches)
-        self.began = time.perf_counter() - progress.seconds
         with _StopSignals() as stop:
+            self.metrics = MetricsLog(self.run.path, resume_step=resumed or 0)
             try:
+                self.gemm_rate = gemm_flops_per_second(self.run.dtype, self.device)
+                if resumed is not None:
+                    self._event("resumed", f"from the checkpoint of step {resumed}")
+                self.began = time.perf_counter() - progress.seconds
                 while progress.step < progress.total_steps and not stop.signal:
-                    record = self._step(next(iterator))
-                    progress.batches = self.batches.state()
+                    record = self._step(next(self.run.batches))
+                    progress.batches = self.run.batches.state()
                     if progress.step % recipe.train.log_every == 0 or progress.step >= progress.total_steps:
                         self._log(record)
                         self._fit_the_minutes()
-                    if progress.step % recipe.eval.every == 0 and progress.step < progress.total_steps:
+                    if progress.step >= progress.total_steps:
+                        break
+                    if progress.step % recipe.eval.every == 0:
                         self._evaluate(final=False)
-                    if progress.step % recipe.checkpoint.every == 0:
+                    # Weights that give no finite loss must not push out those that did.
+                    if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
                         self.save()
-                if stop.signal:
-                    self._event("stopped", f"by {stop.signal} after step {progress.step}")
-                else:
-                    self._evaluate(final=True)
+                stopped = stop.signal if progress.step < progress.total_steps else None
+                if stopped:
+                    self._event("stopped", f"by {stopped} after step {progress.step}")
                 self.save()
-                if not stop.signal:
+                if not stopped:
+                    self._evaluate(final=True)
                     self._event("finished", f"{progress.step} steps")
             finally:
                 self.metrics.close()
-        return self._result(stop.signal)
+        return self._result(stopped)
 
-    def _step(self, batch: Any) -> dict[str, Any]:
+    def _step(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step over all micro-batches: losses, gradients, balance, update. Returns its record."""
         recipe, progress = self.recipe.train, self.progress
         start = time.perf_counter()
@@ -260,7 +255,8 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint, then the model in the Hugging Face layout. Raises `RunError` when the disk is full."""
-        state = {**asdict(self.progress), "identity": self.run.identity()}
+        train = self.recipe.train
+        state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity()}
         save_checkpoint(self.run.path, self.model, self.optimizer, state, self.recipe.checkpoint.keep)
         save(self.model, self.run.path / "model", self.run.data.tokenizer, dtype=self.run.dtype)
 
@@ -268,12 +264,10 @@ class Trainer:
         assert self.run.checkpoint is not None
         state = read_state(self.run.checkpoint)
         load_checkpoint(self.run.checkpoint, self.model, self.optimizer)
-        state.pop("identity")
-        self.progress = Progress(**state)
-        if self.progress.total_steps == self.progress.step or self.recipe.train.minutes is None:
-            self.progress.total_steps = self.recipe.train.steps
+        parts = {part.name: state[part.name] for part in fields(Progress)}
+        self.progress = Progress(**{**parts, "total_steps": self.run.total_steps})
         if self.progress.batches:
-            self.batches.restore(self.progress.batches)
+            self.run.batches.restore(self.progress.batches)
 
     def _result(self, stopped: str | None) -> Result:
         progress = self.progress

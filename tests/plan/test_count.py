@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+
+from cadre.errors import UsageError
+from cadre.model.attention import LayerCache
+from cadre.model.config import ModelConfig
+from cadre.model.transformer import Transformer
+from cadre.plan.count import count
+from tests import published
+from tests.shapes import configs, small
+
+
+def without_mtp(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "num_nextn_predict_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active_in_billions"),
+    [
+        ("DeepSeek-V3", 671_026_419_200, (37.552, 36.626, 35.699)),
+        ("DeepSeek-V2", 235_741_434_880, (21.376, 20.852, 20.327)),
+        ("DeepSeek-V2-Lite", 15_706_484_224, (2.661, 2.451, 2.242)),
+    ],
+)
+def test_published_totals_and_active_parameters(name, total, active_in_billions):
+    counted = count(without_mtp(published.ALL[name]))
+    assert counted.total_parameters == total
+    active = (
+        counted.active_parameters,
+        counted.active_parameters_without_input_embedding,
+        counted.active_parameters_without_embeddings,
+    )
+    assert tuple(round(a / 1e9, 3) for a in active) == active_in_billions
+
+
+def test_published_file_of_v3_counts_its_prediction_module_apart():
+    """The file says one module; the published total, active parameters and cache are those of the main model."""
+    with_module, without = count(published.DEEPSEEK_V3), count(without_mtp(published.DEEPSEEK_V3))
+    module = with_module.parts["multi_token_prediction"]
+    assert with_module.total_parameters - module == without.total_parameters == 671_026_419_200
+    assert with_module.active_parameters == without.active_parameters
+    assert with_module.kv_cache_bytes_per_token == 70_272
+    assert with_module.forward_flops_per_token == without.forward_flops_per_token
+
+
+def test_multi_token_prediction_trains_its_block_and_the_head_again():
+    config = small("deepseek_v3", num_nextn_predict_layers=2)
+    plain = count(config.model_copy(update={"num_nextn_predict_layers": 0}), context=100)
+    idle = 4 * 3 * config.hidden_size * 7
+    module = count(config, context=100).parts["multi_token_prediction"] // 2 - idle
+    head = config.vocab_size * config.hidden_size
+    extra = 6 * 2 * (module + head) + 3 * 2 * 3 * (10 + 5) * 100
+    assert count(config, context=100).training_flops_per_token == plain.training_flops_per_token + extra
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("DeepSeek-V3", 70_272), ("DeepSeek-V2", 69_120), ("DeepSeek-V2-Lite", 31_104), ("Llama-3.1-405B", 516_096)],
+)
+def test_published_cache_bytes(name, cache):
+    assert count(published.ALL[name]).kv_cache_bytes_per_token == cache
+    assert count(published.ALL[name], cache_bytes=1).kv_cache_bytes_per_token * 2 == cache
+
+
+def test_cache_bytes_if_it_were_multi_head_attention():
+    assert count(published.DEEPSEEK_V3).kv_cache_bytes_per_token_mha == 61 * 2 * 128 * (192 + 128)
+    grouped = count(small("llama"))
+    assert grouped.kv_cache_bytes_per_token_mha == 2 * grouped.kv_cache_bytes_per_token
+
+
+@pytest.mark.parametrize(("name", "gigaflops"), [("DeepSeek-V3", 250.5), ("DeepSeek-V2", 155.3)])
+def test_published_training_flops(name, gigaflops):
+    counted = count(without_mtp(published.ALL[name]))
+    assert round(counted.training_flops_per_token / 1e9, 1) == gigaflops
+    assert counted.training_flops_per_token == 3 * counted.forward_flops_per_token
+
+
+def test_only_attention_grows_with_context():
+    config = small("deepseek_v3")
+    near, far = count(config, context=10), count(config, context=1010)
+    assert far.training_flops_per_token - near.training_flops_per_token == 3 * 2 * 3 * (10 + 5) * 1000
+    assert near.active_parameters == far.active_parameters
+
+
+def test_published_llama_total():
+    assert count(published.LLAMA_3_1_405B).total_parameters == 405_853_388_800
+
+
+@given(configs())
+@example(small("deepseek_v3", num_nextn_predict_layers=2, first_k_dense_replace=3))
+@example(small("deepseek_v3", num_hidden_layers=1, num_nextn_predict_layers=1, first_k_dense_replace=2))
+@example(small("glm4_moe", attention_bias=True, tie_word_embeddings=True, num_nextn_predict_layers=1))
+@example(small("llama", attention_bias=True, tie_word_embeddings=True))
+def test_total_is_the_sum_over_real_tensors(config: ModelConfig):
+    with torch.device("meta"):
+        model = Transformer(config)
+    stored = {id(tensor): tensor.numel() for tensor in [*model.parameters(), *model.buffers()]}
+    counted = count(config)
+    assert counted.total_parameters == sum(stored.values()) == sum(counted.parts.values())
+    assert counted.parts["multi_token_prediction"] == elements(model.mtp)
+    routed = [moe.experts for layer, moe in model.sparse_layers() if layer < config.num_hidden_layers]
+    assert counted.parts["routed_experts"] == sum(elements(experts) for experts in routed)
+
+
+def elements(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
+
+
+class KeepEverything:
+    """A cache that only remembers what it was given."""
+
+    length = 0
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def layer(self, index: int) -> LayerCache:
+        return self
+
+    def append(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.kept += [first, second]
+        return first, second
+
+
+@given(configs())
+def test_cache_bytes_are_those_of_what_attention_keeps(config: ModelConfig):
+    cache, tokens = KeepEverything(), 2
+    Transformer(config).initialize(0)(torch.zeros(1, tokens, dtype=torch.int64), cache)
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in cache.kept)
+    assert count(config, cache_bytes=4).kv_cache_bytes_per_token * tokens == kept
+
+
+@given(configs())
+def test_active_parameters_are_total_less_idle_experts(config: ModelConfig):
+    counted = count(config)
+    sparse = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    one = 3 * config.hidden_size * (config.moe_intermediate_size or 0)
+    idle = sparse * one * ((config.n_routed_experts or 0) - (config.num_experts_per_tok or 0))
+    assert counted.total_parameters - counted.parts["multi_token_prediction"] - idle == counted.active_parameters
+    matrix = config.vocab_size * config.hidden_size
+    input_only = 0 if config.tie_word_embeddings else matrix
+    assert counted.active_parameters - counted.active_parameters_without_input_embedding == input_only
+    assert counted.active_parameters_without_input_embedding - counted.active_parameters_without_embeddings == matrix
+
+
+def test_every_way_to_name_a_model_counts_equal(tmp_path):
+    config = small("deepseek_v3", num_nextn_predict_layers=1)
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    file = run / "model" / "config.json"
+    file.write_text(json.dumps(config.to_hf()))
+    want = count(config)
+    for source in (config.to_hf(), file, str(file), file.parent, run):
+        assert count(source) == want
+
+
+def test_as_dict_is_plain_json():
+    counted = count(small("glm4_moe"), context=512)
+    values = json.loads(json.dumps(counted.as_dict()))
+    assert values["context"] == 512
+    assert values["total_parameters"] == counted.total_parameters
+    assert values["parts"] == counted.parts
+
+
+@pytest.mark.parametrize(("argument", "value"), [("context", 0), ("context", -1), ("cache_bytes", 0)])
+def test_impossible_arguments_are_refused_by_name(argument, value):
+    with pytest.raises(UsageError, match=f"{argument} is {value}; it must be at least 1"):
+        count(small("llama"), **{argument: value})
+
+
+def test_missing_and_impossible_configs_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        count(tmp_path / "nothing.json")
+    with pytest.raises(UsageError, match=r"config\.json: no such file"):
+        count(tmp_path)
+    with pytest.raises(UsageError, match="config: n_group is 7"):
+        count({**published.DEEPSEEK_V3, "n_group": 7})
+
+
+def test_counting_needs_no_torch():
+    code = "import sys, cadre; cadre.count; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
