@@ -39,7 +39,7 @@ class Problem:
             return None
         row = torch.tensor([n for n, length in enumerate(self.documents) for _ in range(length)])
         # The rows of a batch are cut at different places.
-        return torch.stack([row.roll(shift).sort().values if shift == 0 else row.flip(0) for shift in range(self.batch)])
+        return torch.stack([row.flip(0) if b % 2 else row for b in range(self.batch)])
 
 
 @st.composite
@@ -101,7 +101,7 @@ def test_bfloat16_stays_near_float64(backend, problem: Problem):
     want = value_and_gradients(exact, in_float64(tensors), scale, document)
     for ours, truth in zip(value_and_gradients(backend, tensors, scale, document), want, strict=True):
         assert ours.dtype == torch.bfloat16
-        assert_close(ours.double(), truth, atol=2**-5 * max(1.0, float(truth.abs().max())), rtol=2**-5)
+        assert_close(ours.double(), truth, atol=2**-5 * max(1.0, float(truth.detach().abs().max())), rtol=2**-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,19 +131,14 @@ def test_large_scores_do_not_overflow(backend):
     assert_close(got[0, 0], v[0, 0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("widths", [(4, 4), (5, 3), (3, 5)])
-def test_gradcheck(backend, widths):
-    problem = Problem(1, 4, 1, 2, *widths, documents=(3, 1))
+@pytest.mark.parametrize("documents", [None, (3, 1)])
+def test_gradcheck(widths, documents):
+    """The fused one only: the reference's float32 softmax is too coarse for finite differences."""
+    problem = Problem(1, 4, 1, 2, *widths, documents=documents)
+    document = problem.document_ids()
     tensors = problem.tensors(torch.float64)
-    if backend is causal_attention_reference:
-        tensors = tuple(x.detach()[:, :3].requires_grad_() for x in tensors)
-        assert torch.allclose(
-            backend(*tensors, 0.5), exact(*tensors, 0.5, None), atol=1e-6
-        )  # its softmax is float32, too coarse for finite differences
-        return
-    assert torch.autograd.gradcheck(lambda q, k, v: backend(q, k, v, 0.5), tensors)
-    assert torch.autograd.gradcheck(lambda q, k, v: backend(q, k, v, 0.5, problem.document_ids()), tensors)
+    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, 0.5, document), tensors)
 
 
 def test_mask_by_hand():

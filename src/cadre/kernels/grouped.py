@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadre.kernels.swiglu import swiglu, swiglu_reference
+from cadre.kernels.swiglu import swiglu
 
 
 def expert_swiglu_reference(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def expert_swiglu_reference(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, d
     outputs = []
     for expert, rows in enumerate(x_RD.split(load_E.tolist())):
         gate, up = F.linear(rows, gate_up_END[expert].to(rows.dtype)).chunk(2, dim=-1)
-        outputs.append(F.linear(swiglu_reference(gate, up), down_EDF[expert].to(rows.dtype)))
+        outputs.append(F.linear(swiglu(gate, up), down_EDF[expert].to(rows.dtype)))
     return torch.cat(outputs)
 
 

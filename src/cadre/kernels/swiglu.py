@@ -1,4 +1,4 @@
-"""silu(gate) * up: one pass forward, one pass backward, keeping only its inputs."""
+"""The gated activation of every feed-forward layer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise over any shape."""
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise over any shape (arXiv 2002.05202)."""
     return F.silu(gate) * up
-
-
-swiglu = swiglu_reference

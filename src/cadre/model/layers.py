@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadre.kernels.norm import rms_norm
 from cadre.kernels.swiglu import swiglu
 
 
@@ -33,10 +34,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)
-        x32 = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return self.weight.to(x.dtype) * x32.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

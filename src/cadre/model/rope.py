@@ -82,10 +82,12 @@ class RotaryTable:
         """Unit rotations times the magnitude for positions start..stop-1: complex64 [stop-start, R/2]."""
         table = self._turn_TR
         if table is None or table.device != device or len(table) < stop:
-            freq, magnitude = frequencies(self.config)
             length = max(stop, 2 * len(table) if table is not None else 128)
-            angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
-            table = torch.polar(torch.full_like(angle, magnitude), angle).to(device)
+            # A table that generation makes must serve training too, and autograd refuses inference tensors.
+            with torch.inference_mode(False):
+                freq, magnitude = frequencies(self.config)
+                angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
+                table = torch.polar(torch.full_like(angle, magnitude), angle).to(device)
             self._turn_TR = table
         return table[start:stop]
 

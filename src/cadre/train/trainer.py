@@ -107,9 +107,9 @@ class Trainer:
                 while progress.step < progress.total_steps and not stop.signal:
                     record = self._step(next(self.run.batches))
                     progress.batches = self.run.batches.state()
+                    self._fit_the_minutes()
                     if progress.step % recipe.train.log_every == 0 or progress.step >= progress.total_steps:
                         self._log(record)
-                        self._fit_the_minutes()
                     if progress.step >= progress.total_steps:
                         break
                     if progress.step % recipe.eval.every == 0:
@@ -239,17 +239,16 @@ class Trainer:
         self.observer.note(message if event == "skipped" else f"{event} {message}")
 
     def _fit_the_minutes(self) -> None:
-        """Give up steps that the clock has no room for, so that the schedule still ends where it should."""
+        """Give up the steps that the clock has no room for, or take them back, so that the schedule ends in time."""
         minutes, progress = self.recipe.train.minutes, self.progress
-        if minutes is None or len(self.step_seconds) < 10:
-            return
+        if minutes is None or (len(self.step_seconds) < 10 and progress.seconds < minutes * 30):
+            return  # the first steps are slow and say little, unless half the time is gone
         step_seconds = statistics.median(self.step_seconds)
         held_out = self.run.data.manifest["held_out"]["tokens"]
         per_token = self.eval_seconds_per_token or step_seconds / self.tokens_per_step
         left = minutes * 60 - progress.seconds - held_out * per_token
         possible = progress.step + max(0, int(left / step_seconds))
-        if possible < progress.total_steps:
-            progress.total_steps = max(possible, progress.step)
+        progress.total_steps = max(progress.step, min(possible, self.recipe.train.steps))
 
     # ------------------------------------------------------------------------------------------------- what is kept of it
 

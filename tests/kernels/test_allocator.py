@@ -1,0 +1,39 @@
+import subprocess
+import sys
+
+import pytest
+
+from cadre.kernels import allocator
+from cadre.kernels.allocator import keep_freed_memory
+
+# Page faults of filling a block of 64 MB again and again, in a process of its own: the switch lasts as long as its process.
+FAULTS = """
+import resource, sys, torch
+from cadre.kernels.allocator import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def fill():
+    torch.empty(16 * 2**20).fill_(1)
+for _ in range(3):
+    fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(mode: str) -> int:
+    done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_blocks_are_used_again_without_asking_the_kernel():
+    assert faults("keep") < 100 < faults("as it is")
+
+
+def test_other_systems_are_left_as_they_are(monkeypatch):
+    monkeypatch.setattr(allocator.sys, "platform", "darwin")
+    assert keep_freed_memory() is False
