@@ -194,6 +194,12 @@ def test_yarn_takes_what_it_lacks_from_the_context_length():
     assert ModelConfig.from_hf(values).rope_parameters.factor == 4, "transformers' default context is 4096"
 
 
+def test_rotary_fields_that_the_scaling_does_not_read_are_passed_over_as_transformers_does():
+    values = small("deepseek_v3").to_hf()
+    values["rope_parameters"].update(factor=40.0, beta_fast=8, original_max_position_embeddings=16, mscale_all_dim=1.0)
+    assert ModelConfig.from_hf(values) == small("deepseek_v3")
+
+
 def test_other_spellings_of_transformers():
     values = small("deepseek_v3", num_nextn_predict_layers=1).to_hf()
     renamed = {k: v for k, v in values.items() if k not in ("num_nextn_predict_layers", "n_routed_experts")}

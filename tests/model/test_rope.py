@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -33,7 +33,14 @@ def test_yarn_magnitude():
     assert yarn_magnitude(40.0, 0.707) == pytest.approx(1 + 0.0707 * math.log(40))
 
 
+def rope_of(rotary_dim: int, theta: float, context: int) -> ModelConfig:
+    rope = {"rope_type": "yarn", "rope_theta": theta, "factor": 4.0, "original_max_position_embeddings": context}
+    return small("deepseek_v3", qk_rope_head_dim=rotary_dim, rope_parameters=rope)
+
+
 @given(configs())
+@example(rope_of(4, 2.0, 4096))  # both ends of the ramp beyond the last pair
+@example(rope_of(8, 100.0, 2))  # both before the first
 def test_frequencies_are_those_of_transformers(config: ModelConfig):
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given
 
 from cadre.errors import UsageError
+from cadre.infer.cache import DecodingCache
 from cadre.model.attention import LayerCache
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -125,6 +126,9 @@ class KeepEverything:
     def layer(self, index: int) -> LayerCache:
         return self
 
+    def advance(self, positions: int) -> None:
+        pass
+
     def append(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.kept += [first, second]
         return first, second
@@ -136,6 +140,7 @@ def test_cache_bytes_are_those_of_what_attention_keeps(config: ModelConfig):
     Transformer(config).initialize(0)(torch.zeros(1, tokens, dtype=torch.int64), cache)
     kept = sum(tensor.numel() * tensor.element_size() for tensor in cache.kept)
     assert count(config, cache_bytes=4).kv_cache_bytes_per_token * tokens == kept
+    assert count(config).kv_cache_bytes_per_token == DecodingCache(config, 3, 5, torch.bfloat16).bytes_per_token
 
 
 @given(configs())

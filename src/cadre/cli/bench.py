@@ -35,9 +35,11 @@ def bench_train(
     """Time full optimizer steps of a model on random tokens, against the machine's GEMM rate."""
     import torch
 
+    from cadre.kernels.allocator import keep_freed_memory
     from cadre.model.config import ModelConfig
     from cadre.train import bench
 
+    keep_freed_memory()
     chosen = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     result = bench.bench_train(ModelConfig.from_file(config), batch=batch, seq_len=seq_len, steps=steps, dtype=chosen)
     if json_:

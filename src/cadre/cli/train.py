@@ -33,6 +33,7 @@ def train(
 ) -> None:
     """Train a model by a recipe, on a named corpus or your own text."""
     from cadre.cli.progress import TrainingLine
+    from cadre.kernels.allocator import keep_freed_memory
     from cadre.kernels.limits import default_device
     from cadre.train.recipe import read_recipe
     from cadre.train.run import held_recipe, start

@@ -39,9 +39,9 @@ class Sampling:
 def sample(logits_BW: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """One token id for each row: int64 [B] from logits [B, W] of any float type; the arithmetic is float32.
 
-    `generator` must be on the logits' device; greedy choice (temperature 0) draws nothing from it.
+    `generator` must be on the logits' device; greedy choice (temperature 0, or too near it for float32) draws nothing.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(torch.float32).tiny:
         return logits_BW.argmax(dim=-1)
     logits_BW = logits_BW.float()
     id_BW = None

@@ -1,6 +1,6 @@
 """How well a model predicts text: bits per byte, the measure that does not depend on the tokenizer.
 
-Letters in names: B window, T position, N scored position, D hidden, W vocabulary (words).
+Letters in names: B window, T position, N token of a document or scored position, D hidden.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import batched
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,3 +20,206 @@ from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+# Logits held at once, in elements: a few MB in float32, so that the passes over them stay in the cache.
+_CHUNK_ELEMENTS = 1 << 20
+# Characters tokenised at a time: documents are scored together up to this much, so that their short ends share batches.
+_GROUP_CHARACTERS = 1 << 22
+
+
+class Text(Protocol):
+    """A document, of which only the text counts here."""
+
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """The negative log-likelihood of text in nats, its tokens, and its size in UTF-8 bytes. Scores add up."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+
+def score_documents(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    documents: Iterable[Text],
+    *,
+    context: int,
+    stride: int | None = None,
+    batch: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Score:
+    """The score of documents together; see `score_each`. Raises `UsageError` also if they hold no text at all."""
+    scores = score_each(model, tokenizer, documents, context=context, stride=stride, batch=batch, progress=progress)
+    total = sum(scores, Score(0.0, 0, 0))
+    if not total.bytes:
+        raise UsageError("nothing to score: the documents hold no text")
+    return total
+
+
+def score_each(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    documents: Iterable[Text],
+    *,
+    context: int,
+    stride: int | None = None,
+    batch: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Score]:
+    """The score of each document, in order, every token predicted within a sliding context; see `token_nats`.
+
+    A document starts from the token that starts one in training (`document_start`) and counts without its end. Special
+    tokens written out in it are text. Bits per byte are comparable between tokenizers that lose nothing of the text.
+    `batch` windows of `context` tokens are computed at once, across documents; `progress` is called with the number of
+    tokens after each batch. Puts the model in eval mode.
+
+    Raises `UsageError` for a context or stride out of range, and if config and tokenizer name no token that starts a
+    document.
+    """
+    stride = _check(model.config, context, stride, batch)
+    first = document_start(model.config, tokenizer)
+    encoder = type(tokenizer).from_str(tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    for texts in _groups(documents):
+        encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encoded]
+        for text, nats_N in zip(texts, _nats(model, ids, first, context, stride, batch, progress), strict=True):
+            yield Score(float(nats_N.double().sum()), len(nats_N), len(text.encode("utf-8")))
+
+
+def token_nats(
+    model: Transformer,
+    ids: Sequence[int] | Tensor,
+    *,
+    first: int,
+    context: int,
+    stride: int | None = None,
+    batch: int = 8,
+) -> Tensor:
+    """Negative log-likelihood in nats of every token of one document: float32 [N] on the CPU.
+
+    The document is preceded by the token `first`. Windows of `context` tokens move by `stride` (half of `context` unless
+    given); each token is scored once, in the first window that reaches it, and so sees at least `context - stride` tokens
+    before it where there are so many. `stride` = `context` is cheapest, a smaller one scores better. Puts the model in
+    eval mode. Raises `UsageError` for a context or stride out of range.
+    """
+    stride = _check(model.config, context, stride, batch)
+    return _nats(model, [torch.as_tensor(ids, dtype=torch.int64)], first, context, stride, batch, None)[0]
+
+
+def document_start(config: ModelConfig, tokenizer: Tokenizer) -> int:
+    """The token that a document is predicted from: what the tokenizer itself puts before a text, else the token that
+    ends the document before it, else the one that begins a text. Raises `UsageError` if there is none of them."""
+    own = tokenizer.encode("").ids
+    if own:
+        return own[0]
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    start = config.bos_token_id if end is None else end
+    if start is None:
+        raise UsageError("the model names no eos_token_id or bos_token_id, and a document needs one to start from")
+    return start
+
+
+def _check(config: ModelConfig, context: int, stride: int | None, batch: int) -> int:
+    """The stride, once all is in range."""
+    most = config.max_position_embeddings
+    if not 1 <= context <= most:
+        raise UsageError(f"context is {context}; it must be from 1 to {most}, the model's max_position_embeddings")
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise UsageError(f"stride is {stride}; it must be from 1 to the context ({context})")
+    if batch < 1:
+        raise UsageError(f"batch is {batch}; it must be at least 1")
+    return stride
+
+
+def _groups(documents: Iterable[Text]) -> Iterator[list[str]]:
+    group: list[str] = []
+    characters = 0
+    for document in documents:
+        group.append(document.text)
+        characters += len(document.text)
+        if characters >= _GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Positions start to stop - 1 of one document, of which those from `scored` on count."""
+
+    document: int
+    start: int
+    stop: int
+    scored: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def _windows(document: int, length: int, context: int, stride: int) -> Iterator[_Window]:
+    start = scored = 0
+    while scored < length:
+        stop = min(start + context, length)
+        yield _Window(document, start, stop, scored)
+        start, scored = start + stride, stop
+
+
+@torch.inference_mode()
+def _nats(
+    model: Transformer,
+    documents: list[Tensor],
+    first: int,
+    context: int,
+    stride: int,
+    batch: int,
+    progress: Callable[[int], None] | None,
+) -> list[Tensor]:
+    """`token_nats` of several documents at once."""
+    model.eval()
+    device = model.embed_tokens.weight.device
+    nats = [torch.empty(len(ids), dtype=torch.float32) for ids in documents]
+    inputs = [torch.cat((torch.tensor([first]), ids[:-1])) for ids in documents]
+    windows = [w for number, ids in enumerate(documents) for w in _windows(number, len(ids), context, stride)]
+    windows.sort(key=len, reverse=True)  # equal lengths share a batch; the shorter ones need little padding
+    for place in range(0, len(windows), batch):
+        together = windows[place : place + batch]
+        ids_BT = torch.zeros(len(together), len(together[0]), dtype=torch.int64)
+        for row, w in zip(ids_BT, together, strict=True):
+            row[: len(w)] = inputs[w.document][w.start : w.stop]
+        # Padding on the right needs no mask: attention is causal, and no expert drops a token for it.
+        hidden_BTD = model.hidden(ids_BT.to(device))
+        counted = [slice(w.scored - w.start, len(w)) for w in together]
+        hidden_ND = torch.cat([hidden[part] for hidden, part in zip(hidden_BTD, counted, strict=True)])
+        target_N = torch.cat([documents[w.document][w.scored : w.stop] for w in together]).to(device)
+        values = _cross_entropy(model, hidden_ND, target_N).cpu().split([w.stop - w.scored for w in together])
+        for w, value in zip(together, values, strict=True):
+            nats[w.document][w.scored : w.stop] = value
+        if progress is not None:
+            progress(len(target_N))
+    return nats
+
+
+def _cross_entropy(model: Transformer, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    """float32 [N]: -log softmax(head(hidden_n))[target_n], a few rows' logits at a time."""
+    rows = max(64, _CHUNK_ELEMENTS // model.config.vocab_size)
+    return torch.cat(
+        [
+            F.cross_entropy(model.lm_head(hidden).float(), target, reduction="none")
+            for hidden, target in zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
+        ]
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -215,7 +214,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def dump_toml(values: dict[str, Any]) -> str:
-    """Plain values, sections and one level of tables below as TOML (the standard library only reads it)."""
+    """Plain values, sections and one level of tables below as TOML (the standard library only reads it). Keys are bare."""
     lines = [f"{key} = {_literal(value)}" for key, value in values.items() if not isinstance(value, dict)]
     for key, section in values.items():
         if isinstance(section, dict):
@@ -233,9 +232,5 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items() if v is not None) + " }"
+        return "{ " + ", ".join(f"{k} = {_literal(v)}" for k, v in value.items() if v is not None) + " }"
     return repr(value)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)

@@ -25,6 +25,7 @@ from cadre.hub.load import load
 from cadre.hub.save import check_expressible
 from cadre.kernels.limits import best_dtype
 from cadre.model.config import ModelConfig
+from cadre.model.scoring import document_start
 from cadre.model.transformer import Transformer
 from cadre.train.checkpoint import checkpoints, read_state
 from cadre.train.metrics import read_metrics, replace_file
@@ -83,6 +84,7 @@ def start(recipe: Recipe, path: Path, device: torch.device, note: Callable[[str]
             raise UsageError(str(error)) from None
         check_vocabulary(data.tokenizer, config.vocab_size)
     check_expressible(config)
+    _check_samples(recipe, config, data)
     batches = _batches(recipe, config, data)
     if source is not None:
         model, _ = load(source, dtype=torch.float32)
@@ -139,6 +141,18 @@ def _ended(path: Path) -> bool:
     """Whether a run's last words are written: a crash may fall between its last step and those."""
     records = read_metrics(path)
     return bool(records) and records[-1].get("event") == "finished" and (path / "report.html").is_file()
+
+
+def _check_samples(recipe: Recipe, config: ModelConfig, data: TokenData) -> None:
+    """Refuse now what would fail when the model is scored and sampled."""
+    document_start(config, data.tokenizer)
+    for prompt in recipe.eval.prompts:
+        length = len(data.tokenizer.encode(prompt).ids)
+        if length >= config.max_position_embeddings:
+            raise UsageError(
+                f"eval.prompts: {prompt[:20]!r}... has {length} tokens; the model's context (max_position_embeddings) "
+                f"is {config.max_position_embeddings}"
+            )
 
 
 def _dtype(choice: str, device: torch.device) -> torch.dtype:

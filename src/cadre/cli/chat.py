@@ -1,0 +1,78 @@
+"""`cadre chat`: talk to a model, line by line."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from cadre.cli.generate import MaxTokens, Model, Seed, Temperature, TopK, TopP, load_with_tokenizer
+from cadre.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cadre.infer.chat import Conversation
+
+
+def chat(
+    model: Model,
+    max_tokens: MaxTokens = 100,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model: your lines and its answers are one transcript, which it continues."""
+    from rich.console import Console
+
+    from cadre.infer.chat import Conversation
+    from cadre.infer.sampling import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k)
+    loaded, tokenizer = load_with_tokenizer(model)
+    conversation = Conversation(loaded, tokenizer, sampling, max_tokens, seed)
+    # Prompts are for people: with lines from a pipe, standard output holds the answers only.
+    console = Console(highlight=False) if sys.stdin.isatty() and sys.stdout.isatty() else None
+    if console:
+        console.print("/reset forgets what was said, /quit or Ctrl-D leaves, Ctrl-C stops an answer.", style="dim")
+    while True:
+        try:
+            line = _read(console)
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line.strip() == "/quit":
+            return
+        if line.strip() == "/reset":
+            conversation.reset()
+        elif line.strip():
+            try:
+                _answer(conversation, line)
+            except UsageError as error:
+                if not console:
+                    raise
+                console.print(str(error), style="red", markup=False)
+
+
+def _read(console: Console | None) -> str:
+    """One line without its end. Raises `EOFError` after the last."""
+    if console:
+        return console.input("[bold cyan]>[/] ")
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")
+
+
+def _answer(conversation: Conversation, line: str) -> None:
+    pieces = conversation.reply(line)
+    try:
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        pass
+    typer.echo()

@@ -1,0 +1,63 @@
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import cadre
+from cadre.cli.chat import chat
+from cadre.errors import UsageError
+from cadre.infer.chat import Conversation
+from cadre.infer.sampling import Sampling
+
+APP = typer.Typer()
+APP.command()(chat)
+
+
+def run(model_dir, text, *options):
+    return CliRunner().invoke(APP, [str(model_dir), "--seed", "5", "--max-tokens", "8", *options], input=text)
+
+
+def answers(model_dir, *turns):
+    """What the library says, turn by turn; None resets."""
+    talk = Conversation(*cadre.load(model_dir), Sampling(0.8, 0.95), 8, seed=5)
+    said = ""
+    for turn in turns:
+        if turn is None:
+            talk.reset()
+        else:
+            said += "".join(talk.reply(turn)) + "\n"
+    return said
+
+
+def test_lines_from_a_pipe_are_answered_line_by_line(model_dir):
+    result = run(model_dir, "Who are you?\n\nAnd then?\r\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == answers(model_dir, "Who are you?", "And then?")
+
+
+def test_reset_and_quit(model_dir):
+    result = run(model_dir, "yes\n/reset\nyes\n /quit \nyes\n")
+    assert result.stdout == answers(model_dir, "yes", None, "yes")
+    assert run(model_dir, "/quit\n").stdout == ""
+
+
+def test_ctrl_c_stops_the_answer_not_the_conversation(model_dir, monkeypatch):
+    spoken = iter([["half ", KeyboardInterrupt], ["whole"]])
+
+    def reply(self, line):
+        for piece in next(spoken):
+            if piece is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(Conversation, "reply", reply)
+    assert run(model_dir, "one\ntwo\n").stdout == "half \nwhole\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("the union " * 60 + "\n", "/reset starts anew"), (b"caf\xe9\n", "not UTF-8")],
+)
+def test_bad_lines_from_a_pipe_are_usage_errors(model_dir, text, message):
+    result = run(model_dir, text)
+    assert isinstance(result.exception, UsageError)
+    assert message in str(result.exception)

@@ -1,0 +1,106 @@
+import gzip
+import json
+import math
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import cadre
+from cadre.cli.evaluate import evaluate
+from cadre.data.tokenizer import train_tokenizer
+from cadre.errors import RunError, UsageError
+from cadre.model.scoring import token_nats
+from cadre.model.transformer import Transformer
+from tests.shapes import small
+
+APP = typer.Typer()
+APP.command()(evaluate)
+ONE = "The people of the naïve union answered 😀: yes.\n" * 5
+TWO = "And then?\nNothing followed.\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "one.txt").write_text(ONE)
+    with gzip.open(tmp_path / "two.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": line}) + "\n" for line in (TWO, ONE, TWO))
+    return [tmp_path / "one.txt", tmp_path / "two.jsonl.gz"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+
+
+def expected_nats(model_dir, text, context, stride):
+    loaded, tokenizer = cadre.load(model_dir)
+    return float(token_nats(loaded, tokenizer.encode(text).ids, first=1, context=context, stride=stride).sum())
+
+
+@pytest.mark.parametrize("options", [(), ("--context", 16), ("--context", 16, "--stride", 3)])
+def test_json_has_every_file_and_the_whole(model_dir, files, options):
+    result = run(model_dir, "--data", files[0], "--data", files[1], "--json", *options)
+    assert result.exit_code == 0, result.output
+    score = json.loads(result.stdout)
+    context, stride = {0: (64, 32), 2: (16, 8), 4: (16, 3)}[len(options)]
+    assert score.keys() == {"bits_per_byte", "bytes", "tokens", "files"}
+    assert [file["path"] for file in score["files"]] == [str(file) for file in files]
+    nats = [sum(expected_nats(model_dir, text, context, stride) for text in texts) for texts in ([ONE], [TWO, ONE, TWO])]
+    for file, texts, expected in zip(score["files"], ([ONE], [TWO, ONE, TWO]), nats, strict=True):
+        assert file.keys() == {"path", "bytes", "tokens", "bits_per_byte"}
+        assert file["bytes"] == sum(len(text.encode()) for text in texts)
+        assert math.isclose(file["bits_per_byte"], expected / math.log(2) / file["bytes"], rel_tol=1e-4)
+    for name in ("bytes", "tokens"):
+        assert score[name] == sum(file[name] for file in score["files"])
+    assert math.isclose(score["bits_per_byte"], sum(nats) / math.log(2) / score["bytes"], rel_tol=1e-4)
+
+
+def test_files_after_one_data_option_and_folders(model_dir, files):
+    apart = run(model_dir, "--data", files[0], "--data", files[1], "--json").stdout
+    assert run(model_dir, "--data", *files, "--json").stdout == apart
+    assert run(model_dir, "--data", files[0].parent, "--json").stdout == apart
+
+
+def test_plain_output_names_files_and_overall(model_dir, files):
+    lines = run(model_dir, "--data", *files).stdout.splitlines()
+    score = json.loads(run(model_dir, "--data", *files, "--json").stdout)
+    assert [line.split()[-1] for line in lines] == [*map(str, files), "overall"]
+    for line, part in zip(lines, [*score["files"], score], strict=True):
+        assert line.startswith(f"{part['bits_per_byte']:.4f} bits per byte")
+        assert f"{part['bytes']:,} bytes" in line and f"{part['tokens']:,} tokens" in line
+
+
+def test_bytes_do_not_depend_on_the_tokenizer(model_dir, files, tmp_path):
+    other = tmp_path / "other"
+    cadre.save(Transformer(small("llama", vocab_size=300, eos_token_id=1)).initialize(0), other, train_tokenizer([ONE], 262))
+    scores = [json.loads(run(path, "--data", *files, "--json").stdout) for path in (model_dir, other)]
+    assert scores[0]["bytes"] == scores[1]["bytes"] and scores[0]["tokens"] != scores[1]["tokens"]
+
+
+def test_text_that_cannot_be_read(model_dir, tmp_path):
+    (tmp_path / "binary.txt").write_bytes(b"\0\1")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text(" ")
+    wrong = {"absent.txt": "no such file", "binary.txt": "binary", "latin.txt": "not UTF-8", "empty.txt": "empty"}
+    for name, message in wrong.items():
+        result = run(model_dir, "--data", tmp_path / name, "--json")
+        assert isinstance(result.exception, UsageError) and message in str(result.exception)
+        assert result.stdout == ""
+
+
+def test_windows_out_of_range(model_dir, files):
+    assert "context is 65; it must be from 1 to 64" in str(run(model_dir, "--data", files[0], "--context", 65).exception)
+    assert "stride is 9" in str(run(model_dir, "--data", files[0], "--context", 8, "--stride", 9).exception)
+
+
+def test_no_data_is_bad_usage(model_dir):
+    assert run(model_dir).exit_code == 2
+
+
+def test_a_broken_model_fails_clearly(files, tmp_path):
+    broken = Transformer(small("llama", vocab_size=300, eos_token_id=1)).initialize(0)
+    broken.norm.weight.data = torch.full_like(broken.norm.weight, float("nan"))
+    cadre.save(broken, tmp_path / "broken", train_tokenizer([ONE], 262))
+    result = run(tmp_path / "broken", "--data", files[0], "--json")
+    assert isinstance(result.exception, RunError) and "not finite" in str(result.exception)

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import cadre
+from cadre.cli.generate import generate
+from cadre.errors import UsageError
+from cadre.model.transformer import Transformer
+from tests.shapes import small
+
+APP = typer.Typer()
+APP.command()(generate)
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+
+
+def library(model_dir, prompt, **options):
+    return cadre.generate(*cadre.load(model_dir), prompt, **options)
+
+
+def test_prints_the_continuation_and_nothing_else(model_dir):
+    result = run(model_dir, "The people", "--max-tokens", 20, "--seed", 4)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == library(model_dir, "The people", max_new_tokens=20, seed=4) + "\n"
+
+
+def test_json_is_one_object(model_dir):
+    result = run(model_dir, "é", "--max-tokens", 20, "--seed", 4, "--json")
+    assert json.loads(result.stdout) == {"prompt": "é", "text": library(model_dir, "é", max_new_tokens=20, seed=4)}
+
+
+def test_options_reach_the_sampling(model_dir):
+    options = ["--temperature", 1.7, "--top-p", 0.5, "--top-k", 7, "--seed", 1, "--max-tokens", 30]
+    text = library(model_dir, "yes", temperature=1.7, top_p=0.5, top_k=7, seed=1, max_new_tokens=30)
+    assert run(model_dir, "yes", *options).stdout == text + "\n"
+    for left_out in ({"top_k": 7}, {"top_p": 0.5}):
+        assert library(model_dir, "yes", temperature=1.7, **left_out, seed=1, max_new_tokens=30) != text
+    stopped = run(model_dir, "yes", *options, "--stop", "nowhere", "--stop", text[4:6])
+    assert stopped.stdout == text.partition(text[4:6])[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["the union " * 60], r"the prompt has \d+ tokens, but the model's context is 64"),
+        (["yes", "--temperature", -1], "temperature is -1.0"),
+        (["yes", "--top-p", 2], "top_p is 2.0"),
+        (["yes", "--top-k", -3], "top_k is -3"),
+        (["yes", "--stop", ""], "stop string is empty"),
+        (["yes", "--seed", -1], "seed is -1"),
+    ],
+)
+def test_bad_input_is_a_usage_error_and_prints_nothing(model_dir, arguments, message):
+    result = run(model_dir, *arguments)
+    assert isinstance(result.exception, UsageError)
+    assert result.stdout == ""
+    with pytest.raises(UsageError, match=message):
+        raise result.exception
+
+
+def test_no_tokens_to_generate_is_bad_usage(model_dir):
+    assert run(model_dir, "yes", "--max-tokens", 0).exit_code == 2
+
+
+def test_a_directory_that_is_no_model(tmp_path):
+    assert "is no model directory" in str(run(tmp_path, "yes").exception)
+
+
+def test_a_model_without_a_tokenizer(tmp_path):
+    cadre.save(Transformer(small("llama")).initialize(0), tmp_path / "m")
+    result = run(tmp_path / "m", "yes")
+    assert isinstance(result.exception, UsageError)
+    assert "has no tokenizer.json" in str(result.exception)

@@ -1,0 +1,188 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cadre
+from cadre.data.tokenizer import train_tokenizer
+from cadre.errors import RunError, UsageError
+from cadre.infer.generate import Decoder, encode_prompt, end_ids, generate, generate_ids, seeded, stream
+from cadre.infer.sampling import Sampling
+from cadre.model.transformer import Transformer
+from tests.shapes import FAMILIES, small
+
+PROMPT = "The people of"
+
+
+@torch.inference_mode()
+def greedy_without_cache(model, ids, count):
+    ids = list(ids)
+    ends = end_ids(model.config)
+    for _ in range(count):
+        token = int(model(torch.tensor([ids]))[0, -1].argmax())
+        if token in ends:
+            break
+        ids.append(token)
+    return ids[-count:] if count else []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_equal_those_without_a_cache(family):
+    model = Transformer(small(family, initializer_range=0.3)).initialize(1)
+    ids = [3, 1, 4, 1, 5]
+    expected = greedy_without_cache(model, ids, 30)
+    assert generate_ids(model, ids, max_new_tokens=30, temperature=0) == expected
+    assert len(set(expected)) > 3
+
+
+def test_float32_weights_decode_in_the_compute_dtype(model, tokenizer):
+    half = Transformer(model.config).initialize(0)
+    half.compute_dtype = torch.bfloat16
+    assert Decoder(half, 8).cache.layer(0).parts[0].dtype == torch.bfloat16
+    assert generate_ids(half, [5, 6], max_new_tokens=5, temperature=0)
+
+
+@given(seed=st.integers(0, 2**32), temperature=st.floats(0.3, 2.0))
+def test_stream_joined_is_the_generated_text(model, tokenizer, seed, temperature):
+    options = dict(max_new_tokens=40, temperature=temperature, seed=seed)
+    parts = list(stream(model, tokenizer, PROMPT, **options))
+    text = "".join(parts)
+    assert generate(model, tokenizer, PROMPT, **options) == text
+    prompt_ids = tokenizer.encode(PROMPT).ids
+    whole = tokenizer.decode(prompt_ids + generate_ids(model, prompt_ids, **options))
+    assert whole.startswith(PROMPT + text)
+    assert not whole[len(PROMPT + text) :].strip("\ufffd")
+    assert all(parts)
+
+
+def test_text_comes_while_the_model_writes(model, tokenizer):
+    pieces = stream(model, tokenizer, PROMPT, max_new_tokens=50, seed=0)
+    next(pieces)
+    assert len(list(pieces)) > 10
+
+
+@given(seed=st.integers(0, 1000), start=st.integers(0, 20), length=st.integers(1, 6))
+def test_stop_strings_across_tokens(model, tokenizer, seed, start, length):
+    text = generate(model, tokenizer, PROMPT, max_new_tokens=40, seed=seed)
+    stop = text[start : start + length]
+    if not stop:
+        return
+    parts = list(stream(model, tokenizer, PROMPT, max_new_tokens=40, seed=seed, stop=["never ever", stop]))
+    assert "".join(parts) == text.partition(stop)[0]
+
+
+def test_a_single_stop_string_is_not_taken_apart(model, tokenizer):
+    text = generate(model, tokenizer, PROMPT, max_new_tokens=40, seed=1)
+    assert generate(model, tokenizer, PROMPT, max_new_tokens=40, seed=1, stop=text[8:11]) == text.partition(text[8:11])[0]
+
+
+def test_the_end_of_text_token_ends(model, tokenizer):
+    prompt = tokenizer.encode(PROMPT).ids
+    ids = generate_ids(model, prompt, max_new_tokens=12, temperature=0)
+    third = ids[ids.index(ids[3])]
+    for ends in (third, [2, third]):
+        ending = Transformer(model.config.model_copy(update={"eos_token_id": ends}))
+        ending.load_state_dict(model.state_dict())
+        assert generate_ids(ending, prompt, max_new_tokens=12, temperature=0) == ids[: ids.index(third)]
+
+
+def test_seeds(model, tokenizer):
+    texts = [generate(model, tokenizer, PROMPT, max_new_tokens=30, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    free = {generate(model, tokenizer, PROMPT, max_new_tokens=30) for _ in range(3)}
+    assert len(free) > 1
+
+
+def test_generation_leaves_the_global_random_state_alone(model, tokenizer):
+    before = torch.get_rng_state()
+    generate(model, tokenizer, PROMPT, max_new_tokens=5, seed=9)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_empty_prompt_starts_a_document(model, tokenizer):
+    """Cadre packs documents as text and end-of-text: what comes after one is a beginning."""
+    assert encode_prompt(model.config, tokenizer, "") == [1]
+    assert generate(model, tokenizer, "", max_new_tokens=9, seed=3)
+
+
+def test_a_tokenizer_that_begins_texts_itself_is_respected(model):
+    from tokenizers import processors
+
+    tokenizer = train_tokenizer(["the union " * 20], 300)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    assert encode_prompt(model.config, tokenizer, "") == [0]
+    assert encode_prompt(model.config, tokenizer, "the")[0] == 0
+
+
+def test_generation_fills_the_context_and_stops(model, tokenizer):
+    context = model.config.max_position_embeddings
+    ids = [5] * (context - 4)
+    assert len(generate_ids(model, ids, max_new_tokens=100, seed=0)) == 4
+    assert generate_ids(model, [5] * context, max_new_tokens=100, seed=0) == []
+    with pytest.raises(UsageError, match=f"the prompt has {context + 1} tokens, but the model's context is {context}"):
+        generate_ids(model, [5] * (context + 1))
+    with pytest.raises(UsageError, match="context is 64"):
+        generate(model, tokenizer, "yes " * 100)
+
+
+def test_training_after_generation(model):
+    """What generation leaves in the model must not be barred from autograd."""
+    fresh = Transformer(model.config).initialize(0)
+    generate_ids(fresh, [3, 4], max_new_tokens=3)
+    fresh.train()(torch.tensor([[3, 4, 5]])).sum().backward()
+    assert fresh.embed_tokens.weight.grad is not None
+
+
+def test_a_consumer_of_the_stream_is_not_in_inference_mode(model, tokenizer):
+    for _ in stream(model, tokenizer, PROMPT, max_new_tokens=3, seed=0):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_an_interrupted_stream_goes_on_where_it_was(model):
+    whole = generate_ids(model, [5, 6, 7], max_new_tokens=8, temperature=0)
+    decoder = Decoder(model, 20)
+    decoder.feed([5, 6, 7])
+    arguments = (Sampling(0.0), seeded(0, torch.device("cpu")), end_ids(model.config))
+    first = decoder.stream(8, *arguments)
+    got = [next(first) for _ in range(3)]
+    first.close()
+    assert got + list(decoder.stream(5, *arguments)) == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"seed": -1}, "seed is -1; it must be from 0"),
+        ({"seed": 2**64}, "seed is"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"stop": [""]}, "stop string is empty"),
+        ({"stop": ""}, "stop string is empty"),
+    ],
+)
+def test_bad_options_are_refused_at_the_call(model, tokenizer, options, message):
+    with pytest.raises(UsageError, match=message):
+        stream(model, tokenizer, PROMPT, **options)
+
+
+def test_bad_prompts_are_refused(model, tokenizer):
+    with pytest.raises(UsageError, match="not valid Unicode text"):
+        generate(model, tokenizer, "half a pair \ud83d")
+    with pytest.raises(UsageError, match="no tokens"):
+        generate_ids(model, [])
+    for token in (300, -1):
+        with pytest.raises(UsageError, match=f"token id {token} is outside"):
+            generate_ids(model, [3, token])
+
+
+def test_a_model_without_finite_logits_fails_clearly(model):
+    broken = Transformer(model.config).initialize(0)
+    broken.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(RunError, match="not finite"):
+        generate_ids(broken, [3])
+
+
+def test_generate_is_a_name_of_the_package():
+    assert cadre.generate is generate

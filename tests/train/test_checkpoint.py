@@ -1,0 +1,212 @@
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from cadre.errors import RunError, UsageError
+from cadre.model.transformer import Transformer
+from cadre.train import checkpoint as module
+from cadre.train.checkpoint import checkpoints, load_checkpoint, model_tensors, read_state, save_checkpoint
+from cadre.train.optimizer import Optimizer
+from cadre.train.recipe import OptimizerSection
+from tests.shapes import small
+
+
+def build(seed: int, name: str = "muon", kind: str = "deepseek_v3", **changes) -> tuple[Transformer, Optimizer]:
+    model = Transformer(small(kind, **changes)).initialize(seed)
+    with torch.no_grad():
+        for _, layer in model.sparse_layers():
+            if layer.gate.e_score_correction_bias is not None:
+                layer.gate.e_score_correction_bias.normal_(generator=torch.Generator().manual_seed(seed))
+    optimizer = Optimizer(model, OptimizerSection(name=name, lr=0.01))
+    step(model, optimizer, seed)
+    return model, optimizer
+
+
+def step(model: Transformer, optimizer: Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step(1.0)
+
+
+def state(step: int) -> dict:
+    return {"step": step, "total_steps": 99, "length": [99, None], "identity": {}, "window": [[0.1 + 0.2, 1e-300]]}
+
+
+def everything(model: Transformer, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in {**model_tensors(model), **optimizer.tensors()}.items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("kind, changes", [
+    ("deepseek_v3", {"num_nextn_predict_layers": 1}), ("llama", {"tie_word_embeddings": True}),
+])  # fmt: skip
+def test_comes_back_bit_for_bit(tmp_path, name, kind, changes):
+    model, optimizer = build(1, name, kind, **changes)
+    path = save_checkpoint(tmp_path, model, optimizer, state(7), keep=2)
+    assert path.name == "step-00000007" and checkpoints(tmp_path) == [path]
+    assert sorted(file.name for file in path.iterdir()) == ["optimizer.safetensors", "state.json", "weights.safetensors"]
+    other, other_optimizer = build(2, name, kind, **changes)
+    load_checkpoint(path, other, other_optimizer)
+    assert_same(everything(other, other_optimizer), everything(model, optimizer))
+    assert (other.lm_head.weight is other.embed_tokens.weight) == (kind == "llama")
+    assert read_state(path) == state(7)
+
+
+def test_before_the_first_step_there_is_no_optimizer_state(tmp_path):
+    model = Transformer(small("llama")).initialize(0)
+    optimizer = Optimizer(model, OptimizerSection(lr=0.01))
+    path = save_checkpoint(tmp_path, model, optimizer, state(0), keep=1)
+    load_checkpoint(path, model, optimizer)
+    assert optimizer.tensors() == {}
+
+
+def test_only_the_newest_are_kept_in_order_of_steps(tmp_path):
+    model, optimizer = build(1)
+    for number in (9, 10, 100, 1000):
+        save_checkpoint(tmp_path, model, optimizer, state(number), keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000100", "step-00001000"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000100", "step-00001000"]
+
+
+def test_a_step_saved_twice_stays_as_it_was(tmp_path):
+    """Replacing a folder is no atomic step, so a crash then could leave none."""
+    model, optimizer = build(1)
+    path = save_checkpoint(tmp_path, model, optimizer, state(1), keep=1)
+    inodes = {file.name: file.stat().st_ino for file in path.iterdir()}
+    assert save_checkpoint(tmp_path, model, optimizer, state(1), keep=1) == path
+    assert {file.name: file.stat().st_ino for file in path.iterdir()} == inodes
+
+
+FULL = [OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [*FULL, OSError(errno.EIO, "Input/output error")], ids=["os", "safetensors", "other"])
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors"])
+def test_a_write_that_fails_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, monkeypatch, error, file):
+    model, optimizer = build(1)
+    previous = save_checkpoint(tmp_path, model, optimizer, state(1), keep=1)
+    before = everything(model, optimizer)
+    step(model, optimizer, 5)
+    real = module.save_file
+
+    def failing(tensors, path, **options):
+        if path.name == file:
+            path.write_bytes(b"half")
+            raise error
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(module, "save_file", failing)
+    with pytest.raises(RunError, match="checkpoint not written") as caught:
+        save_checkpoint(tmp_path, model, optimizer, state(2), keep=1)
+    assert ("the disk is full" in str(caught.value)) == (error in FULL)
+    assert "step-00000002" in str(caught.value) and "earlier checkpoints are intact" in str(caught.value)
+    assert list((tmp_path / "checkpoints").iterdir()) == [previous]
+    other, other_optimizer = build(3)
+    load_checkpoint(previous, other, other_optimizer)
+    assert_same(everything(other, other_optimizer), before)
+
+
+class Killed(BaseException):
+    """What no handler may turn into something else: the process ends here."""
+
+
+# What a save asks of the disk, in order; each call is in turn the last that happens.
+@pytest.mark.parametrize("deadly", range(12))
+def test_a_crash_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_path, monkeypatch, deadly):
+    model, optimizer = build(1)
+    save_checkpoint(tmp_path, model, optimizer, state(1), keep=1)
+    first = everything(model, optimizer)
+    step(model, optimizer, 5)
+    second = everything(model, optimizer)
+    calls = []
+
+    def mortal(real):
+        def call(*arguments, **options):
+            calls.append(real.__name__)
+            if len(calls) > deadly:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("save_file", "_sync"):
+            patch.setattr(module, name, mortal(getattr(module, name)))
+        for name in ("mkdir", "replace", "rename", "open"):
+            patch.setattr(module.Path, name, mortal(getattr(module.Path, name)))
+        patch.setattr(module.shutil, "rmtree", mortal(module.shutil.rmtree))
+        if deadly < 11:
+            with pytest.raises(Killed):
+                save_checkpoint(tmp_path, model, optimizer, state(2), keep=1)
+        else:
+            save_checkpoint(tmp_path, model, optimizer, state(2), keep=1)
+    newest = checkpoints(tmp_path)[-1]
+    other, other_optimizer = build(3)
+    load_checkpoint(newest, other, other_optimizer)
+    assert_same(everything(other, other_optimizer), {1: first, 2: second}[read_state(newest)["step"]])
+    save_checkpoint(tmp_path, model, optimizer, state(3), keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "rubbish"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, file, harm):
+    model, optimizer = build(1)
+    path = save_checkpoint(tmp_path, model, optimizer, state(4), keep=1)
+    damaged = path / file
+    if harm == "missing":
+        damaged.unlink()
+    else:
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[: len(whole) // 2] if harm == "truncated" else b"\xff\x00rubbish")
+    before = everything(model, optimizer)
+    with pytest.raises(UsageError, match=r"step-00000004: damaged checkpoint .*delete this folder"):
+        read_state(path)
+        load_checkpoint(path, model, optimizer)
+    assert_same(everything(model, optimizer), before)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"step": 3}'])
+def test_a_state_without_its_parts_is_refused(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(UsageError, match="damaged checkpoint"):
+        read_state(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path, *build(1), state(1), keep=1)
+    for changes in ({"num_hidden_layers": 3}, {"moe_intermediate_size": 9}):
+        with pytest.raises(UsageError, match=r"not those of the model in recipe\.toml"):
+            load_checkpoint(path, *build(1, **changes))
+
+
+def test_optimizer_state_of_another_model_is_refused(tmp_path):
+    model, optimizer = build(1)
+    path = save_checkpoint(tmp_path, model, optimizer, state(1), keep=1)
+    longer = save_checkpoint(tmp_path / "other", *build(1, num_hidden_layers=3), state(1), keep=1)
+    shutil.copy(longer / "optimizer.safetensors", path)
+    with pytest.raises(UsageError, match=r"optimizer state is not that of this model and optimizer \(no 'layers\.2\."):
+        load_checkpoint(path, model, optimizer)
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
+    assert checkpoints(tmp_path) == []
+    for name in ("step-1", "step-00000001.old", ".partial-3", "step-00000002"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_state_is_plain_json(tmp_path):
+    path = save_checkpoint(tmp_path, *build(1), state(1), keep=1)
+    assert json.loads((path / "state.json").read_text()) == state(1)

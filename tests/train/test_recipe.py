@@ -1,0 +1,147 @@
+"""Recipes: everything that is wrong is named in one line, and what is written down is read back the same."""
+
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cadre.errors import UsageError
+from cadre.train.recipe import Recipe, dump_toml, parse_recipe, read_recipe, shipped
+from tests.runs import RECIPE
+
+TEXT = RECIPE.format(source='"sotu"')
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_sound_and_come_back_from_toml(name):
+    recipe = read_recipe(name)
+    assert recipe.name == name
+    assert parse_recipe(recipe.to_toml(), "again") == recipe
+
+
+# TOML has no lone surrogates, and neither has a recipe that was read from one.
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+plain = st.one_of(
+    st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False), texts
+)
+keys = st.from_regex(r"[A-Za-z0-9_-]{1,12}", fullmatch=True)
+values = st.one_of(plain, st.lists(plain, max_size=4), st.dictionaries(keys, plain, max_size=3))
+
+
+@given(st.dictionaries(keys, plain, max_size=3), st.dictionaries(keys.map("s_".__add__), st.dictionaries(keys, values)))
+def test_any_values_come_back_from_toml(top, sections):
+    written = {**{f"t_{k}": v for k, v in top.items()}, **sections}
+    back = tomllib.loads(dump_toml(written))
+    assert back == written
+    assert repr(back) == repr(written)  # 1 is not 1.0 is not True
+
+
+@given(
+    st.lists(texts), texts, st.floats(1e-12, 1e6), st.lists(st.floats(0, 1), max_size=4), st.integers(1, 10**12),
+    st.one_of(texts, st.lists(texts, min_size=1)),
+)  # fmt: skip
+def test_any_recipe_comes_back_from_toml(prompts, name, lr, step_at, steps, source):
+    recipe = parse_recipe(TEXT, "here")
+    changed = recipe.model_copy(update={
+        "name": name,
+        "eval": recipe.eval.model_copy(update={"prompts": prompts}),
+        "data": recipe.data.model_copy(update={"source": source}),
+        "optimizer": recipe.optimizer.model_copy(update={"lr": lr}),
+        "schedule": recipe.schedule.model_copy(update={"step_at": step_at}),
+        "train": recipe.train.model_copy(update={"steps": steps}),
+    })  # fmt: skip
+    assert parse_recipe(changed.to_toml(), "again") == changed
+
+
+def test_a_quote_a_line_end_an_emoji_and_a_control_character_survive():
+    prompts = ['say "yes"\\', "two\nlines\r\t", "\N{GRINNING FACE} \N{LATIN SMALL LETTER E WITH ACUTE}", "\x00\x1b\x7f", ""]
+    recipe = parse_recipe(TEXT, "here")
+    changed = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"prompts": prompts})})
+    assert parse_recipe(changed.to_toml(), "again").eval.prompts == prompts
+
+
+@pytest.mark.parametrize("override, where", [
+    ("train.steps=7", 7), ("train.minutes=1.5", 1.5), ("train.minutes=2", 2.0), ("data.source=a/b.txt", "a/b.txt"),
+    ("data.source=['a', 'b']", ["a", "b"]), ("schedule.kind=cosine", "cosine"), (" eval.prompts = [] ", []),
+    ("data.separate_documents=true", True), ("model.hidden_size=48", 48), ("data.source=a=b", "a=b"),
+])  # fmt: skip
+def test_set_replaces_one_value(override, where):
+    recipe = parse_recipe(TEXT, "here", [override])
+    section, key = override.partition("=")[0].strip().split(".")
+    held = recipe.model if section == "model" else getattr(recipe, section).model_dump()
+    assert held[key] == where
+    assert type(held[key]) is type(where)
+    untouched = parse_recipe(TEXT, "here")
+    assert sum(getattr(recipe, name) != getattr(untouched, name) for name in Recipe.model_fields) == 1
+
+
+@pytest.mark.parametrize("override, wanted", [
+    ("foo.bar=3", ["unknown key foo", "model, data, train"]),
+    ("train.stepz=3", ["unknown key train.stepz", "steps, batch"]),
+    ("model.hidden_siz=3", ["hidden_siz", "did you mean hidden_size"]),
+    ("train.steps=abc", ["train.steps", "'abc'", "integer"]),
+    ("train.steps='5'", ["train.steps", "'5'", "integer"]),
+    ("train.steps=5.0", ["train.steps", "integer"]),
+    ("train.steps=true", ["train.steps", "integer"]),
+    ("train.steps=0", ["train.steps", "0", "at least 1|greater than or equal to 1"]),
+    ("train.seed=1000000000000000000000", ["train.seed"]),
+    ("train.minutes=true", ["train.minutes", "number"]),
+    ("train.dtype=float16", ["train.dtype", "'auto', 'float32' or 'bfloat16'"]),
+    ("data.separate_documents=yes", ["data.separate_documents", "boolean"]),
+    ("data.source=3", ["data.source"]),
+    ("data.vocab_size=10", ["data.vocab_size", "260"]),
+    ("data.tokenizer=x.json", ["tokenizer and vocab_size exclude each other"]),
+    ("data.seq_len=65", ["data.seq_len is 65", "max_position_embeddings (64)"]),
+    ("optimizer.lr=inf", ["optimizer.lr", "finite"]),
+    ("optimizer.lr=nan", ["optimizer.lr"]),
+    ("optimizer.name=sgd", ["optimizer.name", "'adamw' or 'muon'"]),
+    ("train.micro_batch=3", ["micro_batch is 3", "divide batch (4)"]),
+    ("model.n_group=3", ["model.n_group is 3", "divisor of n_routed_experts (4)"]),
+    ("model.num_experts_per_tok=5", ["model.num_experts_per_tok is 5", "1 to 4"]),
+    ("model.from=there", ["model.from", "leave the other fields out"]),
+    ("train.steps", ["--set train.steps", "section.key=value"]),
+    ("steps=3", ["--set steps=3", "section.key=value"]),
+    ("a.b.c=3", ["--set a.b.c=3", "section.key=value"]),
+    (".=3", ["--set .=3"]),
+    ("name.x=3", ["name is no section"]),
+])  # fmt: skip
+def test_what_is_wrong_is_named_in_one_line(override, wanted):
+    with pytest.raises(UsageError) as caught:
+        parse_recipe(TEXT, "here", [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in wanted:
+        assert any(option in message for option in part.split("|")), message
+
+
+def test_top_k_above_what_the_groups_allow_is_refused():
+    with pytest.raises(UsageError, match="num_experts_per_tok is 3; it must be 1 to 2: topk_group"):
+        parse_recipe(TEXT, "here", ["model.n_group=2", "model.topk_group=1", "model.num_experts_per_tok=3"])
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("[model", "not valid TOML"), ("", "model is missing"), ("model = 3", "model is 3"),
+    ("[model]\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1", "model."),
+    ("[model]\nfrom = 3\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1.0", "model.from is 3"),
+    (TEXT.replace("steps = 12\n", ""), "train.steps is missing"),
+    ("data = 3\n" + TEXT.replace("[data]", "[eval.x]"), "data is 3"),
+])  # fmt: skip
+def test_a_text_that_is_no_recipe_is_refused(text, wanted):
+    with pytest.raises(UsageError) as caught:
+        parse_recipe(text, "here.toml")
+    assert wanted in str(caught.value) and str(caught.value).startswith("here.toml: ")
+
+
+def test_unknown_recipes_are_refused(tmp_path):
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe")
+    for name in ("nonsense", str(tmp_path / "absent.toml"), str(tmp_path), "", "x" * 5000, str(binary)):
+        with pytest.raises(UsageError, match=r"neither a file nor a shipped recipe \(.*pocket|cannot be read"):
+            read_recipe(name)
+
+
+def test_a_file_is_read_by_its_path_and_named_after_it(tmp_path):
+    (tmp_path / "mine.toml").write_text(TEXT, encoding="utf-8")
+    recipe = read_recipe(str(tmp_path / "mine.toml"), ["train.steps=3"])
+    assert (recipe.name, recipe.train.steps, recipe.data.seq_len) == ("mine", 3, 16)
