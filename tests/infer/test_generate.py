@@ -149,6 +149,18 @@ def test_an_interrupted_stream_goes_on_where_it_was(model):
     assert got + list(decoder.stream(5, *arguments)) == whole
 
 
+def test_a_sequence_goes_on_after_the_model_ended_it(model):
+    """What was read is not read again, and the end token is no part of the sequence."""
+    ended, plain = Decoder(model, 20), Decoder(model, 20)
+    ended.feed([5, 6, 7])
+    everything = frozenset(range(model.config.vocab_size))
+    assert list(ended.stream(8, Sampling(0.0), seeded(0, torch.device("cpu")), everything)) == []
+    ended.feed([8, 9])
+    plain.feed([5, 6, 7, 8, 9])
+    torch.testing.assert_close(ended.next_logits(), plain.next_logits(), atol=1e-4, rtol=1e-4)
+    assert ended.length == plain.length == 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

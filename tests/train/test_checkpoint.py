@@ -121,42 +121,48 @@ class Killed(BaseException):
     """What no handler may turn into something else: the process ends here."""
 
 
-# What a save asks of the disk, in order; each call is in turn the last that happens.
-@pytest.mark.parametrize("deadly", range(12))
-def test_a_crash_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_path, monkeypatch, deadly):
-    model, optimizer = build(1)
-    save_checkpoint(tmp_path, model, optimizer, state(1), keep=1)
-    first = everything(model, optimizer)
-    step(model, optimizer, 5)
-    second = everything(model, optimizer)
-    calls = []
+def dies_after(calls: int, patch: pytest.MonkeyPatch) -> None:
+    """Whatever a save asks of the disk works `calls` times, then the process is dead."""
+    left = [calls]
 
     def mortal(real):
         def call(*arguments, **options):
-            calls.append(real.__name__)
-            if len(calls) > deadly:
+            if not left[0]:
                 raise Killed
+            left[0] -= 1
             return real(*arguments, **options)
 
         return call
 
-    with monkeypatch.context() as patch:
-        for name in ("save_file", "_sync"):
-            patch.setattr(module, name, mortal(getattr(module, name)))
-        for name in ("mkdir", "replace", "rename", "open"):
-            patch.setattr(module.Path, name, mortal(getattr(module.Path, name)))
-        patch.setattr(module.shutil, "rmtree", mortal(module.shutil.rmtree))
-        if deadly < 11:
-            with pytest.raises(Killed):
-                save_checkpoint(tmp_path, model, optimizer, state(2), keep=1)
-        else:
-            save_checkpoint(tmp_path, model, optimizer, state(2), keep=1)
-    newest = checkpoints(tmp_path)[-1]
+    places = [(module, name) for name in ("save_file", "_sync")] + [(module.shutil, "rmtree")]
+    places += [(module.Path, name) for name in ("mkdir", "replace", "rename", "open")]
+    for place, name in places:
+        patch.setattr(place, name, mortal(getattr(place, name)))
+
+
+def test_a_crash_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_path):
+    model, optimizer = build(1)
+    states = {1: everything(model, optimizer)}
+    save_checkpoint(tmp_path, model, optimizer, state(1), keep=1)
     other, other_optimizer = build(3)
-    load_checkpoint(newest, other, other_optimizer)
-    assert_same(everything(other, other_optimizer), {1: first, 2: second}[read_state(newest)["step"]])
-    save_checkpoint(tmp_path, model, optimizer, state(3), keep=1)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    number, crashes = 2, 0
+    while True:
+        step(model, optimizer, number)
+        states[number] = everything(model, optimizer)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                dies_after(crashes, patch)
+                save_checkpoint(tmp_path, model, optimizer, state(number), keep=1)
+        except Killed:
+            crashes += 1
+        else:
+            break
+        newest = checkpoints(tmp_path)[-1]
+        load_checkpoint(newest, other, other_optimizer)
+        assert_same(everything(other, other_optimizer), states[read_state(newest)["step"]])
+        number += 1
+    assert crashes > 8
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{number:08d}"]
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
@@ -194,6 +200,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_optimizer_state_of_another_model_is_refused(tmp_path):
     model, optimizer = build(1)
     path = save_checkpoint(tmp_path, model, optimizer, state(1), keep=1)
+    (tmp_path / "other").mkdir()
     longer = save_checkpoint(tmp_path / "other", *build(1, num_hidden_layers=3), state(1), keep=1)
     shutil.copy(longer / "optimizer.safetensors", path)
     with pytest.raises(UsageError, match=r"optimizer state is not that of this model and optimizer \(no 'layers\.2\."):

@@ -34,7 +34,7 @@ def evaluate(
         ),
     ],
     # An option takes one value: the files after the first arrive as arguments.
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     context: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens a window. [default: the model's context, at most 2048]")
     ] = None,

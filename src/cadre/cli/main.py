@@ -8,17 +8,8 @@ import typer
 
 from cadre.errors import RunError, UsageError
 
-app = typer.Typer(
-    name="cadre",
-    help="Train and serve DeepSeek-style language models, cheaply, from 2 CPU cores up.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 
-
-def _register() -> None:
+def _app() -> typer.Typer:
     from cadre.cli.bench import bench_app
     from cadre.cli.chat import chat
     from cadre.cli.data import data
@@ -26,21 +17,29 @@ def _register() -> None:
     from cadre.cli.generate import generate
     from cadre.cli.train import train
 
+    app = typer.Typer(
+        name="cadre",
+        help="Train and serve DeepSeek-style language models, cheaply, from 2 CPU cores up.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
     app.command("train")(train)
     app.command("generate")(generate)
     app.command("chat")(chat)
     app.command("eval")(evaluate)
     app.command("data")(data)
     app.add_typer(bench_app, name="bench")
+    return app
 
 
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 failed, 2 bad usage or bad input, 130 interrupted."""
-    _register()
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(sys.argv)):
         _end("arguments must be UTF-8: none of them can be written down otherwise", 2)
     try:
-        app(standalone_mode=True)
+        _app()(standalone_mode=True)
     except UsageError as error:
         _end(str(error), 2)
     except RunError as error:

@@ -11,10 +11,13 @@ from rich.text import Text
 
 
 class TrainingLine:
-    """Shows step, loss, tokens/s, MFU and time left; writes evaluations and events as lines of their own."""
+    """Shows step, loss, tokens/s, MFU and time left; writes evaluations and events as lines of their own.
+
+    All of it goes to standard output: what stands on standard error is what went wrong.
+    """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self.console = Console(highlight=False, markup=False, emoji=False)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
 
     def __enter__(self) -> TrainingLine:

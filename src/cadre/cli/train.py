@@ -44,6 +44,7 @@ def train(
         raise UsageError("--steps, --tokens and --budget exclude each other: give one")
     if resume is not None and out is not None:
         raise UsageError("--out and --resume exclude each other: a resumed run stays in its directory")
+    keep_freed_memory()
     if resume is not None:
         held_recipe(resume)
     named = recipe or ("pocket" if resume is None else str(resume / "recipe.toml"))

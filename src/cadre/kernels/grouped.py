@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadre.kernels.swiglu import swiglu
+from cadre.kernels.swiglu import swiglu, swiglu_reference
 
 
 def expert_swiglu_reference(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def expert_swiglu_reference(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, d
     outputs = []
     for expert, rows in enumerate(x_RD.split(load_E.tolist())):
         gate, up = F.linear(rows, gate_up_END[expert].to(rows.dtype)).chunk(2, dim=-1)
-        outputs.append(F.linear(swiglu(gate, up), down_EDF[expert].to(rows.dtype)))
+        outputs.append(F.linear(swiglu_reference(gate, up), down_EDF[expert].to(rows.dtype)))
     return torch.cat(outputs)
 
 
@@ -32,11 +32,13 @@ def expert_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: T
         return expert_swiglu_reference(x_RD, load_E, gate_up_END, down_EDF)
     stop_E = load_E.cumsum(0).to(torch.int32)
     gate_up = F.grouped_mm(x_RD, gate_up_END.to(x_RD.dtype).transpose(1, 2), offs=stop_E)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.grouped_mm(swiglu(gate, up), down_EDF.to(x_RD.dtype).transpose(1, 2), offs=stop_E)
+    return F.grouped_mm(swiglu(gate_up), down_EDF.to(x_RD.dtype).transpose(1, 2), offs=stop_E)
 
 
 def _grouped_mm_takes(x_RD: Tensor, down_EDF: Tensor) -> bool:
-    """torch.nn.functional.grouped_mm wants rows whose stride is a multiple of 16 bytes, and at least one row."""
+    """torch.nn.functional.grouped_mm wants at most 32 bits, rows in order whose stride is a multiple of 16 bytes, and at
+    least one row."""
     width = 16 // x_RD.element_size()
-    return x_RD.shape[0] > 0 and x_RD.shape[1] % width == 0 and down_EDF.shape[2] % width == 0
+    if x_RD.dtype == torch.float64 or not x_RD.is_contiguous() or x_RD.shape[0] == 0:
+        return False
+    return x_RD.shape[1] % width == 0 and down_EDF.shape[2] % width == 0

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadre.kernels.norm import rms_norm
-from cadre.kernels.swiglu import swiglu
 
 
 class Linear(nn.Linear):
@@ -47,4 +46,4 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,70 @@
+"""The console entry: whatever is wrong ends in one line on standard error and the right status."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cadre.cli import main as module
+from cadre.errors import RunError, UsageError
+
+
+def cadre(*arguments: str) -> subprocess.CompletedProcess:
+    """The command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "cadre.cli.main", *arguments], capture_output=True, text=True)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["cadre", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    return ended.value.code or 0
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (UsageError("two\nlines  of\ttext"), 2, "cadre: two lines of text\n"),
+    (RunError("the disk is full"), 1, "cadre: the disk is full\n"),
+])  # fmt: skip
+def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status, line):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("cadre.train.recipe.read_recipe", failing)
+    assert call(monkeypatch, "train") == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_an_interrupt_has_its_own_status(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cadre.train.recipe.read_recipe", interrupted)
+    assert call(monkeypatch, "train") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_names_every_verb(monkeypatch, capsys):
+    assert call(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {verb} " in shown for verb in ("train", "generate", "chat", "eval", "data", "bench"))
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["train", "--frobnicate"], ["train", "--steps", "0"], ["bench", "x"]])
+def test_unknown_commands_and_options_are_bad_usage(monkeypatch, capsys, arguments):
+    assert call(monkeypatch, *arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Error" in shown.err and "Traceback" not in shown.err
+
+
+def test_the_installed_command_refuses_in_one_line():
+    done = cadre("train", "no-such-recipe")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("cadre: recipe 'no-such-recipe' is neither a file nor a shipped recipe (pocket")
+    assert done.stderr.count("\n") == 1
+
+
+def test_arguments_that_are_no_text_are_refused():
+    done = cadre("train", "--set", "data.source=caf\udce9.txt")  # a Latin-1 byte, as the shell hands it over
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("cadre: arguments must be UTF-8") and done.stderr.count("\n") == 1

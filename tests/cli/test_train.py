@@ -1,0 +1,294 @@
+"""`cadre train` as users run it: from a recipe to a run directory, stopped, killed, resumed, and refused."""
+
+import contextlib
+import errno
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import cadre
+from cadre.cli import main as module
+from cadre.train import checkpoint, trainer
+from cadre.train import run as run_module
+from cadre.train.metrics import read_metrics
+from cadre.train.recipe import read_recipe
+from tests.runs import write_recipe
+
+TIMING = {"seconds", "seconds_per_step", "tokens_per_second", "mfu", "eval_seconds"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CADRE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trainer, "gemm_flops_per_second", lambda *_: 1e11)
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path)
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["cadre", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    return ended.value.code or 0
+
+
+def process(*arguments: object) -> subprocess.Popen:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "cadre.cli.main", "train", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def last_step(run: Path) -> int:
+    with contextlib.suppress(OSError):
+        found = re.findall(r'^{"step": (\d+)', (run / "metrics.jsonl").read_text(), re.MULTILINE)
+        return int(found[-1]) if found else 0
+    return 0
+
+
+def wait_for_step(running: subprocess.Popen, run: Path, step: int) -> None:
+    while running.poll() is None and last_step(run) < step:
+        time.sleep(0.002)
+
+
+def content(run: Path) -> list:
+    """All that a run is, but its timing and events."""
+    newest = max((run / "checkpoints").iterdir())
+    files = [load_file(newest / name) for name in ("weights.safetensors", "optimizer.safetensors")]
+    tensors = [(name, tensor.numpy().tobytes()) for file in files for name, tensor in sorted(file.items())]
+    state = {k: v for k, v in json.loads((newest / "state.json").read_text()).items() if k != "seconds"}
+    records = [{k: v for k, v in record.items() if k not in TIMING} for record in read_metrics(run) if "event" not in record]
+    return [tensors, state, records, (run / "model" / "model.safetensors").read_bytes()]
+
+
+# ------------------------------------------------------------------------------------------------- to the end
+
+
+def test_a_recipe_becomes_a_run_directory(recipe, monkeypatch, capsys):
+    assert train(monkeypatch, recipe, "--out", "my run") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    for part in ("step 12/12", "tokens/s", "MFU", "left 0:00", "> The", "report.html", "my run/model",
+                 "cadre generate 'my run'", "from transformers import AutoModelForCausalLM"):  # fmt: skip
+        assert part in shown.out, part
+    score = float(re.search(r"held-out score +(\d+\.\d+) bits per byte", shown.out)[1])
+    run = Path("my run")
+    assert read_metrics(run)[-2]["bits_per_byte"] == pytest.approx(score, abs=1e-4)
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "metrics.jsonl", "model", "recipe.toml", "report.html", "tensorboard"]  # fmt: skip
+    model, tokenizer = cadre.load(run)
+    assert tokenizer is not None and model.config.n_routed_experts == 4
+    page = (run / "report.html").read_text()
+    assert "cadre train" in page and "&#39;my run&#39;" in page
+    assert train(monkeypatch, "--resume", run) == 2
+    assert capsys.readouterr().err == (
+        "cadre: --resume my run: has already finished its 12 steps: give more with --steps\n"
+    )  # fmt: skip
+    assert train(monkeypatch, "--resume", run, "--steps", 14) == 0
+    assert [r["step"] for r in read_metrics(run) if r.get("event") == "finished"] == [12, 14]
+
+
+def test_length_by_tokens_and_by_clock(recipe, monkeypatch, capsys):
+    assert train(monkeypatch, recipe, "--out", "tokens", "--tokens", "0.32k") == 0
+    assert read_metrics(Path("tokens"))[-1]["step"] == 5
+    assert train(monkeypatch, "--resume", "tokens", "--tokens", "448") == 0
+    assert read_metrics(Path("tokens"))[-1]["step"] == 7
+    start = time.monotonic()
+    assert train(monkeypatch, recipe, "--out", "clock", "--budget", "1s") == 0
+    assert 0.5 < time.monotonic() - start < 6
+    assert read_recipe("clock/recipe.toml").train.minutes == pytest.approx(1 / 60)
+    assert train(monkeypatch, recipe, "--out", "steps", "--steps", 3, "--set", "train.minutes=5") == 0
+    kept = read_recipe("steps/recipe.toml").train
+    assert (kept.steps, kept.minutes) == (3, None)
+    capsys.readouterr()
+
+
+def test_runs_without_a_name_get_one(recipe, monkeypatch, capsys):
+    assert train(monkeypatch, recipe, "--steps", 1) == 0
+    (run,) = Path("runs").iterdir()
+    assert re.fullmatch(r"tiny-\d{8}-\d{6}", run.name)
+    capsys.readouterr()
+
+
+def test_brackets_in_a_path_are_no_markup(recipe, monkeypatch, capsys, tmp_path):
+    (tmp_path / "[b] [").mkdir()
+    (tmp_path / "corpus").rename(tmp_path / "[b] [/x]")
+    source = f"data.source={tmp_path / '[b] [/x]'}"
+    assert train(monkeypatch, recipe, "--out", "run", "--steps", 1, "--set", source) == 0
+    assert "[b] [/x]" in capsys.readouterr().out
+
+
+def test_a_prompt_near_the_end_of_the_context_still_gives_a_sample(recipe, monkeypatch, capsys):
+    options = ["--set", "model.max_position_embeddings=16", "--set", "eval.prompts=['The people', '']"]
+    assert train(monkeypatch, recipe, "--out", "run", "--steps", 1, *options) == 0
+    assert "> The people" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- stopped and killed
+
+LONG = {"train": {"steps": 60, "log_every": 1}, "checkpoint": {"every": 3}, "eval": {"every": 25, "tokens": 200, "prompts": []}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, list]:
+    """A recipe of a second or two, and what it comes to without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe = write_recipe(folder, **LONG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CADRE_CACHE", str(folder / "cache"))
+        assert train(patch, recipe, "--out", folder / "whole") == 0
+    return recipe, content(folder / "whole")
+
+
+@pytest.fixture
+def long(uninterrupted, tmp_path, monkeypatch) -> tuple[Path, list]:
+    monkeypatch.setenv("CADRE_CACHE", str(uninterrupted[0].parent / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_how_to_go_on_and_ends_well(long, monkeypatch, number):
+    recipe, whole = long
+    running = process(recipe, "--out", "run")
+    wait_for_step(running, Path("run"), 11)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (0, "")
+    stopped = last_step(Path("run"))
+    assert 11 <= stopped < 60
+    assert f"stopped by {number.name} after step {stopped}; continue with: cadre train --resume run\n" in out
+    assert max(path.name for path in Path("run/checkpoints").iterdir()) == f"step-{stopped:08d}"
+    assert Path("run/report.html").exists()
+    assert train(monkeypatch, "--resume", "run") == 0
+    assert content(Path("run")) == whole
+
+
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(long, monkeypatch):
+    recipe, whole = long
+    rng = random.Random(7)
+    arguments: list[object] = [recipe, "--out", "run"]
+    reached = []
+    for upper in (18, 36, 54):
+        running = process(*arguments)
+        wait_for_step(running, Path("run"), rng.randrange(upper - 12, upper))
+        time.sleep(rng.uniform(0, 0.03))
+        running.kill()
+        running.communicate()
+        assert running.returncode == -signal.SIGKILL
+        reached.append(last_step(Path("run")))
+        arguments = ["--resume", "run"]
+    assert reached == sorted(reached) and reached[0] > 4
+    assert train(monkeypatch, "--resume", "run") == 0
+    assert content(Path("run")) == whole
+    assert not list(Path("run/checkpoints").glob(".partial*"))
+
+
+# ------------------------------------------------------------------------------------------------- refused
+
+
+def assert_refused(capsys, status: int, wanted: str, code: int = 2) -> None:
+    err = capsys.readouterr().err
+    assert status == code
+    assert err.startswith("cadre: ") and err.count("\n") == 1 and re.search(wanted, err), err
+
+
+@pytest.mark.parametrize("arguments, wanted", [
+    (["--set", "nonsense.key=1"], "unknown key nonsense"),
+    (["--set", "train.nonsense=1"], "unknown key train.nonsense"),
+    (["--set", "train.steps='many'"], "train.steps is 'many'"),
+    (["--set", "train.steps"], "must read section.key=value"),
+    (["--set", "model.n_group=3"], "n_group is 3; it must be a divisor of n_routed_experts"),
+    (["--set", "model.n_group=2", "--set", "model.num_experts_per_tok=3"], "num_experts_per_tok is 3; it must be 1 to 2"),
+    (["--set", "model.vocab_size=280"], "ids up to 299, beyond the vocabulary of 280"),
+    (["--set", "train.batch=9999"], "one batch needs 9999 x 16"),
+    (["--set", "data.source=absent.txt"], "absent.txt: no such file"),
+    (["--set", "data.source=empty.txt"], "empty.txt: the corpus is empty"),
+    (["--set", "data.source=binary.txt"], "binary.txt: a binary file"),
+    (["--set", "data.source=latin.txt"], "latin.txt: not UTF-8"),
+    (["--set", "data.source=['corpus', 'latin.txt']"], "latin.txt: not UTF-8"),
+    (["--steps", "5", "--tokens", "5M"], "exclude each other"),
+    (["--steps", "5", "--budget", "5m"], "exclude each other"),
+    (["--tokens", "lots"], "--tokens lots: must be a number"),
+    (["--tokens", "0"], "--tokens 0"),
+    (["--budget", "10"], "--budget 10: must be a time such as 90s, 10m or 2h"),
+    (["--budget", "0s"], "--budget 0s"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(recipe, monkeypatch, capsys, tmp_path, arguments, wanted):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 900)
+    assert_refused(capsys, train(monkeypatch, recipe, "--out", "run", *arguments), wanted)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", ["nonsense", "absent.toml", "corpus"])
+def test_an_unknown_recipe_is_one_line(recipe, monkeypatch, capsys, name):
+    assert_refused(capsys, train(monkeypatch, name, "--out", "run"), "neither a file nor a shipped recipe|cannot be read")
+    assert not Path("run").exists()
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(recipe, monkeypatch, capsys):
+    assert train(monkeypatch, recipe, "--out", "run", "--steps", 2) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    capsys.readouterr()
+    assert_refused(capsys, train(monkeypatch, recipe, "--out", "run"), "holds another run: continue it with --resume")
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("arguments, wanted", [
+    (["--resume", "corpus"], "--resume corpus: is no run directory"),
+    (["--resume", "absent"], "--resume absent: is no run directory"),
+    (["--resume", "run", "--out", "other"], "--out and --resume exclude each other"),
+    (["--resume", "run", "--set", "model.hidden_size=64"], "model.hidden_size is 64, but the run began with 32"),
+    (["--resume", "run", "--set", "train.batch=8", "--steps", "9"], "train.batch is 8, but the run began with 4"),
+    (["pocket", "--resume", "run"], "is .*, but the run began with .*: start a new run instead"),
+])  # fmt: skip
+def test_a_resume_that_cannot_be_is_one_line(recipe, monkeypatch, capsys, arguments, wanted):
+    assert train(monkeypatch, recipe, "--out", "run", "--steps", 2) == 0
+    capsys.readouterr()
+    assert_refused(capsys, train(monkeypatch, *arguments), wanted)
+
+
+def test_a_recipe_may_be_named_to_resume_its_run(recipe, monkeypatch, capsys):
+    assert train(monkeypatch, recipe, "--out", "run", "--steps", 2) == 0
+    assert train(monkeypatch, recipe, "--resume", "run") == 0
+    assert read_metrics(Path("run"))[-1]["step"] == 12
+    capsys.readouterr()
+
+
+def test_a_full_disk_is_one_line_and_a_failure(recipe, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        status = train(monkeypatch, recipe, "--out", "run")
+    assert_refused(capsys, status, "checkpoint not written, the disk is full", code=1)
+    assert not any(Path("run/checkpoints").iterdir()) and not Path("run/model").exists()
+    assert train(monkeypatch, "--resume", "run") == 0
+
+
+def test_a_full_disk_at_the_start_leaves_no_run(recipe, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_module, "replace_file", full)
+    assert_refused(capsys, train(monkeypatch, recipe, "--out", "run"), "No space left on device", code=1)
+    assert not any(Path("run").iterdir())
+
+
+def test_a_run_that_diverges_is_one_line_with_advice(recipe, monkeypatch, capsys):
+    options = ["--set", "optimizer.lr=1e30", "--set", "schedule.warmup_steps=0"]
+    status = train(monkeypatch, recipe, "--out", "run", *options)
+    assert_refused(capsys, status, r"not finite in 5 steps in a row.*--set optimizer\.lr=5e\+29", code=1)
+    events = [record["event"] for record in read_metrics(Path("run")) if "event" in record]
+    assert events == ["skipped"] * 5

@@ -1,0 +1,33 @@
+import torch
+
+from cadre.train import bench as module
+from cadre.train.bench import bench_train
+from tests.shapes import small
+
+
+def test_times_whole_optimizer_steps_after_two_that_warm_up(monkeypatch):
+    """Every step computes losses, moves biases and updates weights; the GEMM rate is the larger of before and after."""
+    calls, rates = [], iter([3e9, 5e9])
+    real = module.losses
+
+    def counted(model, ids, documents, balance, **weights):
+        calls.append((tuple(ids.shape), float(model.lm_head.weight.detach().double().sum()),
+                      model.sparse_layers()[0][1].gate.e_score_correction_bias.clone()))  # fmt: skip
+        return real(model, ids, documents, balance, **weights)
+
+    monkeypatch.setattr(module, "losses", counted)
+    monkeypatch.setattr(module, "gemm_flops_per_second", lambda *_: next(rates))
+    config = small("deepseek_v3", num_nextn_predict_layers=2)
+    result = bench_train(config, batch=3, seq_len=10, steps=4, dtype=torch.float32)
+    assert [shape for shape, *_ in calls] == [(3, 13)] * 6
+    assert len({total for _, total, _ in calls}) == 6
+    assert not torch.equal(calls[0][2], calls[1][2]) and not torch.equal(calls[4][2], calls[5][2])
+    assert len(result["step_seconds"]) == 4 and result["gemm_flops_per_second"] == 5e9
+    assert (result["batch"], result["seq_len"], result["dtype"], result["device"]) == (3, 10, "float32", "cpu")
+    assert result["threads"] == torch.get_num_threads()
+
+
+def test_a_dense_model_is_timed_the_same_way(monkeypatch):
+    monkeypatch.setattr(module, "gemm_flops_per_second", lambda *_: 1e9)
+    result = bench_train(small("llama"), batch=1, seq_len=4, steps=1, dtype=torch.bfloat16)
+    assert result["dtype"] == "bfloat16" and result["tokens_per_second"] > 0

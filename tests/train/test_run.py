@@ -1,0 +1,285 @@
+"""What a run may begin with, and what it may go on with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from cadre.data.tokenizer import save_tokenizer, tokenizer_hash, train_tokenizer
+from cadre.errors import RunError, UsageError
+from cadre.hub.load import load
+from cadre.hub.save import save
+from cadre.model.transformer import Transformer
+from cadre.train.recipe import read_recipe
+from cadre.train.run import held_recipe
+from tests.runs import write_corpus
+from tests.shapes import small
+
+
+def test_a_new_run_is_resolved_to_the_last_choice(lab):
+    run = lab.start("run", "train.dtype=auto")
+    kept = read_recipe(str(run.path / "recipe.toml"))
+    assert kept == run.recipe == held_recipe(run.path)
+    assert kept.train.dtype in ("float32", "bfloat16") and getattr(torch, kept.train.dtype) == run.dtype
+    assert kept.config(run.config.vocab_size) == run.config
+    assert (run.config.bos_token_id, run.config.eos_token_id, run.config.vocab_size) == (0, 1, 300)
+    assert (run.checkpoint, run.total_steps, run.batches.state()["extra"]) == (None, 12, 2)
+    assert [path.name for path in run.path.iterdir()] == ["recipe.toml"]
+
+
+def test_one_seed_makes_one_model(lab):
+    first, again, other = lab.start("a"), lab.start("b"), lab.start("c", "train.seed=1")
+    assert all(torch.equal(x, y) for x, y in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    assert not torch.equal(first.model.lm_head.weight, other.model.lm_head.weight)
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_the_model_is_given_more(lab):
+    assert lab.start("a", "data.vocab_size=5000").config.vocab_size < 1000  # so few pairs are there to merge
+    assert lab.start("b", "model.vocab_size=320").config.vocab_size == 320
+
+
+def given_tokenizer(folder, size: int) -> Tokenizer:
+    tokenizer = train_tokenizer(["the people of the nation and their house"] * 9, size)
+    save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def without_vocab_size(lab) -> None:
+    text = lab.recipe.read_text(encoding="utf-8")
+    lab.recipe.write_text(text.replace("vocab_size = 300\n", ""), encoding="utf-8")
+
+
+def test_a_given_tokenizer_is_taken(lab):
+    without_vocab_size(lab)
+    tokenizer = given_tokenizer(lab.folder / "tok", 270)
+    run = lab.start("run", f"data.tokenizer={lab.folder / 'tok'}")
+    assert run.config.vocab_size == 270 and run.identity()["tokenizer"] == tokenizer_hash(tokenizer)
+
+
+@pytest.mark.parametrize("overrides, wanted", [
+    (["model.vocab_size=299"], "ids up to 299, beyond the vocabulary of 299"),
+    (["train.batch=4000"], r"the corpus has .* tokens; one batch needs 4000 x 16"),
+    (["data.source=/nowhere/at/all"], "no such file or folder"),
+    (["eval.prompts=['all the people of the nation and their house were here to see what the law had made for them ']",
+      "model.max_position_embeddings=16"], "eval.prompts: .* the model's context"),
+    (["model.model_type='deepseek_v2'"], "num_nextn_predict_layers is 1; a deepseek_v2 model"),
+])  # fmt: skip
+def test_what_cannot_be_run_leaves_no_folder(lab, overrides, wanted):
+    with pytest.raises(UsageError, match=wanted):
+        lab.start("run", *overrides)
+    assert not (lab.folder / "run").exists()
+
+
+@pytest.mark.parametrize("content, wanted", [
+    (b"", "the corpus is empty"), (b" \n\n", "the corpus is empty"), (b"text\0more", "a binary file"),
+    ("caf\u00e9".encode("latin-1"), "not UTF-8"), (b"Too short to train.", "one batch needs|held out"),
+])  # fmt: skip
+def test_a_corpus_that_cannot_be_used_leaves_no_folder(lab, content, wanted):
+    (lab.folder / "bad.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=wanted):
+        lab.start("run", f"data.source={lab.folder / 'bad.txt'}")
+    assert not (lab.folder / "run").exists()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(lab):
+    without_vocab_size(lab)
+    given_tokenizer(lab.folder / "tok", 270)
+    with pytest.raises(UsageError, match="ids up to 269, beyond the vocabulary of 265"):
+        lab.start("run", f"data.tokenizer={lab.folder / 'tok'}", "model.vocab_size=265")
+    assert not (lab.folder / "run").exists()
+
+
+def test_an_output_that_holds_anything_is_refused(lab):
+    (lab.folder / "empty").mkdir()
+    lab.start("empty")
+    with pytest.raises(UsageError, match="holds another run: continue it with --resume"):
+        lab.start("empty")
+    (lab.folder / "file").write_text("mine")
+    with pytest.raises(UsageError, match="holds other files: choose an empty folder"):
+        lab.start("file")
+    assert (lab.folder / "file").read_text() == "mine"
+    with pytest.raises(UsageError, match="holds other files"):
+        lab.start("corpus")
+    with pytest.raises(UsageError, match=r"cannot be used .*too long"):
+        lab.start("x" * 300)
+
+
+def test_a_full_disk_is_a_failure_and_no_fault_of_the_user(lab, monkeypatch):
+    import errno
+
+    from cadre.train import run
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "replace_file", full)
+    with pytest.raises(RunError, match=r"run: cannot be written \(No space left on device\)"):
+        lab.start("run")
+    assert not any((lab.folder / "run").iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------- from a model
+
+
+def save_model(lab, tokenizer_size: int | None, **changes) -> Transformer:
+    tokenizer = given_tokenizer(lab.folder / "tok", tokenizer_size) if tokenizer_size else None
+    sizes = dict(vocab_size=290, num_attention_heads=2, bos_token_id=0, eos_token_id=1, num_nextn_predict_layers=1)
+    model = Transformer(small("deepseek_v3", **{**sizes, **changes})).initialize(5)
+    save(model, lab.folder / "base", tokenizer)
+    return model
+
+
+def from_recipe(lab, *, tokenizer: bool) -> None:
+    lines = lab.recipe.read_text(encoding="utf-8").splitlines()
+    start = lines.index("[data]")
+    kept = [line for line in lines[start:] if not (tokenizer and line.startswith("vocab_size"))]
+    lab.recipe.write_text("\n".join(["[model]", f"from = '{lab.folder / 'base'}'", *kept]), encoding="utf-8")
+
+
+def test_training_goes_on_from_a_model_with_its_tokenizer(lab):
+    model = save_model(lab, 270)
+    from_recipe(lab, tokenizer=True)
+    run = lab.start("run")
+    assert run.config == model.config and run.config.vocab_size == 290
+    _, tokenizer = load(lab.folder / "base")
+    assert run.identity()["tokenizer"] == tokenizer_hash(tokenizer)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
+    lab.train(run)
+    (again, _), base = load(lab.folder / "run"), model.lm_head.weight
+    assert not torch.equal(again.lm_head.weight, base) and (again.lm_head.weight - base).abs().max() < 0.1
+    more = lab.resume("run", "train.steps=13")
+    assert more.config == model.config
+    assert lab.train(more)[0].steps == 13
+
+
+def test_the_recipe_that_began_with_a_model_may_be_named_to_resume_it(lab):
+    from cadre.train.run import resume
+
+    save_model(lab, 270)
+    from_recipe(lab, tokenizer=True)
+    run = lab.start("run")
+    wanted = read_recipe(str(lab.recipe), ["train.steps=30"])
+    again = resume(run.path, wanted, torch.device("cpu"), lambda line: None)
+    assert (again.total_steps, again.config, again.recipe.data) == (30, run.config, run.recipe.data)
+
+
+@pytest.mark.parametrize("changes, tokenizer_size, wanted", [
+    (dict(max_position_embeddings=8), 270, "data.seq_len is 16; it must be at most max_position_embeddings of .*base"),
+    (dict(), None, "tokenizer.json: no such tokenizer"),
+])  # fmt: skip
+def test_a_model_that_does_not_suit_is_refused(lab, changes, tokenizer_size, wanted):
+    save_model(lab, tokenizer_size, **changes)
+    from_recipe(lab, tokenizer=True)
+    with pytest.raises(UsageError, match=wanted):
+        lab.start("run")
+    assert not (lab.folder / "run").exists()
+
+
+def test_a_directory_that_is_no_model_is_refused(lab):
+    (lab.folder / "base").mkdir()
+    from_recipe(lab, tokenizer=False)
+    with pytest.raises(UsageError, match="is no model directory"):
+        lab.start("run")
+    assert not (lab.folder / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- going on
+
+
+def test_what_is_no_run_cannot_be_resumed(lab):
+    for path in ("corpus", "absent", "tiny.toml"):
+        with pytest.raises(UsageError, match=r"is no run directory \(it has no recipe.toml\)"):
+            held_recipe(lab.folder / path)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(lab):
+    first = lab.start("run")
+    again = lab.resume("run")
+    assert again.checkpoint is None
+    assert all(torch.equal(x, y) for x, y in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("override, wanted", [
+    ("model.hidden_size=48", "model.hidden_size is 48, but the run began with 32"),
+    ("model.n_routed_experts=8", "model.n_routed_experts is 8, but the run began with 4"),
+    ("model.rope_parameters={rope_theta=5000.0}", "model.rope_parameters is .*5000"),
+    ("data.seq_len=8", "data.seq_len is 8, but the run began with 16"),
+    ("data.source=sotu", "data.source is 'sotu', but the run began with"),
+    ("data.vocab_size=310", "data.vocab_size is 310"),
+    ("data.separate_documents=true", "data.separate_documents is True"),
+    ("train.batch=2", "train.batch is 2, but the run began with 4"),
+    ("train.seed=3", "train.seed is 3"),
+    ("optimizer.name=muon", "optimizer.name is 'muon'"),
+])  # fmt: skip
+def test_a_changed_model_or_batch_is_refused_by_name(lab, override, wanted):
+    lab.start("run")
+    before = (lab.folder / "run" / "recipe.toml").read_text()
+    with pytest.raises(UsageError, match=wanted):
+        lab.resume("run", override)
+    assert (lab.folder / "run" / "recipe.toml").read_text() == before
+
+
+def test_how_training_goes_on_may_change_and_is_kept(lab):
+    lab.start("run")
+    run = lab.resume("run", "optimizer.lr=0.5", "train.steps=77", "checkpoint.keep=5", "train.dtype=bfloat16")
+    assert (run.recipe.optimizer.lr, run.total_steps, run.dtype) == (0.5, 77, torch.bfloat16)
+    assert held_recipe(run.path) == run.recipe
+    assert lab.resume("run").recipe == run.recipe
+
+
+@pytest.fixture
+def stopped(lab):
+    """A run of 4 steps that has made them all; its report is the command line's part and not there."""
+    lab.train(lab.start("run", "train.steps=4", "train.minutes=1"))
+    return lab.folder / "run"
+
+
+def test_an_edited_recipe_is_held_against_the_checkpoint(lab, stopped):
+    recipe = stopped / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("routed_scaling_factor = 1.0", "routed_scaling_factor = 2.0"))
+    with pytest.raises(UsageError, match=r"model\.routed_scaling_factor is 2\.0, but the checkpoint was trained with 1\.0"):
+        lab.resume("run", "train.steps=9")
+
+
+def test_a_changed_corpus_is_refused(lab, stopped):
+    shutil.rmtree(lab.folder / "corpus")
+    write_corpus(lab.folder / "corpus", seed=1)
+    with pytest.raises(UsageError, match=r"the corpus has changed .*restore the text"):
+        lab.resume("run", "train.steps=9")
+
+
+def test_a_changed_tokenizer_is_refused(lab):
+    without_vocab_size(lab)
+    given_tokenizer(lab.folder / "tok", 270)
+    lab.train(lab.start("run", f"data.tokenizer={lab.folder / 'tok'}", "train.steps=4"))
+    save_tokenizer(train_tokenizer(["other words make other pairs"] * 9, 270), lab.folder / "tok")
+    with pytest.raises(UsageError, match=r"the tokenizer has changed .*restore the tokenizer file"):
+        lab.resume("run", "train.steps=9")
+
+
+def test_a_finished_run_says_so(lab, stopped):
+    (stopped / "report.html").write_text("the command line's part")
+    with pytest.raises(UsageError, match="has already finished its 4 steps: give more with --steps"):
+        lab.resume("run")
+    assert lab.resume("run", "train.steps=9").total_steps == 9
+
+
+def test_an_end_that_was_cut_off_is_made_up_for(lab, stopped):
+    """Killed after the last step, before the report: resuming only ends the run."""
+    metrics = stopped / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:-2]))
+    (stopped / "report.html").write_text("of an earlier stop")
+    result, _ = lab.train(lab.resume("run"))
+    assert (result.steps, result.stopped) == (4, None) and result.bits_per_byte is not None
+    assert [json.loads(line).get("event") for line in metrics.read_text().splitlines()][-3:] == ["resumed", None, "finished"]
+
+
+def test_the_newest_checkpoint_counts_and_a_damaged_one_is_named(lab, stopped):
+    newest = stopped / "checkpoints" / "step-00000004"
+    assert lab.resume("run", "train.steps=9").checkpoint == newest
+    (newest / "state.json").write_text("{")
+    with pytest.raises(UsageError, match="step-00000004: damaged checkpoint"):
+        lab.resume("run", "train.steps=9")

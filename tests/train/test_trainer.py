@@ -1,0 +1,366 @@
+"""The training loop: what is learnt, what is written, and that no way of ending a run loses or changes anything."""
+
+import errno
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cadre.errors import RunError
+from cadre.hub.load import load
+from cadre.train import checkpoint as checkpoint_module
+from cadre.train import trainer as module
+from cadre.train.checkpoint import checkpoints, read_state
+from cadre.train.metrics import read_metrics
+from cadre.train.trainer import Trainer
+
+TIMING = {"seconds", "seconds_per_step", "tokens_per_second", "mfu", "eval_seconds"}
+
+
+def content(path, *, finals: bool = True) -> list:
+    """All that a run is, but its timing and events: every tensor of its newest checkpoint, the rest of its state, its
+    metrics, and its model's bytes."""
+    newest = checkpoints(path)[-1]
+    files = [load_file(newest / name) for name in ("weights.safetensors", "optimizer.safetensors")]
+    tensors = [(name, tensor.dtype, tensor.numpy().tobytes()) for file in files for name, tensor in sorted(file.items())]
+    state = {key: value for key, value in read_state(newest).items() if key not in ("seconds", "length")}
+    records = [{k: v for k, v in record.items() if k not in TIMING} for record in read_metrics(path) if "event" not in record]
+    if not finals:
+        records = [record for record in records if not record.get("final")]
+    return [tensors, state, records, (path / "model" / "model.safetensors").read_bytes()]
+
+
+def interrupt(number: int = signal.SIGTERM):
+    return lambda: os.kill(os.getpid(), number)
+
+
+# ------------------------------------------------------------------------------------------------- a run from end to end
+
+
+def test_a_run_learns_and_leaves_all_it_promises(lab):
+    run = lab.start("run", "train.steps=60", "optimizer.lr=0.01", "train.log_every=10", "eval.every=30", "checkpoint.every=25")
+    result, watcher = lab.train(run)
+    records = read_metrics(run.path)
+    training = [record for record in records if "loss" in record]
+    assert [record["step"] for record in training] == [10, 20, 30, 40, 50, 60]
+    assert training[0]["loss"] > 4.5 and training[-1]["loss"] < 0.7 * training[0]["loss"]
+    assert training[-1]["mtp_loss"][0] < 0.8 * training[0]["mtp_loss"][0]
+    keys = {"step", "tokens", "loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu",
+            "seconds", "seconds_per_step", "load", "load_layers", "max_vio"}  # fmt: skip
+    for record in training:
+        assert set(record) == keys
+        assert record["tokens"] == record["step"] * 4 * 16
+        assert record["load_layers"] == [1, 2] and [len(row) for row in record["load"]] == [4, 4]
+        assert record["tokens_per_second"] * record["seconds_per_step"] == pytest.approx(64)
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * _flops(run) / 1e11)
+    scores = [record for record in records if "bits_per_byte" in record]
+    assert [(record["step"], record["final"]) for record in scores] == [(30, False), (60, True)]
+    assert records[-1]["event"] == "finished"
+    assert [path.name for path in checkpoints(run.path)] == ["step-00000050", "step-00000060"]
+    assert (result.steps, result.tokens, result.stopped) == (60, 60 * 64, None)
+    assert result.bits_per_byte == scores[-1]["bits_per_byte"] < scores[0]["bits_per_byte"] < 8
+    assert result.total_flops == 60 * 64 * _flops(run)
+    assert result.loss == training[-1]["loss"]
+    assert len(watcher.records) == len(training) + len(scores) and set(watcher.totals) == {60}
+    assert any((run.path / "tensorboard").iterdir())
+
+
+def _flops(run) -> float:
+    from cadre.plan.count import count
+
+    return count(run.config, context=16).training_flops_per_token
+
+
+def test_the_model_loads_in_transformers_and_here(lab):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = lab.start("run", "train.steps=3")
+    lab.train(run)
+    theirs = AutoModelForCausalLM.from_pretrained(run.path / "model", dtype=torch.float32)
+    ours, tokenizer = load(run.path)
+    ids = torch.tensor([tokenizer.encode("the people of a nation").ids])
+    assert AutoTokenizer.from_pretrained(run.path / "model")("the people of a nation").input_ids == ids[0].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run.model.eval()(ids), ours(ids))
+
+
+def test_bfloat16_compute_keeps_float32_masters(lab):
+    run = lab.start("run", "train.dtype=bfloat16", "train.steps=20", "optimizer.lr=0.01")
+    lab.train(run)
+    assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+    state = load_file(checkpoints(run.path)[-1] / "weights.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    saved = load_file(run.path / "model" / "model.safetensors")
+    biases = {tensor.dtype for name, tensor in saved.items() if name.endswith("e_score_correction_bias")}
+    rest = {tensor.dtype for name, tensor in saved.items() if not name.endswith("e_score_correction_bias")}
+    assert (biases, rest) == ({torch.float32}, {torch.bfloat16})
+    losses = [record["loss"] for record in read_metrics(run.path) if "loss" in record]
+    assert losses[-1] < losses[0]
+
+
+def test_gradient_accumulation_is_the_same_training(lab):
+    options = ["train.steps=6", "train.log_every=1", "eval.every=100"]
+    for name, more in (("whole", []), ("micro", ["train.micro_batch=1"])):
+        lab.train(lab.start(name, *options, *more))
+    whole, micro = (read_metrics(lab.folder / name) for name in ("whole", "micro"))
+    for a, b in zip(whole, micro, strict=True):
+        for key in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-4)
+        assert a.get("load") == b.get("load")
+    weights = [load_file(checkpoints(lab.folder / name)[-1] / "weights.safetensors") for name in ("whole", "micro")]
+    for name in weights[0]:
+        if name.endswith("e_score_correction_bias"):
+            assert torch.equal(weights[0][name], weights[1][name])  # moved once a step, by all micro-batches' loads
+
+
+def test_biases_move_once_a_step(lab):
+    run = lab.start("run", "train.steps=3", "train.micro_batch=1", "balance.bias_speed=0.5")
+    lab.train(run)
+    for _, layer in run.model.sparse_layers():
+        bias = layer.gate.e_score_correction_bias
+        assert bias.abs().max() > 0 and set((bias / 0.5).tolist()) <= {-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0}
+
+
+def test_the_last_third_has_its_own_multi_token_weight(lab, monkeypatch):
+    seen = []
+    real = module.losses
+    monkeypatch.setattr(module, "losses", lambda *a, **k: (seen.append(k["mtp_weight"]), real(*a, **k))[1])
+    lab.train(lab.start("run", "train.steps=6", "train.mtp_weight=0.3", "train.mtp_weight_final=0.1"))
+    assert seen == [0.3] * 4 + [0.1] * 2
+
+
+def test_nothing_held_out_means_no_score(lab):
+    result, _ = lab.train(lab.start("run", "data.held_out=0", "train.steps=7"))
+    assert result.bits_per_byte is None
+    assert not any("bits_per_byte" in record for record in read_metrics(lab.folder / "run"))
+
+
+# ------------------------------------------------------------------------------------------------- going on
+
+EVERYTHING = ["train.steps=14", "train.log_every=1", "eval.every=4", "checkpoint.every=100"]
+
+
+@pytest.mark.parametrize("more", [
+    [], ["optimizer.name=muon"], ["data.separate_documents=true", "train.micro_batch=2", "schedule.kind=cosine"],
+    ["train.batch=180", "train.steps=7"],  # more than two epochs
+], ids=["adamw", "muon", "documents", "epochs"])  # fmt: skip
+def test_interrupted_twice_equals_uninterrupted_bit_for_bit(lab, more):
+    options = [*EVERYTHING, *more]
+    whole, _ = lab.train(lab.start("whole", *options))
+    stops = (2, 5) if whole.steps == 7 else (3, 8)
+    result, _ = lab.train(lab.start("parts", *options), at={stops[0]: interrupt()})
+    assert (result.steps, result.stopped) == (stops[0], "SIGTERM")
+    result, _ = lab.train(lab.resume("parts"), at={stops[1]: interrupt(signal.SIGINT)})
+    assert (result.steps, result.stopped) == (stops[1], "SIGINT")
+    last, _ = lab.train(lab.resume("parts"))
+    assert content(lab.folder / "parts") == content(lab.folder / "whole")
+    assert (last.steps, last.loss, last.bits_per_byte) == (whole.steps, whole.loss, whole.bits_per_byte)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_n_and_n_steps_equal_2n(lab, optimizer):
+    options = [f"optimizer.name={optimizer}", "schedule.kind=constant", "train.log_every=2", "eval.every=100"]
+    lab.train(lab.start("whole", *options, "train.steps=12"))
+    lab.train(lab.start("halves", *options, "train.steps=6"))
+    lab.train(lab.resume("halves", "train.steps=12"))
+    assert content(lab.folder / "halves", finals=False) == content(lab.folder / "whole", finals=False)
+
+
+def test_an_interrupt_between_logged_steps_loses_no_loss(lab, monkeypatch):
+    """The losses since the last logged step are part of the checkpoint."""
+    options = ["train.steps=9", "train.log_every=9", "eval.every=100"]
+    lab.train(lab.start("whole", *options))
+    real, calls = module.losses, []
+
+    def stops_in_the_fifth(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 5:
+            interrupt()()
+        return real(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "losses", stops_in_the_fifth)
+        result, _ = lab.train(lab.start("parts", *options))
+    assert (result.steps, result.loss) == (5, None)
+    lab.train(lab.resume("parts"))
+    assert content(lab.folder / "parts") == content(lab.folder / "whole")
+
+
+def test_events_say_what_happened(lab):
+    lab.train(lab.start("run", "train.log_every=1"), at={2: interrupt()})
+    _, watcher = lab.train(lab.resume("run"))
+    events = [(record["step"], record["event"]) for record in read_metrics(lab.folder / "run") if "event" in record]
+    assert events == [(2, "stopped"), (2, "resumed"), (12, "finished")]
+    assert watcher.notes == ["resumed from the checkpoint of step 2", "finished 12 steps"]
+
+
+def test_an_interrupt_in_the_last_step_lets_the_run_end(lab):
+    result, _ = lab.train(lab.start("run", "train.log_every=1"), at={12: interrupt()})
+    assert (result.steps, result.stopped) == (12, None) and result.bits_per_byte is not None
+
+
+def test_an_interrupt_before_the_first_step_leaves_a_run_that_can_go_on(lab, monkeypatch):
+    lab.train(lab.start("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "gemm_flops_per_second", lambda *_: interrupt()() or 1e11)
+        result, _ = lab.train(lab.start("run"))
+    assert (result.steps, result.stopped) == (0, "SIGTERM")
+    lab.train(lab.resume("run"))
+    assert content(lab.folder / "run") == content(lab.folder / "whole")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back(lab):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        lab.train(lab.start("run", "train.log_every=1"), at={2: lambda: [interrupt(signal.SIGINT)() for _ in range(2)]})
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    lab.train(lab.resume("run"))
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def broken(monkeypatch, steps: set[int], part: str):
+    """Makes the loss or the gradient of the given steps (from 1) not a number."""
+    real, calls = module.losses, []
+
+    def losses(*arguments, **settings):
+        calls.append(1)
+        found = real(*arguments, **settings)
+        if len(calls) in steps:
+            if part == "loss":
+                found.main = found.main * math.nan
+            else:
+                found.total = found.total * math.inf
+        return found
+
+    monkeypatch.setattr(module, "losses", losses)
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_reported(lab, monkeypatch, part):
+    broken(monkeypatch, {3, 4, 7}, part)
+    run = lab.start("run", "train.log_every=1", "train.steps=8", "balance.bias_speed=0.5")
+    weights, biases = {}, {}
+
+    def keep(step):
+        def call():
+            weights[step] = run.model.lm_head.weight.detach().clone()
+            biases[step] = run.model.sparse_layers()[0][1].gate.e_score_correction_bias.clone()
+
+        return call
+
+    watcher_at = {step: keep(step) for step in range(1, 9)}
+    trainer = Trainer(run, _Every(watcher_at))
+    result = trainer.train()
+    assert torch.equal(weights[4], weights[2]) and torch.equal(biases[4], biases[2])
+    assert not torch.equal(weights[5], weights[4]) and torch.equal(weights[7], weights[6])
+    records = read_metrics(run.path)
+    skipped = [(record["step"], record["message"]) for record in records if record.get("event") == "skipped"]
+    assert skipped == [(step, f"step {step} skipped: its {part} is not finite") for step in (3, 4, 7)]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 5, 6, 8]
+    assert (result.steps, trainer.progress.skipped_in_row) == (8, 0)
+    assert math.isfinite(result.bits_per_byte)
+
+
+class _Every:
+    """Calls `at[step]` for every logged step, whether it had a loss or not."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def record(self, record, total_steps):
+        if "grad_norm" in record:
+            self.at[record["step"]]()
+
+    def note(self, text):
+        pass
+
+
+def test_weights_that_blew_up_end_the_run_with_advice_and_harm_nothing_saved(lab):
+    options = ["train.log_every=1", "checkpoint.every=2", "schedule.warmup_steps=0"]
+    lab.train(lab.start("run", *options), at={4: interrupt()})
+    before = content(lab.folder / "run")[:2], (lab.folder / "run" / "model" / "model.safetensors").read_bytes()
+    run = lab.resume("run", "train.steps=40", "checkpoint.every=1")
+    with torch.no_grad():  # as if a bad block of memory had done it
+        trainer = Trainer(run, _Every({step: lambda: None for step in range(99)}))
+        run.model.lm_head.weight[3, 3] = math.nan
+    advice = r"loss was not finite in 5 steps in a row, last at step 9; resume .*optimizer\.lr=0\.0015"
+    with pytest.raises(RunError, match=advice):
+        trainer.train()
+    assert (content(lab.folder / "run")[:2], (lab.folder / "run" / "model" / "model.safetensors").read_bytes()) == before
+    assert sum(record.get("event") == "skipped" for record in read_metrics(run.path)) == 5
+    lab.train(lab.resume("run", "optimizer.lr=0.0015"))
+
+
+def test_an_absurd_rate_ends_the_run(lab):
+    with pytest.raises(RunError, match="not finite in 5 steps in a row"):
+        lab.train(lab.start("run", "optimizer.lr=1e30", "schedule.warmup_steps=0", "train.steps=50"))
+    assert not (lab.folder / "run" / "model").exists() and checkpoints(lab.folder / "run") == []
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_there(lab, monkeypatch):
+    lab.train(lab.start("whole", "checkpoint.every=3"))
+    real, calls = checkpoint_module.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if len(calls) == 4:  # the second checkpoint's second file
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "save_file", full)
+        with pytest.raises(RunError, match="step-00000006: checkpoint not written, the disk is full"):
+            lab.train(lab.start("run", "checkpoint.every=3"))
+    assert [path.name for path in (lab.folder / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    load(lab.folder / "run")
+    lab.train(lab.resume("run"))
+    assert content(lab.folder / "run") == content(lab.folder / "whole")
+
+
+# ------------------------------------------------------------------------------------------------- the clock
+
+
+def test_minutes_end_the_run_in_time_and_the_schedule_with_it(lab):
+    run = lab.start("run", "train.minutes=0.04", "train.steps=1000000", "schedule.decay_share=0.5", "schedule.final=0.0",
+                    "checkpoint.every=100000", "eval.every=100000")  # fmt: skip
+    start = time.perf_counter()
+    result, watcher = lab.train(run)
+    assert time.perf_counter() - start < 0.04 * 60 + 2
+    assert 20 < result.steps < 1000000 and result.stopped is None and result.bits_per_byte is not None
+    assert result.seconds < 0.04 * 60 + 2
+    assert watcher.totals[-1] == result.steps
+    rates = [record["learning_rate"] for record in watcher.records if "learning_rate" in record]
+    assert rates[-1] < 0.3 * max(rates)
+    kept = read_state(checkpoints(run.path)[-1])
+    assert (kept["total_steps"], kept["length"]) == (result.steps, [1000000, 0.04])
+
+
+def test_steps_the_clock_has_room_for_are_all_made(lab):
+    result, _ = lab.train(lab.start("run", "train.minutes=60", "train.steps=30"))
+    assert result.steps == 30
+
+
+def test_steps_longer_than_the_budget_end_after_few(lab, monkeypatch):
+    real = module.losses
+    monkeypatch.setattr(module, "losses", lambda *a, **k: (time.sleep(0.15), real(*a, **k))[1])
+    result, _ = lab.train(lab.start("run", "train.minutes=0.01", "train.log_every=100"))
+    assert 1 <= result.steps <= 5
+
+
+def test_a_run_that_ended_by_the_clock_goes_on_when_given_more(lab):
+    run = lab.start("run", "train.minutes=0.01", "train.steps=1000000")
+    first, _ = lab.train(run)
+    more = lab.resume("run", "train.minutes=0.02")
+    assert more.total_steps == 1000000
+    second, _ = lab.train(more)
+    assert second.steps > first.steps and 0.01 * 60 * 0.8 < second.seconds < 0.02 * 60 + 2
+    assert json.loads((checkpoints(run.path)[-1] / "state.json").read_text())["length"] == [1000000, 0.02]
