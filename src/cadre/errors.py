@@ -1,12 +1,30 @@
-"""The two ways a command can end badly."""
+"""The ways a command can end badly, and their exit statuses."""
+
+import errno
 
 
 class UsageError(ValueError):
-    """Bad usage or bad input: the message is one line that says what was wrong, where, and what would be right.
+    """Bad usage or bad input: the message is one line that says what was wrong, where, and what would be right."""
 
-    The command line prints it and exits with status 2.
-    """
+    status = 2
 
 
 class RunError(RuntimeError):
-    """The work itself failed (a full disk, a diverged run): one line, exit status 1."""
+    """The work itself failed (a diverged run, a broken disk): one line."""
+
+    status = 1
+
+
+class DiskFullError(RunError):
+    """There is no room where the caller asked to write: theirs to mend, as bad input is."""
+
+    status = 2
+
+
+def write_error(what: str, error: Exception) -> RunError:
+    """The error to raise when writing failed: `what` says which file or folder and what became of it."""
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full:
+        return DiskFullError(f"{what}: the disk is full")
+    return RunError(f"{what}: {reason}")

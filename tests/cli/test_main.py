@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from cadre.cli import main as module
-from cadre.errors import RunError, UsageError
+from cadre.errors import DiskFullError, RunError, UsageError
 
 
 def cadre(*arguments: str) -> subprocess.CompletedProcess:
@@ -24,7 +24,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.mark.parametrize("error, status, line", [
     (UsageError("two\nlines  of\ttext"), 2, "cadre: two lines of text\n"),
-    (RunError("the disk is full"), 1, "cadre: the disk is full\n"),
+    (RunError("the loss was not finite"), 1, "cadre: the loss was not finite\n"),
+    (DiskFullError("the disk is full"), 2, "cadre: the disk is full\n"),
 ])  # fmt: skip
 def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status, line):
     def failing(*_, **__):

@@ -182,8 +182,8 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(long, monkeypatc
         wait_for_step(running, Path("run"), rng.randrange(upper - 12, upper))
         time.sleep(rng.uniform(0, 0.03))
         running.kill()
-        running.communicate()
-        assert running.returncode == -signal.SIGKILL
+        _, err = running.communicate()
+        assert running.returncode == -signal.SIGKILL, err
         reached.append(last_step(Path("run")))
         arguments = ["--resume", "run"]
     assert reached == sorted(reached) and reached[0] > 4
@@ -272,7 +272,7 @@ def test_a_full_disk_is_one_line_and_a_failure(recipe, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
         status = train(monkeypatch, recipe, "--out", "run")
-    assert_refused(capsys, status, "checkpoint not written, the disk is full", code=1)
+    assert_refused(capsys, status, "the disk is full", code=2)
     assert not any(Path("run/checkpoints").iterdir()) and not Path("run/model").exists()
     assert train(monkeypatch, "--resume", "run") == 0
 
@@ -282,7 +282,7 @@ def test_a_full_disk_at_the_start_leaves_no_run(recipe, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_module, "replace_file", full)
-    assert_refused(capsys, train(monkeypatch, recipe, "--out", "run"), "No space left on device", code=1)
+    assert_refused(capsys, train(monkeypatch, recipe, "--out", "run"), "the disk is full", code=2)
     assert not any(Path("run").iterdir())
 
 

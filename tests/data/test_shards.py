@@ -213,7 +213,7 @@ def test_tokenizer_and_size_exclude_each_other(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), RunError, "out: the disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), RunError, "out: cannot be written: the disk is full"),
         (OSError(errno.EIO, "Input/output error"), RunError, "out: cannot be written"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],

@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(log, "_file", FullDisk())
-    with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written: the disk is full"):
         log.write({"step": 1})
 
 

@@ -138,3 +138,15 @@ def test_every_family_has_its_losses(kind):
     got = losses(model, ids, None, Balance(model, speed=0), **WEIGHTS)
     torch.testing.assert_close(got.main, written_out(model, ids, None, 7)[0].detach())
     assert (got.balance is None) == (kind == "llama") and got.further == []
+
+
+def test_a_share_of_the_sequences_trains_the_modules():
+    """The modules' loss is that of the first sequences alone; the main loss stays that of all."""
+    model, ids = build(num_nextn_predict_layers=2), random_ids(4, 9)
+    balance = Balance(model, 0.0)
+    everything = losses(model, ids, None, balance, **WEIGHTS)
+    some = losses(model, ids, None, balance, mtp_share=0.5, **WEIGHTS)
+    first = losses(model, ids[:2], None, balance, **WEIGHTS)
+    torch.testing.assert_close(some.main, everything.main)
+    torch.testing.assert_close(torch.stack(some.further), torch.stack(first.further))
+    assert not torch.allclose(torch.stack(some.further), torch.stack(everything.further))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cadre.errors import UsageError
+from cadre.plan.count import count
 from cadre.train.recipe import Recipe, dump_toml, parse_recipe, read_recipe, shipped
 from tests.runs import RECIPE
 
@@ -145,3 +146,14 @@ def test_a_file_is_read_by_its_path_and_named_after_it(tmp_path):
     (tmp_path / "mine.toml").write_text(TEXT, encoding="utf-8")
     recipe = read_recipe(str(tmp_path / "mine.toml"), ["train.steps=3"])
     assert (recipe.name, recipe.train.steps, recipe.data.seq_len) == ("mine", 3, 16)
+
+
+def test_the_dense_twin_has_the_active_parameters_of_pocket():
+    pocket, dense = read_recipe("pocket"), read_recipe("pocket-dense")
+    counts = [count(recipe.config(recipe.data.vocab_size)) for recipe in (pocket, dense)]
+    assert counts[0].active_parameters == pytest.approx(counts[1].active_parameters, rel=0.01)
+    inside = [c.active_parameters_without_embeddings for c in counts]
+    assert inside[0] == pytest.approx(inside[1], rel=0.01)
+    for section in ("data", "optimizer", "schedule", "eval", "checkpoint"):
+        assert getattr(pocket, section) == getattr(dense, section)
+    assert (pocket.train.steps, pocket.train.batch) == (dense.train.steps, dense.train.batch)

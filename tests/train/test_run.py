@@ -115,7 +115,7 @@ def test_a_full_disk_is_a_failure_and_no_fault_of_the_user(lab, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run, "replace_file", full)
-    with pytest.raises(RunError, match=r"run: cannot be written \(No space left on device\)"):
+    with pytest.raises(RunError, match=r"run: cannot be written: the disk is full"):
         lab.start("run")
     assert not any((lab.folder / "run").iterdir())
 

@@ -40,10 +40,8 @@ def main() -> None:
         _end("arguments must be UTF-8: none of them can be written down otherwise", 2)
     try:
         _app()(standalone_mode=True)
-    except UsageError as error:
-        _end(str(error), 2)
-    except RunError as error:
-        _end(str(error), 1)
+    except (UsageError, RunError) as error:
+        _end(str(error), error.status)
     except KeyboardInterrupt:
         _end("interrupted", 130)
 

@@ -38,7 +38,7 @@ from cadre.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from cadre.errors import RunError, UsageError
+from cadre.errors import UsageError, write_error
 
 FORMAT = 1
 DEFAULT_VOCAB_SIZE = 4096
@@ -176,11 +176,9 @@ def prepare(
         _publish(temporary, folder, inputs)
         return TokenData.open(folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"{folder}: the disk is full; free some space or give another folder") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UsageError(f"{folder}: cannot be written ({error.strerror}); give another folder") from error
-        raise RunError(f"{folder}: cannot be written ({error})") from error
+        raise write_error(f"{folder}: cannot be written", error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -16,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cadre.errors import RunError, UsageError
-from cadre.hub.directory import INDEX, WEIGHTS, in_making, one_line, set_aside
+from cadre.errors import UsageError, write_error
+from cadre.hub.directory import INDEX, WEIGHTS, in_making, set_aside
 from cadre.hub.names import duplicates, hollow, pieces
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -71,9 +70,7 @@ def save(
             raise
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else one_line(error)
-        raise RunError(f"{target}: the model was not saved: {reason}") from error
+        raise write_error(f"{target}: the model was not saved", error) from error
 
 
 def check_expressible(config: ModelConfig) -> None:

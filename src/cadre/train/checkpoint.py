@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import UsageError, write_error
 from cadre.model.transformer import Transformer
 from cadre.train.optimizer import Optimizer
 
@@ -60,9 +59,7 @@ def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, sta
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
-        raise RunError(f"{final}: checkpoint not written, {reason}; earlier checkpoints are intact") from None
+        raise write_error(f"{final}: checkpoint not written, earlier checkpoints are intact", error) from None
     for old in checkpoints(run_dir)[:-keep]:
         # Renamed first: what a crash leaves of it must not look like a checkpoint.
         with suppress(OSError):

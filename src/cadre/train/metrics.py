@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import UsageError, write_error
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -152,7 +152,7 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write metrics to {path}: {error.strerror or error}") from error
+        raise write_error(f"{path}: cannot be written", error) from error
 
 
 def _trim(path: Path, resume_step: int | None) -> None:

@@ -33,12 +33,14 @@ def losses(
     balance: Balance,
     *,
     mtp_weight: float,
+    mtp_share: float = 1.0,
     sequence_weight: float,
 ) -> Losses:
     """Losses of a batch of int64 ids [B, T + 1 + modules]: inputs are the first T, targets reach one further per stage.
 
-    The multi-token losses are averaged over modules and weighted (V3 report, equation 25). With documents, attention and
-    the targets of the modules stay inside a document; the first token of the next document remains the main head's.
+    The multi-token losses are averaged over modules and weighted (V3 report, equation 25); they are taken on the first
+    `mtp_share` of the sequences. With documents, attention and the targets of the modules stay inside a document; the
+    first token of the next document remains the main head's.
     Every loss is divided by all N positions (as equation 24 has it), so that micro-batches add up to their batch.
     """
     depth = len(model.mtp)
@@ -52,6 +54,11 @@ def losses(
     main = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, 1 : length + 1].flatten(), mean_N)
     total = main
     further = []
+    some = max(1, round(len(ids_BT) * mtp_share))
+    mean_N = mean_N[: some * length] * (len(ids_BT) / some)
+    ids_BT, hidden = ids_BT[:some], hidden[:some]
+    if document_BT is not None and inside is not None:
+        document_BT, inside = document_BT[:some], inside[:some]
     for stage in range(depth):
         hidden = model.further_hidden(hidden, ids_BT[:, stage + 1 : length + stage + 1], stage, document_BT=inside)
         reach = slice(stage + 2, length + stage + 2)
@@ -66,7 +73,7 @@ def losses(
     routes = balance.read()
     even = None
     if routes and sequence_weight:
-        even = torch.stack([sequence_balance_loss(route, ids_BT.shape[0]) for route in routes]).sum()
+        even = torch.stack([sequence_balance_loss(route, len(route.score_TE) // length) for route in routes]).sum()
         total = total + sequence_weight * even
         even = even.detach() / len(routes)
     return Losses(total, main.detach(), further, even)

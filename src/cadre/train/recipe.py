@@ -47,6 +47,7 @@ class TrainSection(_Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     mtp_weight: float = Field(default=0.3, ge=0)
     mtp_weight_final: float | None = Field(default=None, ge=0)
+    mtp_share: float = Field(default=1.0, gt=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     log_every: int = Field(default=10, ge=1)
 
@@ -137,7 +138,7 @@ class Recipe(_Section):
     def config(self, vocab_size: int, **tokens: int | None) -> ModelConfig:
         """The model's config once the vocabulary is known; `tokens` are bos_token_id and the like."""
         values = {"vocab_size": vocab_size, **{k: v for k, v in tokens.items() if v is not None}, **self.model}
-        values.setdefault("max_position_embeddings", max(2048, self.data.seq_len))
+        values.setdefault("max_position_embeddings", self.data.seq_len)
         try:
             return ModelConfig.from_dict(values)
         except UsageError as error:

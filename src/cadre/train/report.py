@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import UsageError, write_error
 from cadre.train import figures
 from cadre.train.figures import Record, curve_figure, load_figure, series
 from cadre.train.metrics import load_colours, read_metrics, replace_file
@@ -70,7 +70,7 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
         # A lone surrogate in hostile text has no UTF-8: a question mark stands in.
         replace_file(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        raise write_error(f"{path}: cannot be written", error) from error
     return path
 
 

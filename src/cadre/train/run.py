@@ -19,7 +19,7 @@ import torch
 from cadre.data.batches import Batches
 from cadre.data.shards import TokenData, prepare
 from cadre.data.tokenizer import check_vocabulary, special_ids, tokenizer_hash
-from cadre.errors import RunError, UsageError
+from cadre.errors import UsageError, write_error
 from cadre.hub.directory import load_config, model_directory
 from cadre.hub.load import load
 from cadre.hub.save import check_expressible
@@ -208,4 +208,4 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
         path.mkdir(parents=True, exist_ok=True)
         replace_file(path / "recipe.toml", recipe.to_toml().encode("utf-8"))
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+        raise write_error(f"{path}: cannot be written", error) from None

@@ -82,7 +82,9 @@ class Trainer:
         self.balance = Balance(self.model, self.recipe.balance.bias_speed)
         seq_len = self.recipe.data.seq_len
         self.tokens_per_step = self.recipe.train.batch * seq_len
-        self.flops_per_token = count(run.config, context=seq_len).training_flops_per_token
+        cost = count(run.config, context=seq_len)
+        main = 3 * cost.forward_flops_per_token
+        self.flops_per_token = main + self.recipe.train.mtp_share * (cost.training_flops_per_token - main)
         self.progress = Progress(total_steps=run.total_steps)
         self.step_seconds: deque[float] = deque(maxlen=50)
         self.eval_seconds_per_token = 0.0
@@ -143,9 +145,14 @@ class Trainer:
             ids = torch.from_numpy(batch.ids[rows]).to(self.device)
             documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(self.device)
             loss = losses(
-                self.model, ids, documents, self.balance,
-                mtp_weight=self._mtp_weight(), sequence_weight=self.recipe.balance.sequence_weight,
-            )  # fmt: skip
+                self.model,
+                ids,
+                documents,
+                self.balance,
+                mtp_weight=self._mtp_weight(),
+                mtp_share=recipe.mtp_share,
+                sequence_weight=self.recipe.balance.sequence_weight,
+            )
             (loss.total * share).backward()
             parts = [loss.main, *loss.further] + ([] if loss.balance is None else [loss.balance])
             values = (torch.stack(parts) * share).tolist()
