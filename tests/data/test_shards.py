@@ -12,8 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cadre.data import shards
 from cadre.data.shards import TokenData, Tokens, prepare
-from cadre.data.tokenizer import save_tokenizer, tokenizer_hash, train_tokenizer
+from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
+from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 
 TEXTS = [f"Document {i} says that {i * i} is the square of {i}.\n\nAnd {'so ' * i}on." for i in range(20)]
 

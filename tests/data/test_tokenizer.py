@@ -5,17 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from cadre.data.tokenizer import (
-    MIN_VOCAB_SIZE,
+from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from cadre.errors import UsageError
+from cadre.hub.tokenizer import (
     check_vocabulary,
     load_tokenizer,
     save_tokenizer,
     special_ids,
     tokenizer_hash,
-    train_tokenizer,
     vocabulary_size,
 )
-from cadre.errors import UsageError
 
 TEXTS = [
     "It was the custom of the house to read aloud; the readers, in 1790 and 1791, were two.\n\nThey don't any more.",

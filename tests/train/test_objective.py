@@ -145,8 +145,24 @@ def test_a_share_of_the_sequences_trains_the_modules():
     model, ids = build(num_nextn_predict_layers=2), random_ids(4, 9)
     balance = Balance(model, 0.0)
     everything = losses(model, ids, None, balance, **WEIGHTS)
-    some = losses(model, ids, None, balance, mtp_share=0.5, **WEIGHTS)
+    some = losses(model, ids, None, balance, mtp_rows=2, mtp_share=0.5, **WEIGHTS)
     first = losses(model, ids[:2], None, balance, **WEIGHTS)
     torch.testing.assert_close(some.main, everything.main)
     torch.testing.assert_close(torch.stack(some.further), torch.stack(first.further))
     assert not torch.allclose(torch.stack(some.further), torch.stack(everything.further))
+
+
+@settings(max_examples=6)
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 4))
+def test_micro_batches_add_up_where_a_share_trains_the_modules(micro, rows):
+    model, ids = build(num_nextn_predict_layers=1), random_ids(4, 8)
+    balance, weights = Balance(model, 0.0), dict(mtp_weight=0.3, sequence_weight=0.0)
+    whole = losses(model, ids, None, balance, mtp_rows=rows, mtp_share=rows / 4, **weights)
+    wanted = gradients(model, whole.total)
+    parts = []
+    for first in range(0, 4, micro):
+        here = min(max(rows - first, 0), micro)
+        part = losses(model, ids[first : first + micro], None, balance, mtp_rows=here, mtp_share=rows / 4, **weights)
+        parts.append(gradients(model, part.total * (micro / 4)))
+    for name, grad in wanted.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), grad, atol=1e-6, rtol=1e-4)

@@ -3,17 +3,19 @@
 import json
 import shutil
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from cadre.data.tokenizer import save_tokenizer, tokenizer_hash, train_tokenizer
+from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
 from cadre.hub.load import load
 from cadre.hub.save import save
+from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
 from cadre.train.recipe import read_recipe
-from cadre.train.run import held_recipe
+from cadre.train.run import check_memory, held_recipe, only_writer
 from tests.runs import write_corpus
 from tests.shapes import small
 
@@ -283,3 +285,19 @@ def test_the_newest_checkpoint_counts_and_a_damaged_one_is_named(lab, stopped):
     (newest / "state.json").write_text("{")
     with pytest.raises(UsageError, match="step-00000004: damaged checkpoint"):
         lab.resume("run", "train.steps=9")
+
+
+def test_a_model_larger_than_the_machine_is_refused_with_numbers(monkeypatch):
+    class Memory:
+        total = 2**16
+
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    with pytest.raises(UsageError, match=r"the model has [\d,]+ parameters: .* GiB"):
+        check_memory(small("deepseek_v3"), torch.device("cpu"))
+
+
+def test_a_run_has_one_writer_at_a_time(lab):
+    run = lab.start("run")
+    with only_writer(run.path), pytest.raises(UsageError, match="another process is training this run"):
+        lab.train(run)
+    assert lab.train(run)[0].steps == run.total_steps

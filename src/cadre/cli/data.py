@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def data(
         vocab_size=vocab_size,
         out=out,
         held_out=held_out,
-        progress=lambda line: typer.echo(line, err=True),
+        progress=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
     )
     manifest = prepared.manifest
     if json_output:

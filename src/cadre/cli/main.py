@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import typer
@@ -19,7 +21,7 @@ def _app() -> typer.Typer:
 
     app = typer.Typer(
         name="cadre",
-        help="Train and serve DeepSeek-style language models, cheaply, from 2 CPU cores up.",
+        help="Train and run DeepSeek-style language models, cheaply, from 2 CPU cores up.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -34,16 +36,44 @@ def _app() -> typer.Typer:
     return app
 
 
+# How long an OpenMP thread of a CPU build of torch waits in a loop before it sleeps. Its default, for ever in effect, makes
+# a step many times longer as soon as other work wants a core; this bound costs nothing when the machine is idle
+# (docs/log.md). The library reads it once, when torch is imported.
+_SPIN = "30000"
+
+
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 failed, 2 bad usage or bad input, 130 interrupted."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(sys.argv)):
         _end("arguments must be UTF-8: none of them can be written down otherwise", 2)
+    # What has been half written is cleared away on the way out, as after Ctrl-C. Training saves instead.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _app()(standalone_mode=True)
+        sys.exit(_app()(standalone_mode=False) or 0)
     except (UsageError, RunError) as error:
         _end(str(error), error.status)
     except KeyboardInterrupt:
         _end("interrupted", 130)
+    except Exception as error:
+        _end_of_usage(error)
+        _end_of_memory(error)
+        raise
+
+
+def _end_of_usage(error: Exception) -> None:
+    """Typer's own complaints (an unknown option, a number out of range) as one line; no arguments at all ask for help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+    if hasattr(error, "format_message"):
+        _end(f"{error.format_message()} (see cadre --help)", 2)
+
+
+def _end_of_memory(error: Exception) -> None:
+    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+        _end("this machine has not enough memory for that: use a smaller model, batch or sequence", 1)
 
 
 def _end(message: str, status: int) -> None:

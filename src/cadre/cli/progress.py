@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+# More than any budget has room for: the trainer cuts them to what the clock allows.
+STEPS_OF_A_BUDGET = 10**9
+
 
 class TrainingLine:
     """Shows step, loss, tokens/s, MFU and time left; writes evaluations and events as lines of their own.
@@ -34,11 +37,13 @@ class TrainingLine:
             kind = "held-out, all of it" if record.get("final") else "held-out"
             self.note(f"step {record['step']}: {record['bits_per_byte']:.4f} bits per byte ({kind})")
             return
-        left = (total_steps - record["step"]) * record["seconds_per_step"]
+        # Under a budget the steps are known once the clock has told how long one takes.
+        known = total_steps < STEPS_OF_A_BUDGET
+        left = _clock((total_steps - record["step"]) * record["seconds_per_step"]) if known else "?"
         line = (
-            f"step {record['step']}/{total_steps}  loss {record.get('loss', float('nan')):.3f}  "
+            f"step {record['step']}/{total_steps if known else '?'}  loss {record.get('loss', float('nan')):.3f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  "
-            f"elapsed {_clock(record['seconds'])}  left {_clock(left)}"
+            f"elapsed {_clock(record['seconds'])}  left {left}"
         )
         if self.live:
             self.live.update(Text(line))

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: str) -> dict[str, Any]:
     """The `summary` of `cadre.train.report.write_report`."""
-    from cadre.cli.train import load_line
-
     manifest = run.data.manifest
     return {
         "name": run.recipe.name,
@@ -53,6 +51,10 @@ def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: 
             "note": "one machine, wall clock of training and evaluation; preparing the text is not counted",
         },
     }
+
+
+def load_line(model_dir: Path) -> str:
+    return f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{model_dir}'))"
 
 
 def cpu_name() -> str:

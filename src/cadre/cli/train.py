@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from cadre.train.run import Run
     from cadre.train.trainer import Result
 
-# More than any budget has room for: the trainer cuts them to what the clock allows.
-_STEPS_OF_A_BUDGET = 10**9
-
 
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a TOML file; `pocket` if left out.")] = None,
@@ -63,9 +60,11 @@ def train(
 
 def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: str | None) -> Recipe:
     """The recipe with the length that the command line asks for, if it does, instead of its own."""
+    from cadre.cli.progress import STEPS_OF_A_BUDGET
+
     length: dict[str, float | None]
     if budget is not None:
-        length = {"steps": _STEPS_OF_A_BUDGET, "minutes": _seconds(budget) / 60}
+        length = {"steps": STEPS_OF_A_BUDGET, "minutes": _seconds(budget) / 60}
     elif tokens is not None:
         per_step = recipe.train.batch * recipe.data.seq_len
         length = {"steps": max(1, round(_tokens(tokens) / per_step)), "minutes": None}
@@ -88,7 +87,7 @@ def _announce(run: Run, note: Any) -> None:
 
 def _finish(run: Run, result: Result) -> None:
     """Samples, report, and the lines that say what to do with the model."""
-    from cadre.cli.summary import summarize
+    from cadre.cli.summary import load_line, summarize
     from cadre.infer.generate import generate
     from cadre.train.report import write_report
 
@@ -116,10 +115,6 @@ def _finish(run: Run, result: Result) -> None:
     print(f"model            {run.path / 'model'}")
     print(f'in transformers  python -c "{load_line(run.path / "model")}"')
     print(f'try it           cadre generate {here} "Fellow citizens"')
-
-
-def load_line(model_dir: Path) -> str:
-    return f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{model_dir}'))"
 
 
 def _command() -> str:

@@ -29,16 +29,10 @@ from tokenizers import Tokenizer
 
 from cadre.data.sources import Document, read_documents
 from cadre.data.split import Split, pieces, split_documents
-from cadre.data.tokenizer import (
-    MIN_VOCAB_SIZE,
-    load_tokenizer,
-    save_tokenizer,
-    special_ids,
-    tokenizer_hash,
-    train_tokenizer,
-    vocabulary_size,
-)
+from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from cadre.errors import UsageError, write_error
+from cadre.files import sync
+from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 
 FORMAT = 1
 DEFAULT_VOCAB_SIZE = 4096
@@ -190,7 +184,7 @@ def _publish(temporary: Path, folder: Path, inputs: dict[str, Any]) -> None:
         # Another process may have been first with the same text.
         if _find(folder, inputs, cached=False) is None:
             raise
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _cache() -> Path:
@@ -311,7 +305,7 @@ def _write(
     save_tokenizer(tokenizer, folder)
     files = sorted(folder.iterdir())
     for file in files:
-        _sync(file)
+        sync(file)
     manifest |= {
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": size,
@@ -321,8 +315,8 @@ def _write(
         "files": {file.name: _stamp(file) for file in files},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(folder / _MANIFEST)
-    _sync(folder)
+    sync(folder / _MANIFEST)
+    sync(folder)
 
 
 def _separator(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -365,12 +359,3 @@ def _stamp(file: Path) -> dict[str, Any]:
         stream.seek(max(edge, size - edge))
         crc = zlib.crc32(stream.read(), crc)
     return {"bytes": size, "crc32": f"{crc:08x}"}
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file's or folder's content before anything says it is there."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

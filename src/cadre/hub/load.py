@@ -77,7 +77,7 @@ def load(
 def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     if not (directory / "tokenizer.json").is_file():
         return None
-    from cadre.data.tokenizer import check_vocabulary, load_tokenizer
+    from cadre.hub.tokenizer import check_vocabulary, load_tokenizer
 
     tokenizer = load_tokenizer(directory)
     try:
@@ -175,7 +175,10 @@ def _fill(
 
         for name, piece in plan.items():
             whole = state[piece.state]
-            whole[piece.index].copy_(value(name, whole.dtype))
+            part = value(name, whole.dtype)
+            if not part.isfinite().all():
+                raise UsageError(f"{stored[name].file}: {name} holds values that are not finite: the file is damaged")
+            whole[piece.index].copy_(part)
         for name, original in copies.items():
             kept = state[original]
             if not torch.equal(value(name, kept.dtype).to(kept), kept):

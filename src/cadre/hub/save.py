@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cadre.errors import UsageError, write_error
+from cadre.files import sync
 from cadre.hub.directory import INDEX, WEIGHTS, in_making, set_aside
 from cadre.hub.names import duplicates, hollow, pieces
 from cadre.model.config import ModelConfig
@@ -116,12 +116,12 @@ def _write(
     _write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
     _write_tensors(list(_tensors(model, dtype)), folder, max_shard_bytes)
     if tokenizer is not None:
-        from cadre.data.tokenizer import save_tokenizer
+        from cadre.hub.tokenizer import save_tokenizer
 
         save_tokenizer(tokenizer, folder)
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,4 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)

@@ -113,6 +113,8 @@ def stream(
     """As `generate`, piece by piece: each piece of text as soon as it is certain. The pieces hold whole characters only and
     no part of a stop string; joined they are what `generate` returns. Errors are raised at the call, not at the first piece.
     """
+    if tokenizer is None:
+        raise UsageError("this model has no tokenizer: text needs one; generate_ids continues token ids")
     sampling = Sampling(temperature, top_p, top_k)
     stops = StopStrings((stop,) if isinstance(stop, str) else stop)
     ids = encode_prompt(model.config, tokenizer, prompt)

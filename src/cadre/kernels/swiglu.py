@@ -1,4 +1,4 @@
-"""The gated activation of every feed-forward layer."""
+"""The experts' gated activation."""
 
 from __future__ import annotations
 

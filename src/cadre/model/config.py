@@ -282,8 +282,8 @@ class ModelConfig(BaseModel):
         _at_least(self, 1, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
         experts, top_k = _given(self.n_routed_experts), _given(self.num_experts_per_tok)
         if experts % self.n_group:
-            divisors = ", ".join(str(d) for d in range(1, experts + 1) if experts % d == 0)
-            _refuse("n_group", self.n_group, f"a divisor of n_routed_experts ({experts}): one of {divisors}")
+            divisors = ", ".join(str(d) for d in range(1, min(experts, 4096) + 1) if experts % d == 0)
+            _refuse("n_group", self.n_group, f"a divisor of n_routed_experts ({experts}), such as {divisors}")
         if self.topk_group > self.n_group:
             _refuse("topk_group", self.topk_group, f"1 to n_group ({self.n_group})")
         per_group = experts // self.n_group
@@ -371,7 +371,7 @@ class ModelConfig(BaseModel):
         """
         values = dict(values)
         kind = values.get("model_type")
-        if kind not in _HF_DEFAULTS:
+        if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
             raise UsageError(f"{where}: model_type is {kind!r}; Cadre builds {', '.join(_HF_DEFAULTS)}")
         rope = _rope_from_hf(values, kind, where)
         if values.pop("moe_layer_freq", 1) != 1:
@@ -399,7 +399,7 @@ class ModelConfig(BaseModel):
         if unknown:
             raise UsageError(f"{where}: {unknown[0]} = {merged[unknown[0]]!r} is not something Cadre's {kind} knows")
         merged = {k: v for k, v in merged.items() if k in cls.model_fields}
-        if kind == "deepseek_v2" and merged.get("n_group", 1) > 1 and merged.get("topk_method") == "greedy":
+        if kind == "deepseek_v2" and isinstance(merged.get("n_group"), int) and merged.get("topk_method") == "greedy":
             merged["n_group"] = merged["topk_group"] = 1  # greedy never looks at groups
         try:
             return cls.from_dict(merged)

@@ -43,12 +43,13 @@ class Balance:
 
     @torch.no_grad()
     def read(self) -> list[Routes]:
-        """Take the routes of the last forward pass of every sparse layer out of the model and count them."""
+        """Take the routes of the last forward pass in training mode out of every sparse layer that took part, and count
+        them."""
         taken = []
         for (_, layer), load_E in zip(self.layers, self.load_LE, strict=True):
             routes, layer.routes = layer.routes, None
-            if routes is None:
-                raise RuntimeError("balance reads routes after a forward pass in training mode")
+            if routes is None:  # a multi-token prediction block that this micro-batch did not train
+                continue
             load_E += torch.bincount(routes.expert_TK.flatten(), minlength=len(load_E)).to(load_E.device)
             taken.append(routes)
         return taken

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cadre.errors import UsageError
 from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second, peak_memory_bytes, synchronize
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -16,6 +17,7 @@ from cadre.train.balance import Balance
 from cadre.train.objective import losses
 from cadre.train.optimizer import Optimizer
 from cadre.train.recipe import OptimizerSection
+from cadre.train.run import check_memory
 
 
 def bench_train(config: ModelConfig, *, batch: int, seq_len: int, steps: int, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -24,7 +26,10 @@ def bench_train(config: ModelConfig, *, batch: int, seq_len: int, steps: int, dt
     Returns medians: tokens/s, seconds a step, model FLOP/s (the counted 6 N + attention, no recomputation), the GEMM rate
     measured before and after (the larger), their ratio `mfu`, peak memory of the process in bytes.
     """
+    if seq_len > config.max_position_embeddings:
+        raise UsageError(f"--seq {seq_len}: the model's context is {config.max_position_embeddings}")
     device = default_device()
+    check_memory(config, device)
     dtype = dtype or best_dtype(device)
     torch.manual_seed(0)
     model = Transformer(config).initialize(0).to(device)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cadre.errors import UsageError, write_error
+from cadre.files import sync
 from cadre.model.transformer import Transformer
 from cadre.train.optimizer import Optimizer
 
@@ -54,9 +55,9 @@ def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, sta
             json.dump(state, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        _sync(partial)
+        sync(partial)
         partial.replace(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise write_error(f"{final}: checkpoint not written, earlier checkpoints are intact", error) from None
@@ -111,12 +112,4 @@ def _damaged(path: Path, error: Exception) -> UsageError:
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)

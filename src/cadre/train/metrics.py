@@ -14,7 +14,6 @@ MaxVio = max load / mean load - 1 (arXiv 2408.15664, section 4.1).
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cadre.errors import UsageError, write_error
+from cadre.files import replace_file
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -132,19 +132,6 @@ def load_colours(ratio: ArrayLike) -> NDArray[np.float64]:
     blue, orange = (0.16, 0.47, 0.84), (0.93, 0.42, 0.13)
     colours = np.where(excess[..., None] < 0, blue, orange)
     return np.concatenate([colours, np.abs(excess)[..., None] ** 0.8], axis=-1)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes `path` atomically: readers, and a crash, see the old file or the whole new one. Raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -33,14 +33,16 @@ def losses(
     balance: Balance,
     *,
     mtp_weight: float,
+    mtp_rows: int | None = None,
     mtp_share: float = 1.0,
     sequence_weight: float,
 ) -> Losses:
     """Losses of a batch of int64 ids [B, T + 1 + modules]: inputs are the first T, targets reach one further per stage.
 
     The multi-token losses are averaged over modules and weighted (V3 report, equation 25); they are taken on the first
-    `mtp_share` of the sequences. With documents, attention and the targets of the modules stay inside a document; the
-    first token of the next document remains the main head's.
+    `mtp_rows` sequences (all of them if None) and divided by `mtp_share`, the share of the whole batch that these rows and
+    those of its other micro-batches make up. With documents, attention and the targets of the modules stay inside a
+    document; the first token of the next document remains the main head's.
     Every loss is divided by all N positions (as equation 24 has it), so that micro-batches add up to their batch.
     """
     depth = len(model.mtp)
@@ -54,12 +56,15 @@ def losses(
     main = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, 1 : length + 1].flatten(), mean_N)
     total = main
     further = []
-    some = max(1, round(len(ids_BT) * mtp_share))
-    mean_N = mean_N[: some * length] * (len(ids_BT) / some)
-    ids_BT, hidden = ids_BT[:some], hidden[:some]
+    rows = len(ids_BT) if mtp_rows is None else mtp_rows
+    mean_N = mean_N[: rows * length] / mtp_share
+    ids_BT, hidden = ids_BT[:rows], hidden[:rows]
     if document_BT is not None and inside is not None:
-        document_BT, inside = document_BT[:some], inside[:some]
+        document_BT, inside = document_BT[:rows], inside[:rows]
     for stage in range(depth):
+        if not rows:
+            further.append(torch.zeros_like(main))
+            continue
         hidden = model.further_hidden(hidden, ids_BT[:, stage + 1 : length + stage + 1], stage, document_BT=inside)
         reach = slice(stage + 2, length + stage + 2)
         weight_N = mean_N

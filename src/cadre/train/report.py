@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cadre.errors import UsageError, write_error
+from cadre.files import replace_file
 from cadre.train import figures
 from cadre.train.figures import Record, curve_figure, load_figure, series
-from cadre.train.metrics import load_colours, read_metrics, replace_file
+from cadre.train.metrics import load_colours, read_metrics
 
 __all__ = ["curve_figure", "load_figure", "write_report"]
 

@@ -9,27 +9,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from cadre.data.batches import Batches
-from cadre.data.shards import TokenData, prepare
-from cadre.data.tokenizer import check_vocabulary, special_ids, tokenizer_hash
+from cadre.data.shards import DEFAULT_VOCAB_SIZE, TokenData, prepare
 from cadre.errors import UsageError, write_error
+from cadre.files import replace_file
 from cadre.hub.directory import load_config, model_directory
 from cadre.hub.load import load
 from cadre.hub.save import check_expressible
+from cadre.hub.tokenizer import check_vocabulary, special_ids, tokenizer_hash
 from cadre.kernels.limits import best_dtype
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import document_start
 from cadre.model.transformer import Transformer
+from cadre.plan.count import count
 from cadre.train.checkpoint import checkpoints, read_state
-from cadre.train.metrics import read_metrics, replace_file
-from cadre.train.recipe import Recipe, read_recipe
+from cadre.train.metrics import read_metrics
+from cadre.train.recipe import DataSection, Recipe, read_recipe
 
 
 @dataclass
@@ -84,6 +90,7 @@ def start(recipe: Recipe, path: Path, device: torch.device, note: Callable[[str]
             raise UsageError(str(error)) from None
         check_vocabulary(data.tokenizer, config.vocab_size)
     check_expressible(config)
+    check_memory(config, device)
     _check_samples(recipe, config, data)
     batches = _batches(recipe, config, data)
     if source is not None:
@@ -96,6 +103,17 @@ def start(recipe: Recipe, path: Path, device: torch.device, note: Callable[[str]
     resolved = recipe.model_copy(update={"train": train, "data": data_section, "model": fields})
     _write_recipe(path, resolved)
     return Run(path, resolved, config, data, batches, model.to(device), dtype, None, train.steps)
+
+
+def check_memory(config: ModelConfig, device: torch.device) -> None:
+    """Refuse a model whose float32 masters, gradients and two moments alone exceed the memory of the machine."""
+    parameters = count(config).total_parameters
+    held = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
+    if parameters * 16 > held:
+        raise UsageError(
+            f"the model has {parameters:,} parameters: training takes {parameters * 16 / 2**30:,.0f} GiB for weights, "
+            f"gradients and moments, but there are {held / 2**30:,.0f} GiB; choose a smaller model"
+        )
 
 
 def held_recipe(path: Path) -> Recipe:
@@ -130,6 +148,8 @@ def resume(path: Path, wanted: Recipe, device: torch.device, note: Callable[[str
         _refuse_other_identity(path, run.identity(), state["identity"])
         if state["length"] == [train.steps, train.minutes]:
             run.total_steps = state["total_steps"]
+        elif recipe.schedule.kind != "constant":
+            note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
         if state["step"] >= run.total_steps and _ended(path):
             raise UsageError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
     model.to(device)
@@ -170,8 +190,21 @@ def _batches(recipe: Recipe, config: ModelConfig, data: TokenData) -> Batches:
     )
 
 
-def _prepare(section: Any, vocab_size: int | None, note: Callable[[str], None]) -> TokenData:
-    vocab_size = section.vocab_size or (None if section.tokenizer else vocab_size or 4096)
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep others from training the run meanwhile. Raises `UsageError` if one is at it; a killed one holds nothing."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(f"{path}: another process is training this run: wait for it or stop it") from None
+    finally:
+        os.close(handle)
+
+
+def _prepare(section: DataSection, vocab_size: int | None, note: Callable[[str], None]) -> TokenData:
+    vocab_size = section.vocab_size or (None if section.tokenizer else vocab_size or DEFAULT_VOCAB_SIZE)
     return prepare(
         section.source, tokenizer=section.tokenizer, vocab_size=vocab_size, held_out=section.held_out, progress=note
     )

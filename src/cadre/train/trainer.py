@@ -25,11 +25,14 @@ from cadre.train.checkpoint import load_checkpoint, read_state, save_checkpoint
 from cadre.train.metrics import MetricsLog
 from cadre.train.objective import losses
 from cadre.train.optimizer import Optimizer
-from cadre.train.run import Run
+from cadre.train.run import Run, only_writer
 from cadre.train.schedule import rate
 
 # A step whose loss or gradient is not finite is skipped; this many in a row end the run.
 _SKIPS_ALLOWED = 5
+
+# How much of a document an evaluation during training reads at least: its first words say little of a model.
+_LEAST_LETTERS = 1000
 
 
 class Observer(Protocol):
@@ -84,7 +87,9 @@ class Trainer:
         self.tokens_per_step = self.recipe.train.batch * seq_len
         cost = count(run.config, context=seq_len)
         main = 3 * cost.forward_flops_per_token
-        self.flops_per_token = main + self.recipe.train.mtp_share * (cost.training_flops_per_token - main)
+        self.mtp_rows = max(1, round(self.recipe.train.batch * self.recipe.train.mtp_share))
+        self.mtp_share = self.mtp_rows / self.recipe.train.batch
+        self.flops_per_token = main + self.mtp_share * (cost.training_flops_per_token - main)
         self.progress = Progress(total_steps=run.total_steps)
         self.step_seconds: deque[float] = deque(maxlen=50)
         self.eval_seconds_per_token = 0.0
@@ -99,7 +104,7 @@ class Trainer:
         """Run to the end. Raises `RunError` if the disk is full or the loss stays non-finite."""
         recipe, progress = self.recipe, self.progress
         resumed = progress.step if self.run.checkpoint is not None else None
-        with _StopSignals() as stop:
+        with only_writer(self.run.path), _StopSignals() as stop:
             self.metrics = MetricsLog(self.run.path, resume_step=resumed or 0)
             try:
                 self.gemm_rate = gemm_flops_per_second(self.run.dtype, self.device)
@@ -150,7 +155,8 @@ class Trainer:
                 documents,
                 self.balance,
                 mtp_weight=self._mtp_weight(),
-                mtp_share=recipe.mtp_share,
+                mtp_rows=min(max(self.mtp_rows - first, 0), micro),
+                mtp_share=self.mtp_share,
                 sequence_weight=self.recipe.balance.sequence_weight,
             )
             (loss.total * share).backward()
@@ -316,8 +322,9 @@ class _StopSignals:
 
 
 def _first_tokens(documents: list[Document], tokens: int, bytes_per_token: float) -> list[Document]:
-    """The beginnings of all documents, equally long, about `tokens` in all."""
-    letters = max(200, int(tokens * bytes_per_token / len(documents)))
-    return [Document(document.name, document.text[:letters]) for document in documents]
+    """The beginnings, equally long, of documents evenly spread over all: about `tokens` in all."""
+    letters = int(tokens * bytes_per_token)
+    some = documents[:: max(1, -(-len(documents) * _LEAST_LETTERS // letters))]
+    return [Document(document.name, document.text[: max(1, letters // len(some))]) for document in some]
 
 

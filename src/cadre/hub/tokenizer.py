@@ -1,0 +1,114 @@
+"""Tokenizers in a model directory: loading, saving, and what the rest of Cadre asks of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cadre.errors import UsageError
+from cadre.files import replace_file
+
+BOS, EOS, USER, ASSISTANT = SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
+
+# Training text separates documents by eos and has no bos in it, so neither has a conversation.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+_BOS_NAMES = (
+    BOS,
+    "<s>",
+    "<bos>",
+    "[BOS]",
+    "<|begin_of_text|>",
+    "<\uff5cbegin▁of▁sentence\uff5c>",
+    "<|begin▁of▁sentence|>",
+    "<|startoftext|>",
+)
+_EOS_NAMES = (
+    EOS,
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<\uff5cend▁of▁sentence\uff5c>",
+    "<|end▁of▁sentence|>",
+    "<|endoftext|>",
+)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a `tokenizer.json`, or the one in a directory. Truncation and padding stored in it are switched off:
+    a corpus must not lose its documents' ends.
+
+    Raises UsageError if there is none or it cannot be read.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{file}: no such tokenizer; wanted a tokenizer.json or a directory that holds one")
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"{file}: not a tokenizer.json that the tokenizers library reads ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, from which `transformers.AutoTokenizer` loads the same
+    tokenizer. Each file is replaced atomically; the directory is made if absent.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, token_id in zip(("bos_token", "eos_token"), special_ids(tokenizer), strict=True):
+        if token_id is not None:
+            config[name] = tokenizer.id_to_token(token_id)
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if added.issuperset(SPECIAL_TOKENS):
+        config["chat_template"] = _CHAT_TEMPLATE
+    replace_file(directory / "tokenizer.json", tokenizer.to_str(pretty=True).encode("utf-8"))
+    replace_file(directory / "tokenizer_config.json", (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+
+
+def special_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """(bos id, eos id), by the names in common use; None for one that the tokenizer lacks."""
+    # Only added tokens count: "</s>" may well be an ordinary entry learnt from HTML.
+    added = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+    bos = next((added[name] for name in _BOS_NAMES if name in added), None)
+    eos = next((added[name] for name in _EOS_NAMES if name in added), None)
+    return bos, eos
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256, in hexadecimal, of the tokenizer's own serialisation: equal for tokenizers that are equal."""
+    return hashlib.sha256(tokenizer.to_str().encode("utf-8")).hexdigest()
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the greatest id: the rows an embedding needs (ids may have gaps)."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise UsageError if the tokenizer has ids that a model of `vocab_size` embeddings lacks."""
+    needed = vocabulary_size(tokenizer)
+    if needed > vocab_size:
+        raise UsageError(
+            f"the tokenizer has ids up to {needed - 1:,}, beyond the vocabulary of {vocab_size:,}:"
+            f" set vocab_size to at least {needed:,} or use another tokenizer"
+        )
