@@ -1,5 +1,5 @@
 """Moving tokens to routed rows and back. Autograd would scatter with atomics; both directions are gathers, because each
-row knows its token and each token its rows.
+row knows its token and each token its rows. `embedding_bag` adds the rows of a token without holding copies of them.
 
 Letters in names: T token, K choices of a token, R = T*K routed rows, D hidden.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,28 +22,23 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (row_TK,) = ctx.saved_tensors
-        return _choices(grad_RD, row_TK).sum(dim=1), None, None
+        return F.embedding_bag(row_TK, grad_RD, mode="sum"), None, None
 
 
 class _SumChoices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weight_TK: Tensor, row_TK: Tensor, token_R: Tensor) -> Tensor:
         ctx.save_for_backward(y_RD, weight_TK, row_TK, token_R)
-        y_TKD = _choices(y_RD, row_TK)
-        return torch.bmm(weight_TK.to(y_RD.dtype)[:, None, :], y_TKD)[:, 0]
+        return F.embedding_bag(row_TK, y_RD, mode="sum", per_sample_weights=weight_TK.to(y_RD.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_RD, weight_TK, row_TK, token_R = ctx.saved_tensors
         weight_R = torch.empty_like(weight_TK).flatten()
         weight_R[row_TK.flatten()] = weight_TK.flatten()
-        grad_RD = grad_TD.index_select(0, token_R).mul_(weight_R.to(grad_TD.dtype)[:, None])
-        grad_TK = torch.bmm(_choices(y_RD, row_TK), grad_TD[:, :, None])[..., 0]
-        return grad_RD, grad_TK.to(weight_TK.dtype), None, None
-
-
-def _choices(y_RD: Tensor, row_TK: Tensor) -> Tensor:
-    return y_RD.index_select(0, row_TK.flatten()).view(*row_TK.shape, y_RD.shape[1])
+        grad_RD = grad_TD.index_select(0, token_R)
+        grad_R = torch.linalg.vecdot(y_RD, grad_RD)
+        return grad_RD.mul_(weight_R.to(grad_TD.dtype)[:, None]), grad_R[row_TK].to(weight_TK.dtype), None, None
 
 
 def gather_rows(x_TD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:
