@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.shapes import small
 from tokenizers import Tokenizer, models
 
 import cadre
@@ -13,6 +14,7 @@ from cadre.errors import UsageError
 from cadre.hub.directory import WEIGHTS
 from cadre.hub.load import load
 from cadre.hub.save import save
+from cadre.model.transformer import Transformer
 
 
 @pytest.fixture
@@ -238,3 +240,11 @@ def test_tokenizer_beyond_the_vocabulary(path):
     tokenizer = Tokenizer(models.BPE({f"t{number}": number for number in range(140)}, []))
     tokenizer.save(str(path / "tokenizer.json"))
     refused(path, "model: the tokenizer has ids up to 139, beyond the vocabulary of 131")
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
+    model = Transformer(small("llama")).initialize(0)
+    model.norm.weight.data[3] = float("nan")
+    save(model, tmp_path / "model")
+    with pytest.raises(UsageError, match=r"model\.safetensors: model\.norm\.weight holds values that are not finite"):
+        load(tmp_path / "model")
