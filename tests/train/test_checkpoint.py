@@ -134,7 +134,7 @@ def dies_after(calls: int, patch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    places = [(module, name) for name in ("save_file", "_sync")] + [(module.shutil, "rmtree")]
+    places = [(module, name) for name in ("save_file", "sync")] + [(module.shutil, "rmtree")]
     places += [(module.Path, name) for name in ("mkdir", "replace", "rename", "open")]
     for place, name in places:
         patch.setattr(place, name, mortal(getattr(place, name)))
