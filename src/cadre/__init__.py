@@ -1,4 +1,4 @@
-"""Cadre trains and serves DeepSeek-style language models: mixture of experts and multi-head latent attention."""
+"""Cadre trains and runs DeepSeek-style language models: mixture of experts and multi-head latent attention."""
 
 from __future__ import annotations
 

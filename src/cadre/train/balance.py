@@ -76,6 +76,6 @@ class Balance:
         shares = [F.normalize(load_E.float(), p=1, dim=0) for load_E in self.load_LE]
         return {
             "load_layers": [index for index, _ in self.layers],
-            "load": [[round(value, 5) for value in share.tolist()] for share in shares],
+            "load": [share.tolist() for share in shares],
             "max_vio": [round(max_violation(load_E), 4) for load_E in self.load_LE],
         }

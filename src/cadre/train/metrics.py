@@ -5,9 +5,9 @@ Every record has "step". Which of these keys it has says what it is:
     training    loss (nats/token, main head), tokens (seen so far), mtp_loss (one per module), balance_loss, grad_norm,
                 learning_rate, tokens_per_second, mfu (a fraction), seconds (of training so far), seconds_per_step,
                 load [sparse layers][experts] (fractions of the routed assignments, each layer sums to 1),
-                load_layers (their layer numbers), max_vio [sparse layers], skipped (a non-finite step was skipped)
-    evaluation  bits_per_byte, eval_seconds, tokens
-    event       event ("resumed", "stopped", "finished", ...), message
+                load_layers (their layer numbers), max_vio [sparse layers]
+    evaluation  bits_per_byte, eval_seconds, tokens, seconds, final (of all held-out text, with a sliding context)
+    event       event ("resumed", "skipped", "stopped", "finished"), message
 
 MaxVio = max load / mean load - 1 (arXiv 2408.15664, section 4.1).
 """
