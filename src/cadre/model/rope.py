@@ -91,12 +91,19 @@ class RotaryTable:
             self._turn_TR = table
         return table[start:stop]
 
+    def at(self, position_T: Tensor, stop: int) -> Tensor:
+        """The same for any positions below `stop`, in any order: complex64 [T, R/2]."""
+        return self(0, stop, position_T.device)[position_T]
+
 
 def rotate_pairs(x_BTHR: Tensor, turn_TR: Tensor) -> Tensor:
     """Turn the pairs (2i, 2i+1), as DeepSeek's weights expect. The order within the result is the same for queries and
     keys, so scores equal transformers', which writes V3's pairs out de-interleaved."""
-    # view_as_complex refuses the odd strides of a slice beside an odd latent width.
-    pairs = torch.view_as_complex(x_BTHR.float().contiguous().unflatten(-1, (-1, 2)))
+    # view_as_complex refuses the odd strides and the odd offset of a slice beside an odd latent width.
+    wide_BTHR = x_BTHR.float().contiguous()
+    if wide_BTHR.storage_offset() % 2:
+        wide_BTHR = wide_BTHR.clone()
+    pairs = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn_TR[:, None]).flatten(-2).to(x_BTHR.dtype)
 
 

@@ -1,0 +1,97 @@
+"""Weights in 8 or 4 bits for inference: less memory and fewer bytes read a token. The router, the norms and the embedding
+keep their precision; everything that multiplies, the head included, is rounded."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadre.errors import UsageError
+from cadre.kernels.grouped import expert_swiglu
+from cadre.kernels.quantized import QuantizedMatrix, dequantize, quantize
+from cadre.model.experts import Experts
+from cadre.model.layers import Linear
+from cadre.model.transformer import Transformer
+
+BITS = {"int8": 8, "int4": 4}
+
+
+class _Kept(nn.Module):
+    """A quantized matrix as buffers of a module, so that it moves with the model."""
+
+    data: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        super().__init__()
+        made = quantize(weight.detach().flatten(0, -2), bits)
+        self.bits, self.rows, self.cols, self.shape = bits, made.rows, made.cols, weight.shape
+        self.register_buffer("data", made.data)
+        self.register_buffer("scale", made.scale)
+
+    def matrix(self) -> QuantizedMatrix:
+        return QuantizedMatrix(self.bits, self.rows, self.cols, self.data, self.scale)
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(self.matrix(), dtype).view(self.shape)
+
+
+class QuantizedLinear(nn.Module):
+    """As `Linear`, its weight widened for each use."""
+
+    def __init__(self, linear: Linear, bits: int) -> None:
+        super().__init__()
+        self.kept = _Kept(linear.weight, bits)
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.kept.wide(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.kept.wide(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class QuantizedExperts(nn.Module):
+    """As `Experts`, both stacks widened for each use."""
+
+    def __init__(self, experts: Experts, bits: int) -> None:
+        super().__init__()
+        self.gate_up = _Kept(experts.gate_up_proj, bits)
+        self.down = _Kept(experts.down_proj, bits)
+
+    def forward(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
+        return expert_swiglu(x_RD, load_E, self.gate_up.wide(x_RD.dtype), self.down.wide(x_RD.dtype))
+
+
+def quantize_model(model: Transformer, kind: str) -> Transformer:
+    """Round a model's weights in place, for inference only. kind: "int8" or "int4". A tied head is rounded, the embedding
+    it came from is not. Raises `UsageError` for another kind or a model already rounded."""
+    if kind not in BITS:
+        raise UsageError(f"quantization is {kind!r}; it must be one of {', '.join(BITS)}")
+    if any(isinstance(module, _Kept) for module in model.modules()):
+        raise UsageError("the model's weights are quantized already")
+    # So that what widens the weights again computes in the dtype that the model had.
+    model.compute_dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear):
+                setattr(parent, name, QuantizedLinear(child, BITS[kind]))
+            elif isinstance(child, Experts):
+                setattr(parent, name, QuantizedExperts(child, BITS[kind]))
+    return model.requires_grad_(False)
+
+
+def weight_of(module: nn.Module) -> Tensor | QuantizedMatrix:
+    """What a linear layer multiplies by, as the C++ kernels take it."""
+    return module.kept.matrix() if isinstance(module, QuantizedLinear) else cast(Tensor, module.weight)
+
+
+def weights_of(experts: nn.Module) -> tuple[Tensor | QuantizedMatrix, Tensor | QuantizedMatrix]:
+    """The two stacks of an expert layer: gate and up as one, and down."""
+    if isinstance(experts, QuantizedExperts):
+        return experts.gate_up.matrix(), experts.down.matrix()
+    return cast(Tensor, experts.gate_up_proj), cast(Tensor, experts.down_proj)

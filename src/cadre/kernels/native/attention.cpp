@@ -1,0 +1,328 @@
+// Attention of new tokens over paged caches. Latent attention is absorbed (DeepSeek-V2 report, section 2.1.2): it reads the
+// latents as they are. Positions are cut into chunks of fixed size whose results are joined in order (flash decoding), so
+// the numbers depend neither on the batch nor on the number of threads.
+#include "step.h"
+
+constexpr int CHUNK = 256;
+
+struct LatentLayer {
+    const float *norm, *q_a_norm, *kv_a_norm;
+    Matrix q_a, q, kv_a, kv_b, o;  // q_a.data is null without a query rank; q is q_proj or q_b_proj
+    const float *q_a_bias, *kv_a_bias, *o_bias;
+    float eps, inner_eps, scale;
+    int32_t heads, nope, rotary, value, latent, split;
+};
+
+struct GroupedLayer {
+    const float *norm, *q_norm, *k_norm;  // the last two null without QK norm
+    Matrix q, k, v, o;
+    const float *q_bias, *k_bias, *v_bias, *o_bias;
+    float eps, scale;
+    int32_t heads, groups, width, rotary;
+};
+
+namespace {
+
+// One chunk of one sequence (and group): its queries' partial result.
+struct Task {
+    int sequence, token, begin, end, group;  // token: the sequence's first; begin, end: positions
+    size_t partial;                          // its first row among all partial results
+};
+
+struct Tasks {
+    std::vector<Task> list;
+    size_t partials = 0;
+    std::vector<int> sequence;   // of each token
+    std::vector<size_t> first;   // [sequence * groups + group]: its first task
+};
+
+// `queries`: rows of one token in one task.
+void cut(const Step& step, int groups, int queries, Tasks& tasks) {
+    tasks.list.clear(), tasks.sequence.clear(), tasks.first.clear();
+    tasks.partials = 0;
+    int token = 0;
+    for (int b = 0; b < step.sequences; b++) {
+        int seen = step.start[b] + step.count[b];
+        for (int g = 0; g < groups; g++) {
+            tasks.first.push_back(tasks.list.size());
+            for (int begin = 0; begin < seen; begin += CHUNK) {
+                int end = begin + CHUNK < seen ? begin + CHUNK : seen;
+                tasks.list.push_back({b, token, begin, end, g, tasks.partials});
+                tasks.partials += (size_t)step.count[b] * queries;
+            }
+        }
+        tasks.sequence.insert(tasks.sequence.end(), step.count[b], b);
+        token += step.count[b];
+    }
+}
+
+size_t slot(const Step& step, const Cache& cache, int sequence, int64_t position) {
+    size_t page = step.pages[(size_t)sequence * step.page_columns + position / cache.page_size];
+    return page * cache.page_size + position % cache.page_size;
+}
+
+// f(first slot, first position, how many) for each run of positions within one page.
+template <class F>
+void by_page(const Step& step, const Cache& cache, const Task& task, F f) {
+    for (int p = task.begin; p < task.end;) {
+        int stop = (p / cache.page_size + 1) * cache.page_size;
+        if (stop > task.end) stop = task.end;
+        f(slot(step, cache, task.sequence, p), p, stop - p);
+        p = stop;
+    }
+}
+
+// Scores to e^(score - peak) in place; positions after the token's own count nothing. Returns peak and sum.
+void soften(float* score, int n, float scale, float* peak, float* total) {
+    if (n <= 0) {
+        *peak = -INFINITY, *total = 0.0f;
+        return;
+    }
+    floats high = all(-INFINITY);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        floats v = load(score + i) * scale;
+        store(score + i, v);
+        high = v > high ? v : high;
+    }
+    float top = largest(high);
+    for (; i < n; i++) {
+        score[i] *= scale;
+        top = score[i] > top ? score[i] : top;
+    }
+    floats sums = {};
+    for (i = 0; i + LANES <= n; i += LANES) {
+        floats v = exponential(load(score + i) - top);
+        store(score + i, v);
+        sums += v;
+    }
+    float rest = 0.0f;
+    if (i < n) {
+        floats v = exponential(load_part(score + i, n - i) - top);
+        store_part(score + i, v, n - i);
+        for (int j = i; j < n; j++) rest += score[j];
+    }
+    *peak = top, *total = sum(sums) + rest;
+}
+
+// Attention of one task: Q query rows (token-major) against its positions. readers: keys by position. score(row set) is
+// made by `product`, which adds <query, key> into score[row][position - begin].
+template <class Value, class Product>
+void attend(const Step& step, const Cache& cache, const Task& task, int per_token, float scale, const Value& value, size_t C,
+            float* peak, float* total, float* out, Product product) {
+    static thread_local Scratch<float> scores;
+    static thread_local Scratch<const float*> pointers;
+    static thread_local Scratch<float*> targets;
+    int Q = step.count[task.sequence] * per_token, n = task.end - task.begin;
+    float* score = scores.of((size_t)Q * CHUNK);
+    const float** weight = pointers.of(Q);
+    float** target = targets.of(Q);
+    product(score);
+    for (int q = 0; q < Q; q++) {
+        int own = step.start[task.sequence] + q / per_token + 1 - task.begin;  // positions that this token sees
+        int seen = own < n ? own : n;
+        soften(score + (size_t)q * CHUNK, seen, scale, peak + q, total + q);
+        for (int i = seen < 0 ? 0 : seen; i < n; i++) score[(size_t)q * CHUNK + i] = 0.0f;
+        target[q] = out + (size_t)q * C;
+        std::memset(target[q], 0, C * sizeof(float));
+    }
+    by_page(step, cache, task, [&](size_t row, int position, int count) {
+        rows_of(weight, score + (position - task.begin), Q, CHUNK);
+        sums(value, row, count, weight, Q, 0, C, target);
+    });
+}
+
+// Joins the chunks of one query row: out = sum of e^(peak - highest) partial / sum of e^(peak - highest) total.
+void join(const Tasks& tasks, size_t first, size_t chunks, size_t row, const float* peak, const float* total,
+          const float* partial, size_t C, float* out) {
+    float highest = -INFINITY, sum = 0.0f;
+    for (size_t i = 0; i < chunks; i++) highest = std::fmax(highest, peak[tasks.list[first + i].partial + row]);
+    std::memset(out, 0, C * sizeof(float));
+    for (size_t i = 0; i < chunks; i++) {
+        size_t at = tasks.list[first + i].partial + row;
+        float factor = std::exp(peak[at] - highest);
+        sum += factor * total[at];
+        for (size_t c = 0; c < C; c++) out[c] += factor * partial[at * C + c];
+    }
+    for (size_t c = 0; c < C; c++) out[c] /= sum;
+}
+
+size_t chunks_of(const Step& step, int sequence) {
+    return (step.start[sequence] + step.count[sequence] + CHUNK - 1) / CHUNK;
+}
+
+}  // namespace
+
+extern "C" void cadre_latent_attention(const LatentLayer* layer, const Cache* cache, const Step* step) {
+    const LatentLayer& a = *layer;
+    const size_t M = step->tokens, D = step->width, H = a.heads, N = a.nope, R = a.rotary, V = a.value, C = a.latent;
+    const size_t QK = N + R, rank = a.q_a.data ? a.q_a.rows : 0;
+    static thread_local Scratch<> memory;
+    static thread_local Scratch<const float*> pointers;
+    static thread_local Tasks tasks;
+    cut(*step, 1, (int)H, tasks);
+    const size_t P = tasks.partials;
+    float* normed = memory.of(M * (D + 2 * rank + H * QK + (C + R) + 2 * H * C + H * V) + P * (C + 2));
+    float *lower = normed + M * D, *query = lower + 2 * M * rank, *kv = query + M * H * QK, *absorbed = kv + M * (C + R);
+    float *mixed = absorbed + M * H * C, *value = mixed + M * H * C, *partial = value + M * H * V;
+    float *peak = partial + P * C, *total = peak + P;
+    const float** normed_rows = pointers.of(3 * M + 2 * M * H);
+    const float **lower_rows = normed_rows + M, **value_rows = lower_rows + M;
+    const float **latent_rows = value_rows + M, **rotary_rows = latent_rows + M * H;
+    rows_of(normed_rows, normed, M, D);
+    rows_of(lower_rows, lower + M * rank, M, rank);
+    rows_of(value_rows, value, M, H * V);
+    rows_of(latent_rows, absorbed, M * H, C);
+    rows_of(rotary_rows, query + N, M * H, QK);
+    Tasks& work = tasks;
+    float* x = step->x;
+
+#pragma omp parallel num_threads(step->threads)
+    {
+        team_norm(*step, a.norm, a.eps, normed);
+        team_linear(a.kv_a, a.kv_a_bias, normed_rows, M, kv);
+        if (rank) {
+            team_linear(a.q_a, a.q_a_bias, normed_rows, M, lower);
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (size_t m = 0; m < M; m++)
+                rms_norm(lower + m * rank, a.q_a_norm, a.inner_eps, rank, lower + (M + m) * rank);
+        }
+        team_linear(a.q, nullptr, rank ? lower_rows : normed_rows, M, query);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (size_t m = 0; m < M; m++) {
+            const float* turn = step->turn + step->position[m] * R;
+            float* own = kv + m * (C + R);
+            rms_norm(own, a.kv_a_norm, a.inner_eps, C, own);
+            rotate(own + C, turn, R, a.split);
+            size_t at = slot(*step, *cache, work.sequence[m], step->position[m]);
+            write_cached(*cache, cache->first, at * C, own, C);
+            write_cached(*cache, cache->second, at * R, own + C, R);
+            for (size_t h = 0; h < H; h++) rotate(query + (m * H + h) * QK + N, turn, R, a.split);
+            std::memset(absorbed + m * H * C, 0, H * C * sizeof(float));
+        }
+        of_kind(a.kv_b, [&](auto reader) {
+            constexpr size_t BLOCK = 8 * LANES;
+            const size_t blocks = (C + BLOCK - 1) / BLOCK;
+            static thread_local Scratch<const float*> from;
+            static thread_local Scratch<float*> to;
+            const float** q = from.of(M);
+            float** y = to.of(M);
+#pragma omp for schedule(static)
+            for (size_t i = 0; i < H * blocks; i++) {
+                size_t h = i / blocks, begin = i % blocks * BLOCK, end = begin + BLOCK < C ? begin + BLOCK : C;
+                for (size_t m = 0; m < M; m++) q[m] = query + (m * H + h) * QK, y[m] = absorbed + (m * H + h) * C;
+                sums(reader, h * (N + V), N, q, M, begin, end, y);
+            }
+        });
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < work.list.size(); i++) {
+            const Task& task = work.list[i];
+            size_t row = task.token * H, Q = step->count[task.sequence] * H;
+            of_cache(*cache, C, 0, R, 0, [&](auto latent, auto rotary) {
+                attend(*step, *cache, task, (int)H, a.scale, latent, C, peak + task.partial, total + task.partial,
+                       partial + task.partial * C, [&](float* score) {
+                    by_page(*step, *cache, task, [&](size_t key, int position, int count) {
+                        float* to = score + (position - task.begin);
+                        dots(latent, key, key + count, latent_rows + row, Q, C,
+                             [=](size_t q, size_t at, float s) { to[q * CHUNK + at - key] = s; });
+                        dots(rotary, key, key + count, rotary_rows + row, Q, R,
+                             [=](size_t q, size_t at, float s) { to[q * CHUNK + at - key] += s; });
+                    });
+                });
+            });
+        }
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < M * H; i++) {
+            int b = work.sequence[i / H];
+            size_t first = work.first[b], own = i - work.list[first].token * H;
+            join(work, first, chunks_of(*step, b), own, peak, total, partial, C, mixed + i * C);
+        }
+        of_kind(a.kv_b, [&](auto reader) {
+            const size_t blocks = (V + ROWS - 1) / ROWS;
+            static thread_local Scratch<const float*> from;
+            const float** o = from.of(M);
+#pragma omp for schedule(static)
+            for (size_t i = 0; i < H * blocks; i++) {
+                size_t h = i / blocks, begin = i % blocks * ROWS, end = begin + ROWS < V ? begin + ROWS : V;
+                size_t base = h * (N + V) + N;
+                for (size_t m = 0; m < M; m++) o[m] = mixed + (m * H + h) * C;
+                dots(reader, base + begin, base + end, o, M, C,
+                     [=](size_t m, size_t at, float v) { value[(m * H + h) * V + at - base] = v; });
+            }
+        });
+        team_dots(a.o, value_rows, M, [=, &a](size_t m, size_t d, float v) {
+            x[m * D + d] += a.o_bias ? v + a.o_bias[d] : v;
+        });
+    }
+}
+
+extern "C" void cadre_grouped_attention(const GroupedLayer* layer, const Cache* cache, const Step* step) {
+    const GroupedLayer& a = *layer;
+    const size_t M = step->tokens, D = step->width, H = a.heads, G = a.groups, K = a.width, R = a.rotary, X = H / G;
+    static thread_local Scratch<> memory;
+    static thread_local Scratch<const float*> pointers;
+    static thread_local Tasks tasks;
+    cut(*step, (int)G, (int)X, tasks);
+    const size_t P = tasks.partials;
+    float* normed = memory.of(M * (D + 2 * H * K + 2 * G * K) + P * (K + 2));
+    float *query = normed + M * D, *key = query + M * H * K, *own = key + M * G * K, *mixed = own + M * G * K;
+    float *partial = mixed + M * H * K, *peak = partial + P * K, *total = peak + P;
+    const float** normed_rows = pointers.of(2 * M);
+    const float** mixed_rows = normed_rows + M;
+    rows_of(normed_rows, normed, M, D);
+    rows_of(mixed_rows, mixed, M, H * K);
+    Tasks& work = tasks;
+    float* x = step->x;
+
+#pragma omp parallel num_threads(step->threads)
+    {
+        team_norm(*step, a.norm, a.eps, normed);
+        team_linear(a.k, a.k_bias, normed_rows, M, key);
+        team_linear(a.v, a.v_bias, normed_rows, M, own);
+        team_linear(a.q, a.q_bias, normed_rows, M, query);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (size_t m = 0; m < M; m++) {
+            const float* turn = step->turn + step->position[m] * R;
+            for (size_t h = 0; h < H + G; h++) {
+                bool is_query = h < H;
+                float* head = is_query ? query + (m * H + h) * K : key + (m * G + h - H) * K;
+                const float* norm = is_query ? a.q_norm : a.k_norm;
+                if (norm) rms_norm(head, norm, a.eps, K, head);
+                rotate(head, turn, R, true);
+            }
+            size_t at = slot(*step, *cache, work.sequence[m], step->position[m]);
+            write_cached(*cache, cache->first, at * G * K, key + m * G * K, G * K);
+            write_cached(*cache, cache->second, at * G * K, own + m * G * K, G * K);
+        }
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < work.list.size(); i++) {
+            const Task& task = work.list[i];
+            static thread_local Scratch<const float*> from;
+            size_t T = step->count[task.sequence], Q = T * X;
+            const float** q = from.of(Q);
+            for (size_t t = 0; t < T; t++) rows_of(q + t * X, query + ((task.token + t) * H + task.group * X) * K, X, K);
+            of_cache(*cache, G * K, task.group * K, G * K, task.group * K, [&](auto keys, auto values) {
+                attend(*step, *cache, task, (int)X, a.scale, values, K, peak + task.partial, total + task.partial,
+                       partial + task.partial * K, [&](float* score) {
+                    by_page(*step, *cache, task, [&](size_t row, int position, int count) {
+                        float* to = score + (position - task.begin);
+                        dots(keys, row, row + count, q, Q, K,
+                             [=](size_t n, size_t at, float s) { to[n * CHUNK + at - row] = s; });
+                    });
+                });
+            });
+        }
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < M * H; i++) {
+            size_t m = i / H, h = i % H, b = work.sequence[m];
+            size_t first = work.first[b * G + h / X], row = (m - work.list[first].token) * X + h % X;
+            join(work, first, chunks_of(*step, (int)b), row, peak, total, partial, K, mixed + i * K);
+        }
+        team_dots(a.o, mixed_rows, M, [=, &a](size_t m, size_t d, float v) {
+            x[m * D + d] += a.o_bias ? v + a.o_bias[d] : v;
+        });
+    }
+}

@@ -1,0 +1,206 @@
+// Weight matrices of four kinds, and their two products with a few rows of float32.
+//
+// Every output is one accumulator that walks its row in order, whatever is computed beside it: a token's numbers do not
+// depend on the batch it is in.
+#pragma once
+
+#include "vector.h"
+
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+
+// [rows, cols], `stride` elements between rows. INT8: scale float32 [rows]. INT4: groups of 32 columns in 16 bytes, byte i
+// holds column i low and column i + 16 high; a number names an entry of `table` [16]; scale bfloat16 [rows, stride / 32].
+struct Matrix {
+    const void* data;
+    const void* scale;
+    const float* table;
+    int64_t rows, cols, stride;
+    int32_t kind;
+};
+
+struct Float32 {
+    const float* data;
+    size_t stride;
+    floats at(size_t row, size_t k) const { return load(data + row * stride + k); }
+    floats part(size_t row, size_t k, size_t n) const { return load_part(data + row * stride + k, n); }
+    float factor(size_t) const { return 1.0f; }
+    const void* address(size_t row, size_t k) const { return data + row * stride + k; }
+};
+
+struct Bfloat16 {
+    const uint16_t* data;
+    size_t stride;
+    floats at(size_t row, size_t k) const { return widen(read<halves>(data + row * stride + k)); }
+    floats part(size_t row, size_t k, size_t n) const { return widen(read_part<halves>(data + row * stride + k, n)); }
+    float factor(size_t) const { return 1.0f; }
+    const void* address(size_t row, size_t k) const { return data + row * stride + k; }
+};
+
+struct Int8 {
+    const int8_t* data;
+    const float* scale;
+    size_t stride;
+    floats at(size_t row, size_t k) const { return widen(read<bytes>(data + row * stride + k)); }
+    floats part(size_t row, size_t k, size_t n) const { return widen(read_part<bytes>(data + row * stride + k, n)); }
+    float factor(size_t row) const { return scale[row]; }
+    const void* address(size_t row, size_t k) const { return data + row * stride + k; }
+};
+
+struct Int4 {
+    const uint8_t* data;
+    const uint16_t* scale;
+    const float* table;
+    size_t stride;
+    floats at(size_t row, size_t k) const {
+        size_t group = row * (stride / 32) + k / 32;
+        ints index = __builtin_convertvector(read<ubytes>(data + group * 16 + k % 16), ints);
+        index = k % 32 < 16 ? index & 15 : index >> 4;
+#if defined(__AVX512F__)
+        floats value = __builtin_shuffle(load(table), index);
+#elif defined(__AVX2__)
+        floats value = __builtin_shuffle(load(table), load(table + 8), index);
+#else
+        floats value;
+        for (int i = 0; i < LANES; i++) value[i] = table[index[i]];
+#endif
+        return value * from_bfloat16(scale[group]);
+    }
+    // Rows are padded to whole groups; what lies beyond the last column meets zeros.
+    floats part(size_t row, size_t k, size_t) const { return at(row, k); }
+    float factor(size_t) const { return 1.0f; }
+    const void* address(size_t row, size_t k) const { return data + (row * stride + k) / 2; }
+};
+
+// Calls f with the reader of the matrix's kind: f is compiled once for each.
+template <class F>
+static inline void of_kind(const Matrix& w, F f) {
+    switch (w.kind) {
+        case FLOAT32: return f(Float32{(const float*)w.data, (size_t)w.stride});
+        case BFLOAT16: return f(Bfloat16{(const uint16_t*)w.data, (size_t)w.stride});
+        case INT8: return f(Int8{(const int8_t*)w.data, (const float*)w.scale, (size_t)w.stride});
+        default: return f(Int4{(const uint8_t*)w.data, (const uint16_t*)w.scale, w.table, (size_t)w.stride});
+    }
+}
+
+// out[m * NR + n] = <x[m], w[row + n]> over K columns.
+template <int MR, int NR, class W>
+__attribute__((noinline)) static void dot_tile(const W& w, size_t row, const float* const* x, size_t K, float* out) {
+    floats acc[MR][NR] = {};
+    size_t k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        floats wide[NR];
+#pragma GCC unroll 8
+        for (int n = 0; n < NR; n++) wide[n] = w.at(row + n, k);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; m++) {
+            floats xm = load(x[m] + k);
+#pragma GCC unroll 8
+            for (int n = 0; n < NR; n++) acc[m][n] += wide[n] * xm;
+        }
+    }
+    if (k < K) {
+        for (int n = 0; n < NR; n++) {
+            floats wide = w.part(row + n, k, K - k);
+            for (int m = 0; m < MR; m++) acc[m][n] += wide * load_part(x[m] + k, K - k);
+        }
+    }
+    for (int m = 0; m < MR; m++)
+        for (int n = 0; n < NR; n++) out[m * NR + n] = sum(acc[m][n]) * w.factor(row + n);
+}
+
+constexpr int ROWS = 8;    // rows of a matrix per tile for one vector; half as many for several
+constexpr int TOKENS = 6;  // vectors per tile: 6 x 4 accumulators leave room in 32 registers
+
+template <int NR, class W>
+__attribute__((noinline)) static void dot_rows(const W& w, size_t row, const float* const* x, size_t M, size_t K, float* out) {
+    for (size_t m = 0; m < M; m += TOKENS) {
+        float* to = out + m * NR;
+        switch (M - m) {
+            case 1: dot_tile<1, NR>(w, row, x + m, K, to); break;
+            case 2: dot_tile<2, NR>(w, row, x + m, K, to); break;
+            case 3: dot_tile<3, NR>(w, row, x + m, K, to); break;
+            case 4: dot_tile<4, NR>(w, row, x + m, K, to); break;
+            case 5: dot_tile<5, NR>(w, row, x + m, K, to); break;
+            default: dot_tile<TOKENS, NR>(w, row, x + m, K, to);
+        }
+    }
+}
+
+// Rows [begin, end) of w times M vectors: put(m, row, value) for each product.
+template <class W, class Put>
+static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
+    float out[64 * 4];  // at most 64 vectors, or ROWS for one
+    size_t row = begin;
+    if (M == 1) {
+        for (; row + ROWS <= end; row += ROWS) {
+            dot_tile<1, ROWS>(w, row, x, K, out);
+            for (int n = 0; n < ROWS; n++) put(0, row + n, out[n]);
+        }
+    }
+    for (; row + 4 <= end; row += 4) {
+        for (size_t m0 = 0; m0 < M; m0 += 64) {
+            size_t some = M - m0 < 64 ? M - m0 : 64;
+            dot_rows<4>(w, row, x + m0, some, K, out);
+            for (size_t m = 0; m < some; m++)
+                for (int n = 0; n < 4; n++) put(m0 + m, row + n, out[m * 4 + n]);
+        }
+    }
+    for (; row < end; row++) {
+        for (size_t m0 = 0; m0 < M; m0 += 64) {
+            size_t some = M - m0 < 64 ? M - m0 : 64;
+            dot_rows<1>(w, row, x + m0, some, K, out);
+            for (size_t m = 0; m < some; m++) put(m0 + m, row, out[m]);
+        }
+    }
+}
+
+// y[m][c] += sum over j of a[m][j] * w[row + j][c], for MR vectors and NV * LANES columns from c.
+template <int MR, int NV, class W>
+__attribute__((noinline)) static void sum_tile(const W& w, size_t row, size_t J, const float* const* a, size_t c, float* const* y) {
+    floats acc[MR][NV];
+    for (int m = 0; m < MR; m++)
+        for (int n = 0; n < NV; n++) acc[m][n] = load(y[m] + c + n * LANES);
+    for (size_t j = 0; j < J; j++) {
+        floats wide[NV];
+        float factor = w.factor(row + j);
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; n++) wide[n] = w.at(row + j, c + n * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; m++) {
+            floats am = all(a[m][j] * factor);
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; n++) acc[m][n] += am * wide[n];
+        }
+    }
+    for (int m = 0; m < MR; m++)
+        for (int n = 0; n < NV; n++) store(y[m] + c + n * LANES, acc[m][n]);
+}
+
+template <int NV, class W>
+__attribute__((noinline)) static void sum_columns(const W& w, size_t row, size_t J, const float* const* a, size_t M, size_t c, float* const* y) {
+    for (size_t m = 0; m < M; m += TOKENS) {
+        switch (M - m) {
+            case 1: sum_tile<1, NV>(w, row, J, a + m, c, y + m); break;
+            case 2: sum_tile<2, NV>(w, row, J, a + m, c, y + m); break;
+            case 3: sum_tile<3, NV>(w, row, J, a + m, c, y + m); break;
+            case 4: sum_tile<4, NV>(w, row, J, a + m, c, y + m); break;
+            case 5: sum_tile<5, NV>(w, row, J, a + m, c, y + m); break;
+            default: sum_tile<TOKENS, NV>(w, row, J, a + m, c, y + m);
+        }
+    }
+}
+
+// y[m][c] += sum over j < J of a[m][j] * w[row + j][c] for columns c from `begin` to `end`.
+template <class W>
+static inline void sums(const W& w, size_t row, size_t J, const float* const* a, size_t M, size_t begin, size_t end,
+                        float* const* y) {
+    size_t c = begin;
+    for (; c + 4 * LANES <= end; c += 4 * LANES) sum_columns<4>(w, row, J, a, M, c, y);
+    for (; c + LANES <= end; c += LANES) sum_columns<1>(w, row, J, a, M, c, y);
+    if (c == end) return;
+    for (size_t m = 0; m < M; m++) {
+        floats acc = load_part(y[m] + c, end - c);
+        for (size_t j = 0; j < J; j++) acc += all(a[m][j] * w.factor(row + j)) * w.part(row + j, c, end - c);
+        store_part(y[m] + c, acc, end - c);
+    }
+}

@@ -1,0 +1,116 @@
+"""The C++ kernels' structures, filled from tensors. Each keeps the tensors that it points into alive."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadre.kernels.quantized import GROUP, QuantizedMatrix, levels
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+INT8, INT4 = 2, 3
+
+
+class Matrix(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("table", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("stride", c_int64),
+        ("kind", c_int32),
+    )
+
+
+class LatentLayer(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("norm", "q_a_norm", "kv_a_norm")),
+        *((name, Matrix) for name in ("q_a", "q", "kv_a", "kv_b", "o")),
+        *((name, c_void_p) for name in ("q_a_bias", "kv_a_bias", "o_bias")),
+        *((name, c_float) for name in ("eps", "inner_eps", "scale")),
+        *((name, c_int32) for name in ("heads", "nope", "rotary", "value", "latent", "split")),
+    )
+
+
+class GroupedLayer(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("norm", "q_norm", "k_norm")),
+        *((name, Matrix) for name in ("q", "k", "v", "o")),
+        *((name, c_void_p) for name in ("q_bias", "k_bias", "v_bias", "o_bias")),
+        *((name, c_float) for name in ("eps", "scale")),
+        *((name, c_int32) for name in ("heads", "groups", "width", "rotary")),
+    )
+
+
+class DenseLayer(Structure):
+    _fields_ = (("norm", c_void_p), *((name, Matrix) for name in ("gate", "up", "down")), ("eps", c_float))
+
+
+class ExpertsLayer(Structure):
+    _fields_ = (
+        ("norm", c_void_p),
+        ("correction", c_void_p),
+        *((name, Matrix) for name in ("router", "gate_up", "down", "shared_gate", "shared_up", "shared_down")),
+        *((name, c_float) for name in ("eps", "scaling")),
+        *((name, c_int32) for name in ("experts", "top_k", "groups", "top_groups", "sigmoid", "normed", "width")),
+    )
+
+
+class Cache(Structure):
+    _fields_ = (("first", c_void_p), ("second", c_void_p), ("kind", c_int32), ("page_size", c_int32))
+
+
+class Step(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "turn", "position", "count", "start", "pages")),
+        *((name, c_int32) for name in ("tokens", "sequences", "page_columns", "width", "threads")),
+    )
+
+
+class Keeper:
+    """Hands out addresses and holds on to what lies there."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def vector(self, tensor: Tensor | None) -> int | None:
+        """The address of a float32 copy (or of the tensor itself if it is one); None stays None."""
+        if tensor is None:
+            return None
+        wide = tensor.detach().float().contiguous()
+        self.kept.append(wide)
+        return wide.data_ptr()
+
+    def matrix(self, weight: Tensor | QuantizedMatrix | None) -> Matrix:
+        """A matrix [rows, cols] or a stack [E, rows, cols] seen as one of E * rows rows; None gives an empty one."""
+        if weight is None:
+            return Matrix()
+        if isinstance(weight, QuantizedMatrix):
+            table = levels()
+            self.kept += [weight, table]
+            stride = weight.cols if weight.bits == 8 else weight.scale.shape[1] * GROUP
+            kind = INT8 if weight.bits == 8 else INT4
+            data, scale = weight.data.data_ptr(), weight.scale.data_ptr()
+            return Matrix(data, scale, table.data_ptr(), weight.rows, weight.cols, stride, kind)
+        flat = weight.detach().flatten(0, -2)
+        if flat.dtype not in KINDS or flat.stride(1) != 1:
+            flat = flat.float().contiguous() if flat.dtype not in KINDS else flat.contiguous()
+        self.kept.append(flat)
+        return Matrix(flat.data_ptr(), None, None, *flat.shape, flat.stride(0), KINDS[flat.dtype])
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes the functions' arguments."""
+    library.cadre_latent_attention.argtypes = (POINTER(LatentLayer), POINTER(Cache), POINTER(Step))
+    library.cadre_grouped_attention.argtypes = (POINTER(GroupedLayer), POINTER(Cache), POINTER(Step))
+    library.cadre_dense.argtypes = (POINTER(DenseLayer), POINTER(Step))
+    library.cadre_experts.argtypes = (POINTER(ExpertsLayer), POINTER(Step), c_void_p, c_void_p)
+    library.cadre_norm.argtypes = (c_void_p, c_float, POINTER(Step), c_void_p)
+    library.cadre_linear.argtypes = (POINTER(Matrix), c_void_p, c_int64, c_int32, c_void_p)
+    for name in ("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear"):
+        getattr(library, f"cadre_{name}").restype = None

@@ -1,0 +1,94 @@
+// Vectors of the machine's width, through the compiler's vector extensions: one source for AVX-512, AVX2, NEON and SSE.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef uint8_t ubytes __attribute__((vector_size(LANES)));
+
+template <class V, class T>
+static inline V read(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+// The first n < LANES elements, then zeros.
+template <class V, class T>
+static inline V read_part(const T* from, size_t n) {
+    V v = {};
+    std::memcpy(&v, from, n * sizeof(T));
+    return v;
+}
+
+static inline floats load(const float* from) { return read<floats>(from); }
+static inline floats load_part(const float* from, size_t n) { return read_part<floats>(from, n); }
+static inline void store(float* to, floats v) { std::memcpy(to, &v, sizeof v); }
+static inline void store_part(float* to, floats v, size_t n) { std::memcpy(to, &v, n * sizeof(float)); }
+static inline floats all(float x) { return x - floats{}; }
+
+static inline floats widen(halves v) { return (floats)(__builtin_convertvector(v, words) << 16); }
+static inline floats widen(bytes v) { return __builtin_convertvector(__builtin_convertvector(v, ints), floats); }
+
+// Always in the same order, so that a sum never depends on what is computed beside it.
+static inline float sum(floats v) {
+    float x[LANES];
+    std::memcpy(x, &v, sizeof v);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
+static inline float largest(floats v) {
+    float x[LANES];
+    std::memcpy(x, &v, sizeof v);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+    return x[0];
+}
+
+// e^x to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Cephes' expf).
+static inline floats exponential(floats x) {
+    x = x < all(-87.0f) ? all(-87.0f) : x;
+    x = x > all(88.0f) ? all(88.0f) : x;
+    const floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    floats shifted = x * 1.44269504088896341f + shift;
+    floats n = shifted - shift;
+    floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    floats p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (floats)((words)p + ((words)shifted << 23));
+}
+
+static inline uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);  // a NaN stays one
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+static inline float from_bfloat16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
