@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +11,6 @@ import torch
 from hypothesis import example, given
 
 from cadre.errors import UsageError
-from cadre.infer.cache import DecodingCache
-from cadre.model.attention import LayerCache
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
@@ -116,31 +115,58 @@ def elements(module: torch.nn.Module) -> int:
 
 
 class KeepEverything:
-    """A cache that only remembers what it was given."""
+    """A cache that only remembers what it was given, for one sequence from its start."""
 
-    length = 0
-
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        self.position_T, self.stop = torch.arange(tokens), tokens
         self.kept: list[torch.Tensor] = []
 
-    def layer(self, index: int) -> LayerCache:
+    def layer(self, index: int) -> KeepEverything:
         return self
 
-    def advance(self, positions: int) -> None:
-        pass
-
-    def append(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, first: torch.Tensor, second: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         self.kept += [first, second]
-        return first, second
+        yield slice(0, len(first)), first, second
 
 
 @given(configs())
 def test_cache_bytes_are_those_of_what_attention_keeps(config: ModelConfig):
-    cache, tokens = KeepEverything(), 2
+    tokens = 2
+    cache = KeepEverything(tokens)
     Transformer(config).initialize(0)(torch.zeros(1, tokens, dtype=torch.int64), cache)
     kept = sum(tensor.numel() * tensor.element_size() for tensor in cache.kept)
     assert count(config, cache_bytes=4).kv_cache_bytes_per_token * tokens == kept
-    assert count(config).kv_cache_bytes_per_token == DecodingCache(config, 3, 5, torch.bfloat16).bytes_per_token
+
+
+def test_cache_bytes_in_eight_groups():
+    assert count(published.DEEPSEEK_V3).kv_cache_bytes_per_token_gqa8 == 61 * 2 * 8 * (192 + 128)
+    assert count(published.LLAMA_3_1_405B).kv_cache_bytes_per_token_gqa8 == 516_096
+    few = count(small("llama"))
+    assert few.kv_cache_bytes_per_token_gqa8 == few.kv_cache_bytes_per_token_mha
+
+
+def test_decoding_flops_absorb_latent_attention():
+    """One token reads `context` latents with every head: 512 + 64 wide for the scores, 512 for the values."""
+    counted = count(without_mtp(published.DEEPSEEK_V3), context=4096)
+    attention = counted.decode_flops_per_token - 2 * counted.active_parameters_without_input_embedding
+    assert attention == 61 * 2 * 128 * (576 + 512) * 4096
+    grouped = count(published.LLAMA_3_1_405B, context=1000)
+    attention = grouped.decode_flops_per_token - 2 * grouped.active_parameters_without_input_embedding
+    assert attention == 126 * 2 * 128 * (128 + 128) * 1000
+
+
+def test_a_sliding_window_bounds_what_attention_costs():
+    mistral = dict(
+        model_type="mixtral", vocab_size=32, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=2, num_experts_per_tok=1, intermediate_size=4, sliding_window=10,
+    )  # fmt: skip
+    tight, open_ = count(mistral, context=100), count({**mistral, "sliding_window": None}, context=100)
+    # Positions see 1, 2, ... 10, 10, ... tokens; a mean over many of them is w - w^2 / 2T, half of T when w = T.
+    mean = 10 - 10**2 / 200
+    assert open_.forward_flops_per_token - tight.forward_flops_per_token == 2 * 2 * (2 * 2 * 4) * (50 - mean)
+    assert tight.decode_flops_per_token - open_.decode_flops_per_token == 2 * 2 * (2 * 2 * 4) * (10 - 100)
+    assert tight.total_parameters == open_.total_parameters
+    assert count(mistral, context=10) == count({**mistral, "sliding_window": None}, context=10)
 
 
 @given(configs())

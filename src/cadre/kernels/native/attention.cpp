@@ -1,6 +1,8 @@
 // Attention of new tokens over paged caches. Latent attention is absorbed (DeepSeek-V2 report, section 2.1.2): it reads the
 // latents as they are. Positions are cut into chunks of fixed size whose results are joined in order (flash decoding), so
 // the numbers depend neither on the batch nor on the number of threads.
+#include <algorithm>
+
 #include "step.h"
 
 constexpr int CHUNK = 256;
@@ -61,13 +63,16 @@ size_t slot(const Step& step, const Cache& cache, int sequence, int64_t position
     return page * cache.page_size + position % cache.page_size;
 }
 
-// f(first slot, first position, how many) for each run of positions within one page.
+// f(first slot, first position, how many) for each run of positions that lie one after the other.
 template <class F>
-void by_page(const Step& step, const Cache& cache, const Task& task, F f) {
+void by_run(const Step& step, const Cache& cache, const Task& task, F f) {
+    const int32_t* pages = step.pages + (size_t)task.sequence * step.page_columns;
     for (int p = task.begin; p < task.end;) {
-        int stop = (p / cache.page_size + 1) * cache.page_size;
-        if (stop > task.end) stop = task.end;
-        f(slot(step, cache, task.sequence, p), p, stop - p);
+        int page = p / cache.page_size;
+        size_t first = slot(step, cache, task.sequence, p);
+        while ((page + 1) * cache.page_size < task.end && pages[page + 1] == pages[page] + 1) page++;
+        int stop = std::min((page + 1) * cache.page_size, task.end);
+        f(first, p, stop - p);
         p = stop;
     }
 }
@@ -126,7 +131,7 @@ void attend(const Step& step, const Cache& cache, const Task& task, int per_toke
         target[q] = out + (size_t)q * C;
         std::memset(target[q], 0, C * sizeof(float));
     }
-    by_page(step, cache, task, [&](size_t row, int position, int count) {
+    by_run(step, cache, task, [&](size_t row, int position, int count) {
         rows_of(weight, score + (position - task.begin), Q, CHUNK);
         sums(value, row, count, weight, Q, 0, C, target);
     });
@@ -223,7 +228,7 @@ extern "C" void cadre_latent_attention(const LatentLayer* layer, const Cache* ca
             of_cache(*cache, C, 0, R, 0, [&](auto latent, auto rotary) {
                 attend(*step, *cache, task, (int)H, a.scale, latent, C, peak + task.partial, total + task.partial,
                        partial + task.partial * C, [&](float* score) {
-                    by_page(*step, *cache, task, [&](size_t key, int position, int count) {
+                    by_run(*step, *cache, task, [&](size_t key, int position, int count) {
                         float* to = score + (position - task.begin);
                         dots(latent, key, key + count, latent_rows + row, Q, C,
                              [=](size_t q, size_t at, float s) { to[q * CHUNK + at - key] = s; });
@@ -307,7 +312,7 @@ extern "C" void cadre_grouped_attention(const GroupedLayer* layer, const Cache* 
             of_cache(*cache, G * K, task.group * K, G * K, task.group * K, [&](auto keys, auto values) {
                 attend(*step, *cache, task, (int)X, a.scale, values, K, peak + task.partial, total + task.partial,
                        partial + task.partial * K, [&](float* score) {
-                    by_page(*step, *cache, task, [&](size_t row, int position, int count) {
+                    by_run(*step, *cache, task, [&](size_t row, int position, int count) {
                         float* to = score + (position - task.begin);
                         dots(keys, row, row + count, q, Q, K,
                              [=](size_t n, size_t at, float s) { to[n * CHUNK + at - row] = s; });

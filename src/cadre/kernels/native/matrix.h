@@ -4,6 +4,8 @@
 // depend on the batch it is in.
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
@@ -51,19 +53,32 @@ struct Int4 {
     const uint16_t* scale;
     const float* table;
     size_t stride;
+    // All 32 columns of a group.
+    void group(size_t row, size_t k, floats* to) const {
+        size_t number = row * (stride / 32) + k / 32;
+        floats factor = all(from_bfloat16(scale[number]));
+        for (int i = 0; i < 16 / LANES; i++) {
+            ints index = widen(read<ubytes>(data + number * 16 + i * LANES));
+            to[i] = level(index) * factor;
+            to[i + 16 / LANES] = level(index >> 4) * factor;
+        }
+    }
     floats at(size_t row, size_t k) const {
-        size_t group = row * (stride / 32) + k / 32;
-        ints index = __builtin_convertvector(read<ubytes>(data + group * 16 + k % 16), ints);
-        index = k % 32 < 16 ? index & 15 : index >> 4;
+        size_t number = row * (stride / 32) + k / 32;
+        ints index = widen(read<ubytes>(data + number * 16 + k % 16));
+        return level(k % 32 >= 16 ? index >> 4 : index) * all(from_bfloat16(scale[number]));
+    }
+    // The table's entries at the low four bits.
+    floats level(ints index) const {
 #if defined(__AVX512F__)
-        floats value = __builtin_shuffle(load(table), index);
+        return (floats)_mm512_permutexvar_ps((__m512i)index, (__m512)load(table));
 #elif defined(__AVX2__)
-        floats value = __builtin_shuffle(load(table), load(table + 8), index);
+        return __builtin_shuffle(load(table), load(table + 8), index & 15);
 #else
         floats value;
-        for (int i = 0; i < LANES; i++) value[i] = table[index[i]];
+        for (int i = 0; i < LANES; i++) value[i] = table[index[i] & 15];
+        return value;
 #endif
-        return value * from_bfloat16(scale[group]);
     }
     // Rows are padded to whole groups; what lies beyond the last column meets zeros.
     floats part(size_t row, size_t k, size_t) const { return at(row, k); }
@@ -82,74 +97,99 @@ static inline void of_kind(const Matrix& w, F f) {
     }
 }
 
-// out[m * NR + n] = <x[m], w[row + n]> over K columns.
+// out[m * NR + n] = <x[m], w[row + n]> over K columns. `ahead`: the next rows of w are not in cache yet.
 template <int MR, int NR, class W>
-__attribute__((noinline)) static void dot_tile(const W& w, size_t row, const float* const* x, size_t K, float* out) {
+__attribute__((noinline)) static void dot_tile(const W& w, size_t row, const float* const* x, size_t K, bool ahead, float* out) {
     floats acc[MR][NR] = {};
     size_t k = 0;
-    for (; k + LANES <= K; k += LANES) {
-        floats wide[NR];
+    if constexpr (std::is_same_v<W, Int4>) {
+        for (; k + 32 <= K; k += 32) {
 #pragma GCC unroll 8
-        for (int n = 0; n < NR; n++) wide[n] = w.at(row + n, k);
+            for (int n = 0; n < NR; n++) {
+                floats wide[32 / LANES];
+                w.group(row + n, k, wide);
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; m++) {
-            floats xm = load(x[m] + k);
+                for (int m = 0; m < MR; m++)
+                    for (int i = 0; i < 32 / LANES; i++) acc[m][n] += wide[i] * load(x[m] + k + i * LANES);
+            }
+            if (ahead)
+                for (int n = 0; n < NR; n++) __builtin_prefetch(w.address(row + NR + n, k));
+        }
+    } else {
+        for (; k + LANES <= K; k += LANES) {
+            floats wide[NR];
 #pragma GCC unroll 8
-            for (int n = 0; n < NR; n++) acc[m][n] += wide[n] * xm;
+            for (int n = 0; n < NR; n++) wide[n] = w.at(row + n, k);
+            // Rows are too short for the processor to see the stream coming: ask for the next tile's.
+            if (ahead)
+                for (int n = 0; n < NR; n++) __builtin_prefetch(w.address(row + NR + n, k));
+#pragma GCC unroll 8
+            for (int m = 0; m < MR; m++) {
+                floats xm = load(x[m] + k);
+#pragma GCC unroll 8
+                for (int n = 0; n < NR; n++) acc[m][n] += wide[n] * xm;
+            }
         }
     }
-    if (k < K) {
+    for (; k < K; k += LANES) {
+        size_t rest = K - k < LANES ? K - k : LANES;
         for (int n = 0; n < NR; n++) {
-            floats wide = w.part(row + n, k, K - k);
-            for (int m = 0; m < MR; m++) acc[m][n] += wide * load_part(x[m] + k, K - k);
+            floats wide = w.part(row + n, k, rest);
+            for (int m = 0; m < MR; m++) acc[m][n] += wide * load_part(x[m] + k, rest);
         }
     }
-    for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NR; n++) out[m * NR + n] = sum(acc[m][n]) * w.factor(row + n);
+    for (int m = 0; m < MR; m++) {
+        if constexpr (NR % 4 == 0)
+            for (int n = 0; n < NR; n += 4) sum4(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], out + m * NR + n);
+        else
+            for (int n = 0; n < NR; n++) out[m * NR + n] = sum(acc[m][n]);
+        for (int n = 0; n < NR; n++) out[m * NR + n] *= w.factor(row + n);
+    }
 }
 
 constexpr int ROWS = 8;    // rows of a matrix per tile for one vector; half as many for several
 constexpr int TOKENS = 6;  // vectors per tile: 6 x 4 accumulators leave room in 32 registers
 
+// How many of M vectors the next tile takes: 8 are 4 + 4, not 6 + 2.
+static inline size_t share(size_t M) {
+    size_t tiles = (M + TOKENS - 1) / TOKENS;
+    return (M + tiles - 1) / tiles;
+}
+
 template <int NR, class W>
-__attribute__((noinline)) static void dot_rows(const W& w, size_t row, const float* const* x, size_t M, size_t K, float* out) {
-    for (size_t m = 0; m < M; m += TOKENS) {
-        float* to = out + m * NR;
-        switch (M - m) {
-            case 1: dot_tile<1, NR>(w, row, x + m, K, to); break;
-            case 2: dot_tile<2, NR>(w, row, x + m, K, to); break;
-            case 3: dot_tile<3, NR>(w, row, x + m, K, to); break;
-            case 4: dot_tile<4, NR>(w, row, x + m, K, to); break;
-            case 5: dot_tile<5, NR>(w, row, x + m, K, to); break;
-            default: dot_tile<TOKENS, NR>(w, row, x + m, K, to);
-        }
+static inline void dot_some(const W& w, size_t row, const float* const* x, size_t some, size_t K, bool ahead, float* out) {
+    switch (some) {
+        case 1: return dot_tile<1, NR>(w, row, x, K, ahead, out);
+        case 2: return dot_tile<2, NR>(w, row, x, K, ahead, out);
+        case 3: return dot_tile<3, NR>(w, row, x, K, ahead, out);
+        case 4: return dot_tile<4, NR>(w, row, x, K, ahead, out);
+        case 5: return dot_tile<5, NR>(w, row, x, K, ahead, out);
+        default: return dot_tile<TOKENS, NR>(w, row, x, K, ahead, out);
     }
 }
 
-// Rows [begin, end) of w times M vectors: put(m, row, value) for each product.
+// Rows [begin, end) of w times M vectors: put(m, row, value) for each product. Vectors outside, rows inside: a tile's
+// vectors stay in the nearest cache while the rows pass.
 template <class W, class Put>
 static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
-    float out[64 * 4];  // at most 64 vectors, or ROWS for one
-    size_t row = begin;
-    if (M == 1) {
-        for (; row + ROWS <= end; row += ROWS) {
-            dot_tile<1, ROWS>(w, row, x, K, out);
-            for (int n = 0; n < ROWS; n++) put(0, row + n, out[n]);
+    float out[TOKENS * 4 > ROWS ? TOKENS * 4 : ROWS];
+    for (size_t m = 0, some; m < M; m += some) {
+        some = share(M - m);
+        size_t row = begin;
+        if (M == 1) {
+            for (; row + ROWS <= end; row += ROWS) {
+                dot_tile<1, ROWS>(w, row, x, K, true, out);
+                for (int n = 0; n < ROWS; n++) put(0, row + n, out[n]);
+            }
         }
-    }
-    for (; row + 4 <= end; row += 4) {
-        for (size_t m0 = 0; m0 < M; m0 += 64) {
-            size_t some = M - m0 < 64 ? M - m0 : 64;
-            dot_rows<4>(w, row, x + m0, some, K, out);
-            for (size_t m = 0; m < some; m++)
-                for (int n = 0; n < 4; n++) put(m0 + m, row + n, out[m * 4 + n]);
+        for (; row + 4 <= end; row += 4) {
+            dot_some<4>(w, row, x + m, some, K, m == 0, out);
+            for (size_t i = 0; i < some; i++)
+                for (int n = 0; n < 4; n++) put(m + i, row + n, out[i * 4 + n]);
         }
-    }
-    for (; row < end; row++) {
-        for (size_t m0 = 0; m0 < M; m0 += 64) {
-            size_t some = M - m0 < 64 ? M - m0 : 64;
-            dot_rows<1>(w, row, x + m0, some, K, out);
-            for (size_t m = 0; m < some; m++) put(m0 + m, row, out[m]);
+        for (; row < end; row++) {
+            dot_some<1>(w, row, x + m, some, K, false, out);
+            for (size_t i = 0; i < some; i++) put(m + i, row, out[i]);
         }
     }
 }
@@ -178,8 +218,9 @@ __attribute__((noinline)) static void sum_tile(const W& w, size_t row, size_t J,
 
 template <int NV, class W>
 __attribute__((noinline)) static void sum_columns(const W& w, size_t row, size_t J, const float* const* a, size_t M, size_t c, float* const* y) {
-    for (size_t m = 0; m < M; m += TOKENS) {
-        switch (M - m) {
+    for (size_t m = 0, some; m < M; m += some) {
+        some = share(M - m);
+        switch (some) {
             case 1: sum_tile<1, NV>(w, row, J, a + m, c, y + m); break;
             case 2: sum_tile<2, NV>(w, row, J, a + m, c, y + m); break;
             case 3: sum_tile<3, NV>(w, row, J, a + m, c, y + m); break;

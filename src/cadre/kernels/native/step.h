@@ -62,11 +62,10 @@ static inline void team_norm(const Step& step, const float* weight, float eps, f
 template <class Put>
 static inline void team_dots(const Matrix& w, const float* const* x, size_t M, Put put) {
     of_kind(w, [&](auto reader) {
-        int blocks = (int)((w.rows + ROWS - 1) / ROWS);
+        const size_t span = M > TOKENS ? 4 * ROWS : ROWS, rows = (size_t)w.rows, blocks = (rows + span - 1) / span;
 #pragma omp for schedule(static) nowait
-        for (int block = 0; block < blocks; block++) {
-            size_t begin = (size_t)block * ROWS;
-            size_t end = begin + ROWS < (size_t)w.rows ? begin + ROWS : (size_t)w.rows;
+        for (size_t block = 0; block < blocks; block++) {
+            size_t begin = block * span, end = begin + span < rows ? begin + span : rows;
             dots(reader, begin, end, x, M, (size_t)w.cols, put);
         }
     });

@@ -1,9 +1,13 @@
 // Vectors of the machine's width, through the compiler's vector extensions: one source for AVX-512, AVX2, NEON and SSE.
+// Intrinsics only where compilers make poor code of them: widening narrow types and adding up lanes.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -41,16 +45,43 @@ static inline void store(float* to, floats v) { std::memcpy(to, &v, sizeof v); }
 static inline void store_part(float* to, floats v, size_t n) { std::memcpy(to, &v, n * sizeof(float)); }
 static inline floats all(float x) { return x - floats{}; }
 
+#if defined(__AVX512F__)
+static inline floats widen(halves v) {
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+}
+static inline floats widen(bytes v) { return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v)); }
+static inline ints widen(ubytes v) { return (ints)_mm512_cvtepu8_epi32((__m128i)v); }
+#else
 static inline floats widen(halves v) { return (floats)(__builtin_convertvector(v, words) << 16); }
 static inline floats widen(bytes v) { return __builtin_convertvector(__builtin_convertvector(v, ints), floats); }
+static inline ints widen(ubytes v) { return __builtin_convertvector(v, ints); }
+#endif
 
-// Always in the same order, so that a sum never depends on what is computed beside it.
+// The sums of four vectors' lanes. Always in the same order, so that a sum never depends on what is computed beside it.
+static inline void sum4(floats a, floats b, floats c, floats d, float* to) {
+#if defined(__AVX512F__)
+    __m512 x = (__m512)a, y = (__m512)b, z = (__m512)c, w = (__m512)d;
+    __m512 xy = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));  // x0+x2 y0+y2 x1+x3 y1+y3, four times
+    __m512 zw = _mm512_add_ps(_mm512_unpacklo_ps(z, w), _mm512_unpackhi_ps(z, w));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(xy, zw, 0x44), _mm512_shuffle_ps(xy, zw, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+    const floats v[4] = {a, b, c, d};
+    for (int n = 0; n < 4; n++) {
+        float x[LANES];
+        std::memcpy(x, &v[n], sizeof x);
+        for (int half = LANES / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; i++) x[i] += x[i + half];
+        to[n] = x[0];
+    }
+#endif
+}
+
 static inline float sum(floats v) {
-    float x[LANES];
-    std::memcpy(x, &v, sizeof v);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+    float to[4];
+    sum4(v, v, v, v, to);
+    return to[0];
 }
 
 static inline float largest(floats v) {

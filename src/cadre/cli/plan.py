@@ -1,0 +1,172 @@
+"""`cadre plan`: what a model holds, and what training and serving it would take."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cadre.errors import UsageError
+
+if TYPE_CHECKING:
+    from cadre.plan.shape import Shape
+    from cadre.train.recipe import Recipe
+
+
+class Precision(StrEnum):
+    bf16 = "bf16"
+    fp8 = "fp8"
+    fp32 = "fp32"
+
+
+class Optimizer(StrEnum):
+    adamw = "adamw"
+    adamw_bf16 = "adamw-bf16"
+    muon = "muon"
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Catalogue name, config.json, recipe, model or run directory.")],
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens to train on: 14.8T, 300B, 5e9.")] = None,
+    hardware: Annotated[str | None, typer.Option(metavar="NAME", help="Device. [default: h100; recipes: cpu-2core]")] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", help="How many. [default: the fewest that do]")] = None,
+    context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a sequence. [default: 4096 or the recipe's]")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences a training step. [default: 8 a device]")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Compute in. [default: bf16 where the device has it]")] = None,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="Whose states to hold. [default: adamw]")] = None,
+    mfu: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of peak reached. [default: predicted]")] = None,
+    rent: Annotated[float | None, typer.Option(metavar="USD", help="Dollars a device-hour. [default: the catalogue's]")] = None,
+    mtp: Annotated[
+        bool | None,
+        typer.Option("--mtp/--no-mtp", help="Count multi-token prediction. [default: as the file says; catalogue: no]"),
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="Show every term of a step and the next best layouts.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Count a model and predict memory, time, price and decoding rate before anything runs."""
+    from cadre.plan.hardware import hardware as device
+    from cadre.plan.planner import Request, make_plan
+
+    read = _read(model, mtp)
+    recipe: Recipe | None = read.pop("recipe")
+    request = Request(
+        **read,
+        device=device(hardware or ("cpu-2core" if recipe else "h100")),
+        context=_first(context, recipe.data.seq_len if recipe else None, 4096),
+        devices=_first(devices, 1 if recipe and not hardware else None),
+        precision=precision,
+        batch=_first(batch, recipe.train.batch if recipe else None),
+        micro_batch=(recipe.train.micro_batch or recipe.train.batch) if recipe else None,
+        optimizer=_first(optimizer, recipe.optimizer.name if recipe else None, "adamw"),
+        tokens=_tokens(tokens) if tokens else _recipe_tokens(recipe),
+        mfu=mfu,
+        rent=rent,
+    )
+    made = make_plan(request)
+    if json_output:
+        typer.echo(json.dumps(made, ensure_ascii=False))
+        return
+    from cadre.plan.tables import show
+
+    show(made, explain)
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is there."""
+    return next((value for value in values if value is not None), None)
+
+
+def _read(model: str, mtp: bool | None) -> dict[str, Any]:
+    """What `model` names: its shape and where that comes from, and the recipe if it is one or a run of one."""
+    from cadre.plan import catalogue
+    from cadre.plan.families import read_config, read_shape
+    from cadre.train.recipe import shipped
+
+    path = Path(model)
+    entry = catalogue.lookup(model)
+    if entry is not None:
+        notes = []
+        if entry.shape.extra and mtp is None:
+            notes.append("multi-token prediction is left out, as in the published totals; --mtp counts it")
+        shape = entry.shape if mtp else entry.shape.without_extra()
+        return _found(entry.name, entry.source, shape, notes=tuple(notes))
+    if model in shipped() or path.suffix == ".toml":
+        return _of_recipe(model, model, mtp)
+    if path.is_dir():
+        recipe = path / "recipe.toml"
+        if recipe.exists():
+            return _of_recipe(str(recipe), str(path), mtp)
+    elif not path.exists():
+        if path.suffix == ".json" or len(path.parts) > 1:
+            raise UsageError(f"{model}: no such file")
+        raise UsageError(_unknown(model, [*catalogue.names(), *shipped()]))
+    values, where = read_config(path)
+    reading = read_shape(values, where)
+    shape = reading.shape if mtp is not False else reading.shape.without_extra()
+    return _found(path.name or where, where, shape, reading.ignored, reading.notes)
+
+
+def _found(
+    name: str, source: str, shape: Shape, ignored: tuple[str, ...] = (), notes: tuple[str, ...] = (),
+    recipe: Recipe | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    return {"name": name, "source": source, "shape": shape, "ignored": ignored, "notes": notes, "recipe": recipe}
+
+
+def _unknown(model: str, names: list[str]) -> str:
+    """Neither a file nor a name: the nearest names, or all of them."""
+    close = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"names: {', '.join(names)}"
+    return f"{model}: not in the catalogue, no recipe, file or directory; {hint}"
+
+
+def _of_recipe(source: str, name: str, mtp: bool | None) -> dict[str, Any]:
+    """A recipe's model, with the vocabulary that its data section asks for."""
+    from cadre.plan.families import read_config, read_shape
+    from cadre.plan.shape import Shape
+    from cadre.train.recipe import read_recipe
+
+    recipe = read_recipe(source)
+    notes: list[str] = []
+    if "from" in recipe.model:
+        values, where = read_config(recipe.model["from"])
+        reading = read_shape(values, where)
+        shape, ignored = reading.shape, reading.ignored
+        notes += reading.notes
+    else:
+        vocabulary = recipe.model.get("vocab_size") or _vocabulary(recipe)
+        shape, ignored = Shape.from_config(recipe.config(vocab_size=vocabulary)), ()
+    if mtp is False:
+        shape = shape.without_extra()
+    if shape.extra and recipe.train.mtp_share < 1:
+        notes.append(f"multi-token prediction counts in full, but this recipe trains it on {recipe.train.mtp_share:.0%}")
+    return _found(name, f"recipe {recipe.name}", shape, ignored, tuple(notes), recipe)
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    """The vocabulary that the run's tokenizer will have."""
+    from cadre.data.shards import DEFAULT_VOCAB_SIZE
+    from cadre.hub.tokenizer import load_tokenizer, vocabulary_size
+
+    if recipe.data.tokenizer is None:
+        return recipe.data.vocab_size or DEFAULT_VOCAB_SIZE
+    return vocabulary_size(load_tokenizer(recipe.data.tokenizer))
+
+
+def _recipe_tokens(recipe: Recipe | None) -> float | None:
+    return recipe.train.steps * recipe.train.batch * recipe.data.seq_len if recipe else None
+
+
+def _tokens(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)([kKMBT]?)", text.strip().replace(",", "").replace("_", ""))
+    if not match or not 1 <= float(match[1]) * _UNITS[match[2]] < float("inf"):
+        raise UsageError(f"--tokens {text}: must be a number such as 14.8T, 300B, 5e9 or 1500000")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+_UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}

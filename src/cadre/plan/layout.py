@@ -1,0 +1,266 @@
+"""Which way to spread a training run over devices: degrees of data, expert, pipeline and tensor parallelism, ranked.
+
+Every layout that fits in memory gets a predicted step time from its compute, all-to-all bytes, tensor and gradient traffic
+and pipeline bubble (`cadre.plan.step`). A stage's `data x tensor` devices hold its experts together: `expert` of them share
+one copy, so it divides that product, as in DeepSeek-V3's 16-way pipeline with 64-way expert parallelism and no tensor
+parallelism (arXiv 2412.19437, section 3.2) or Megatron's parallel folding (arXiv 2504.14960).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from cadre.plan.hardware import Device
+from cadre.plan.memory import (
+    GRADIENT_BYTES,
+    RECOMPUTE,
+    RESERVE,
+    Memory,
+    Recompute,
+    Stage,
+    largest_block,
+    loss_bytes,
+    optimizer_bytes,
+    weight_bytes,
+)
+from cadre.plan.shape import Block, Shape
+
+Schedule = Literal["none", "1f1b", "interleaved", "dualpipe"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be trained on what: `batch` sequences of `context` tokens a step; `micro_batch` sequences at once, if set."""
+
+    shape: Shape
+    device: Device
+    precision: str
+    context: int
+    batch: int
+    optimizer: str = "adamw"
+    micro_batch: int | None = None
+
+    def flops(self, block: Block) -> float:
+        """Forward FLOPs of a block for one token, those of routed experts weighted by how much slower narrow ones run."""
+        shape = self.shape
+        width = shape.attention.num_attention_heads * (shape.attention.qk_head_dim + shape.attention.v_head_dim)
+        flops = 2 * shape.every_token(block) + width * shape.reach(block, self.context)
+        if block.sparse and shape.experts:
+            slower = 1 + self.device.half_rate_width / shape.experts.moe_intermediate_size
+            flops += 2 * shape.active_routed * slower
+        return flops
+
+    @cached_property
+    def head_flops(self) -> float:
+        """Forward FLOPs of what follows the last block: the head, and the prediction modules with a head each."""
+        extra = sum(2 * (self.shape.joint() + self.shape.matrix) + self.flops(block) for block in self.shape.extra)
+        return 2 * self.shape.matrix + extra
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a run: the degrees multiply to the devices but for `expert`, which divides data x tensor.
+
+    chunks: pieces of the model that an interleaved rank holds. sharded: weights and gradients are spread over the data ranks
+    too and gathered block by block (ZeRO stage 3, FSDP); else only optimizer states are (stage 1).
+    """
+
+    data: int
+    expert: int
+    pipeline: int
+    tensor: int
+    schedule: Schedule
+    chunks: int
+    micro_batch: int
+    recompute: Recompute
+    sharded: bool
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.pipeline * self.tensor
+
+    def micro_batches(self, batch: int) -> int:
+        """Micro-batches that a pipeline takes through in a step."""
+        return -(-batch // (self.data * self.micro_batch))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The model cut into stages of about equal compute, with what their memory is made of."""
+
+    work: Workload
+    stages: list[Stage]
+
+    @cached_property
+    def flops(self) -> float:
+        """Weighted forward FLOPs for one token of the slowest stage."""
+        return max(self._flops(stage) for stage in self.stages)
+
+    @cached_property
+    def slowest(self) -> Stage:
+        return max(self.stages, key=self._flops)
+
+    def _flops(self, stage: Stage) -> float:
+        return sum(map(self.work.flops, stage.blocks)) + (self.work.head_flops if stage.last else 0)
+
+    @cached_property
+    def kinds(self) -> list[tuple[int, Stage]]:
+        """The stages that differ, each with the first rank that holds one: earlier ranks keep more micro-batches alive."""
+        first: dict[tuple[int, int, int], tuple[int, Stage]] = {}
+        for rank, stage in enumerate(self.stages):
+            first.setdefault((stage.common, stage.expert, len(stage.blocks)), (rank, stage))
+        return list(first.values())
+
+    @cached_property
+    def pairs(self) -> list[tuple[Stage, Stage]]:
+        """The two stages that each DualPipe rank holds, once for each kind of pair."""
+        both = {
+            (a.common + b.common, a.expert + b.expert, len(a.blocks) + len(b.blocks)): (a, b)
+            for a, b in zip(self.stages, reversed(self.stages), strict=True)
+        }
+        return list(both.values())
+
+    @cached_property
+    def kept(self) -> dict[tuple[int, Recompute], float]:
+        """Activation bytes of one token by stage kind and recomputation."""
+        return {(id(s), r): s.activations(self.work.precision, r) for s in self.stages for r in RECOMPUTE}
+
+    @cached_property
+    def fullest_block(self) -> float:
+        return largest_block(self.stages, self.work.precision)
+
+
+def cut(work: Workload, pipeline: int) -> Pipeline:
+    """Cut the blocks into `pipeline` runs so that the slowest is as fast as can be."""
+    blocks = work.shape.blocks
+    costs = [work.flops(block) for block in blocks]
+    costs[-1] += work.head_flops
+    low, high = max(costs), sum(costs)
+    for _ in range(40):
+        middle = (low + high) / 2
+        if len(_greedy(costs, middle)) <= pipeline:
+            high = middle
+        else:
+            low = middle
+    bounds = _greedy(costs, high)
+    while len(bounds) < pipeline:  # a cut more costs nothing, and every rank needs a block
+        widest = max(range(len(bounds)), key=lambda i: bounds[i] - (bounds[i - 1] if i else 0))
+        start = bounds[widest - 1] if widest else 0
+        bounds.insert(widest, (start + bounds[widest]) // 2)
+    starts = [0, *bounds[:-1]]
+    stages = [
+        Stage(work.shape, blocks[start:end], first=start == 0, last=end == len(blocks))
+        for start, end in zip(starts, bounds, strict=True)
+    ]
+    return Pipeline(work, stages)
+
+
+def _greedy(costs: list[float], most: float) -> list[int]:
+    """Where runs end that are filled from the left up to `most`."""
+    ends, held = [], 0.0
+    for index, cost in enumerate(costs):
+        if held and held + cost > most:
+            ends.append(index)
+            held = 0.0
+        held += cost
+    return [*ends, len(costs)]
+
+
+def layouts(work: Workload, devices: int) -> Iterator[tuple[Pipeline, Layout]]:
+    """Every layout of the search, whether it fits or not."""
+    shape, node = work.shape, work.device.node_size
+    routed = shape.experts.n_routed_experts if shape.sparse_blocks and shape.experts else 1
+    for pipeline in _divisors(devices, len(shape.blocks)):
+        cuts = cut(work, pipeline)
+        for tensor in _divisors(devices // pipeline, node):
+            if tensor & (tensor - 1) or shape.attention.num_attention_heads % tensor:
+                continue
+            data = devices // pipeline // tensor
+            for expert in _divisors(routed, data * tensor):
+                if (data * tensor) % expert == 0:
+                    for rest in _ways(work, pipeline, data):
+                        yield cuts, Layout(data, expert, pipeline, tensor, *rest)
+
+
+def _ways(work: Workload, pipeline: int, data: int) -> Iterator[tuple[Schedule, int, int, Recompute, bool]]:
+    """Schedules, chunks, micro-batches, recomputation and sharding worth a look at these degrees."""
+    sizes = [work.micro_batch] if work.micro_batch else [1, 2, 4, 8, 16] if pipeline == 1 else [1]
+    for size in sizes:
+        if size * data > work.batch:
+            continue
+        for recompute in RECOMPUTE:
+            if pipeline == 1:
+                yield "none", 1, size, recompute, False
+                if data > 1:
+                    yield "none", 1, size, recompute, True
+                continue
+            yield "1f1b", 1, size, recompute, False
+            for chunks in (2, 4, 8):
+                # Embedding and head may take a chunk each, as in Llama 3 (arXiv 2407.21783, section 3.3.2).
+                if chunks * pipeline <= len(work.shape.blocks) + 2:
+                    yield "interleaved", chunks, size, recompute, False
+            micro_batches = -(-work.batch // (data * size))
+            if pipeline % 2 == 0 and micro_batches >= 2 * pipeline:
+                yield "dualpipe", 1, size, recompute, False
+
+
+def memory(cuts: Pipeline, layout: Layout) -> Memory:
+    """Bytes on the fullest device, by part."""
+    work = cuts.work
+    ranks = layout.data * layout.tensor
+    wide, state = weight_bytes(work.precision), optimizer_bytes(work.optimizer, work.precision)
+    tokens = layout.micro_batch * work.context / layout.tensor
+    again = cuts.fullest_block * tokens if layout.recompute == "full" else 0.0
+    fixed = RESERVE * work.device.memory_bytes + _exchange(work, layout, tokens)
+    found: list[Memory] = []
+    for common, expert, kept, last in _held(cuts, layout):
+        held = common / layout.tensor + expert / layout.expert
+        local = common / layout.tensor / layout.data + expert / ranks
+        buffers = fixed + (loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0)
+        if layout.sharded:
+            buffers += 2 * wide * _gathered(work.shape, layout)
+            held = local
+        # Both copies that a DualPipe rank holds are updated by two ranks together.
+        shared = 2 if layout.schedule == "dualpipe" else 1
+        found.append(Memory(wide * held, GRADIENT_BYTES * held, state * local / shared, kept * tokens + again, buffers))
+    return max(found, key=lambda memory: memory.total)
+
+
+def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[int, int, float, bool]]:
+    """For each kind of rank: its parameters that every token passes, its experts' parameters, the activation bytes of a
+    token times the micro-batches alive, and whether it has the head."""
+    depth, chunks = layout.pipeline, layout.chunks
+    micro_batches = layout.micro_batches(cuts.work.batch)
+    if layout.schedule == "dualpipe":
+        for a, b in cuts.pairs:
+            kept = (cuts.kept[id(a), layout.recompute] + cuts.kept[id(b), layout.recompute]) / 2
+            yield a.common + b.common, a.expert + b.expert, kept * (depth + 1), a.last or b.last
+        return
+    for rank, stage in cuts.kinds:
+        alive = float(depth - rank)
+        if layout.schedule == "interleaved":  # arXiv 2205.05198, section 4.2.3
+            alive = alive + (depth - 1) / chunks
+        yield stage.common, stage.expert, cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches), stage.last
+
+
+def _exchange(work: Workload, layout: Layout, tokens: float) -> float:
+    """Bytes of the rows that are being sent and received in one dispatch and combine."""
+    experts = work.shape.experts
+    if layout.expert == 1 or experts is None:
+        return 0.0
+    return 2 * tokens * experts.num_experts_per_tok * work.shape.hidden_size * weight_bytes(work.precision)
+
+
+def _gathered(shape: Shape, layout: Layout) -> float:
+    """Parameters of the largest block as a sharded rank gathers it."""
+    return max(
+        shape.every_token(block) / layout.tensor + (shape.routed / layout.expert if block.sparse else 0)
+        for block in set(shape.blocks)
+    )
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]

@@ -1,0 +1,135 @@
+"""Memory of one device in training, by part, under a layout.
+
+Weights, gradients and optimizer states are those of mixed-precision training with optimizer states spread over the data
+ranks (ZeRO stage 1, arXiv 1910.02054). Activations are what the backward pass needs of each block, counted tensor by tensor
+for an attention that keeps no matrix of scores (arXiv 2205.14135), and spread over the tensor ranks (sequence parallelism,
+arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from cadre.plan.shape import Block, Latent, Shape
+
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+
+# Bytes an optimizer keeps of each parameter: its moments, and the float32 master copy where weights are held shorter.
+OPTIMIZERS = {"adamw": (8, 4), "adamw-bf16": (4, 4), "muon": (4, 4)}
+GRADIENT_BYTES = 4
+# Share of a device's memory kept free: the runtime's own context, communication buffers, fragmentation.
+RESERVE = 0.05
+# Rows of logits that a chunked loss holds at once, in float32 with their gradient.
+_LOSS_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def weight_bytes(precision: str) -> int:
+    """Bytes of a weight as it is held for computing; in fp8 training a bf16 copy is what is quantised block by block."""
+    return 4 if precision == "fp32" else 2
+
+
+def optimizer_bytes(optimizer: str, precision: str) -> int:
+    """Bytes of a parameter's optimizer state; weights held in float32 are their own master copy."""
+    moments, master = OPTIMIZERS[optimizer]
+    return moments + (0 if precision == "fp32" else master)
+
+
+def activation_bytes(shape: Shape, block: Block, precision: str, recompute: Recompute) -> float:
+    """Bytes a block keeps of one token from its forward to its backward pass.
+
+    none: every tensor a gradient needs. selective: norms, the SwiGLU product, and the expansion of latent attention are
+    computed again, which costs little (DeepSeek-V3 report, section 3.2.3). full: the block's input only.
+    In fp8 the inputs of linear layers are kept in 8 bits (section 3.3.3 there), the residual stream and attention in 16.
+    """
+    wide = weight_bytes(precision)
+    narrow = 1 if precision == "fp8" else wide
+    hidden, attention = shape.hidden_size, shape.attention
+    if recompute == "full":
+        return hidden * wide
+    lean = recompute == "selective"
+    heads = attention.num_attention_heads
+    output = heads * attention.v_head_dim
+    kept = 2 * hidden * wide + output * wide  # the residual stream twice, and attention's output
+    if isinstance(attention, Latent):
+        kept += (attention.cached + (attention.q_lora_rank or 0)) * wide
+        expanded = heads * (2 * attention.qk_head_dim + attention.v_head_dim)
+    else:
+        kept += (heads * attention.head_dim + attention.cached) * wide
+        expanded = heads * attention.head_dim + attention.cached // 2 if attention.qk_norm else 0
+    if not lean:
+        kept += expanded * wide + 2 * hidden * narrow  # what attention multiplies; both norms' outputs
+    if not block.sparse or shape.experts is None:
+        return kept + (2 if lean else 3) * (shape.intermediate_size or 0) * narrow
+    experts = shape.experts
+    width = experts.moe_intermediate_size
+    rows = experts.num_experts_per_tok
+    kept += rows * hidden * narrow + experts.n_routed_experts * 4  # dispatched rows; the router's scores in float32
+    kept += (rows + experts.n_shared_experts) * (2 if lean else 3) * width * narrow
+    return kept if lean else kept + rows * hidden * wide  # the experts' outputs, for the gradient of their weights
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of blocks that one pipeline rank holds, with the embedding if first, head and prediction modules if last."""
+
+    shape: Shape
+    blocks: tuple[Block, ...]
+    first: bool
+    last: bool
+
+    @cached_property
+    def common(self) -> int:
+        """Parameters that every data rank holds, split over tensor ranks."""
+        shape = self.shape
+        held = sum(shape.every_token(block) for block in self.blocks)
+        if self.first:
+            held += shape.matrix
+        if self.last:
+            held += shape.hidden_size + shape.matrix * (not (shape.tie_word_embeddings and self.first))
+            held += sum(shape.joint() + shape.every_token(block) for block in shape.extra)
+            # Prediction modules read the embedding, which then has a copy on the last stage.
+            held += shape.matrix * bool(shape.extra and not self.first)
+        return held
+
+    @cached_property
+    def expert(self) -> int:
+        """Parameters of routed experts, spread over expert ranks."""
+        blocks = self.blocks + (self.shape.extra if self.last else ())
+        return sum(self.shape.routed for block in blocks if block.sparse)
+
+    def activations(self, precision: str, recompute: Recompute) -> float:
+        """Bytes kept of one token."""
+        blocks = self.blocks + (self.shape.extra if self.last else ())
+        kinds = {block.sparse for block in blocks}
+        each = {s: activation_bytes(self.shape, Block(s), precision, recompute) for s in kinds}
+        return sum(each[block.sparse] for block in blocks)
+
+
+def largest_block(stages: list[Stage], precision: str) -> float:
+    """Bytes that the fullest block keeps of one token, without recomputation: what full recomputation brings back."""
+    shape = stages[0].shape
+    kinds = {block.sparse for stage in stages for block in stage.blocks}
+    return max(activation_bytes(shape, Block(sparse), precision, "none") for sparse in kinds)
+
+
+def loss_bytes(shape: Shape, tokens: int) -> float:
+    """Logits and their gradient that a chunked loss holds."""
+    return min(tokens, _LOSS_ROWS) * shape.vocab_size * 2 * 4

@@ -1,0 +1,259 @@
+"""The predicted time of one optimizer step under a layout, term by term, and the search for the fastest layout.
+
+The slowest stage sets the pace. Time that communication spends behind computation is `hidden`; what stands still is the sum
+of `terms`. Sources beside each rule; docs/plan.md tells the whole of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from cadre.plan.count import count
+from cadre.plan.hardware import LINK_EFFICIENCY
+from cadre.plan.layout import Layout, Pipeline, Workload, cut, layouts, memory
+from cadre.plan.memory import GRADIENT_BYTES, RECOMPUTE, Memory, optimizer_bytes, weight_bytes
+from cadre.plan.shape import Latent, Shape
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A layout with its memory and time. `terms`: seconds of a step by cause, which add up to it. `hidden`: seconds of
+    communication behind computation, which cost nothing."""
+
+    layout: Layout
+    memory: Memory
+    terms: dict[str, float]
+    hidden: dict[str, float]
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.terms.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def search(work: Workload, devices: int, keep: int = 10) -> list[Prediction]:
+    """The `keep` fastest layouts on `devices` or a few less that fit in memory, the fastest first; empty when none fits.
+
+    Degrees divide devices, so an odd number of them may do better if some stay idle. A pair that differs only in what
+    costs no time is decided by memory.
+    """
+    room = work.device.memory_bytes
+    found: list[tuple[float, float, Pipeline, Layout, Memory]] = []
+    worst = float("inf")
+    for cuts, layout in chain.from_iterable(layouts(work, used) for used in _rounder(devices)):
+        held = memory(cuts, layout)
+        if held.total > room:
+            continue
+        seconds = sum(step(cuts, layout)[0].values())
+        if seconds <= worst:
+            found.append((seconds, held.total, cuts, layout, held))
+            if len(found) > 4 * keep:
+                found = sorted(found, key=lambda entry: entry[:2])[:keep]
+                worst = found[-1][0]
+    best = sorted(found, key=lambda entry: entry[:2])[:keep]
+    return [predict(cuts, layout, held) for _, _, cuts, layout, held in best]
+
+
+def _rounder(devices: int) -> list[int]:
+    """The number itself, the multiples of some powers of two next below it, and the power of two below."""
+    multiples = (devices // n * n for n in (8, 64, 256, 1024) if n <= devices)
+    return sorted({devices, 1 << (devices.bit_length() - 1), *multiples})
+
+
+def predict(cuts: Pipeline, layout: Layout, held: Memory | None = None) -> Prediction:
+    """The prediction for one layout."""
+    work = cuts.work
+    terms, hidden = step(cuts, layout)
+    return Prediction(layout, held or memory(cuts, layout), terms, hidden, work.batch * work.context)
+
+
+def smallest(work: Workload, devices: int) -> Prediction | None:
+    """The layout that needs the least memory, fitting or not; None if the batch is too small for any."""
+    options = [(memory(cuts, layout), cuts, layout) for cuts, layout in layouts(work, devices)]
+    if not options:
+        return None
+    held, cuts, layout = min(options, key=lambda option: option[0].total)
+    return predict(cuts, layout, held)
+
+
+def fits(work: Workload, devices: int) -> bool:
+    """Whether any layout on `devices` fits in memory."""
+    each = weight_bytes(work.precision) + GRADIENT_BYTES + optimizer_bytes(work.optimizer, work.precision)
+    if count(work.shape).total_parameters * each > devices * work.device.memory_bytes:
+        return False  # not even spread with nothing twice
+    return any(memory(cuts, layout).total <= work.device.memory_bytes for cuts, layout in layouts(work, devices))
+
+
+def activations(work: Workload, layout: Layout) -> dict[str, float]:
+    """Activation bytes of the fullest device if this layout recomputed otherwise: nothing, cheap parts, or whole blocks."""
+    cuts = cut(work, layout.pipeline)
+    names = ("without_recomputation", "with_selective_recomputation", "with_recomputation")
+    return {
+        f"activations_{name}": memory(cuts, replace(layout, recompute=recompute)).activations
+        for recompute, name in zip(RECOMPUTE, names, strict=True)
+    }
+
+
+def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of one step by cause (their sum is the step), and seconds of communication hidden behind computation."""
+    work = cuts.work
+    device, stage = work.device, cuts.slowest
+    micro_batches, depth = layout.micro_batches(work.batch), layout.pipeline
+    tokens = layout.micro_batch * work.context
+    rate = device.flops[work.precision] * device.efficiency[work.precision] * layout.tensor
+    forward = cuts.flops * tokens / rate
+    blocks = stage.blocks + (work.shape.extra if stage.last else ())
+    again = 0.0
+    if layout.recompute == "full":
+        again = forward
+    elif layout.recompute == "selective":
+        again = len(blocks) * _expansion_flops(work.shape) * tokens / rate
+    sparse = sum(block.sparse for block in blocks)
+    exchange = sparse * _all_to_all(work, layout)
+    replays = 3 if layout.recompute == "full" else 2  # forward, backward, and forward again
+    split = len(blocks) * _tensor(work, layout) * replays
+    hop = _hop(work, layout)
+    exchanges = replays * exchange
+    compute = 3 * forward + again
+    hidden = {"all_to_all": 0.0, "gradients": 0.0}
+    if layout.schedule == "dualpipe":
+        # Forward and backward of two micro-batches hide each other's communication (arXiv 2412.19437, section 3.2.1).
+        exposed = max(0.0, exchanges - compute)
+        hidden["all_to_all"] = micro_batches * (exchanges - exposed)
+        transfers = 0.0
+        both, backward = compute + exposed + split, 2 * forward + again + (replays - 1) * exchange
+        bubble = (depth / 2 - 1) * max(0.0, both + backward - 3 * forward)
+    else:
+        exposed = exchanges
+        transfers = 2 * hop * layout.chunks
+        # One forward one backward: (PP - 1)(F + B); interleaved: that over the chunks (arXiv 2104.04473, section 2.2.2).
+        bubble = (depth - 1) * (compute + exchanges + split) / layout.chunks
+    terms = {
+        "compute": micro_batches * 3 * forward,
+        "recompute": micro_batches * again,
+        "all_to_all": micro_batches * exposed,
+        "tensor": micro_batches * split,
+        "pipeline": micro_batches * transfers,
+        "bubble": bubble,
+    }
+    if layout.sharded:
+        terms["gradients"], hidden["gradients"] = _gathering(cuts, layout, compute, micro_batches)
+    else:
+        terms["gradients"], hidden["gradients"] = _gradients(cuts, layout, forward)
+    terms["optimizer"] = _update(cuts, layout)
+    return terms, hidden
+
+
+def _expansion_flops(shape: Shape) -> float:
+    """Forward FLOPs a token and block that selective recomputation repeats: the up-projections of latent attention."""
+    attention = shape.attention
+    if not isinstance(attention, Latent):
+        return 0.0
+    heads = attention.num_attention_heads
+    queries = (attention.q_lora_rank or 0) * heads * attention.qk_head_dim
+    return 2 * (queries + attention.kv_lora_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim))
+
+
+def _all_to_all(work: Workload, layout: Layout) -> float:
+    """Seconds that one block's dispatch and combine take for one micro-batch on one device.
+
+    A token goes once to each node that holds some of its experts, min(top-k, node limit) at most, and from there to each
+    expert over the node's own links; both happen at once (arXiv 2412.19437, section 3.2.2). Dispatch is in 8 bits where the
+    training is, combine is not.
+    """
+    experts = work.shape.experts
+    if layout.expert == 1 or experts is None:
+        return 0.0
+    node = work.device.node_size
+    nodes = -(-layout.expert // node)
+    wide = weight_bytes(work.precision)
+    row = work.shape.hidden_size * ((1 if work.precision == "fp8" else wide) + wide)
+    sent = layout.micro_batch * work.context / layout.tensor * row / LINK_EFFICIENCY
+    abroad = min(experts.num_experts_per_tok, experts.node_limit, nodes) * (1 - 1 / nodes)
+    local = min(layout.expert, node)
+    near = experts.num_experts_per_tok * (1 - 1 / local)
+    return sent * max(abroad / work.device.network_bandwidth, near / work.device.link_bandwidth)
+
+
+def _tensor(work: Workload, layout: Layout) -> float:
+    """Seconds that one block's tensor parallelism takes in one forward pass of a micro-batch: gather and scatter around
+    attention, and around the feed-forward unless its experts are spread instead (arXiv 2205.05198, section 4.2.1)."""
+    if layout.tensor == 1:
+        return 0.0
+    experts = work.shape.experts
+    rounds = 2 if experts is None or experts.n_shared_experts else 1
+    moved = 2 * (layout.tensor - 1) / layout.tensor * work.shape.hidden_size * weight_bytes(work.precision)
+    return rounds * moved * layout.micro_batch * work.context / (work.device.link_bandwidth * LINK_EFFICIENCY)
+
+
+def _hop(work: Workload, layout: Layout) -> float:
+    """Seconds to hand one micro-batch's hidden states to the next stage."""
+    if layout.pipeline == 1:
+        return 0.0
+    moved = layout.micro_batch * work.context / layout.tensor * work.shape.hidden_size * weight_bytes(work.precision)
+    far = layout.data * layout.tensor >= work.device.node_size
+    rate = work.device.network_bandwidth if far else work.device.link_bandwidth
+    return moved / (rate * LINK_EFFICIENCY)
+
+
+def _spread(work: Workload, ranks: int, stride: int, moved: float) -> float:
+    """Seconds to scatter or gather `moved` bytes over `ranks` that are `stride` devices apart: over the node's links, and
+    beyond it once for all ranks of the node, each with its own adapter."""
+    if ranks == 1:
+        return 0.0
+    local = max(1, min(ranks, work.device.node_size // stride))
+    near = moved * (local - 1) / local / work.device.link_bandwidth
+    nodes = ranks / local
+    far = moved / local * (nodes - 1) / nodes / work.device.network_bandwidth
+    return max(near, far) / LINK_EFFICIENCY
+
+
+def _parameters(cuts: Pipeline, layout: Layout) -> tuple[float, float]:
+    """Parameters of the fullest rank: those every token passes, and its experts'."""
+    if layout.schedule == "dualpipe":
+        ranks = [(a.common + b.common, a.expert + b.expert) for a, b in cuts.pairs]
+    else:
+        ranks = [(stage.common, stage.expert) for _, stage in cuts.kinds]
+    common, expert = max(ranks, key=lambda rank: rank[0] / layout.tensor + rank[1] / layout.expert)
+    return common / layout.tensor, expert / layout.expert
+
+
+def _gradients(cuts: Pipeline, layout: Layout, forward: float) -> tuple[float, float]:
+    """Seconds that gradients and updated weights take, exposed and hidden: the scatter behind the last micro-batch's
+    backward pass, the gather of weights behind the first one's forward pass."""
+    work = cuts.work
+    common, expert = _parameters(cuts, layout)
+    copies = layout.data * layout.tensor // layout.expert
+    scatter = _spread(work, layout.data, layout.tensor, common * GRADIENT_BYTES)
+    scatter += _spread(work, copies, layout.expert, expert * GRADIENT_BYTES)
+    gather = scatter * weight_bytes(work.precision) / GRADIENT_BYTES
+    exposed = max(0.0, scatter - 2 * forward) + max(0.0, gather - forward)
+    return exposed, scatter + gather - exposed
+
+
+def _gathering(cuts: Pipeline, layout: Layout, compute: float, micro_batches: int) -> tuple[float, float]:
+    """The same for sharded weights: gathered for the forward and again for the backward pass of every micro-batch, and
+    gradients scattered after it, block by block behind the computation (arXiv 2304.11277, section 3.3)."""
+    work = cuts.work
+    common, expert = _parameters(cuts, layout)
+    copies = layout.data * layout.tensor // layout.expert
+    wide = 2 * weight_bytes(work.precision) + GRADIENT_BYTES
+    each = _spread(work, layout.data, layout.tensor, common * wide) + _spread(work, copies, layout.expert, expert * wide)
+    exposed = micro_batches * max(0.0, each - compute)
+    return exposed, micro_batches * each - exposed
+
+
+def _update(cuts: Pipeline, layout: Layout) -> float:
+    """Seconds to read and write the states of the parameters that one device updates."""
+    work = cuts.work
+    common, expert = _parameters(cuts, layout)
+    ranks = layout.data * layout.tensor // layout.expert
+    shared = 2 if layout.schedule == "dualpipe" else 1
+    own = (common / layout.data + expert / ranks) / shared
+    moved = 2 * optimizer_bytes(work.optimizer, work.precision) + GRADIENT_BYTES + weight_bytes(work.precision)
+    return own * moved / work.device.memory_bandwidth

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cadre.errors import UsageError
+from cadre.plan import catalogue
+from cadre.plan.count import count
+from cadre.plan.hardware import hardware
+from cadre.plan.planner import Request, make_plan
+from cadre.plan.tables import describe
+
+
+def planned(name: str = "deepseek-v2-lite", **choices: object) -> dict:
+    plain = dict(name=name, source="somewhere", shape=catalogue.lookup(name).shape, device=hardware("h100"), context=4096)
+    return make_plan(Request(**{**plain, **choices}))
+
+
+def test_a_plan_is_plain_json_with_the_counts():
+    made = planned(tokens=1e12)
+    assert json.loads(json.dumps(made)) == made
+    counted = count(catalogue.lookup("deepseek-v2-lite").shape)
+    for name in ("total_parameters", "active_parameters", "training_flops_per_token", "kv_cache_bytes_per_token"):
+        assert made[name] == getattr(counted, name)
+    assert made["parameters"] == counted.parts
+
+
+def test_cost_follows_from_speed_rent_and_power():
+    made = planned(tokens=1e12, devices=64, rent=3.0)
+    assert made["device_hours"] == pytest.approx(1e12 / made["tokens_per_second"] / 3600 * 64)
+    assert made["days"] == pytest.approx(made["device_hours"] / 64 / 24)
+    assert made["cost_usd"] == pytest.approx(3 * made["device_hours"])
+    assert made["energy_kwh"] == pytest.approx(0.7 * made["device_hours"])
+    assert made["mfu"] == pytest.approx(made["tokens_per_second"] * made["training_flops_per_token"] / (64 * 989.4e12))
+    assert made["tokens_per_second"] == pytest.approx(made["batch"] * 4096 / made["step_seconds"])
+    without = planned(devices=64)
+    assert without["tokens"] is None and without["cost_usd"] is None and without["tokens_per_second"]
+
+
+def test_a_given_mfu_sets_the_hours():
+    made = planned(tokens=1e12, devices=64, mfu=0.5)
+    flops = 1e12 * made["training_flops_per_token"]
+    assert made["device_hours"] == pytest.approx(flops / (0.5 * 989.4e12 * 3600))
+    assert made["mfu"] == 0.5 and made["layout"]
+
+
+def test_memory_by_part_adds_up_and_fits():
+    memory = planned(devices=64)["memory_per_device_bytes"]
+    parts = ("weights", "gradients", "optimizer", "activations", "buffers")
+    assert memory["total"] == pytest.approx(sum(memory[part] for part in parts))
+    assert memory["total"] <= memory["capacity"] == 80e9
+    assert memory["activations_without_recomputation"] > memory["activations_with_recomputation"] > 0
+
+
+def test_without_devices_the_fewest_that_fit():
+    made = planned()
+    assert made["fits"] and made["devices"] > 1
+    less = planned(devices=made["devices"] // 2)
+    assert not less["fits"] and less["layout"] is None and less["step_seconds"] is None
+    assert f"{made['devices']} are enough" in less["notes"][0]
+    assert less["memory_per_device_bytes"]["total"] > 80e9
+
+
+def test_the_batch_grows_with_the_devices_up_to_v3s():
+    assert planned(devices=64)["batch"] == 512
+    assert planned(devices=64, batch=100)["batch"] == 100
+    assert planned("deepseek-v3", devices=4096)["batch"] == 15360
+    assert planned("deepseek-v3", devices=4096, context=8192)["batch"] == 7680
+
+
+def test_a_batch_too_small_for_any_layout():
+    made = planned(devices=4096, batch=1)
+    assert not made["fits"] and made["memory_per_device_bytes"] is None
+    assert made["notes"] == ["no layout gives each of 4096 devices work: a batch of 1 sequences is too small"]
+
+
+def test_decoding_is_part_of_it():
+    decode = planned("deepseek-v3", devices=64, precision="fp8")["decode"]
+    assert decode["users"] == decode["copies"] * decode["users_per_copy"]
+    assert decode["tokens_per_second"] == pytest.approx(decode["copies"] * decode["steps"][-1]["tokens_per_second"])
+    assert decode["steps"][0]["users"] == 1
+    assert decode["steps"][0]["bound"] == "memory"
+    each = [one["tokens_per_second_per_user"] for one in decode["steps"]]
+    assert each == sorted(each, reverse=True)
+    assert planned("deepseek-v3", devices=1)["decode"] is None
+
+
+def test_assumptions_carry_value_and_source():
+    made = planned(tokens=1e9, rent=1.5, devices=16)
+    found = {one["name"]: one for one in made["assumptions"]}
+    assert found["USD a device-hour"] == {
+        "name": "USD a device-hour", "value": 1.5, "source": "given", "option": "--rent"
+    }  # fmt: skip
+    assert found["peak FLOP/s"]["value"] == 989.4e12
+    assert found["MFU"]["source"] == "predicted by the layout model" and found["MFU"]["option"] == "--mfu"
+    assert all(one["source"] for one in made["assumptions"])
+    alone = {one["name"] for one in planned("llama-3.1-8b", devices=1)["assumptions"]}
+    assert "network bytes/s" not in alone and "expert width at which it halves" not in alone
+
+
+def test_what_was_read_but_not_understood_is_passed_on():
+    made = planned(ignored=("loops",), notes=("only the language model",))
+    assert made["ignored"] == ["loops"] and made["notes"][0] == "only the language model"
+
+
+def test_a_context_beyond_the_models_is_noted():
+    assert planned("llama-3.1-8b", context=131_072)["notes"] == []
+    assert planned("llama-3.1-8b", context=131_073)["notes"][0].startswith("context 131,073 is beyond the 131,072 positions")
+
+
+def test_idle_devices_are_counted_and_paid():
+    made = planned("deepseek-v3", devices=2050, tokens=1e12)
+    assert made["idle_devices"] == 2050 - made["layout"]["devices"] > 0
+    assert made["device_hours"] / made["days"] == pytest.approx(24 * 2050)
+
+
+@pytest.mark.parametrize(
+    ("choices", "line"),
+    [
+        ({"devices": 0}, "--devices is 0; it must be at least 1"),
+        ({"devices": 10**6}, "--devices is 1000000; at most 131,072"),
+        ({"batch": 0}, "--batch is 0; it must be at least 1"),
+        ({"context": 0}, "--context is 0; it must be at least 1"),
+        ({"tokens": 0.0}, "--tokens is 0; it must be at least 1"),
+        ({"tokens": float("inf")}, "--tokens is inf"),
+        ({"tokens": float("nan")}, "--tokens is nan"),
+        ({"mfu": 0.0}, "--mfu is 0; it must be above 0 and at most 1"),
+        ({"mfu": 40.0}, "--mfu is 40; it must be above 0 and at most 1"),
+        ({"rent": -1.0}, "--rent is -1; it must be US dollars"),
+        ({"optimizer": "sgd"}, "--optimizer sgd: must be one of adamw, adamw-bf16, muon"),
+        ({"precision": "fp32"}, "--precision fp32: h100 has a rate for bf16, fp8 only"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(choices, line):
+    with pytest.raises(UsageError, match=line):
+        planned(**choices)
+
+
+def test_a_layout_in_words():
+    plain = dict(data=1, expert=1, pipeline=1, tensor=1, schedule="none", chunks=1, micro_batch=1, recompute="none",
+                 sharded=False, devices=1)  # fmt: skip
+    assert describe(plain) == "one device"
+    rich = dict(plain, data=8, expert=4, pipeline=2, devices=16, schedule="interleaved", chunks=2, recompute="full")
+    assert describe(rich) == "data 8, expert 4, pipeline 2, tensor 1, interleaved 1F1B x2, full recomputation"
+    assert describe(dict(plain, data=2, devices=2, sharded=True, micro_batch=4)) == (
+        "data 2, expert 1, pipeline 1, tensor 1, weights sharded, micro-batch 4"
+    )

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cadre.plan import catalogue
+from cadre.plan.count import count
+from cadre.plan.hardware import LINK_EFFICIENCY, hardware
+from cadre.plan.layout import Layout, Pipeline, Workload, cut
+from cadre.plan.shape import Block, Experts, Grouped, Shape
+from cadre.plan.step import activations, fits, predict, search, smallest, step
+
+EVEN = Shape("mixtral", 64, 32, Grouped(4, 2, 8), (Block(True),) * 16, experts=Experts(8, 2, 16))
+DENSE = Shape("llama", 64, 32, Grouped(4, 2, 8), (Block(False),) * 16, intermediate_size=64)
+
+
+def work(shape: Shape | str, **choices: object) -> Workload:
+    shape = catalogue.lookup(shape).shape.without_extra() if isinstance(shape, str) else shape
+    return Workload(**{**dict(shape=shape, device=hardware("h800"), precision="bf16", context=4096, batch=512), **choices})
+
+
+def layout(**choices: object) -> Layout:
+    plain = dict(
+        data=1, expert=1, pipeline=1, tensor=1, schedule="none", chunks=1, micro_batch=1, recompute="none", sharded=False
+    )
+    return Layout(**{**plain, **choices})
+
+
+def terms(cuts: Pipeline, **choices: object) -> dict[str, float]:
+    return step(cuts, layout(**{"pipeline": len(cuts.stages), **choices}))[0]
+
+
+def test_one_device_only_computes():
+    task = work(DENSE)
+    made = terms(cut(task, 1))
+    flops = 3 * count(DENSE).forward_flops_per_token * 512 * 4096
+    assert made["compute"] == pytest.approx(flops / (989.4e12 * 0.56), rel=1e-3)
+    assert {name for name, value in made.items() if value} == {"compute", "optimizer"}
+    again = terms(cut(task, 1), recompute="full")
+    assert again["recompute"] == pytest.approx(made["compute"] / 3)
+
+
+def test_bubbles():
+    """1F1B (PP - 1)(F + B); interleaved that over its chunks; DualPipe (PP / 2 - 1)(F&B + B - 3 W), arXiv 2412.19437, table 2.
+    Here nothing is communicated but hidden states, so F : B : W = 1 : 2 : 1."""
+    cuts, count_ = cut(work(DENSE), 8), 512
+    forward = terms(cuts, schedule="1f1b")["compute"] / count_ / 3
+    assert terms(cuts, schedule="1f1b")["bubble"] == pytest.approx(7 * 3 * forward)
+    assert terms(cuts, schedule="interleaved", chunks=2)["bubble"] == pytest.approx(7 * 3 * forward / 2)
+    assert terms(cuts, schedule="dualpipe")["bubble"] == pytest.approx((8 / 2 - 1) * (3 + 2 - 3) * forward)
+    assert terms(cut(work(DENSE), 2), schedule="dualpipe")["bubble"] == 0
+
+
+def test_all_to_all_bytes_of_v3():
+    """k' hidden (dispatch + combine bytes) a token and layer, k' = min(top-k, node limit), over 40 GB/s: an eighth of it stays
+    on the node. Forward and backward."""
+    cuts = cut(work("deepseek-v3", precision="fp8"), 1)
+    made = terms(cuts, data=64, expert=64)
+    nodes, kept = 8, min(8, 4)
+    each = kept * (1 - 1 / nodes) * 7168 * (1 + 2) / (50e9 * LINK_EFFICIENCY)
+    assert made["all_to_all"] == pytest.approx(2 * 58 * each * 512 / 64 * 4096)
+    wide = terms(cut(work("deepseek-v3"), 1), data=64, expert=64)
+    assert wide["all_to_all"] == pytest.approx(made["all_to_all"] * 4 / 3)
+    free = replace(cuts.work.shape, experts=replace(cuts.work.shape.experts, n_group=1, topk_group=1))
+    unlimited = terms(cut(replace(cuts.work, shape=free), 1), data=64, expert=64)
+    assert unlimited["all_to_all"] == pytest.approx(2 * made["all_to_all"])
+
+
+def test_all_to_all_within_a_node_runs_over_its_links():
+    made = terms(cut(work(EVEN), 1), data=8, expert=8)
+    each = 2 * (1 - 1 / 8) * 32 * 4 / (200e9 * LINK_EFFICIENCY)
+    assert made["all_to_all"] == pytest.approx(2 * 16 * each * 512 / 8 * 4096)
+    assert terms(cut(work(EVEN), 1), data=8)["all_to_all"] == 0
+
+
+def test_dualpipe_hides_all_to_all_behind_computing():
+    cuts = cut(work("deepseek-v3", batch=4096), 16)
+    degrees = dict(data=64, expert=64)
+    plain, plain_hidden = step(cuts, layout(pipeline=16, schedule="1f1b", **degrees))
+    dual, hidden = step(cuts, layout(pipeline=16, schedule="dualpipe", **degrees))
+    assert plain_hidden["all_to_all"] == 0 and dual["all_to_all"] == 0
+    assert hidden["all_to_all"] == pytest.approx(plain["all_to_all"])
+    slow = cut(replace(cuts.work, device=replace(cuts.work.device, network_bandwidth=1e9)), 16)
+    dual, hidden = step(slow, layout(pipeline=16, schedule="dualpipe", **degrees))
+    assert dual["all_to_all"] > 0
+    assert hidden["all_to_all"] == pytest.approx(dual["compute"])
+
+
+def test_tensor_traffic():
+    """A gather and a scatter of the hidden states around attention and around feed-forward, forward and backward."""
+    made = terms(cut(work(DENSE), 1), tensor=4)
+    each = 2 * (3 / 4) * 32 * 2 / (200e9 * LINK_EFFICIENCY)
+    assert made["tensor"] == pytest.approx(2 * 2 * 16 * each * 512 * 4096)
+    assert made["compute"] == pytest.approx(terms(cut(work(DENSE), 1))["compute"] / 4)
+
+
+def test_gradients_hide_behind_the_last_backward_and_the_first_forward_pass():
+    task = work("llama-3.1-8b", batch=1024)
+    plain = predict(cut(task, 1), layout(data=64))
+    scatter = 4 * count(task.shape).total_parameters / LINK_EFFICIENCY * max(7 / 8 / 200e9, 7 / 8 / 8 / 50e9)
+    hidden, shown = plain.hidden["gradients"], plain.terms["gradients"]
+    assert hidden + shown == pytest.approx(1.5 * scatter)
+    forward = plain.terms["compute"] / (1024 / 64) / 3
+    assert shown == pytest.approx(max(0, scatter - 2 * forward) + max(0, scatter / 2 - forward))
+    assert predict(cut(task, 1), layout(data=64, micro_batch=16)).terms["gradients"] == 0
+
+
+def test_sharded_weights_are_gathered_for_every_micro_batch():
+    task = work("llama-3.1-8b", batch=1024)
+    made = predict(cut(task, 1), layout(data=64, sharded=True))
+    parameters = count(task.shape).total_parameters
+    each = (2 * 2 + 4) * parameters / LINK_EFFICIENCY * max(7 / 8 / 200e9, 7 / 8 / 8 / 50e9)
+    assert made.hidden["gradients"] + made.terms["gradients"] == pytest.approx(1024 / 64 * each)
+
+
+def test_the_terms_add_up_to_the_step():
+    for made in search(work("mixtral-8x7b"), 64):
+        assert made.seconds == sum(made.terms.values())
+        assert all(value >= 0 for value in (*made.terms.values(), *made.hidden.values()))
+        assert made.tokens_per_second == 512 * 4096 / made.seconds
+
+
+@given(st.sampled_from(["mixtral-8x7b", "deepseek-v2-lite", "qwen3-30b-a3b", "llama-3.1-8b"]), st.integers(8, 200))
+def test_what_is_found_fits_and_is_sorted(name, devices):
+    task = work(name)
+    found = search(task, devices, keep=5)
+    assert bool(found) >= fits(task, devices)
+    assert [made.seconds for made in found] == sorted(made.seconds for made in found)
+    for made in found:
+        assert made.memory.total <= task.device.memory_bytes
+        assert made.layout.devices <= devices < made.layout.devices + max(1024, devices / 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("deepseek-v3", 256), ("mixtral-8x22b", 64), ("llama-3.1-8b", 4), ("kimi-k2", 512)]
+)
+def test_twice_the_devices_are_no_slower(name, first):
+    """The batch stays, so each doubling halves what a device has to do, and no layout is lost."""
+    speeds = [search(work(name, batch=16384), first << doubling, keep=1)[0].tokens_per_second for doubling in range(5)]
+    assert speeds == sorted(speeds)
+
+
+def test_nothing_fits_where_weights_alone_do_not():
+    task = work("deepseek-v3")
+    assert search(task, 8) == [] and not fits(task, 8)
+    leanest = smallest(task, 8)
+    assert leanest.memory.total > 671e9 * (2 + 4 + 12) / 8
+    assert smallest(work("deepseek-v3", batch=1, micro_batch=2), 8) is None
+
+
+def test_activations_of_a_layout_under_each_recomputation():
+    task = work("mixtral-8x7b")
+    made = activations(task, layout(data=8, pipeline=8, schedule="1f1b", recompute="selective"))
+    none, selective, full = made.values()
+    assert list(made) == [f"activations_{n}" for n in
+                          ("without_recomputation", "with_selective_recomputation", "with_recomputation")]  # fmt: skip
+    assert none > selective > full
+
+
+@pytest.mark.parametrize("devices", [1, 7, 1000, 10_000])
+def test_any_number_of_devices_is_planned_for(devices):
+    """From one card to ten thousand; a prime number leaves some idle rather than doing without expert parallelism."""
+    found = search(work("deepseek-v2-lite", batch=16384), devices, keep=1)
+    assert bool(found) == (devices > 1)
+    assert all(made.layout.devices <= devices for made in found)
