@@ -1,7 +1,10 @@
+import pytest
 import torch
 
+from cadre.errors import UsageError
+from cadre.plan.count import count
 from cadre.train import bench as module
-from cadre.train.bench import bench_train
+from cadre.train.bench import TrainingStep, bench_train, changed, speed
 from tests.shapes import small
 
 
@@ -31,3 +34,32 @@ def test_a_dense_model_is_timed_the_same_way(monkeypatch):
     monkeypatch.setattr(module, "gemm_flops_per_second", lambda *_: 1e9)
     result = bench_train(small("llama"), batch=1, seq_len=4, steps=1, dtype=torch.bfloat16)
     assert result["dtype"] == "bfloat16" and result["tokens_per_second"] > 0
+
+
+def test_speed_is_that_of_the_median_step():
+    config = small("deepseek_v3")
+    found = speed(config, batch=2, seq_len=8, seconds=[4.0, 0.5, 2.0])
+    assert found["step_seconds_median"] == 2.0 and found["tokens_per_second"] == 8.0
+    flops = count(config, context=8).training_flops_per_token
+    assert found["training_flops_per_token"] == flops and found["model_flops_per_second"] == 8.0 * flops
+
+
+def test_a_step_learns_what_it_sees_again():
+    step = TrainingStep(small("deepseek_v3"), batch=2, seq_len=8, dtype=torch.float32, device=torch.device("cpu"))
+    ids = step.tokens()
+    step.tokens = lambda: ids
+    first = step.loss(ids).item()
+    for _ in range(20):
+        step()
+    assert step.loss(ids).item() < 0.9 * first
+
+
+def test_a_change_is_checked():
+    assert changed(small("llama"), vocab_size=7).vocab_size == 7
+    with pytest.raises(UsageError, match="num_experts_per_tok is 9"):
+        changed(small("deepseek_v3"), num_experts_per_tok=9)
+
+
+def test_a_sequence_beyond_the_context_is_refused():
+    with pytest.raises(UsageError, match="--seq 65: the model's context is 64"):
+        bench_train(small("llama"), batch=1, seq_len=65, steps=1, dtype=torch.float32)

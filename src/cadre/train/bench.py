@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cadre.errors import UsageError
 from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second, peak_memory_bytes, synchronize
@@ -16,58 +17,115 @@ from cadre.plan.count import count
 from cadre.train.balance import Balance
 from cadre.train.objective import losses
 from cadre.train.optimizer import Optimizer
-from cadre.train.recipe import OptimizerSection
+from cadre.train.recipe import BalanceSection, OptimizerSection
 from cadre.train.run import check_memory
 
+# Steps that are not timed: the first ones fill the allocator and make the optimizer's state.
+WARM_UP = 2
 
-def bench_train(config: ModelConfig, *, batch: int, seq_len: int, steps: int, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Time `steps` optimizer steps of `batch` x `seq_len` random tokens after two that warm up.
+# What the optimizer of every measured step is, a peer's included.
+ADAMW = OptimizerSection(name="adamw", lr=1e-3)
 
-    Returns medians: tokens/s, seconds a step, model FLOP/s (the counted 6 N + attention, no recomputation), the GEMM rate
-    measured before and after (the larger), their ratio `mfu`, peak memory of the process in bytes.
+
+class TrainingStep:
+    """A model in training, and its optimizer step on `batch` x `seq_len` fresh random tokens. Float32 masters, computing in
+    `dtype`. Calling it makes one step and returns its seconds, the making of the tokens left out.
+
+    Raises `UsageError` for a sequence beyond the model's context and a model beyond the machine's memory.
     """
+
+    def __init__(self, config: ModelConfig, *, batch: int, seq_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        check_length(config, seq_len)
+        check_memory(config, device)
+        torch.manual_seed(0)
+        self.batch, self.seq_len, self.device = batch, seq_len, device
+        self.model = Transformer(config).initialize(0).to(device)
+        self.model.compute_dtype = dtype
+        self.model.train()
+        self.optimizer = Optimizer(self.model, ADAMW)
+        self.balance = Balance(self.model, BalanceSection())
+
+    def __call__(self) -> float:
+        ids = self.tokens()
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.loss(ids).backward()
+        self.update()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def tokens(self) -> Tensor:
+        """Random ids, int64 [batch, seq_len + 1 + modules of multi-token prediction]."""
+        reach = self.seq_len + 1 + len(self.model.mtp)
+        return torch.randint(self.model.config.vocab_size, (self.batch, reach), device=self.device)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """The loss to take gradients of, from none: the last step's are dropped."""
+        self.optimizer.zero_grad()
+        self.balance.reset()
+        return losses(self.model, ids, None, self.balance, mtp_weight=0.3).total
+
+    def update(self) -> None:
+        """What follows the backward pass."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.balance.update()
+        self.optimizer.step(1.0)
+
+
+def check_length(config: ModelConfig, seq_len: int) -> None:
+    """Raise `UsageError` where the model's context is shorter."""
     if seq_len > config.max_position_embeddings:
         raise UsageError(f"--seq {seq_len}: the model's context is {config.max_position_embeddings}")
-    device = default_device()
-    check_memory(config, device)
-    dtype = dtype or best_dtype(device)
-    torch.manual_seed(0)
-    model = Transformer(config).initialize(0).to(device)
-    model.compute_dtype = dtype
-    model.train()
-    optimizer = Optimizer(model, OptimizerSection(name="adamw", lr=1e-3))
-    balance = Balance(model, speed=0.001)
-    flops = count(config, context=seq_len).training_flops_per_token
-    gemm = gemm_flops_per_second(dtype, device)
-    seconds = []
-    for _ in range(steps + 2):
-        ids = torch.randint(config.vocab_size, (batch, seq_len + 1 + len(model.mtp)), device=device)
-        synchronize(device)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        balance.reset()
-        loss = losses(model, ids, None, balance, mtp_weight=0.3, sequence_weight=1e-4)
-        loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        balance.update()
-        optimizer.step(1.0)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    gemm = max(gemm, gemm_flops_per_second(dtype, device))
-    median = statistics.median(seconds[2:])
+
+
+def changed(config: ModelConfig, **values: Any) -> ModelConfig:
+    """The config with some fields changed, checked again. Raises `UsageError` for a shape that cannot be."""
+    return ModelConfig.from_dict({**config.model_dump(exclude_none=True), **values})
+
+
+def speed(config: ModelConfig, *, batch: int, seq_len: int, seconds: list[float]) -> dict[str, Any]:
+    """What the seconds of some steps say: their median, tokens/s, model FLOP/s (the counted 6 N + attention, no
+    recomputation)."""
+    median = statistics.median(seconds)
     rate = batch * seq_len / median
+    flops = count(config, context=seq_len).training_flops_per_token
     return {
         "tokens_per_second": rate,
         "step_seconds_median": median,
-        "step_seconds": seconds[2:],
+        "step_seconds": seconds,
         "model_flops_per_second": rate * flops,
-        "gemm_flops_per_second": gemm,
-        "mfu": rate * flops / gemm,
-        "peak_memory_bytes": peak_memory_bytes(device),
         "training_flops_per_token": flops,
+    }
+
+
+def circumstances(batch: int, seq_len: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Under what a result was measured."""
+    return {
         "batch": batch,
         "seq_len": seq_len,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "device": str(device),
+    }
+
+
+def bench_train(config: ModelConfig, *, batch: int, seq_len: int, steps: int, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Time `steps` optimizer steps of `batch` x `seq_len` random tokens after two that warm up.
+
+    Returns `speed` and `circumstances`, the GEMM rate measured before and after (the larger), the ratio `mfu` of model
+    FLOP/s to it, and the peak memory of the process in bytes.
+    """
+    device = default_device()
+    dtype = dtype or best_dtype(device)
+    step = TrainingStep(config, batch=batch, seq_len=seq_len, dtype=dtype, device=device)
+    gemm = gemm_flops_per_second(dtype, device)
+    seconds = [step() for _ in range(WARM_UP + steps)][WARM_UP:]
+    gemm = max(gemm, gemm_flops_per_second(dtype, device))
+    result = speed(config, batch=batch, seq_len=seq_len, seconds=seconds)
+    return {
+        **result,
+        "gemm_flops_per_second": gemm,
+        "mfu": result["model_flops_per_second"] / gemm,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        **circumstances(batch, seq_len, dtype, device),
     }

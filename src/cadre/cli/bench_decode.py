@@ -1,0 +1,83 @@
+"""`cadre bench decode`: how fast a model of some shape decodes on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cadre.cli.bench_train import DType, _notes
+
+
+class Peer(StrEnum):
+    transformers = "transformers"
+
+
+class Quantization(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+
+
+def bench_decode(
+    config: Annotated[Path, typer.Option(help="A Hugging Face config.json.", show_default=False)],
+    context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that each sequence has.")] = 512,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, max=1024, help="Sequences decoded at a time.")] = 1,
+    dtype: Annotated[DType, typer.Option(help="Of weights and cache; auto weighs bytes against arithmetic.")] = DType.auto,
+    quantize: Annotated[Quantization | None, typer.Option(help="Round the weights.", show_default=False)] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=4, max=10_000, help="Measured steps.")] = 24,
+    peer: Annotated[Peer | None, typer.Option(help="Decode the same shape in it, in turn.", show_default=False)] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Contexts and batches, beside MHA and GQA twins.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Time decoding on random weights, against the machine's memory rate."""
+    import torch
+
+    from cadre.errors import UsageError
+    from cadre.infer import bench
+    from cadre.model.config import ModelConfig
+
+    if sweep and (peer or quantize):
+        raise UsageError("--sweep measures Cadre alone, unquantized: leave out --peer and --quantize")
+    chosen = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    shape = ModelConfig.from_file(config)
+    result: dict[str, Any]
+    with _notes(json_output) as note:
+        if sweep:
+            result = {"mode": "sweep", "rows": bench.sweep(shape, dtype=chosen, note=note)}
+        else:
+            result = bench.bench_decode(
+                shape, context=context, batch=batch, dtype=chosen, quantization=quantize and quantize.value, steps=steps,
+                peer=peer is not None, note=note,
+            )  # fmt: skip
+    if json_output:
+        typer.echo(json.dumps(result))
+    else:
+        for line in lines(result):
+            typer.echo(line)
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """The result for people."""
+    if "rows" in result:
+        yield f"{'attention':10}{'context':>8}{'batch':>7}{'tokens/s':>10}{'cache bytes/token':>19}"
+        for row in result["rows"]:
+            rate = f"{row['decode_tokens_per_second']:,.1f}" if "reason" not in row else "-"
+            size = f"{row.get('cache_bytes_per_token', 0):,}" if "reason" not in row else "does not fit"
+            yield f"{row['attention']:10}{row['context']:>8,}{row['batch']:>7}{rate:>10}{size:>19}"
+        return
+    kind = result["quantization"] or result["dtype"]
+    yield f"decode  {result['decode_tokens_per_second']:,.1f} tokens/s at context {result['context']:,}, batch {result['batch']} ({kind})"
+    yield f"prefill {result['prefill_tokens_per_second']:,.1f} tokens/s"
+    yield (f"reads {result['bytes_read_per_step'] / 1e6:,.0f} MB a step: {result['bandwidth_fraction']:.0%} of "
+           f"{result['memory_bandwidth'] / 1e9:,.1f} GB/s")  # fmt: skip
+    if result["kernels"] not in ("native", "torch"):
+        yield f"C++ kernels are missing: {result['kernels']}"
+    if "peer" in result:
+        other = result["peer"]
+        yield (f"{other['name']} {other['version']} ({other['experts'] or 'dense'}): decode {other['decode_tokens_per_second']:,.1f}, "
+               f"prefill {other['prefill_tokens_per_second']:,.1f} tokens/s")  # fmt: skip
+        yield f"cadre decodes {result['speed_ratio']:.1f} times as fast, reads prompts {result['prefill_ratio']:.1f} times as fast"

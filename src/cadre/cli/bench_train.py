@@ -1,0 +1,116 @@
+"""`cadre bench train`: time real optimizer steps, alone or against what they should be held to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cadre.errors import UsageError
+
+_STEPS = 8
+_STEPS_OF_A_POINT = 3
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Peer(StrEnum):
+    transformers = "transformers"
+
+
+def bench_train(
+    config: Annotated[Path, typer.Option(help="A Hugging Face config.json.")],
+    batch: Annotated[int, typer.Option(help="Sequences a step.", min=1)] = 16,
+    seq_len: Annotated[int, typer.Option("--seq", help="Tokens a sequence.", min=2)] = 512,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Timed steps ({_STEPS}; {_STEPS_OF_A_POINT} a point of --sweep).", min=1)
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Compute type.")] = DType.auto,
+    peer: Annotated[Peer | None, typer.Option(help="Against another library's fastest mode of the same shape.")] = None,
+    tax: Annotated[bool, typer.Option("--tax", help="16 to 128 experts, top 2 to 8, against their dense twins.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="How time and memory grow with experts, width, length and batch.")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Where the time goes, and how near the limits.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points of --tax or --sweep.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time full optimizer steps of a model on random tokens, against the machine's GEMM rate."""
+    mode = _mode({"peer": peer is not None, "tax": tax, "sweep": sweep, "profile": profile}, quick)
+    from cadre.cli import bench_tables
+    from cadre.model.config import ModelConfig
+
+    shape = ModelConfig.from_file(config)
+    bench = _bench(mode, quick)
+    steps = steps or (_STEPS_OF_A_POINT if mode == "sweep" else _STEPS)
+    with _notes(json_) as note:
+        values = bench(shape, batch=batch, seq_len=seq_len, steps=steps, dtype=_dtype(dtype), note=note)
+    result = {"mode": mode, **values}
+    print(json.dumps(result) if json_ else "\n".join(bench_tables.lines(result)))
+
+
+def _mode(chosen: dict[str, bool], quick: bool) -> str:
+    modes = [name for name, is_chosen in chosen.items() if is_chosen]
+    if len(modes) > 1:
+        raise UsageError(f"--{modes[0]} and --{modes[1]} exclude each other: choose one")
+    if quick and modes not in (["tax"], ["sweep"]):
+        raise UsageError("--quick makes --tax or --sweep shorter: give it with one of them, or else fewer --steps")
+    return modes[0] if modes else "train"
+
+
+def _bench(mode: str, quick: bool) -> Callable[..., dict[str, Any]]:
+    """What measures, all called alike."""
+    if mode == "peer":
+        from cadre.train.peer import bench_peer
+
+        return bench_peer
+    if mode == "tax":
+        from cadre.train.tax import bench_tax
+
+        return partial(bench_tax, quick=quick)
+    if mode == "sweep":
+        from cadre.train.sweep import bench_sweep
+
+        return partial(bench_sweep, quick=quick)
+    # These measure in this process.
+    from cadre.kernels.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    if mode == "profile":
+        from cadre.train.profile import bench_profile
+
+        return bench_profile
+    from cadre.train.bench import bench_train
+
+    return lambda config, note, **shape: bench_train(config, **shape)
+
+
+def _dtype(choice: DType) -> Any:
+    import torch
+
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
+
+
+@contextmanager
+def _notes(json_: bool) -> Iterator[Callable[[str], None]]:
+    """Shows how far the work is: on a terminal one line that moves, elsewhere lines. Beside JSON only on a terminal, and
+    never on standard output."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=json_, highlight=False, markup=False, emoji=False)
+    if console.is_terminal:
+        with console.status("") as status:
+            yield lambda text: status.update(Text(text))
+    else:
+        yield lambda text: None if json_ else print(text, flush=True)

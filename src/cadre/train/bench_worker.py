@@ -1,0 +1,150 @@
+"""Processes that each hold one model and step when told: models measured in turn disturb each other's memory not at all,
+and each one's peak is its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from cadre.errors import RunError, UsageError
+from cadre.kernels.allocator import keep_freed_memory
+from cadre.kernels.limits import default_device, peak_memory_bytes
+from cadre.model.config import ModelConfig
+from cadre.train.bench import WARM_UP, TrainingStep, speed
+
+# Makes what is timed: something that makes one step and returns its seconds. It travels to the process, so it is a
+# function of a module, or a `partial` of one.
+Build = Callable[[], Callable[[], float]]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a worker: its peak, and what it held before it built anything (the libraries)."""
+
+    before: int
+    peak: int
+
+
+class Worker:
+    """One such process, from `with` to its end.
+
+    `step` and `memory` raise `UsageError` or `RunError` as the work did; any other failure of it, and its death (memory,
+    mostly), is a `RunError` that begins with `name`.
+    """
+
+    def __init__(self, name: str, build: Build) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, name, build, torch.get_num_threads())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._theirs = theirs
+
+    def __enter__(self) -> Worker:
+        self._process.start()
+        self._theirs.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+    def step(self) -> float:
+        """Make one step; its seconds. The first call also builds."""
+        return self._ask("step")
+
+    def memory(self) -> Memory:
+        return self._ask("memory")
+
+    def _ask(self, what: str) -> Any:
+        try:
+            self._connection.send(what)
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(5)
+            raise RunError(
+                f"{self.name}: its process died (exit status {self._process.exitcode}), most likely for want of memory: "
+                "use a smaller model, batch or sequence"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def take_turns(workers: Sequence[Worker], steps: int, note: Callable[[int], None] | None = None) -> list[list[float]]:
+    """The seconds of `steps` steps of each worker, one of each in turn, after two of each that warm up. `note` is told how
+    many rounds are done."""
+    seconds: list[list[float]] = [[] for _ in workers]
+    for turn in range(WARM_UP + steps):
+        for worker, taken in zip(workers, seconds, strict=True):
+            taken.append(worker.step())
+        if note is not None:
+            note(turn + 1)
+    return [taken[WARM_UP:] for taken in seconds]
+
+
+def ours(config: ModelConfig, *, batch: int, seq_len: int, dtype: torch.dtype) -> Build:
+    """Cadre's own step, with memory kept as `cadre train` keeps it."""
+    return partial(_ours, config, batch, seq_len, dtype)
+
+
+def _ours(config: ModelConfig, batch: int, seq_len: int, dtype: torch.dtype) -> TrainingStep:
+    keep_freed_memory()
+    return TrainingStep(config, batch=batch, seq_len=seq_len, dtype=dtype, device=default_device())
+
+
+def result(config: ModelConfig, *, batch: int, seq_len: int, seconds: list[float], memory: Memory) -> dict[str, Any]:
+    """`speed` of a worker's steps, and its peak memory."""
+    return {**speed(config, batch=batch, seq_len=seq_len, seconds=seconds), "peak_memory_bytes": memory.peak}
+
+
+def _serve(connection: Connection, name: str, build: Build, threads: int) -> None:
+    """The process: answers until the other side closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked ends this process
+    torch.set_num_threads(threads)
+    before = peak_memory_bytes(torch.device("cpu"))
+    step: Callable[[], float] | None = None
+    while True:
+        try:
+            what = connection.recv()
+        except EOFError:
+            return
+        answer: Any
+        try:
+            if what == "memory":
+                device = default_device()
+                answer = Memory(before if device.type == "cpu" else 0, peak_memory_bytes(device))
+            else:
+                step = step or build()
+                answer = step()
+        except (UsageError, RunError) as error:
+            answer = error
+        except Exception as error:
+            answer = RunError(f"{name}: " + " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        connection.send(answer)
+
+
+class TimeLeft:
+    """How long the rest of some work takes, from how long its beginning took. Work is in any unit that grows with time,
+    such as FLOPs."""
+
+    def __init__(self, work: float) -> None:
+        self.work, self.done, self.began = work, 0.0, time.perf_counter()
+
+    def add(self, work: float) -> None:
+        self.done += work
+
+    def __str__(self) -> str:
+        if not self.done:
+            return "?"
+        minutes, seconds = divmod(round((time.perf_counter() - self.began) * (self.work / self.done - 1)), 60)
+        return f"{minutes}:{seconds:02}"

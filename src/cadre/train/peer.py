@@ -1,0 +1,185 @@
+"""The peer: transformers' model of the same shape under the same step, in its fastest mode, in turn with ours."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from cadre.errors import RunError, UsageError
+from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second, synchronize
+from cadre.model.config import ModelConfig
+from cadre.train.bench import ADAMW, WARM_UP, changed, check_length, circumstances
+from cadre.train.bench_worker import Build, Worker, ours, result, take_turns
+from cadre.train.run import check_memory
+
+# A mode whose first step is this many times the best one's is not tried a second time.
+_HOPELESS = 2.0
+
+
+_Experts = Literal["eager", "grouped_mm", "batched_mm"] | None
+_Precision = Literal["float32", "bfloat16", "autocast"]
+_PRECISIONS: tuple[_Precision, ...] = ("float32", "bfloat16", "autocast")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How transformers computes: its `experts_implementation` (None in a dense model), and float32, weights and all of the
+    rest in bfloat16, or bfloat16 by autocast over float32 weights. Attention is always sdpa."""
+
+    experts: _Experts
+    dtype: _Precision
+
+    def __str__(self) -> str:
+        return f"{self.experts or 'dense'}, {self.dtype}"
+
+
+class PeerStep:
+    """As `TrainingStep`, by transformers: its model, its loss, the same clipping and the same fused AdamW."""
+
+    def __init__(self, config: ModelConfig, mode: Mode, *, batch: int, seq_len: int, device: torch.device) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        values = config.to_hf()
+        theirs = AutoConfig.for_model(values.pop("model_type"), **values)
+        dtype = torch.bfloat16 if mode.dtype == "bfloat16" else torch.float32
+        choice = {} if mode.experts is None else {"experts_implementation": mode.experts}
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(theirs, dtype=dtype, attn_implementation="sdpa", **choice).to(device)
+        self.model.train()
+        self.batch, self.seq_len, self.device, self.autocast = batch, seq_len, device, mode.dtype == "autocast"
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=ADAMW.lr, betas=(ADAMW.beta1, ADAMW.beta2), eps=ADAMW.eps,
+            weight_decay=ADAMW.weight_decay, fused=True,
+        )  # fmt: skip
+
+    def __call__(self) -> float:
+        ids = torch.randint(self.model.config.vocab_size, (self.batch, self.seq_len), device=self.device)
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def peer_step(config: ModelConfig, mode: Mode, *, batch: int, seq_len: int) -> Build:
+    return partial(_peer_step, config, mode, batch, seq_len)
+
+
+def _peer_step(config: ModelConfig, mode: Mode, batch: int, seq_len: int) -> PeerStep:
+    return PeerStep(config, mode, batch=batch, seq_len=seq_len, device=default_device())
+
+
+def comparable(config: ModelConfig) -> ModelConfig:
+    """The config without what transformers does not train: multi-token prediction modules."""
+    return changed(config, num_nextn_predict_layers=0)
+
+
+def modes(config: ModelConfig) -> list[Mode]:
+    """All there are for a model."""
+    experts: tuple[_Experts, ...] = ("eager", "grouped_mm", "batched_mm") if config.has_experts else (None,)
+    return [Mode(way, dtype) for dtype, way in itertools.product(_PRECISIONS, experts)]
+
+
+def selected_bytes(config: ModelConfig, mode: Mode, tokens: int) -> int:
+    """What `batched_mm` holds: a copy of an expert's weights for each token's each choice, in every layer, kept for the
+    backward pass."""
+    if mode.experts != "batched_mm":
+        return 0
+    sparse = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    weights = 3 * config.hidden_size * (config.moe_intermediate_size or 0) * (2 if mode.dtype == "bfloat16" else 4)
+    return sparse * tokens * (config.num_experts_per_tok or 0) * weights
+
+
+def bench_peer(
+    config: ModelConfig, *, batch: int, seq_len: int, steps: int, dtype: torch.dtype | None, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Time steps of transformers' fastest mode and of ours in turn, each in a process of its own.
+
+    Returns `peer` and `ours` (`speed` and peak memory of each), `speed_ratio` (their median step over ours), `memory_ratio`
+    (our peak over theirs), `probe` (what each mode took, or why it did not run). Ours computes in `dtype`, or what is best
+    here; theirs in whatever is fastest. Multi-token prediction is left out on both sides.
+
+    Raises `UsageError` without transformers, `RunError` if no mode of it runs.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise UsageError("--peer transformers: it is not installed here: pip install 'cadre-lm[test]' brings it")
+    config = comparable(config)
+    check_length(config, seq_len)
+    device = default_device()
+    check_memory(config, device)
+    dtype = dtype or best_dtype(device)
+    best, probes = _probe(config, batch, seq_len, note)
+    gemm = gemm_flops_per_second(dtype, device)
+    shape = {"batch": batch, "seq_len": seq_len}
+    rounds = WARM_UP + steps
+    with (
+        Worker(f"transformers ({best})", peer_step(config, best, **shape)) as theirs,
+        Worker("cadre", ours(config, **shape, dtype=dtype)) as own,
+    ):
+        seconds = take_turns([theirs, own], steps, lambda done: note(f"in turn, {best}: {done} of {rounds} steps each"))
+        peaks = [worker.memory() for worker in (theirs, own)]
+    gemm = max(gemm, gemm_flops_per_second(dtype, device))
+    peer, mine = (result(config, **shape, seconds=s, memory=m) for s, m in zip(seconds, peaks, strict=True))
+    for side in (peer, mine):
+        side["mfu"] = side["model_flops_per_second"] / gemm
+    version = importlib.metadata.version("transformers")
+    return {
+        "peer": {"name": "transformers", "version": version, "mode": asdict(best), **peer},
+        "ours": mine,
+        "speed_ratio": peer["step_seconds_median"] / mine["step_seconds_median"],
+        "memory_ratio": mine["peak_memory_bytes"] / peer["peak_memory_bytes"],
+        "gemm_flops_per_second": gemm,
+        "probe": probes,
+        **circumstances(batch, seq_len, dtype, device),
+    }
+
+
+def _probe(
+    config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], None]
+) -> tuple[Mode, list[dict[str, Any]]]:
+    """The mode with the fastest step of two, and what each took. Each has its own process: one that dies is no loss."""
+    best: Mode | None = None
+    least = float("inf")
+    probes: list[dict[str, Any]] = []
+    for mode in modes(config):
+        note(f"probing transformers: {mode}")
+        held, free = selected_bytes(config, mode, batch * seq_len), _free_bytes()
+        if held > free:
+            reason = f"copies {held / 2**30:,.0f} GiB of weights, {free / 2**30:,.0f} GiB are free"
+            probes.append({**asdict(mode), "reason": reason})
+            continue
+        try:
+            with Worker(f"transformers ({mode})", peer_step(config, mode, batch=batch, seq_len=seq_len)) as worker:
+                seconds = worker.step()
+                if seconds < _HOPELESS * least:
+                    seconds = min(seconds, worker.step())
+        except RunError as error:
+            probes.append({**asdict(mode), "reason": str(error)})
+            continue
+        probes.append({**asdict(mode), "seconds": seconds})
+        if seconds < least:
+            best, least = mode, seconds
+    if best is None:
+        raise RunError(f"no mode of transformers ran this shape; the last one: {probes[-1]['reason']}")
+    return best, probes
+
+
+def _free_bytes() -> int:
+    device = default_device()
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
