@@ -11,16 +11,16 @@ def talk(model, tokenizer):
     return Conversation(model, tokenizer, Sampling(0.0), max_new_tokens=6, seed=0)
 
 
-def spoken_ids(monkeypatch, model):
-    """Every batch of ids that the model reads from now on."""
+def tokens_read(monkeypatch, talk):
+    """How many tokens each pass reads from now on."""
     read = []
-    hidden = model.hidden
+    hidden = talk.engine.runner.hidden
 
-    def noting(ids, cache=None):
-        read.append(ids[0].tolist())
-        return hidden(ids, cache)
+    def noting(batch):
+        read.append(len(batch.ids_T))
+        return hidden(batch)
 
-    monkeypatch.setattr(model, "hidden", noting)
+    monkeypatch.setattr(talk.engine.runner, "hidden", noting)
     return read
 
 
@@ -43,17 +43,17 @@ def test_a_turn_continues_the_whole_transcript(model, tokenizer, talk):
     assert "".join(talk.reply(second)) == answer.lstrip().partition("\n")[0].rstrip("\ufffd")
 
 
-def test_a_turn_costs_its_own_tokens(model, tokenizer, talk, monkeypatch):
+def test_a_turn_costs_its_own_tokens(tokenizer, talk, monkeypatch):
     list(talk.reply("The people of the union " * 3))
-    read = spoken_ids(monkeypatch, model)
+    read = tokens_read(monkeypatch, talk)
     list(talk.reply("yes"))
-    longest = max(len(ids) for ids in read)
-    assert longest <= len(tokenizer.encode("\nyes\n").ids) + 1  # and the last token of the answer before
+    assert len(talk.ids) > 40
+    assert max(read) <= len(tokenizer.encode("\nyes\n").ids) + talk.engine.pool.page_size
 
 
-def test_an_answer_is_one_line_and_blank_lines_are_none(model, tokenizer, talk, monkeypatch):
+def test_an_answer_is_one_line_and_blank_lines_are_none(tokenizer, talk, monkeypatch):
     script = iter(tokenizer.encode("\n\n  yes, we\ndo.").ids)
-    monkeypatch.setattr(talk.decoder, "stream", lambda *_: script)
+    monkeypatch.setattr(talk, "_tokens", lambda: script)
     assert "".join(talk.reply("Will you?")) == "yes, we"
     assert not talk.line_open
     assert next(script, None) is not None
@@ -63,10 +63,51 @@ def test_stopping_to_listen_leaves_the_conversation_whole(model, tokenizer, talk
     answer = talk.reply("Who answered?")
     next(answer)
     answer.close()
-    heard = talk.decoder.length
+    heard = list(talk.ids)
     assert talk.line_open
-    list(talk.reply("Go on"))
-    assert talk.decoder.length > heard
+    said = "".join(talk.reply("Go on"))
+    transcript = heard + tokenizer.encode("\nGo on\n").ids
+    assert said == tokenizer.decode(greedy(model, transcript, 6)).lstrip().partition("\n")[0].rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("moment", ["the forward pass", "keeping the book", "giving out"])
+def test_an_interruption_loses_no_more_than_the_token_in_work(model, tokenizer, talk, monkeypatch, moment):
+    talk.engine.runner.native = None
+    target, name = {
+        "the forward pass": (model.layers[1].mlp, "forward"),
+        "keeping the book": (talk.engine.scheduler, "advance"),
+        "giving out": (talk.engine, "_tell"),
+    }[moment]
+    whole = list(talk.reply("Who answered? " * 4))
+    talk.reset()
+    answer = talk.reply("Who answered? " * 4)
+    heard = [next(answer), next(answer)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, name, interrupt)
+        list(answer)
+    assert heard == whole[:2]
+    transcript = talk.ids + tokenizer.encode("\nGo on\n").ids
+    said = "".join(talk.reply("Go on"))
+    assert said == tokenizer.decode(greedy(model, transcript, 6)).lstrip().partition("\n")[0].rstrip("\ufffd")
+    talk.engine.clear()
+    talk.engine.pool.check([])
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_answers_of_one_seed_draw_their_own_numbers(model, tokenizer):
+    def answers(seed):
+        talk = Conversation(model, tokenizer, Sampling(3.0), max_new_tokens=6, seed=seed)
+        told = []
+        for _ in range(3):
+            talk.reset()  # the same transcript each time
+            told.append("".join(talk.reply("yes")))
+        return told
+
+    assert answers(1) == answers(1) != answers(2)
+    assert len(set(answers(1))) == 3
 
 
 def test_reset_forgets(talk):
@@ -79,5 +120,5 @@ def test_reset_forgets(talk):
 def test_a_line_without_room_for_an_answer_is_refused_and_forgotten(talk):
     with pytest.raises(UsageError, match="of the model's context of 64 are left: /reset"):
         talk.reply("the union " * 40)
-    assert talk.decoder.length == 0
+    assert talk.ids == []
     assert list(talk.reply("yes"))

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 import cadre
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
-from cadre.infer.generate import Decoder, encode_prompt, end_ids, generate, generate_ids, seeded, stream
-from cadre.infer.sampling import Sampling
+from cadre.infer.engine import Engine, end_ids
+from cadre.infer.generate import encode_prompt, generate, generate_ids, stream
 from cadre.model.transformer import Transformer
 from tests.shapes import FAMILIES, small
 
@@ -38,7 +38,7 @@ def test_greedy_ids_equal_those_without_a_cache(family):
 def test_float32_weights_decode_in_the_compute_dtype(model, tokenizer):
     half = Transformer(model.config).initialize(0)
     half.compute_dtype = torch.bfloat16
-    assert Decoder(half, 8).cache.layer(0).parts[0].dtype == torch.bfloat16
+    assert Engine(half, cache_bytes=10**6).pool.first.dtype == torch.bfloat16
     assert generate_ids(half, [5, 6], max_new_tokens=5, temperature=0)
 
 
@@ -138,27 +138,19 @@ def test_a_consumer_of_the_stream_is_not_in_inference_mode(model, tokenizer):
         assert not torch.is_inference_mode_enabled()
 
 
-def test_an_interrupted_stream_goes_on_where_it_was(model):
-    whole = generate_ids(model, [5, 6, 7], max_new_tokens=8, temperature=0)
-    decoder = Decoder(model, 20)
-    decoder.feed([5, 6, 7])
-    arguments = (Sampling(0.0), seeded(0, torch.device("cpu")), end_ids(model.config))
-    first = decoder.stream(8, *arguments)
-    got = [next(first) for _ in range(3)]
-    first.close()
-    assert got + list(decoder.stream(5, *arguments)) == whole
+def test_the_cache_is_just_large_enough(model, monkeypatch):
+    """Pages for prompt and continuation, those for more than the context holds never."""
+    made = []
+    init = Engine.__init__
 
+    def noting(self, *arguments, **options):
+        init(self, *arguments, **options)
+        made.append(self.pool.tokens)
 
-def test_a_sequence_goes_on_after_the_model_ended_it(model):
-    """What was read is not read again, and the end token is no part of the sequence."""
-    ended, plain = Decoder(model, 20), Decoder(model, 20)
-    ended.feed([5, 6, 7])
-    everything = frozenset(range(model.config.vocab_size))
-    assert list(ended.stream(8, Sampling(0.0), seeded(0, torch.device("cpu")), everything)) == []
-    ended.feed([8, 9])
-    plain.feed([5, 6, 7, 8, 9])
-    torch.testing.assert_close(ended.next_logits(), plain.next_logits(), atol=1e-4, rtol=1e-4)
-    assert ended.length == plain.length == 5
+    monkeypatch.setattr(Engine, "__init__", noting)
+    generate_ids(model, [3] * 20, max_new_tokens=13)
+    generate_ids(model, [3] * 20, max_new_tokens=10**9)
+    assert made == [48, 64]
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,9 @@ def decode(native: NativeModel, rows: list[list[int]], draw: random.Random, page
 
 @given(config=configs(), seed=st.integers(0, 10_000), page_size=st.sampled_from([1, 3, 16]), sequences=st.integers(1, 4))
 @settings(max_examples=150)
-def test_logits_of_any_batch_are_those_of_a_full_forward(config: ModelConfig, seed: int, page_size: int, sequences: int) -> None:
+def test_logits_of_any_batch_are_those_of_a_full_forward(
+    config: ModelConfig, seed: int, page_size: int, sequences: int
+) -> None:
     draw = random.Random(seed)
     model = randomized(config, seed)
     length = min(config.max_position_embeddings, 40)
@@ -141,7 +143,7 @@ def test_multi_token_prediction_hidden_states(family: str, seed: int) -> None:
     assert native is not None
     with torch.inference_mode():
         hidden = model.hidden(torch.tensor([row]))
-        further = [row[1:] + [0], [*row[2:], 0, 0]]
+        further = [[*row[1:], 0], [*row[2:], 0, 0]]
         tables = [list(range(length))]
         ours = native.hidden(step([row], [0], tables))
         for depth, ids in enumerate(further):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,20 +28,23 @@ KINDS = [
 
 
 class ListCache:
-    """One layer's cache: everything, joined."""
+    """One layer's cache of several sequences: everything, joined. `count_B` says whose the next new positions are."""
 
-    def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
+    def __init__(self, sequences: int = 1) -> None:
+        self.kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(sequences)]
+        self.count_B = [0] * sequences
 
-    @property
-    def length(self) -> int:
-        return 0 if self.kept is None else self.kept[0].shape[1]
+    def length(self, sequence: int) -> int:
+        return sum(len(first) for first, _ in self.kept[sequence])
 
-    def append(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kept is not None:
-            first, second = torch.cat((self.kept[0], first), dim=1), torch.cat((self.kept[1], second), dim=1)
-        self.kept = first, second
-        return self.kept
+    def append(self, first: Tensor, second: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        stop = 0
+        for kept, count in zip(self.kept, self.count_B, strict=True):
+            rows = slice(stop, stop + count)
+            kept.append((first[rows], second[rows]))
+            stop += count
+            if count:
+                yield rows, torch.cat([part for part, _ in kept]), torch.cat([part for _, part in kept])
 
 
 def attention(config: ModelConfig, seed: int = 0) -> LatentAttention | GroupedQueryAttention:
@@ -72,17 +77,21 @@ def test_absorbed_equals_expanded(config: ModelConfig, seen, new, seed):
     assert_close(absorbed, expanded, atol=1e-4, rtol=1e-4)
 
 
-@given(configs(), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 99))
+@given(configs(), st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3), st.integers(0, 99))
 def test_cached_pieces_equal_the_whole(config: ModelConfig, pieces, seed):
-    """A first piece, then single tokens and several at once: the cache must give what one pass gives."""
-    length = sum(pieces)
-    module, x = attention(config, seed), random(2, length, config.hidden_size, seed=seed)
-    table, cache = RotaryTable(config), ListCache()
-    outputs = []
-    for piece in pieces:
-        start = cache.length
-        outputs.append(module(x[:, start : start + piece], table(start, start + piece, CPU), cache))
-    assert_close(torch.cat(outputs, dim=1), run(module, config, x), atol=1e-4, rtol=1e-4)
+    """A piece of every sequence at once as long as it has some: the cache must give what one pass over each gives."""
+    module, table, cache = attention(config, seed), RotaryTable(config), ListCache(len(pieces))
+    x = [random(sum(own), config.hidden_size, seed=seed + n) for n, own in enumerate(pieces)]
+    outputs: list[list[Tensor]] = [[] for _ in pieces]
+    for turn in range(max(map(len, pieces))):
+        cache.count_B = [own[turn] if turn < len(own) else 0 for own in pieces]
+        places = [torch.arange(count) + cache.length(n) for n, count in enumerate(cache.count_B)]
+        new = torch.cat([own[place] for own, place in zip(x, places, strict=True)])
+        out = module(new[None], table.at(torch.cat(places), 64), cache)[0]
+        for own, part in zip(outputs, out.split(cache.count_B), strict=True):
+            own.append(part)
+    for own, whole in zip(outputs, x, strict=True):
+        assert_close(torch.cat(own), run(module, config, whole[None])[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("config", KINDS)
@@ -141,8 +150,9 @@ def test_grouped_heads_are_multi_head_attention_with_repeated_keys():
 def test_latent_cache_is_one_latent_and_one_rotary_key():
     config = small("deepseek_v3")
     module, cache = attention(config), ListCache()
-    run(module, config, random(2, 5, config.hidden_size), cache=cache)
-    assert [tuple(tensor.shape) for tensor in cache.kept] == [(2, 5, 10), (2, 5, 4)]
+    cache.count_B = [5]
+    run(module, config, random(1, 5, config.hidden_size), cache=cache)
+    assert [tuple(tensor.shape) for tensor in cache.kept[0][0]] == [(5, 10), (5, 4)]
 
 
 def test_norms_inside_latent_attention_keep_their_own_epsilon():

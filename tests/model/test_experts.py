@@ -257,3 +257,7 @@ def test_routes_are_kept_for_balancing_only_while_training():
     assert mixture.routes is None
     mixture.train()(x)
     assert mixture.routes.expert_TK.shape == (5, 2)
+    assert_close(mixture.routes.logit_TE.sigmoid(), mixture.routes.score_TE)
+    mixture.routes, mixture.keeps_routes = None, False
+    mixture(x)
+    assert mixture.routes is None

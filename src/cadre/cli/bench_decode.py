@@ -70,7 +70,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
             yield f"{row['attention']:10}{row['context']:>8,}{row['batch']:>7}{rate:>10}{size:>19}"
         return
     kind = result["quantization"] or result["dtype"]
-    yield f"decode  {result['decode_tokens_per_second']:,.1f} tokens/s at context {result['context']:,}, batch {result['batch']} ({kind})"
+    yield (f"decode  {result['decode_tokens_per_second']:,.1f} tokens/s at context {result['context']:,}, "
+           f"batch {result['batch']} ({kind})")  # fmt: skip
     yield f"prefill {result['prefill_tokens_per_second']:,.1f} tokens/s"
     yield (f"reads {result['bytes_read_per_step'] / 1e6:,.0f} MB a step: {result['bandwidth_fraction']:.0%} of "
            f"{result['memory_bandwidth'] / 1e9:,.1f} GB/s")  # fmt: skip
@@ -78,6 +79,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"C++ kernels are missing: {result['kernels']}"
     if "peer" in result:
         other = result["peer"]
-        yield (f"{other['name']} {other['version']} ({other['experts'] or 'dense'}): decode {other['decode_tokens_per_second']:,.1f}, "
-               f"prefill {other['prefill_tokens_per_second']:,.1f} tokens/s")  # fmt: skip
-        yield f"cadre decodes {result['speed_ratio']:.1f} times as fast, reads prompts {result['prefill_ratio']:.1f} times as fast"
+        yield (f"{other['name']} {other['version']} ({other['experts'] or 'dense'}): decode "
+               f"{other['decode_tokens_per_second']:,.1f}, prefill {other['prefill_tokens_per_second']:,.1f} "
+               "tokens/s")  # fmt: skip
+        yield (f"cadre decodes {result['speed_ratio']:.1f} times as fast, reads prompts {result['prefill_ratio']:.1f} times "
+               "as fast")  # fmt: skip

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cadre.errors import UsageError
-from cadre.infer.generate import Decoder, encode_prompt, end_ids, seeded
+from cadre.infer.engine import Engine, Request
+from cadre.infer.generate import checked, encode_prompt
+from cadre.infer.pages import bytes_for, cache_dtype
 from cadre.infer.sampling import Sampling
 from cadre.infer.text import Detokenizer
 from cadre.model.transformer import Transformer
@@ -16,19 +19,22 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """Keeps the cache between turns, so that a turn costs its own tokens only. The transcript fits the model's context."""
+    """Keeps its engine, and so the cache, between turns: a turn costs its own tokens and those of the last page begun. The
+    transcript fits the model's context."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, seed: int | None = None
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.sampling, self.max_new_tokens = sampling, max_new_tokens
-        self.generator = seeded(seed, model.embed_tokens.weight.device)
+        self.tokenizer, self.config = tokenizer, model.config
+        self.sampling, self.max_new_tokens = sampling if seed is None else replace(sampling, seed=seed), max_new_tokens
+        room = bytes_for(model.config, model.config.max_position_embeddings, cache_dtype(model))
+        self.engine = Engine(model, cache_bytes=room, max_batch=1)
+        self.turns = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget everything said."""
-        self.decoder = Decoder(self.model, self.model.config.max_position_embeddings)
+        self.ids: list[int] = []
         self.line_open = False
 
     def reply(self, line: str) -> Iterator[str]:
@@ -38,21 +44,22 @@ class Conversation:
         Raises `UsageError`, with the transcript as it was, if the line leaves no room for an answer.
         """
         text = ("\n" if self.line_open else "") + line + "\n"
-        ids = encode_prompt(self.model.config, self.tokenizer, text)
-        if self.decoder.length:
+        ids = encode_prompt(self.config, self.tokenizer, text)
+        if self.ids:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if len(ids) >= self.decoder.room:
+        context = self.config.max_position_embeddings
+        if len(ids) >= context - len(self.ids):
             raise UsageError(
-                f"the line has {len(ids):,} tokens, but {self.decoder.room:,} of the model's context of "
-                f"{self.decoder.cache.max_length:,} are left: /reset starts anew"
+                f"the line has {len(ids):,} tokens, but {context - len(self.ids):,} of the model's context of {context:,} "
+                "are left: /reset starts anew"
             )
-        self.decoder.feed(ids)
+        self.ids += ids
         return self._answer(Detokenizer(self.tokenizer, ids))
 
     def _answer(self, detokenizer: Detokenizer) -> Iterator[str]:
         self.line_open = True
         started = False
-        for token in self.decoder.stream(self.max_new_tokens, self.sampling, self.generator, end_ids(self.model.config)):
+        for token in self._tokens():
             piece = detokenizer.push(token)
             if not started:
                 piece = piece.lstrip()  # a blank line is no answer
@@ -64,3 +71,17 @@ class Conversation:
                 yield piece
             if not self.line_open:
                 return
+
+    def _tokens(self) -> Iterator[int]:
+        """The tokens that the model adds to the transcript, each there before it is given out. An interruption at any moment
+        loses no more than the token in work."""
+        sampling = self.sampling
+        if sampling.seed is not None:  # else every answer would draw the same numbers
+            sampling = replace(sampling, seed=(sampling.seed + (self.turns << 32)) % 2**63)
+        self.turns += 1
+        self.engine.clear()  # of an answer that nobody heard to its end
+        self.engine.add(Request("", tuple(self.ids), self.max_new_tokens, sampling))
+        while self.engine.busy:
+            for token in (token for output in self.engine.step() for token in checked(output).tokens):
+                self.ids.append(token.id)
+                yield token.id

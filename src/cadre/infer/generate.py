@@ -1,20 +1,14 @@
-"""Decoding: the model reads a prompt once, then writes one token after the other from its cache.
-
-Letters in names: T position, W vocabulary (words); the batch is one sequence.
-"""
+"""Continuing one prompt, from Python: an engine of its own for each call, with a cache just large enough."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from cadre.errors import RunError, UsageError
-from cadre.infer.cache import DecodingCache
-from cadre.infer.sampling import Sampling, sample
-from cadre.infer.text import Detokenizer, StopStrings
+from cadre.infer.engine import Engine, Output, Request
+from cadre.infer.pages import bytes_for, cache_dtype
+from cadre.infer.sampling import Sampling
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import document_start
 from cadre.model.transformer import Transformer
@@ -22,62 +16,9 @@ from cadre.model.transformer import Transformer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-
-class Decoder:
-    """One sequence in the making: the cache of what the model has read, and the ids it has yet to read.
-
-    Puts the model in eval mode. `max_length` bounds the sequence, what is fed and what is generated. An interrupt at any
-    moment loses no more than the token in work: the sequence can be continued.
-    """
-
-    def __init__(self, model: Transformer, max_length: int) -> None:
-        weight = model.embed_tokens.weight
-        self.model = model.eval()
-        self.cache = DecodingCache(model.config, 1, max_length, model.compute_dtype or weight.dtype, weight.device)
-        self.unread_1T = torch.empty(1, 0, dtype=torch.int64, device=weight.device)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence so far."""
-        return self.cache.length + self.unread_1T.shape[1]
-
-    @property
-    def room(self) -> int:
-        """Tokens that may still come."""
-        return self.cache.max_length - self.length
-
-    def feed(self, ids: Sequence[int]) -> None:
-        """Continue the sequence with given ids. Raises `UsageError` for one that the vocabulary lacks."""
-        words = self.model.config.vocab_size
-        wrong = next((token for token in ids if not 0 <= token < words), None)
-        if wrong is not None:
-            raise UsageError(f"token id {wrong} is outside the model's vocabulary (0 to {words - 1})")
-        new_1T = torch.tensor([ids], dtype=torch.int64, device=self.unread_1T.device)
-        self.unread_1T = torch.cat((self.unread_1T, new_1T), dim=1)
-
-    @torch.inference_mode()
-    def next_logits(self) -> Tensor:
-        """Read what is unread, at least one token; logits [1, W] of the token after it."""
-        hidden_1TD = self.model.hidden(self.unread_1T, self.cache)
-        self.unread_1T = self.unread_1T[:, :0]
-        return self.model.lm_head(hidden_1TD[:, -1])
-
-    @torch.inference_mode()
-    def stream(
-        self, max_new_tokens: int, sampling: Sampling, generator: torch.Generator, ends: frozenset[int]
-    ) -> Iterator[int]:
-        """Generate ids until one of `ends` (not given out, and no part of the sequence), `max_new_tokens`, or the end of
-        the room. Raises `RunError` if the logits are not finite."""
-        for number in range(min(max_new_tokens, self.room)):
-            logits_1W = self.next_logits()
-            if number == 0 and not logits_1W.isfinite().all():
-                raise RunError("the model's logits are not finite: its weights are damaged or its training diverged")
-            token_1 = sample(logits_1W, sampling, generator)
-            token = int(token_1)
-            if token in ends:
-                return
-            self.unread_1T = token_1[None]
-            yield token
+_PAGE_SIZE = 16
+# A prompt is read in pieces, so that its activations take no more memory than this many tokens'.
+_CHUNK = 512
 
 
 def generate_ids(
@@ -94,8 +35,8 @@ def generate_ids(
 
     As `generate` in all else.
     """
-    sampling = Sampling(temperature, top_p, top_k)
-    return list(_stream_ids(model, list(ids), max_new_tokens, sampling, seed))
+    request = Request("", tuple(ids), max_new_tokens, Sampling(temperature, top_p, top_k, seed=seed))
+    return [token.id for output in _outputs(_engine(model, None, request)) for token in output.tokens]
 
 
 def stream(
@@ -115,10 +56,11 @@ def stream(
     """
     if tokenizer is None:
         raise UsageError("this model has no tokenizer: text needs one; generate_ids continues token ids")
-    sampling = Sampling(temperature, top_p, top_k)
-    stops = StopStrings((stop,) if isinstance(stop, str) else stop)
-    ids = encode_prompt(model.config, tokenizer, prompt)
-    return _text(_stream_ids(model, ids, max_new_tokens, sampling, seed), Detokenizer(tokenizer, ids), stops)
+    sampling = Sampling(temperature, top_p, top_k, seed=seed)
+    ids = tuple(encode_prompt(model.config, tokenizer, prompt))
+    request = Request("", ids, max_new_tokens, sampling, stop=(stop,) if isinstance(stop, str) else tuple(stop))
+    outputs = _outputs(_engine(model, tokenizer, request))
+    return (output.text for output in outputs if output.text)
 
 
 def generate(
@@ -168,47 +110,31 @@ def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> lis
     return tokenizer.encode(prompt).ids or [document_start(config, tokenizer)]
 
 
-def end_ids(config: ModelConfig) -> frozenset[int]:
-    """The ids that end a text."""
-    ends = config.eos_token_id
-    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+def _engine(model: Transformer, tokenizer: Tokenizer | None, request: Request) -> Engine:
+    """An engine for one request, which it holds. Raises `UsageError` as `Engine.add`."""
+    config = model.config
+    longest = min(len(request.prompt_ids) + max(0, request.max_new_tokens), config.max_position_embeddings)
+    engine = Engine(
+        model,
+        tokenizer,
+        cache_bytes=bytes_for(config, max(1, longest), cache_dtype(model), _PAGE_SIZE),
+        page_size=_PAGE_SIZE,
+        max_batch=1,
+        chunk=_CHUNK,
+        prefix_sharing=False,
+    )
+    engine.add(request)
+    return engine
 
 
-def seeded(seed: int | None, device: torch.device) -> torch.Generator:
-    """Random numbers for sampling; without a seed, others each time. Raises `UsageError` for a seed out of range."""
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    elif 0 <= seed < 2**63:
-        generator.manual_seed(seed)
-    else:
-        raise UsageError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
-    return generator
+def _outputs(engine: Engine) -> Iterator[Output]:
+    while engine.busy:
+        for output in engine.step():
+            yield checked(output)
 
 
-def _stream_ids(
-    model: Transformer, ids: list[int], max_new_tokens: int, sampling: Sampling, seed: int | None
-) -> Iterator[int]:
-    context = model.config.max_position_embeddings
-    if not ids:
-        raise UsageError("the prompt has no tokens: give at least one")
-    if len(ids) > context:
-        raise UsageError(f"the prompt has {len(ids):,} tokens, but the model's context is {context:,}: shorten it")
-    if max_new_tokens < 0:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-    decoder = Decoder(model, min(len(ids) + max_new_tokens, context))
-    decoder.feed(ids)
-    generator = seeded(seed, decoder.unread_1T.device)
-    return decoder.stream(max_new_tokens, sampling, generator, end_ids(model.config))
-
-
-def _text(ids: Iterator[int], detokenizer: Detokenizer, stops: StopStrings) -> Iterator[str]:
-    for token in ids:
-        piece = stops.push(detokenizer.push(token))
-        if piece:
-            yield piece
-        if stops.hit:
-            return
-    rest = stops.rest()
-    if rest:
-        yield rest
+def checked(output: Output) -> Output:
+    """Raises `RunError` if the model's logits were not finite."""
+    if output.finish == "error":
+        raise RunError("the model's logits are not finite: its weights are damaged or its training diverged")
+    return output

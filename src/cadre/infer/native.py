@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cadre.infer.quantize import weight_of, weights_of
 from cadre.kernels.native.library import library
 from cadre.kernels.native.structs import KINDS, Cache, DenseLayer, ExpertsLayer, GroupedLayer, Keeper, LatentLayer, Step
 from cadre.model.attention import LATENT_NORM_EPS, LatentAttention
 from cadre.model.experts import MixtureOfExperts
-from cadre.model.transformer import Block, Transformer
+from cadre.model.layers import RMSNorm
+from cadre.model.transformer import Block, MultiTokenPredictor, Transformer
 
 if TYPE_CHECKING:
     from cadre.infer.pages import PagePool
@@ -47,10 +48,10 @@ class NativeModel:
         self.load_LE = torch.zeros(sparse, config.n_routed_experts or 0, dtype=torch.int64)
         self.choice_LTK = torch.empty(sparse, 0, config.num_experts_per_tok or 0, dtype=torch.int32)
         self.sparse = 0
-        self.blocks = [self._block(block, index) for index, block in enumerate(model.layers)]
+        self.blocks = [self._block(cast(Block, block), index) for index, block in enumerate(model.layers)]
         self.norm = self._norm(model.norm)
         self.head = self.keep.matrix(weight_of(model.lm_head))
-        stages = list(model.mtp)[: len(pool.first) - len(model.layers)]
+        stages = cast(list[MultiTokenPredictor], list(model.mtp)[: len(pool.first) - len(model.layers)])
         self.stages = [
             (
                 self._norm(stage.enorm),
@@ -64,12 +65,13 @@ class NativeModel:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Normed hidden states [T, D], float32."""
-        tokens = len(batch.ids_T)
-        if self.choice_LTK.shape[1] < tokens:
-            self.choice_LTK = self.choice_LTK.new_empty(len(self.load_LE), tokens, self.choice_LTK.shape[2])
         x_TD = F.embedding(batch.ids_T, self.model.embed_tokens.weight).float()
         self._run(x_TD, batch, self.blocks)
         return self._normed(self.norm, x_TD)
+
+    def choices(self, tokens: int) -> list[Tensor]:
+        """The experts of the last pass's tokens, of each sparse layer: int64 [T, K]."""
+        return [choice_TK[:tokens].long() for choice_TK in self.choice_LTK]
 
     def draft_hidden(self, depth: int, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """Hidden states [T, D] of multi-token prediction module `depth`: see `Transformer.further_hidden`."""
@@ -86,6 +88,8 @@ class NativeModel:
 
     def _run(self, x_TD: Tensor, batch: Batch, blocks: list[list[Part]]) -> None:
         sequences = len(batch.count_B)
+        if self.choice_LTK.shape[1] < len(x_TD):
+            self.choice_LTK = self.choice_LTK.new_empty(len(self.load_LE), len(x_TD), self.choice_LTK.shape[2])
         turn_TR = self.model.rotary(0, int(batch.position_T.max()) + 1, x_TD.device)
         numbers = ctypes.c_int32 * sequences
         count, start = numbers(*batch.count_B), numbers(*batch.start_B)
@@ -118,7 +122,7 @@ class NativeModel:
         self.kernels.cadre_linear(ctypes.byref(matrix), x_ND.data_ptr(), len(x_ND), self.threads, y_NM.data_ptr())
         return y_NM
 
-    def _norm(self, norm: nn.Module) -> tuple[int, float]:
+    def _norm(self, norm: RMSNorm) -> tuple[int, float]:
         return self.keep.vector(norm.weight) or 0, norm.eps
 
     def _block(self, block: Block, layer: int) -> list[Part]:

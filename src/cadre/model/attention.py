@@ -1,14 +1,17 @@
 """Latent attention and its baseline, grouped-query attention.
 
 Letters in names: B batch, T new position, S position seen (cached ones and new ones), D hidden, H query head, G key-value
-head, N query-key width without position, R rotary width, K = N + R, V value width, C latent width.
+head, N query-key width without position, R rotary width, K = N + R, V value width, C latent width, X the width of what a
+cache keeps, one or two dimensions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadre.kernels.attention import causal_attention
@@ -21,10 +24,26 @@ LATENT_NORM_EPS = 1e-6
 
 
 class LayerCache(Protocol):
-    """What attention asks of a cache: keep two tensors per position of one layer."""
+    """What attention asks of a cache: keep two tensors per position of one layer. The T new positions are those of one or
+    several sequences, one after the other; with a cache the batch is 1."""
 
-    def append(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions [B, T, ...] and return all of them [B, S, ...]."""
+    def append(self, first_TX: Tensor, second_TX: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Keep the new positions. For each sequence in turn: its own among the T, and all it has seen: [S, X] twice."""
+
+
+def ending_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last T of S positions to all of them: [B, T, H, V]."""
+    new, seen = q_BTHK.shape[1], k_BSGK.shape[1]
+    if new == seen:
+        return causal_attention(q_BTHK, k_BSGK, v_BSGV, scale)
+    mask_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BTHK.device).tril(seen - new)
+    K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
+    if V < K:
+        v_BSGV = F.pad(v_BSGV, (0, K - V))  # the fused CPU kernel takes equal widths only
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)[..., :V]
 
 
 class LatentAttention(nn.Module):
@@ -75,39 +94,78 @@ class LatentAttention(nn.Module):
         if cache is None:
             out_BTHV = self.expanded(q_BTHN, q_BTHR, latent, k_rotary, document_BT)
         else:
-            latent, k_rotary = cache.append(latent, k_rotary)
-            if latent.shape[1] == x_BTD.shape[1]:
-                out_BTHV = self.expanded(q_BTHN, q_BTHR, latent, k_rotary)
-            else:
-                out_BTHV = self.absorbed(q_BTHN, q_BTHR, latent, k_rotary)
+            out_BTHV = self.cached(q_BTHN, q_BTHR, cache.append(latent[0], k_rotary[0]))
         return self.o_proj(out_BTHV.flatten(-2))
 
-    def expanded(
-        self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BTC: Tensor, k_BTR: Tensor, document_BT: Tensor | None = None
+    def cached(
+        self, q_BTHN: Tensor, q_BTHR: Tensor, sequences: Iterator[tuple[slice, Tensor, Tensor]]
     ) -> Tensor:
-        """Many tokens: expand the latents to keys and values of every head, then ordinary causal attention."""
-        kv_BTHNV = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
-        k_BTHN, v_BTHV = kv_BTHNV.split((self.nope, self.value), dim=-1)
-        k_BTHR = k_BTR[:, :, None].expand(-1, -1, self.heads, -1)
+        """Each sequence the cheaper way. [1, T, H, V]."""
+        parts = [(rows, latent_SC[None], k_SR[None]) for rows, latent_SC, k_SR in sequences]
+        if not any(self.expanding_pays(rows.stop - rows.start, latent.shape[1]) for rows, latent, _ in parts):
+            # Folding for all sequences at once reads the weight once.
+            q_BTHC = self.fold(q_BTHN)
+            out_BTHC = [self.attend(q_BTHC[:, rows], q_BTHR[:, rows], latent, k) for rows, latent, k in parts]
+            return self.unfold(torch.cat(out_BTHC, dim=1))
+        ways = [
+            self.expanded if self.expanding_pays(rows.stop - rows.start, latent.shape[1]) else self.absorbed
+            for rows, latent, _ in parts
+        ]
+        return torch.cat(
+            [way(q_BTHN[:, rows], q_BTHR[:, rows], latent, k) for way, (rows, latent, k) in zip(ways, parts, strict=True)],
+            dim=1,
+        )
+
+    def expanding_pays(self, new: int, seen: int) -> bool:
+        """Whether to expand what was seen rather than absorb into what is new: by multiply-adds of a head, and always for
+        a sequence without a past, whose attention is fused."""
+        expand = (seen - new) * self.latent * (self.nope + self.value)
+        return expand + new * seen * (self.nope + self.value - 2 * self.latent) < 0 or new == seen
+
+    def expanded(
+        self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor, document_BT: Tensor | None = None
+    ) -> Tensor:
+        """Many tokens: expand the latents to keys and values of every head, then ordinary causal attention. The queries are
+        those of the last positions; with documents, of all."""
+        kv_BSHNV = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, -1))
+        k_BSHN, v_BSHV = kv_BSHNV.split((self.nope, self.value), dim=-1)
+        k_BSHR = k_BSR[:, :, None].expand(-1, -1, self.heads, -1)
         q_BTHK = torch.cat((q_BTHN, q_BTHR), dim=-1)
-        k_BTHK = torch.cat((k_BTHN, k_BTHR), dim=-1)
-        return causal_attention(q_BTHK, k_BTHK, v_BTHV, self.scale, document_BT)
+        k_BSHK = torch.cat((k_BSHN, k_BSHR), dim=-1)
+        if document_BT is None:
+            return ending_attention(q_BTHK, k_BSHK, v_BSHV, self.scale)
+        return causal_attention(q_BTHK, k_BSHK, v_BSHV, self.scale, document_BT)
 
     def absorbed(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor) -> Tensor:
         """Few tokens: fold the expansion into the query and the output (V2 report, section 2.1.2), so that attention reads
         the latents as they are and never expands them. The last T of the S positions are the queries' own."""
-        weight_HNVC = self.kv_b_proj.weight.to(q_BTHN.dtype).view(self.heads, self.nope + self.value, self.latent)
+        return self.unfold(self.attend(self.fold(q_BTHN), q_BTHR, latent_BSC, k_BSR))
+
+    def _expansion(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What makes keys [H, N, C] and values [H, V, C] of latents."""
+        weight_HNVC = self.kv_b_proj.weight.to(dtype).view(self.heads, self.nope + self.value, self.latent)
         k_HNC, v_HVC = weight_HNVC.split((self.nope, self.value), dim=1)
-        q_BTHC = torch.einsum("bthn,hnc->bthc", q_BTHN, k_HNC)
+        return k_HNC, v_HVC
+
+    def fold(self, q_BTHN: Tensor) -> Tensor:
+        """Queries that meet latents instead of keys: [B, T, H, C]."""
+        return torch.einsum("bthn,hnc->bthc", q_BTHN, self._expansion(q_BTHN.dtype)[0])
+
+    def unfold(self, out_BTHC: Tensor) -> Tensor:
+        """Values [B, T, H, V] from averages of latents."""
+        return torch.einsum("bthc,hvc->bthv", out_BTHC, self._expansion(out_BTHC.dtype)[1])
+
+    def attend(self, q_BTHC: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor) -> Tensor:
+        """Each head's average of the latents [B, T, H, C], weighted by the softmax of its scores."""
         # Two products into one score: joining the two parts of the keys would copy the whole cache at every token.
         latent_score = torch.bmm(q_BTHC.flatten(1, 2), latent_BSC.transpose(1, 2))
         score_BTHS = torch.baddbmm(latent_score, q_BTHR.flatten(1, 2), k_BSR.transpose(1, 2)).float().mul_(self.scale)
-        new, seen = q_BTHN.shape[1], latent_BSC.shape[1]
+        new, seen = q_BTHC.shape[1], latent_BSC.shape[1]
         if new > 1:
-            ahead_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BTHN.device).triu_(seen - new + 1)
+            ahead_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BTHC.device).triu_(seen - new + 1)
             score_BTHS.masked_fill_(ahead_TS.repeat_interleave(self.heads, dim=0), float("-inf"))
         out_BTHC = torch.bmm(score_BTHS.softmax(dim=-1).to(latent_BSC.dtype), latent_BSC)
-        return torch.einsum("bthc,hvc->bthv", out_BTHC.unflatten(1, (new, self.heads)), v_HVC)
+        return out_BTHC.unflatten(1, (new, self.heads))
 
 
 class GroupedQueryAttention(nn.Module):
@@ -137,12 +195,11 @@ class GroupedQueryAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         q_BTHK, k_BTGK = self.turned(q_BTHK, turn_TR), self.turned(k_BTGK, turn_TR)
-        if cache is not None:
-            k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)
-        if k_BTGK.shape[1] == x_BTD.shape[1]:
+        if cache is None:
             out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT)
         else:
-            out_BTHK = self.continued(q_BTHK, k_BTGK, v_BTGK)
+            sequences = cache.append(k_BTGK[0], v_BTGK[0])
+            out_BTHK = torch.cat([self.continued(q_BTHK[:, rows], k[None], v[None]) for rows, k, v in sequences], dim=1)
         return self.o_proj(out_BTHK.flatten(-2))
 
     def turned(self, x_BTHK: Tensor, turn_TR: Tensor) -> Tensor:
@@ -152,12 +209,11 @@ class GroupedQueryAttention(nn.Module):
         return torch.cat((rotate_halves(turning, turn_TR), still), dim=-1)
 
     def continued(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
-        """The T new positions attend to all S, themselves last; heads of a group share its keys without copying them."""
-        new, seen = q_BTHK.shape[1], k_BSGK.shape[1]
-        q_BGXK = q_BTHK.unflatten(2, (self.groups, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        """The T new positions attend to all S, themselves last. A single one's heads share the keys of their group without
+        copying them, which the fused kernel is slower at."""
+        if q_BTHK.shape[1] > 1:
+            return ending_attention(q_BTHK, k_BSGK, v_BSGK, self.scale)
+        q_BGXK = q_BTHK[:, 0].unflatten(1, (self.groups, -1))
         score_BGXS = (q_BGXK @ k_BSGK.permute(0, 2, 3, 1)).float().mul_(self.scale)
-        if new > 1:
-            ahead_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BTHK.device).triu_(seen - new + 1)
-            score_BGXS.masked_fill_(ahead_TS.repeat_interleave(self.heads // self.groups, dim=0), float("-inf"))
         out_BGXK = score_BGXS.softmax(dim=-1).to(v_BSGK.dtype) @ v_BSGK.transpose(1, 2)
-        return out_BGXK.unflatten(2, (new, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        return out_BGXK.flatten(1, 2)[:, None]

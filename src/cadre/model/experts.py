@@ -24,12 +24,13 @@ from cadre.model.layers import SwiGLU
 
 @dataclass
 class Routes:
-    """Where each token goes. expert_TK: int64 choices; weight_TK: float32 weights of the choices; score_TE: float32
-    affinities (sigmoid or softmax of the logits, without bias), kept for balance losses."""
+    """Where each token goes. expert_TK: int64 choices; weight_TK: float32 weights of the choices. Kept for balance losses:
+    logit_TE, the router's float32 logits, and score_TE, their affinities (sigmoid or softmax, without bias)."""
 
     expert_TK: Tensor
     weight_TK: Tensor
     score_TE: Tensor
+    logit_TE: Tensor
 
 
 class Router(nn.Module):
@@ -67,7 +68,7 @@ class Router(nn.Module):
         weight_TK = score_TE.gather(1, expert_TK)
         if config.norm_topk_prob:
             weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return Routes(expert_TK, weight_TK * config.routed_scaling_factor, score_TE)
+        return Routes(expert_TK, weight_TK * config.routed_scaling_factor, score_TE, logit_TE)
 
     def choose(self, score_TE: Tensor) -> Tensor:
         """The experts of each token, int64 [T, K], from float32 affinities."""
@@ -128,7 +129,11 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """A token's chosen experts, weighted, plus the shared experts that every token passes."""
+    """A token's chosen experts, weighted, plus the shared experts that every token passes.
+
+    In training mode the routes of a forward pass stay in `routes` for balancing, unless `keeps_routes` is off: a pass
+    repeated within the backward pass (activation recomputation) must neither count twice nor hold memory.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -136,6 +141,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         width = config.n_shared_experts * (config.moe_intermediate_size or 0)
         self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+        self.keeps_routes = True
         self.routes: Routes | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -144,7 +150,7 @@ class MixtureOfExperts(nn.Module):
         x_RD, plan = dispatch(x_TD, routes)
         y_RD = self.experts(x_RD, plan.load_E)
         y_TD = combine(y_RD, plan)
-        if self.training:
+        if self.training and self.keeps_routes:
             self.routes = routes
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

@@ -19,15 +19,16 @@ from cadre.model.rope import RotaryTable
 
 
 class Cache(Protocol):
-    """What the model asks of a cache: how many positions it holds, its part for one layer, and to count positions that
-    every layer has appended. An interrupted forward pass is never counted, so the next one overwrites it."""
+    """What the model asks of a cache for one forward pass over new tokens [1, T] of one or several sequences, one after
+    the other: each token's position in its own sequence (int64 [T]), a bound above them all, and its part for one layer."""
 
     @property
-    def length(self) -> int: ...
+    def position_T(self) -> Tensor: ...
+
+    @property
+    def stop(self) -> int: ...
 
     def layer(self, index: int) -> LayerCache: ...
-
-    def advance(self, positions: int) -> None: ...
 
 
 class Block(nn.Module):
@@ -105,15 +106,12 @@ class Transformer(nn.Module):
         return embedded if self.compute_dtype is None else embedded.to(self.compute_dtype)
 
     def hidden(self, ids_BT: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
-        """Normed hidden states [B, T, D], what the head reads. With a cache, ids continue what it holds. With documents
-        (int [B, T]), attention stays within equal numbers."""
-        start = 0 if cache is None else cache.length
-        turn_TR = self.rotary(start, start + ids_BT.shape[1], ids_BT.device)
+        """Normed hidden states [B, T, D], what the head reads. With a cache, ids [1, T] continue the sequences it holds.
+        With documents (int [B, T]), attention stays within equal numbers."""
+        turn_TR = self._turn(ids_BT, cache)
         x_BTD = self.embed(ids_BT)
         for block in self.layers:
             x_BTD = block(x_BTD, turn_TR, cache, document_BT)
-        if cache is not None:
-            cache.advance(ids_BT.shape[1])
         return self.norm(x_BTD)
 
     def further_hidden(
@@ -121,12 +119,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Hidden states of multi-token prediction module `depth` (from 0), given those of the stage before at positions
         t and the ids at positions t + depth + 1. Position t then predicts the token at t + depth + 2."""
-        start = 0 if cache is None else cache.length
-        turn_TR = self.rotary(start, start + ids_BT.shape[1], ids_BT.device)
-        further_BTD = self.mtp[depth](hidden_BTD, self.embed(ids_BT), turn_TR, cache, document_BT)
-        if cache is not None:
-            cache.advance(ids_BT.shape[1])
-        return further_BTD
+        return self.mtp[depth](hidden_BTD, self.embed(ids_BT), self._turn(ids_BT, cache), cache, document_BT)
+
+    def _turn(self, ids_BT: Tensor, cache: Cache | None) -> Tensor:
+        if cache is None:
+            return self.rotary(0, ids_BT.shape[1], ids_BT.device)
+        return self.rotary.at(cache.position_T, cache.stop)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Transformer:

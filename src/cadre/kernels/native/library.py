@@ -23,7 +23,7 @@ HEADERS = ("vector.h", "matrix.h", "step.h")
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 
-class _Missing(Exception):
+class _MissingError(Exception):
     """Why the kernels cannot be had, in one line."""
 
 
@@ -49,7 +49,7 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(_built()))
         declare(library)
         return library
-    except (_Missing, OSError) as error:
+    except (_MissingError, OSError) as error:
         return str(error)
 
 
@@ -57,7 +57,7 @@ def _built() -> Path:
     """The shared library for these sources, this compiler and this processor, built if it is not there yet."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which(compiler) is None:
-        raise _Missing("no C++ compiler was found (g++ or clang++)")
+        raise _MissingError("no C++ compiler was found (g++ or clang++)")
     here = Path(__file__).parent
     key = hashlib.sha256()
     for name in (*SOURCES, *HEADERS):
@@ -82,7 +82,7 @@ def _build(compiler: str, here: Path, target: Path) -> None:
         for job in jobs:
             _, complaint = job.communicate()
             if job.returncode:
-                raise _Missing(f"{compiler} failed: {(complaint.strip().splitlines() or ['no message'])[0]}")
+                raise _MissingError(f"{compiler} failed: {(complaint.strip().splitlines() or ['no message'])[0]}")
         made = Path(folder) / target.name
         _output([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(made)])
         made.replace(target)
@@ -92,7 +92,7 @@ def _output(command: list[str]) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise _Missing(f"{command[0]} failed: {error}") from None
+        raise _MissingError(f"{command[0]} failed: {error}") from None
 
 
 def _processor() -> str:

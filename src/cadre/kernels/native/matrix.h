@@ -171,7 +171,7 @@ static inline void dot_some(const W& w, size_t row, const float* const* x, size_
 // Rows [begin, end) of w times M vectors: put(m, row, value) for each product. Vectors outside, rows inside: a tile's
 // vectors stay in the nearest cache while the rows pass.
 template <class W, class Put>
-static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
+static inline void dots_of(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
     float out[TOKENS * 4 > ROWS ? TOKENS * 4 : ROWS];
     for (size_t m = 0, some; m < M; m += some) {
         some = share(M - m);
@@ -192,6 +192,33 @@ static inline void dots(const W& w, size_t begin, size_t end, const float* const
             for (size_t i = 0; i < some; i++) put(m + i, row, out[i]);
         }
     }
+}
+
+// As `dots_of`; for many vectors, rows of a narrow kind are widened once and not for every tile.
+template <class W, class Put>
+static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
+    if constexpr (!std::is_same_v<W, Float32>) {
+        if (M > 2 * TOKENS) {
+            constexpr size_t SPAN = 16;
+            static thread_local Scratch<> memory;
+            const size_t stride = (K + LANES - 1) / LANES * LANES;
+            float* wide = memory.of(SPAN * stride);
+            for (size_t first = begin; first < end; first += SPAN) {
+                size_t rows = end - first < SPAN ? end - first : SPAN;
+                for (size_t row = 0; row < rows; row++) {
+                    float* to = wide + row * stride;
+                    size_t k = 0;
+                    for (; k + LANES <= K; k += LANES) store(to + k, w.at(first + row, k));
+                    if (k < K) store(to + k, w.part(first + row, k, K - k));
+                    for (size_t line = 0; line < K; line += 32) __builtin_prefetch(w.address(first + row + SPAN, line));
+                }
+                dots_of(Float32{wide, stride}, 0, rows, x, M, K,
+                        [&](size_t m, size_t row, float v) { put(m, first + row, v * w.factor(first + row)); });
+            }
+            return;
+        }
+    }
+    dots_of(w, begin, end, x, M, K, put);
 }
 
 // y[m][c] += sum over j of a[m][j] * w[row + j][c], for MR vectors and NV * LANES columns from c.

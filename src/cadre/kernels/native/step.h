@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cmath>
-#include <vector>
 
 #include "matrix.h"
 
@@ -25,16 +24,6 @@ struct Cache {
     void* first;
     void* second;
     int32_t kind, page_size;
-};
-
-// Scratch that grows and is never given back: one per use and thread, so that a step allocates nothing.
-template <class T = float>
-struct Scratch {
-    std::vector<T> kept;
-    T* of(size_t size) {
-        if (kept.size() < size) kept.resize(size);
-        return kept.data();
-    }
 };
 
 // Pointers to equally spaced rows.

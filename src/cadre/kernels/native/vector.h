@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -123,3 +124,13 @@ static inline float from_bfloat16(uint16_t half) {
     std::memcpy(&x, &bits, 4);
     return x;
 }
+
+// Scratch that grows and is never given back: one per use and thread, so that a step allocates nothing.
+template <class T = float>
+struct Scratch {
+    std::vector<T> kept;
+    T* of(size_t size) {
+        if (kept.size() < size) kept.resize(size);
+        return kept.data();
+    }
+};

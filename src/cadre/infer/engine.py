@@ -1,0 +1,360 @@
+"""The engine: any number of requests at once, each with the tokens that it would get alone.
+
+Synchronous: one thread owns an engine and calls `step` as long as it is `busy`. Every step reads a chunk of prompts in one
+forward pass and one token of every running sequence in another (continuous batching: Orca, OSDI 2022, section 3).
+
+Letters in names: T new token, N chosen row, D hidden, W vocabulary (words), K expert choices.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cadre.errors import UsageError
+from cadre.infer.pages import PagePool, bytes_for, cache_dtype, free_bytes
+from cadre.infer.runner import Batch, Runner, batch_of
+from cadre.infer.sampling import Sampler, TokenOut, choose_batch, token_logprobs
+from cadre.infer.scheduler import Request, Scheduler, Sequence
+from cadre.infer.text import Detokenizer, StopStrings
+from cadre.model.config import ModelConfig
+from cadre.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+__all__ = ["Engine", "EngineStats", "Output", "Request", "end_ids"]
+
+# The cache's share of the memory that is free once the model is loaded; the rest is for activations and other programs.
+_CACHE_SHARE = 0.5
+# Logits of prompt positions held at once, in elements: a few MB in float32.
+_SCORE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step adds to a request.
+
+    id: the request's. tokens: new ones, without the end-of-text token that ended the text (unless `ignore_eos`), with those
+    of a stop string. text: the piece of text that has become certain, "" without a tokenizer. finish: None while it goes
+    on; "stop" at end-of-text or a stop string, "length" after `max_new_tokens` or at the end of the context or the cache,
+    "abort", "deadline", "error" if the logits are not finite. cached_tokens: prompt tokens found by prefix sharing.
+    prompt_logprobs: with the first output if asked for, one for each prompt token, the first one's None.
+    """
+
+    id: str
+    tokens: tuple[TokenOut, ...]
+    text: str
+    finish: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    prompt_logprobs: tuple[TokenOut, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made, of requests, tokens and pages; expert_load: tokens that each expert of each
+    sparse layer has had; step_seconds: spent in `steps` steps."""
+
+    waiting: int
+    running: int
+    finished: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    pages_used: int
+    pages_total: int
+    preemptions: int
+    drafts_proposed: int
+    drafts_accepted: int
+    expert_load: tuple[tuple[int, ...], ...]
+    steps: int
+    step_seconds: float
+
+
+class _Live:
+    """A request with what turns its tokens into text."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None) -> None:
+        self.sequence = sequence
+        self.told = False
+        self.stops = StopStrings(sequence.request.stop)
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, sequence.request.prompt_ids)
+
+    def push(self, token: int) -> str:
+        return "" if self.detokenizer is None else self.stops.push(self.detokenizer.push(token))
+
+
+class Engine:
+    """Runs requests against one model. Puts the model in eval mode.
+
+    cache_bytes: the page pool's size; None for half of the memory that is free, or less if `max_batch` full contexts need
+    less. page_size: positions a page. max_batch: sequences that run at once. chunk: prompt tokens a step. prefix_sharing:
+    whether requests find the pages of others that begin alike.
+
+    Raises `UsageError` for sizes below 1 and a cache that holds no page.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        cache_bytes: int | None = None,
+        page_size: int = 16,
+        max_batch: int = 64,
+        chunk: int = 256,
+        prefix_sharing: bool = True,
+    ) -> None:
+        for name, value in (("page_size", page_size), ("max_batch", max_batch), ("chunk", chunk)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+        weight, config = model.embed_tokens.weight, model.config
+        dtype = cache_dtype(model)
+        if cache_bytes is None:
+            useful = max_batch * bytes_for(config, config.max_position_embeddings, dtype, page_size)
+            cache_bytes = min(int(_CACHE_SHARE * free_bytes(weight.device)), useful)
+        self.config, self.tokenizer = config, tokenizer
+        self.pool = PagePool.for_budget(config, cache_bytes, page_size=page_size, dtype=dtype, device=weight.device)
+        self.runner = Runner(model, self.pool)
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, chunk=chunk, prefix_sharing=prefix_sharing)
+        self._ends = end_ids(config)
+        self._live: dict[str, _Live] = {}
+        self._outputs: list[Output] = []
+        self._arrived = self._finished = self._prompt_tokens = self._shared_tokens = self._generated = self._steps = 0
+        self._seconds = 0.0
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that can run, prompt and continuation: the context's, or the cache's if fewer."""
+        return min(self.config.max_position_embeddings, self.pool.tokens)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        return bool(self._live or self._outputs)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `UsageError` if it can never run: no tokens, a token outside the vocabulary, a prompt
+        longer than the context or the cache, values out of range, or an id that is in use."""
+        self._check(request)
+        prompt = request.prompt_ids
+        sampler = Sampler(request.sampling, prompt)
+        limit = min(len(prompt) + request.max_new_tokens, self.max_length)
+        sequence = Sequence(self._arrived, request, sampler, limit, list(prompt))
+        if request.prompt_logprobs:
+            sequence.scores.append(TokenOut(prompt[0]))
+        live = _Live(sequence, self.tokenizer)
+        self._arrived += 1
+        self._live[request.id] = live
+        if len(prompt) == limit and not request.prompt_logprobs:
+            self._finish(live, "length", queued=False)
+        else:
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; `step` tells so with its next outputs. Does nothing if there is none of this id."""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._finish(live, "abort")
+
+    def clear(self) -> None:
+        """Forget all requests without a word, whatever state an interrupted `step` left; the cache stays."""
+        self._live.clear()
+        self._outputs.clear()
+        self.scheduler.clear()
+
+    def run(self, requests: Items[Request]) -> list[tuple[list[int], str, str]]:
+        """Run these requests to their end: new ids, text and finish of each. Raises `UsageError` as `add` does."""
+        try:
+            for request in requests:
+                self.add(request)
+            ids: dict[str, list[int]] = {request.id: [] for request in requests}
+            text, finish = dict.fromkeys(ids, ""), dict.fromkeys(ids, "")
+            while self.busy:
+                for output in self.step():
+                    ids[output.id] += [token.id for token in output.tokens]
+                    text[output.id] += output.text
+                    finish[output.id] = output.finish or ""
+        except BaseException:
+            self.clear()
+            raise
+        return [(ids[key], text[key], finish[key]) for key in ids]
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.active),
+            finished=self._finished,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._shared_tokens,
+            generated_tokens=self._generated,
+            pages_used=self.pool.pages - self.pool.free,
+            pages_total=self.pool.pages,
+            preemptions=self.scheduler.preemptions,
+            drafts_proposed=0,
+            drafts_accepted=0,
+            expert_load=tuple(map(tuple, self.runner.load().tolist())),
+            steps=self._steps,
+            step_seconds=self._seconds,
+        )
+
+    def _check(self, request: Request) -> None:
+        prompt, words, context = request.prompt_ids, self.config.vocab_size, self.config.max_position_embeddings
+        if request.id in self._live:
+            raise UsageError(f"request id {request.id!r} is in use: give each request its own")
+        if not prompt:
+            raise UsageError("the prompt has no tokens: give at least one")
+        if not 0 <= min(prompt) <= max(prompt) < words:
+            wrong = next(token for token in prompt if not 0 <= token < words)
+            raise UsageError(f"token id {wrong} is outside the model's vocabulary (0 to {words - 1})")
+        if len(prompt) > context:
+            raise UsageError(f"the prompt has {len(prompt):,} tokens, but the model's context is {context:,}: shorten it")
+        if len(prompt) > self.pool.tokens:
+            held = self.pool.tokens
+            raise UsageError(f"the prompt has {len(prompt):,} tokens, but the cache holds {held:,}: shorten it, or give more")
+        if request.max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 0")
+        if request.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, which this model has not")
+        if request.sampling.json_schema is not None or request.sampling.regex is not None:
+            raise UsageError("json_schema and regex are not available in this version: leave them out")
+        request.sampling.check_vocabulary(words)
+
+    # ------------------------------------------------------------------------------------------------- a step
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Advance every running request, by a token or by part of its prompt, and let in who waits if there is room. An
+        exception loses no more than the tokens in work: whatever a pass had not finished is computed again."""
+        begin = time.perf_counter()
+        self._expire()
+        self.scheduler.grow()
+        self.scheduler.admit()
+        prompts = self.scheduler.prompts()
+        running = [(sequence, 1) for sequence in self.scheduler.active if sequence.unread == 1]
+        if prompts:
+            self._forward(prompts)
+        if running:
+            self._forward(running)
+        self._steps += 1
+        self._seconds += time.perf_counter() - begin
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _forward(self, work: list[tuple[Sequence, int]]) -> None:
+        """Read the next tokens of these sequences; whoever has then read all chooses one more."""
+        batch = batch_of(work)
+        routes = any(sequence.request.routes for sequence, _ in work)
+        if routes:
+            batch.experts = []
+        hidden_TD = self.runner.hidden(batch)
+        last, choosing, stop = [], [], 0
+        for sequence, count in work:
+            if sequence.scoring:
+                self._score(sequence, hidden_TD[stop : stop + count])
+            stop += count
+            if count == sequence.unread and len(sequence.ids) < sequence.limit:
+                last.append(stop - 1)
+                choosing.append(sequence)
+        tokens: dict[Sequence, TokenOut | None] = {}
+        if choosing:
+            chosen = self._choose(choosing, hidden_TD if len(last) == len(hidden_TD) else hidden_TD[last])
+            if routes:
+                chosen = [_with_experts(*each, batch) for each in zip(choosing, chosen, last, strict=True)]
+            tokens = dict(zip(choosing, chosen, strict=True))
+        for sequence, count in work:
+            self.scheduler.advance(sequence, count)
+            if sequence in tokens:
+                self._accept(self._live[sequence.request.id], tokens[sequence])
+            elif sequence.unread == 0:
+                good = all(math.isfinite(score.logprob or 0.0) for score in sequence.scores)
+                self._finish(self._live[sequence.request.id], "length" if good else "error")
+
+    def _choose(self, sequences: list[Sequence], hidden_ND: Tensor) -> list[TokenOut | None]:
+        """The next token of each, None where the logits are not finite."""
+        logits_NW = self.runner.logits(hidden_ND)
+        # A sum is finite only if all its terms are: one pass, and one number to look at.
+        finite = logits_NW.sum(dim=-1).isfinite().tolist()
+        tokens: list[TokenOut | None] = list(choose_batch([sequence.sampler for sequence in sequences], logits_NW))
+        return [token if good else None for token, good in zip(tokens, finite, strict=True)]
+
+    def _score(self, sequence: Sequence, hidden_TD: Tensor) -> None:
+        """Note the log-probabilities of the prompt's tokens that follow the ones just read."""
+        prompt, start = sequence.request.prompt_ids, sequence.cached
+        targets = prompt[start + 1 : start + 1 + len(hidden_TD)]
+        top = min(sequence.request.sampling.logprobs or 0, self.config.vocab_size)
+        rows = max(1, _SCORE_ELEMENTS // self.config.vocab_size)
+        scores: list[TokenOut] = []
+        for place in range(0, len(targets), rows):
+            part = targets[place : place + rows]
+            scores += token_logprobs(self.runner.logits(hidden_TD[place : place + len(part)]), part, top)
+        sequence.scores[start + 1 :] = scores
+
+    def _accept(self, live: _Live, token: TokenOut | None) -> None:
+        sequence = live.sequence
+        if token is None:
+            self._finish(live, "error")
+            return
+        if token.id in self._ends and not sequence.request.ignore_eos:
+            self._finish(live, "stop")
+            return
+        sequence.sampler.accept(token.id)
+        sequence.ids.append(token.id)
+        self._generated += 1
+        text = live.push(token.id)
+        if live.stops.hit:
+            self._finish(live, "stop", token, text)
+        elif len(sequence.ids) == sequence.limit:
+            self._finish(live, "length", token, text)
+        else:
+            self._tell(live, (token,), text, None)
+
+    def _finish(
+        self, live: _Live, finish: str, token: TokenOut | None = None, text: str = "", queued: bool = True
+    ) -> None:
+        del self._live[live.sequence.request.id]
+        if queued:
+            self.scheduler.remove(live.sequence)
+        self._finished += 1
+        self._tell(live, () if token is None else (token,), text + live.stops.rest(), finish)
+
+    def _tell(self, live: _Live, tokens: tuple[TokenOut, ...], text: str, finish: str | None) -> None:
+        sequence, scores = live.sequence, None
+        if not live.told:
+            live.told = sequence.started = True
+            self._prompt_tokens += len(sequence.request.prompt_ids)
+            self._shared_tokens += sequence.shared
+            if sequence.request.prompt_logprobs and not sequence.scoring:
+                scores = tuple(sequence.scores)
+        request = sequence.request
+        self._outputs.append(Output(request.id, tokens, text, finish, len(request.prompt_ids), sequence.shared, scores))
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for live in list(self._live.values()):
+            deadline = live.sequence.request.deadline
+            if deadline is not None and deadline <= now:
+                self._finish(live, "deadline")
+
+
+def end_ids(config: ModelConfig) -> frozenset[int]:
+    """The ids that end a text."""
+    ends = config.eos_token_id
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def _with_experts(sequence: Sequence, token: TokenOut | None, row: int, batch: Batch) -> TokenOut | None:
+    if token is None or not sequence.request.routes:
+        return token
+    return replace(token, experts=tuple(tuple(expert_TK[row].tolist()) for expert_TK in batch.experts or ()))

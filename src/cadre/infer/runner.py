@@ -1,0 +1,231 @@
+"""One forward pass over new tokens of several sequences at once, whatever their lengths.
+
+Letters in names: T new token (those of all sequences, one sequence after the other), B sequence, P page of a sequence, S
+position seen, D hidden, N chosen row, W vocabulary (words), X what a cache keeps of a position, L sparse layer, E expert, K
+expert choices, R choices of several passes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadre.infer.native import NativeModel
+from cadre.infer.pages import PagePool
+from cadre.kernels.limits import best_dtype
+from cadre.model.experts import Routes
+from cadre.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from cadre.infer.scheduler import Sequence
+
+# The C++ kernels take passes of at most so many tokens; more are faster in torch, which expands the latents.
+NATIVE_TOKENS = 64
+# Passes whose experts are counted together.
+_COUNT_EVERY = 32
+
+
+@dataclass
+class Batch:
+    """What one forward pass reads. All on the CPU.
+
+    ids_T, position_T: int64 [T]. count_B: new tokens of each sequence. start_B: its positions cached before. page_BP: int32
+    [B, P], the pages of each sequence in order, rows filled up with 0. experts: None, or a list to which the pass adds the
+    chosen experts of each sparse layer of the main model, int64 [T, K].
+    """
+
+    ids_T: Tensor
+    position_T: Tensor
+    count_B: list[int]
+    start_B: list[int]
+    page_BP: Tensor
+    experts: list[Tensor] | None = field(default=None, compare=False)
+
+
+def batch_of(work: list[tuple[Sequence, int]]) -> Batch:
+    """The next so many unread tokens of each sequence as one batch."""
+    ids: list[int] = []
+    position: list[int] = []
+    page_BP = np.zeros((len(work), max(len(sequence.pages) for sequence, _ in work)), dtype=np.int32)
+    for row, (sequence, count) in enumerate(work):
+        start = sequence.cached
+        ids += sequence.ids[start : start + count]
+        position += range(start, start + count)
+        page_BP[row, : len(sequence.pages)] = sequence.pages
+    return Batch(
+        ids_T=torch.tensor(ids),
+        position_T=torch.tensor(position),
+        count_B=[count for _, count in work],
+        start_B=[sequence.cached for sequence, _ in work],
+        page_BP=torch.from_numpy(page_BP),
+    )
+
+
+class Runner:
+    """Runs a model over batches whose past lies in the pool's pages: few tokens through the C++ kernels where there are
+    any, else through torch. Puts the model in eval mode."""
+
+    def __init__(self, model: Transformer, pool: PagePool) -> None:
+        self.model, self.pool = model.eval(), pool
+        self.native = NativeModel.build(model, pool)
+        self.dtype = _torch_dtype(model)
+        main = model.config.num_hidden_layers
+        self._routers = [mixture.gate for layer, mixture in model.sparse_layers() if layer < main]
+        self._load_LE = torch.zeros(len(self._routers), model.config.n_routed_experts or 0, dtype=torch.int64)
+        self._uncounted: deque[list[Tensor]] = deque()
+        self._counting = Lock()
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Write the new tokens' part of the cache; their normed hidden states [T, D]."""
+        native = self._native(len(batch.ids_T))
+        if native is None:
+            return self._torch_hidden(batch)
+        hidden_TD = native.hidden(batch)
+        if batch.experts is not None:
+            batch.experts.extend(native.choices(len(hidden_TD))[: len(self._routers)])
+        return hidden_TD
+
+    @torch.inference_mode()
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 [N, W] of normed hidden states."""
+        native = self._native(len(hidden_ND))
+        if native is not None:
+            return native.logits(hidden_ND)
+        return self.model.lm_head(hidden_ND.to(self.dtype)).float()
+
+    @torch.inference_mode()
+    def draft_hidden(self, depth: int, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        """Hidden states [T, D] of multi-token prediction module `depth`, given those of the stage before at the batch's
+        positions; the batch's ids are those `depth` + 1 further. Needs a pool with layers for the modules."""
+        native = self._native(len(batch.ids_T))
+        if native is not None:
+            return native.draft_hidden(depth, hidden_TD, batch)
+        cache = PagedCache(self.pool, batch)
+        ids_1T = batch.ids_T.to(cache.position_T.device)[None]
+        with self._computing():
+            return self.model.further_hidden(hidden_TD[None].to(self.dtype), ids_1T, depth, cache)[0]
+
+    def load(self) -> Tensor:
+        """How many tokens each expert of each sparse layer of the main model has had: int64 [L, E], on the CPU. Any thread
+        may ask."""
+        with self._counting:
+            passes = [self._uncounted.popleft() for _ in range(len(self._uncounted))]
+            if passes:
+                layers, experts = self._load_LE.shape
+                # All at once, and seldom: a count for each layer and pass would cost more than a small layer.
+                by_layer = zip(*passes, strict=True)
+                expert_LR = torch.stack([torch.cat([expert_TK.flatten() for expert_TK in own]) for own in by_layer])
+                place_LR = expert_LR + torch.arange(layers, device=expert_LR.device)[:, None] * experts
+                load_LE = torch.bincount(place_LR.flatten(), minlength=layers * experts).view(layers, experts)
+                self._load_LE = self._load_LE + load_LE.cpu()
+            if self.native is None:
+                return self._load_LE
+            return self._load_LE + self.native.load_LE[: len(self._routers)]
+
+    def _native(self, rows: int) -> NativeModel | None:
+        return self.native if rows <= NATIVE_TOKENS else None
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        own, self.model.compute_dtype = self.model.compute_dtype, self.dtype
+        try:
+            yield
+        finally:
+            self.model.compute_dtype = own
+
+    def _torch_hidden(self, batch: Batch) -> Tensor:
+        cache = PagedCache(self.pool, batch)
+        ids_1T = batch.ids_T.to(cache.position_T.device)[None]
+        chosen: list[Tensor] = []
+
+        def note(router: object, inputs: object, routes: Routes) -> None:
+            chosen.append(routes.expert_TK)
+
+        hooks = [router.register_forward_hook(note) for router in self._routers]
+        try:
+            with self._computing():
+                hidden_1TD = self.model.hidden(ids_1T, cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if batch.experts is not None:
+            batch.experts.extend(chosen)
+        if chosen:
+            self._uncounted.append(chosen)
+            if len(self._uncounted) >= _COUNT_EVERY:
+                self.load()
+        return hidden_1TD[0]
+
+
+def _torch_dtype(model: Transformer) -> torch.dtype:
+    """What torch computes in: float32 in the place of a bfloat16 that this CPU only emulates. The cache keeps its own."""
+    weight = model.embed_tokens.weight
+    dtype = model.compute_dtype or weight.dtype
+    return _best_dtype(weight.device) if dtype == torch.bfloat16 else dtype
+
+
+# Measured once: it takes as long as reading a short prompt.
+_best_dtype = cache(best_dtype)
+
+
+class PagedCache:
+    """The pool as the model's `Cache` for one batch."""
+
+    def __init__(self, pool: PagePool, batch: Batch) -> None:
+        size, device = pool.page_size, pool.first.device
+        page_BP = batch.page_BP.numpy()
+        position_T = batch.position_T.numpy()
+        row_T = np.repeat(np.arange(len(batch.count_B)), batch.count_B)
+        slot_T = page_BP[row_T, position_T // size].astype(np.int64) * size + position_T % size
+        self.pool = pool
+        self.slot_T = torch.from_numpy(slot_T).to(device)
+        self.position_T = batch.position_T.to(device)
+        self.stop = 0
+        # Of each sequence: its rows among T, how many positions it has seen, and its first slot if its pages follow each
+        # other, else their numbers.
+        self.sequences: list[tuple[slice, int, int | Tensor]] = []
+        place = 0
+        for row, (start, count) in enumerate(zip(batch.start_B, batch.count_B, strict=True)):
+            seen = start + count
+            page_P = page_BP[row, : -(-seen // size)]
+            first = int(page_P[0])
+            where: int | Tensor = first * size
+            if len(page_P) > 1 and not np.array_equal(page_P, np.arange(first, first + len(page_P))):
+                where = torch.from_numpy(page_P.astype(np.int64)).to(device)
+            self.sequences.append((slice(place, place + count), seen, where))
+            self.stop = max(self.stop, seen)
+            place += count
+
+    def layer(self, index: int) -> PagedLayer:
+        return PagedLayer(self, self.pool.first[index], self.pool.second[index])
+
+
+@dataclass
+class PagedLayer:
+    cache: PagedCache
+    first_NPX: Tensor
+    second_NPX: Tensor
+
+    def append(self, first_TX: Tensor, second_TX: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Write the new positions into their pages. Of each sequence its rows among the new ones, and all it has seen,
+        [S, X] twice: views where its pages follow each other, else copies."""
+        first, second = self.first_NPX.flatten(0, 1), self.second_NPX.flatten(0, 1)
+        first.index_copy_(0, self.cache.slot_T, first_TX.to(first.dtype))
+        second.index_copy_(0, self.cache.slot_T, second_TX.to(second.dtype))
+        for rows, seen, where in self.cache.sequences:
+            if isinstance(where, int):
+                kept = first[where : where + seen], second[where : where + seen]
+            else:
+                pages = (part.index_select(0, where).flatten(0, 1) for part in (self.first_NPX, self.second_NPX))
+                kept = next(pages)[:seen], next(pages)[:seen]
+            yield rows, kept[0].to(first_TX.dtype), kept[1].to(first_TX.dtype)
