@@ -340,6 +340,13 @@ def test_a_sampler_tells_what_its_constraint_does():
     assert (sampler().is_finished, sampler().error) == (False, None)
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 5, "frequency_penalty": 1.0}])
+def test_logits_that_come_with_a_gradient_are_taken(settings):
+    logits = noise(100, 0)
+    made = sampler(answer=[1, 1], seed=0, logprobs=1, **settings)
+    assert made.choose(logits.clone().requires_grad_()) == made.choose(logits)
+
+
 def test_an_empty_batch_has_no_tokens():
     assert choose_batch([], torch.empty(0, 10)) == []
 

@@ -11,15 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from cadre.cli.bench_train import DType, _notes
+from cadre.cli.generate import Quantize
 
 
 class Peer(StrEnum):
     transformers = "transformers"
-
-
-class Quantization(StrEnum):
-    int8 = "int8"
-    int4 = "int4"
 
 
 def bench_decode(
@@ -27,7 +23,7 @@ def bench_decode(
     context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that each sequence has.")] = 512,
     batch: Annotated[int, typer.Option(metavar="B", min=1, max=1024, help="Sequences decoded at a time.")] = 1,
     dtype: Annotated[DType, typer.Option(help="Of weights and cache; auto weighs bytes against arithmetic.")] = DType.auto,
-    quantize: Annotated[Quantization | None, typer.Option(help="Round the weights.", show_default=False)] = None,
+    quantize: Quantize = None,
     steps: Annotated[int, typer.Option(metavar="N", min=4, max=10_000, help="Measured steps.")] = 24,
     peer: Annotated[Peer | None, typer.Option(help="Decode the same shape in it, in turn.", show_default=False)] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Contexts and batches, beside MHA and GQA twins.")] = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cadre.cli.generate import Model, load_with_tokenizer
+from cadre.cli.generate import Model, Quantize, load_with_tokenizer
 from cadre.errors import RunError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens that the window moves at a time. [default: half a window]")
     ] = None,
+    quantize: Quantize = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Bits per byte of text, per file and overall: every token of whole files, each within a sliding context."""
@@ -48,7 +49,7 @@ def evaluate(
     from cadre.model.scoring import Score, score_each
 
     documents = read_documents([*data, *(more or [])])
-    loaded, tokenizer = load_with_tokenizer(model)
+    loaded, tokenizer = load_with_tokenizer(model, quantize)
     if context is None:
         context = min(loaded.config.max_position_embeddings, _LONGEST_DEFAULT_CONTEXT)
     names: list[str] = []

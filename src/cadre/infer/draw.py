@@ -27,6 +27,11 @@ _BLOCK = 64
 _FEW = {"cpu": 128, "cuda": 1024}
 # A greater top_k goes straight to sorting.
 _MANY = 512
+# Rows up to this long are short: no blocks, and all words sorted at once unless top_k asks for few (a nucleus often holds
+# hundreds).
+_SMALL = 4096
+# Words sorted at a time: their copies stay in a core's cache.
+_CACHED = 2**18
 
 
 class Rule(NamedTuple):
@@ -84,30 +89,28 @@ def draw(logits_BW: Tensor, rules: Sequence[Rule]) -> list[int]:
     by probability could swap words.
     """
     columns = _Columns.of(rules)
+    if logits_BW.device.type == "cpu" and logits_BW.shape[1] <= _SMALL:
+        return columns.place(_host(logits_BW))[:, 0].tolist()
     weight_BMC = _blocks(_weights(logits_BW, columns.temperature_B1))
-    # A block's sum in float32 and the sum of its words in float64 differ by rounding: hence shares of the block.
     sum_BM = _host(weight_BMC.sum(dim=-1)).cumsum(axis=1, dtype=np.float64)
-    target_B1 = columns.uniform_B1 * sum_BM[:, -1:]
-    block_B1 = _first_above(sum_BM, target_B1)
-    row_B1 = np.arange(len(sum_BM))[:, None]
-    start_B1 = np.where(block_B1 > 0, sum_BM[row_B1, block_B1 - 1], 0)
-    with np.errstate(invalid="ignore"):
-        share_B1 = ((target_B1 - start_B1) / (sum_BM[row_B1, block_B1] - start_B1)).clip(min=0)
-    weight_BC = weight_BMC[torch.from_numpy(row_B1[:, 0]), torch.from_numpy(block_B1[:, 0])]
-    sum_BC = _host(weight_BC).cumsum(axis=1, dtype=np.float64)
-    return (block_B1 * _BLOCK + _first_above(sum_BC, share_B1 * sum_BC[:, -1:]))[:, 0].tolist()
+    block_B1 = _first(sum_BM, columns.uniform_B1 * sum_BM[:, -1:], past=True)
+    row_B = torch.arange(len(weight_BMC), device=weight_BMC.device)
+    weight_BC = _host(weight_BMC[row_B, torch.from_numpy(block_B1[:, 0]).to(row_B.device)])
+    return _within(sum_BM, block_B1, weight_BC, columns.uniform_B1 * sum_BM[:, -1:], past=True)[:, 0].tolist()
 
 
 def draw_filtered(logits_BW: Tensor, rules: Sequence[Rule]) -> list[int]:
     """As `draw`, from what top_k, top_p and min_p leave in each row. Among equal logits the lower ids are kept."""
     words = logits_BW.shape[1]
+    if words <= _SMALL and not all(0 < rule.top_k < _MANY for rule in rules):
+        return _draw_sorted(_host(logits_BW), rules)
     columns = _Columns.of(rules)
     total_B1 = np.zeros((len(rules), 1))
     if any(rule.top_p < 1 and not 0 < rule.top_k < words for rule in rules):
         weight_BW = _weights(logits_BW, columns.temperature_B1)
         total_B1 = _host(_blocks(weight_BW).sum(dim=-1)).sum(axis=1, keepdims=True, dtype=np.float64)
     wanted = max((rule.top_k + 1 for rule in rules if rule.top_k < _MANY), default=0)
-    few = min(words, max(_FEW.get(logits_BW.device.type, _MANY), wanted))
+    few = min(words, -(-max(_FEW.get(logits_BW.device.type, _MANY), wanted) // _BLOCK) * _BLOCK)
     value_BN, id_BN = top(logits_BW, few)
     # Rows that are not finite have no right choice; these have one at all.
     broken_B1 = ~np.isfinite(value_BN.max(axis=1, keepdims=True))
@@ -123,18 +126,25 @@ def draw_filtered(logits_BW: Tensor, rules: Sequence[Rule]) -> list[int]:
     id_BN = np.take_along_axis(id_BN, order_BN, axis=1)
     value_BN = np.where(id_BN < words, np.take_along_axis(value_BN, order_BN, axis=1), -np.inf)
     ids = np.take_along_axis(id_BN, columns.place(value_BN), axis=1)[:, 0].tolist()
-    for row in np.flatnonzero(~certain_B1 & ~broken_B1).tolist():
-        ids[row] = _draw_sorted(_host(logits_BW[row]), columns.row(row), total_B1[row, None])
+    rest = np.flatnonzero(~certain_B1 & ~broken_B1).tolist()
+    for start in range(0, len(rest), max(1, _CACHED // words)):
+        rows = rest[start : start + max(1, _CACHED // words)]
+        for row, id in zip(rows, _draw_sorted(_host(logits_BW[rows]), [rules[row] for row in rows]), strict=True):
+            ids[row] = id
     return ids
 
 
-def _draw_sorted(logits_W: Array, columns: _Columns, total_11: Array) -> int:
-    """As `draw_filtered` for one row, however many words the filters keep."""
-    words = len(logits_W)
-    value_1W = np.sort(logits_W)[None, ::-1].copy()
-    kept = columns.kept(value_1W, words, total_11)[0].item()
-    id_N = _lowest(logits_W, value_1W[0, kept - 1], kept)
-    return id_N[columns.place(logits_W[None, id_N])].item()
+def _draw_sorted(logits_BW: Array, rules: Sequence[Rule]) -> list[int]:
+    """As `draw_filtered`, however many words the filters keep."""
+    value_BW = np.sort(logits_BW, axis=1)[:, ::-1].copy()
+    kept_B1, _ = _Columns.of(rules).kept(value_BW, logits_BW.shape[1])
+    least_B1 = np.take_along_axis(value_BW, kept_B1 - 1, axis=1)
+    left_BW = np.where(logits_BW >= least_B1, logits_BW, np.float32(-math.inf))
+    for row in np.flatnonzero(_tied(value_BW, kept_B1)).tolist():
+        left_BW[row] = -math.inf
+        id_N = _lowest(logits_BW[row], least_B1[row, 0], kept_B1[row, 0])
+        left_BW[row, id_N] = logits_BW[row, id_N]
+    return draw(torch.from_numpy(left_BW), rules)
 
 
 def _lowest(logits_W: Array, least: float, count: int) -> Array:
@@ -157,37 +167,42 @@ class _Columns(NamedTuple):
     @classmethod
     def of(cls, rules: Sequence[Rule]) -> _Columns:
         temperature_B1, uniform_B1, top_k_B1, top_p_B1, min_p_B1 = np.array(rules, dtype=np.float64).T[:, :, None]
-        return cls(temperature_B1.astype(np.float32), uniform_B1, top_k_B1.clip(max=2**31).astype(np.int64), top_p_B1, min_p_B1)
+        top_k_B1 = np.minimum(top_k_B1, 2**31).astype(np.int64)
+        return cls(temperature_B1.astype(np.float32), uniform_B1, top_k_B1, top_p_B1, min_p_B1)
 
-    def row(self, row: int) -> _Columns:
-        return _Columns(*(column_B1[row, None] for column_B1 in self))
-
-    def kept(self, value_BN: Array, words: int, total_B1: Array) -> tuple[Array, Array]:
+    def kept(self, value_BN: Array, words: int, total_B1: Array | None = None) -> tuple[Array, Array]:
         """How many of the likeliest words the filters keep, int64 [B, 1] and at least 1, going by the N greatest logits,
         falling; and whether the other words cannot change that, bool [B, 1].
 
-        `total_B1`: the sum of the weights of all words, needed for a top_p without top_k.
+        `total_B1`: the sum of the weights of all words; without it the N are taken for all.
         """
         seen = value_BN.shape[1]
         unlimited_B1 = (self.top_k_B1 == 0) | (self.top_k_B1 >= words)
         limit_B1 = np.where(unlimited_B1, seen, self.top_k_B1)
         weight_BN = self.weights(value_BN)
-        likely_B1 = (weight_BN >= self.min_p_B1).sum(axis=1, keepdims=True)
+        kept_B1 = np.minimum(limit_B1, seen)
+        if self.min_p_B1.any():
+            kept_B1 = np.minimum(kept_B1, (weight_BN >= self.min_p_B1).sum(axis=1, keepdims=True))
         if (limit_B1 < seen).any():
             weight_BN[np.arange(seen) >= limit_B1] = 0
-        sum_BN = weight_BN.cumsum(axis=1, dtype=np.float64)
-        share_B1 = self.top_p_B1 * np.where(unlimited_B1, total_B1, sum_BN[:, -1:])
-        nucleus_B1 = (sum_BN < share_B1).sum(axis=1, keepdims=True) + 1
-        # A top_p of 1 leaves nothing out, whatever rounding does to the sums.
-        nucleus_B1[self.top_p_B1 == 1] = seen
-        kept_B1 = np.minimum(np.minimum(nucleus_B1, likely_B1), np.minimum(limit_B1, seen)).clip(min=1)
+        if (self.top_p_B1 < 1).any():
+            weight_BMC = weight_BN.reshape(len(weight_BN), -1, _BLOCK)
+            sum_BM = weight_BMC.sum(axis=2).cumsum(axis=1, dtype=np.float64)
+            target_B1 = sum_BM[:, -1:] if total_B1 is None else np.where(unlimited_B1, total_B1, sum_BM[:, -1:])
+            # A top_p of 1 leaves nothing out, whatever rounding does to the sums.
+            target_B1 = np.where(self.top_p_B1 < 1, self.top_p_B1 * target_B1, math.inf)
+            block_B1 = _first(sum_BM, target_B1, past=False)
+            weight_BC = np.take_along_axis(weight_BMC, block_B1[:, :, None], axis=1)[:, 0]
+            nucleus_B1 = _within(sum_BM, block_B1, weight_BC, target_B1, past=False) + 1
+            kept_B1 = np.where(target_B1 <= sum_BM[:, -1:], np.minimum(kept_B1, nucleus_B1), kept_B1)
+        kept_B1 = np.maximum(kept_B1, 1)
         total_known_B1 = unlimited_B1 | (self.top_k_B1 < seen) | (self.top_p_B1 == 1)
         return kept_B1, (seen == words) | (kept_B1 < seen) & total_known_B1
 
     def place(self, value_BN: Array) -> Array:
         """The place [B, 1] drawn from the softmax of logits [B, N] over temperature."""
         sum_BN = self.weights(value_BN).cumsum(axis=1, dtype=np.float64)
-        return _first_above(sum_BN, self.uniform_B1 * sum_BN[:, -1:])
+        return _first(sum_BN, self.uniform_B1 * sum_BN[:, -1:], past=True)
 
     def weights(self, value_BN: Array) -> Array:
         """As `_weights`."""
@@ -207,7 +222,7 @@ def _blocks(x_BW: Tensor) -> Tensor:
 
 
 def _host(x: Tensor) -> Array:
-    return x.cpu().numpy()
+    return x.detach().cpu().numpy()
 
 
 def _greatest(value_BW: Array, count: int) -> Array:
@@ -216,14 +231,27 @@ def _greatest(value_BW: Array, count: int) -> Array:
     return np.sort(np.argpartition(value_BW, first, axis=1)[:, first:], axis=1)
 
 
-def _first_above(sum_BN: Array, target_B1: Array) -> Array:
-    """The first place [B, 1] where rising sums exceed the target, or their last rise if rounding put the target at the end."""
-    place_B1 = (sum_BN <= target_B1).sum(axis=1, keepdims=True)
-    return np.minimum(place_B1, (sum_BN < sum_BN[:, -1:]).sum(axis=1, keepdims=True))
+def _first(sum_BN: Array, target_B1: Array, *, past: bool) -> Array:
+    """The first place [B, 1] where rising sums are past the target, or have reached it; their last rise if none are."""
+    place_B1 = (sum_BN <= target_B1 if past else sum_BN < target_B1).sum(axis=1, keepdims=True)
+    if place_B1.max() == sum_BN.shape[1]:
+        place_B1 = np.minimum(place_B1, (sum_BN < sum_BN[:, -1:]).sum(axis=1, keepdims=True))
+    return place_B1
+
+
+def _within(sum_BM: Array, block_B1: Array, weight_BC: Array, target_B1: Array, *, past: bool) -> Array:
+    """As `_first`, of words: from the blocks' running sums, the block that `_first` finds there, and its words' weights."""
+    row_B1 = np.arange(len(sum_BM))[:, None]
+    start_B1 = np.where(block_B1 > 0, sum_BM[row_B1, block_B1 - 1], 0)
+    sum_BC = weight_BC.cumsum(axis=1, dtype=np.float64)
+    # As a share of the block: its sum in float32 and the sum of its words in float64 differ by rounding.
+    with np.errstate(invalid="ignore"):
+        share_B1 = np.maximum(0, (target_B1 - start_B1) / (sum_BM[row_B1, block_B1] - start_B1))
+    return block_B1 * _BLOCK + _first(sum_BC, share_B1 * sum_BC[:, -1:], past=past)
 
 
 def _tied(value_BN: Array, kept_B1: Array) -> Array:
     """Whether the first word left out is as likely as the last one kept, bool [B, 1]."""
     seen = value_BN.shape[1]
-    next_B1 = np.take_along_axis(value_BN, kept_B1.clip(max=seen - 1), axis=1)
+    next_B1 = np.take_along_axis(value_BN, np.minimum(kept_B1, seen - 1), axis=1)
     return (next_B1 == np.take_along_axis(value_BN, kept_B1 - 1, axis=1)) & (kept_B1 < seen)

@@ -22,6 +22,7 @@ from cadre.infer.pages import PagePool, bytes_for, cache_dtype, free_bytes
 from cadre.infer.runner import Batch, Runner, batch_of
 from cadre.infer.sampling import Sampler, TokenOut, choose_batch, token_logprobs
 from cadre.infer.scheduler import Request, Scheduler, Sequence
+from cadre.infer.speculate import Drafter, Payoff, Reading
 from cadre.infer.text import Detokenizer, StopStrings
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -97,7 +98,8 @@ class Engine:
 
     cache_bytes: the page pool's size; None for half of the memory that is free, or less if `max_batch` full contexts need
     less. page_size: positions a page. max_batch: sequences that run at once. chunk: prompt tokens a step. prefix_sharing:
-    whether requests find the pages of others that begin alike.
+    whether requests find the pages of others that begin alike. speculate: tokens that the model's multi-token prediction
+    modules draft at a time; 0 for none. Drafting stops by itself where it does not pay.
 
     Raises `UsageError` for sizes below 1 and a cache that holds no page.
     """
@@ -112,18 +114,30 @@ class Engine:
         max_batch: int = 64,
         chunk: int = 256,
         prefix_sharing: bool = True,
+        speculate: int = 0,
     ) -> None:
+        if speculate < 0:
+            raise UsageError(f"speculate is {speculate}; it must be at least 0")
+        if speculate and not len(model.mtp):
+            raise UsageError("speculation needs multi-token prediction modules, which this model has not")
         for name, value in (("page_size", page_size), ("max_batch", max_batch), ("chunk", chunk)):
             if value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
         weight, config = model.embed_tokens.weight, model.config
         dtype = cache_dtype(model)
+        layers = config.num_hidden_layers + min(speculate, len(model.mtp))
         if cache_bytes is None:
-            useful = max_batch * bytes_for(config, config.max_position_embeddings, dtype, page_size)
+            useful = max_batch * bytes_for(config, config.max_position_embeddings, dtype, page_size, layers)
             cache_bytes = min(int(_CACHE_SHARE * free_bytes(weight.device)), useful)
         self.config, self.tokenizer = config, tokenizer
-        self.pool = PagePool.for_budget(config, cache_bytes, page_size=page_size, dtype=dtype, device=weight.device)
+        self.pool = PagePool.for_budget(
+            config, cache_bytes, page_size=page_size, dtype=dtype, device=weight.device, layers=layers
+        )
         self.runner = Runner(model, self.pool)
+        self.speculate = speculate
+        self._drafter = Drafter(self.runner, speculate) if speculate else None
+        self._payoff = Payoff()
+        self._proposed = self._accepted = 0
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, chunk=chunk, prefix_sharing=prefix_sharing)
         self._ends = end_ids(config)
         self._live: dict[str, _Live] = {}
@@ -202,8 +216,8 @@ class Engine:
             pages_used=self.pool.pages - self.pool.free,
             pages_total=self.pool.pages,
             preemptions=self.scheduler.preemptions,
-            drafts_proposed=0,
-            drafts_accepted=0,
+            drafts_proposed=self._proposed,
+            drafts_accepted=self._accepted,
             expert_load=tuple(map(tuple, self.runner.load().tolist())),
             steps=self._steps,
             step_seconds=self._seconds,
@@ -242,48 +256,93 @@ class Engine:
         self.scheduler.grow()
         self.scheduler.admit()
         prompts = self.scheduler.prompts()
-        running = [(sequence, 1) for sequence in self.scheduler.active if sequence.unread == 1]
+        running = [sequence for sequence in self.scheduler.active if sequence.unread == 1]
+        drafting = self._drafter is not None and self._payoff.drafting(len(running))
         if prompts:
-            self._forward(prompts)
+            self._forward(prompts, drafting)
         if running:
-            self._forward(running)
+            made, start = self._generated, time.perf_counter()
+            if not drafting:
+                for sequence in running:
+                    sequence.drafts.clear()
+                    sequence.carried.clear()
+            self._forward([(sequence, 1 + len(sequence.drafts)) for sequence in running], drafting)
+            self._payoff.record(len(running), self._generated - made, time.perf_counter() - start)
         self._steps += 1
         self._seconds += time.perf_counter() - begin
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _forward(self, work: list[tuple[Sequence, int]]) -> None:
-        """Read the next tokens of these sequences; whoever has then read all chooses one more."""
+    def _forward(self, work: list[tuple[Sequence, int]], drafting: bool) -> None:
+        """Read the next tokens of these sequences, drafts included; whoever has then read all its own chooses one more, and
+        another one for every draft that was right."""
         batch = batch_of(work)
         routes = any(sequence.request.routes for sequence, _ in work)
         if routes:
             batch.experts = []
         hidden_TD = self.runner.hidden(batch)
-        last, choosing, stop = [], [], 0
+        choosing: list[tuple[Sequence, int]] = []  # with the row of its last own token
+        rows: list[int] = []
+        begin = 0
         for sequence, count in work:
+            own, drafted = count - len(sequence.drafts), len(sequence.drafts)
             if sequence.scoring:
-                self._score(sequence, hidden_TD[stop : stop + count])
-            stop += count
-            if count == sequence.unread and len(sequence.ids) < sequence.limit:
-                last.append(stop - 1)
-                choosing.append(sequence)
-        tokens: dict[Sequence, TokenOut | None] = {}
-        if choosing:
-            chosen = self._choose(choosing, hidden_TD if len(last) == len(hidden_TD) else hidden_TD[last])
-            if routes:
-                chosen = [_with_experts(*each, batch) for each in zip(choosing, chosen, last, strict=True)]
-            tokens = dict(zip(choosing, chosen, strict=True))
-        for sequence, count in work:
-            self.scheduler.advance(sequence, count)
-            if sequence in tokens:
-                self._accept(self._live[sequence.request.id], tokens[sequence])
+                self._score(sequence, hidden_TD[begin : begin + own])
+            self.scheduler.advance(sequence, own)
+            if sequence.unread == 0 and len(sequence.ids) < sequence.limit:
+                choosing.append((sequence, begin + own - 1))
+                rows += range(begin + own - 1, begin + own + drafted)
             elif sequence.unread == 0:
                 good = all(math.isfinite(score.logprob or 0.0) for score in sequence.scores)
                 self._finish(self._live[sequence.request.id], "length" if good else "error")
+            begin += count
+        if choosing:
+            logits_NW = self.runner.logits(hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows])
+            self._advance(choosing, logits_NW, batch, {row: number for number, row in enumerate(rows)})
+        if drafting:
+            self._draft(work, hidden_TD, batch.start_B)
 
-    def _choose(self, sequences: list[Sequence], hidden_ND: Tensor) -> list[TokenOut | None]:
+    def _advance(
+        self, choosing: list[tuple[Sequence, int]], logits_NW: Tensor, batch: Batch, number_of: dict[int, int]
+    ) -> None:
+        """Choose tokens, as long as they are what was drafted. number_of: the row of logits of each row of the batch."""
+        taken = 0
+        self._proposed += sum(len(sequence.drafts) for sequence, _ in choosing)
+        while choosing:
+            numbers = [number_of[row + taken] for _, row in choosing]
+            tokens = self._choose([sequence for sequence, _ in choosing], logits_NW[numbers])
+            going: list[tuple[Sequence, int]] = []
+            for (sequence, row), token in zip(choosing, tokens, strict=True):
+                live = self._live[sequence.request.id]
+                self._accept(live, _with_experts(sequence, token, row + taken, batch))
+                drafts = sequence.drafts
+                if token is not None and taken < len(drafts) and token.id == drafts[taken]:
+                    self._accepted += 1
+                    if sequence.request.id in self._live:
+                        self.scheduler.advance(sequence, 1)
+                        going.append((sequence, row))
+            choosing, taken = going, taken + 1
+
+    def _draft(self, work: list[tuple[Sequence, int]], hidden_TD: Tensor, start_B: list[int]) -> None:
+        """Draft for whoever goes on; the modules read what the model has read."""
+        assert self._drafter is not None
+        readings: list[Reading] = []
+        begin = 0
+        for (sequence, count), start in zip(work, start_B, strict=True):
+            if sequence.request.id in self._live:
+                read = sequence.cached - start
+                wanted = 0
+                if sequence.unread == 1:
+                    most = min(self.speculate, sequence.limit - len(sequence.ids) - 1)
+                    wanted = self.scheduler.reserve(sequence, most)
+                readings.append(Reading(sequence, start, hidden_TD[begin : begin + read], wanted))
+            begin += count
+        if readings:
+            for reading, drafts in zip(readings, self._drafter.draft(readings), strict=True):
+                reading.sequence.drafts = drafts
+
+    def _choose(self, sequences: list[Sequence], logits_NW: Tensor) -> list[TokenOut | None]:
         """The next token of each, None where the logits are not finite."""
-        logits_NW = self.runner.logits(hidden_ND)
         # A sum is finite only if all its terms are: one pass, and one number to look at.
         finite = logits_NW.sum(dim=-1).isfinite().tolist()
         tokens: list[TokenOut | None] = list(choose_batch([sequence.sampler for sequence in sequences], logits_NW))

@@ -54,13 +54,29 @@ def stream(
     """As `generate`, piece by piece: each piece of text as soon as it is certain. The pieces hold whole characters only and
     no part of a stop string; joined they are what `generate` returns. Errors are raised at the call, not at the first piece.
     """
+    sampling = Sampling(temperature, top_p, top_k, seed=seed)
+    return pieces(prepare(model, tokenizer, prompt, max_new_tokens, sampling, (stop,) if isinstance(stop, str) else stop))
+
+
+def prepare(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    speculate: int = 0,
+) -> Engine:
+    """An engine that holds one request, the continuation of a prompt, and nothing else."""
     if tokenizer is None:
         raise UsageError("this model has no tokenizer: text needs one; generate_ids continues token ids")
-    sampling = Sampling(temperature, top_p, top_k, seed=seed)
     ids = tuple(encode_prompt(model.config, tokenizer, prompt))
-    request = Request("", ids, max_new_tokens, sampling, stop=(stop,) if isinstance(stop, str) else tuple(stop))
-    outputs = _outputs(_engine(model, tokenizer, request))
-    return (output.text for output in outputs if output.text)
+    return _engine(model, tokenizer, Request("", ids, max_new_tokens, sampling, stop=tuple(stop)), speculate)
+
+
+def pieces(engine: Engine) -> Iterator[str]:
+    """The text of an engine's requests as it comes."""
+    return (output.text for output in _outputs(engine) if output.text)
 
 
 def generate(
@@ -110,18 +126,20 @@ def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> lis
     return tokenizer.encode(prompt).ids or [document_start(config, tokenizer)]
 
 
-def _engine(model: Transformer, tokenizer: Tokenizer | None, request: Request) -> Engine:
+def _engine(model: Transformer, tokenizer: Tokenizer | None, request: Request, speculate: int = 0) -> Engine:
     """An engine for one request, which it holds. Raises `UsageError` as `Engine.add`."""
     config = model.config
-    longest = min(len(request.prompt_ids) + max(0, request.max_new_tokens), config.max_position_embeddings)
+    longest = min(len(request.prompt_ids) + max(0, request.max_new_tokens) + speculate, config.max_position_embeddings)
+    layers = config.num_hidden_layers + min(speculate, len(model.mtp))
     engine = Engine(
         model,
         tokenizer,
-        cache_bytes=bytes_for(config, max(1, longest), cache_dtype(model), _PAGE_SIZE),
+        cache_bytes=bytes_for(config, max(1, longest), cache_dtype(model), _PAGE_SIZE, layers),
         page_size=_PAGE_SIZE,
         max_batch=1,
         chunk=_CHUNK,
         prefix_sharing=False,
+        speculate=speculate,
     )
     engine.add(request)
     return engine

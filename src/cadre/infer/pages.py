@@ -52,6 +52,9 @@ class PagePool:
         first, second = _widths(config)
         self.first = torch.empty(depth, pages, page_size, *first, dtype=dtype, device=device)
         self.second = torch.empty(depth, pages, page_size, *second, dtype=dtype, device=device)
+        # Drafts may read what no one has written yet; it must be numbers.
+        self.first[config.num_hidden_layers :].zero_()
+        self.second[config.num_hidden_layers :].zero_()
         self._references = [0] * pages
         self._key_of: list[bytes | None] = [None] * pages
         self._page_of: dict[bytes, int] = {}
@@ -178,9 +181,11 @@ def cache_dtype(model: Transformer) -> torch.dtype:
     return weight if weight == torch.bfloat16 else model.compute_dtype or weight
 
 
-def bytes_for(config: ModelConfig, positions: int, dtype: torch.dtype, page_size: int = 16) -> int:
+def bytes_for(
+    config: ModelConfig, positions: int, dtype: torch.dtype, page_size: int = 16, layers: int | None = None
+) -> int:
     """Bytes of the pages that one sequence of so many positions needs."""
-    return -(-positions // page_size) * page_size * bytes_per_position(config, dtype)
+    return -(-positions // page_size) * page_size * bytes_per_position(config, dtype, layers)
 
 
 def free_bytes(device: torch.device) -> int:

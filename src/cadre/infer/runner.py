@@ -52,22 +52,28 @@ class Batch:
 
 
 def batch_of(work: list[tuple[Sequence, int]]) -> Batch:
-    """The next so many unread tokens of each sequence as one batch."""
+    """The next so many tokens of each sequence as one batch: its unread ones, then its drafts."""
     ids: list[int] = []
     position: list[int] = []
-    page_BP = np.zeros((len(work), max(len(sequence.pages) for sequence, _ in work)), dtype=np.int32)
-    for row, (sequence, count) in enumerate(work):
+    for sequence, count in work:
         start = sequence.cached
-        ids += sequence.ids[start : start + count]
+        ids += (sequence.ids[start : start + count] + sequence.drafts)[:count]
         position += range(start, start + count)
-        page_BP[row, : len(sequence.pages)] = sequence.pages
     return Batch(
         ids_T=torch.tensor(ids),
         position_T=torch.tensor(position),
         count_B=[count for _, count in work],
         start_B=[sequence.cached for sequence, _ in work],
-        page_BP=torch.from_numpy(page_BP),
+        page_BP=table_of([sequence for sequence, _ in work]),
     )
+
+
+def table_of(sequences: list[Sequence]) -> Tensor:
+    """The pages of each sequence in order, int32 [B, P], rows filled up with 0."""
+    page_BP = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), dtype=np.int32)
+    for row, sequence in enumerate(sequences):
+        page_BP[row, : len(sequence.pages)] = sequence.pages
+    return torch.from_numpy(page_BP)
 
 
 class Runner:

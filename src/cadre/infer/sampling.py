@@ -244,7 +244,7 @@ def token_logprobs(logits_BW: Tensor, ids: Sequence[int], count: int) -> list[To
     if not count:
         return [TokenOut(token, own) for token, own in zip(ids, own_B, strict=True)]
     value_BN, id_BN = top(logits_BW, count)
-    tops = zip(id_BN.tolist(), (value_BN - total_B1.cpu().numpy()).tolist(), strict=True)
+    tops = zip(id_BN.tolist(), (value_BN - total_B1.detach().cpu().numpy()).tolist(), strict=True)
     return [
         TokenOut(token, own, tuple(zip(top_ids, top_values, strict=True)))
         for token, own, (top_ids, top_values) in zip(ids, own_B, tops, strict=True)
@@ -288,7 +288,7 @@ def _edit(samplers: list[Sampler], logits_BW: Tensor) -> None:
     counted = [(row, sampler.sampling, sampler.counts) for row, sampler in enumerate(samplers) if sampler.counts is not None]
     if counted:
         place_N = torch.from_numpy(np.concatenate([row * words + counts.ids for row, _, counts in counted])).to(device)
-        logits_N = logits[place_N].cpu().numpy()
+        logits_N = logits[place_N].detach().cpu().numpy()
         end = 0
         for _, sampling, counts in counted:
             start, end = end, end + len(counts.ids)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from cadre.infer.pages import PagePool, chain_key
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cadre.infer.sampling import Sampler, Sampling, TokenOut
 
 
@@ -45,7 +47,8 @@ class Sequence:
 
     number: the order of arrival. limit: how long `ids` may become. published: full pages that others can find. shared:
     prompt tokens that were found in the cache. started: whether it has given a token or was preempted. scores:
-    log-probabilities of the prompt's tokens so far, the first one's unknown.
+    log-probabilities of the prompt's tokens so far, the first one's unknown. drafts: guesses at what follows `ids`, there
+    is room for them in `pages`. carried: by stage, the hidden state that speculation goes on from.
     """
 
     number: int
@@ -60,6 +63,8 @@ class Sequence:
     shared: int = 0
     started: bool = False
     scores: list[TokenOut] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    carried: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def unread(self) -> int:
@@ -109,6 +114,14 @@ class Scheduler:
         self.waiting.clear()
         self.active.clear()
         self.pool.recover()
+
+    def reserve(self, sequence: Sequence, drafts: int) -> int:
+        """Room for so many drafts after a sequence's tokens, or for as many as there are pages without taking any from
+        others; how many that is."""
+        size = self.pool.page_size
+        while len(sequence.ids) + drafts > len(sequence.pages) * size and self.pool.free > len(self.active):
+            sequence.pages.extend(self.pool.take(1, after=sequence.pages[-1]))
+        return min(drafts, len(sequence.pages) * size - len(sequence.ids))
 
     def admit(self) -> None:
         """Let in who waited longest, as long as there are pages for all its tokens, and one to spare for each that runs:
@@ -196,6 +209,8 @@ class Scheduler:
         self.pool.release(sequence.pages)
         del sequence.pages[:]
         sequence.cached = sequence.published = 0
+        sequence.drafts.clear()
+        sequence.carried.clear()
 
 
 def shares(unread: list[int], chunk: int) -> list[int]:

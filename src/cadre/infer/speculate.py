@@ -1,0 +1,146 @@
+"""Speculation with the model's own multi-token prediction modules (DeepSeek-V3 report, section 2.2).
+
+The modules guess the next tokens; the model reads the guesses together with the token that it would read anyway, and keeps
+those that it would have chosen itself. Guesses are single tokens, so "would have chosen" is the sampler's own choice, drawn
+with the random number that plain decoding draws: the text is the same, whatever the settings.
+
+Letters in names: T position, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cadre.infer.runner import Batch, Runner, table_of
+from cadre.infer.scheduler import Sequence
+
+
+@dataclass
+class Reading:
+    """What the model has just read of a sequence: its hidden states [T, D] from position `start` on. wanted: how many drafts
+    are asked for; the sequence then knows one token beyond the last position read."""
+
+    sequence: Sequence
+    start: int
+    hidden_TD: Tensor
+    wanted: int
+
+
+class Drafter:
+    """Keeps the modules' caches in step with the model's, and drafts.
+
+    Module k (from 0) joins the hidden state of stage k at position p with token p + k + 1 and predicts token p + k + 2. At
+    the end of the text that token is a draft: what a module wrote there is written anew once the truth is known. For that
+    the sequence carries one hidden state a stage, that of the first position to be done again. Drafts beyond the modules
+    come from the last one fed with its own output, a position further each time.
+    """
+
+    def __init__(self, runner: Runner, drafts: int) -> None:
+        self.runner = runner
+        self.modules = min(drafts, len(runner.model.mtp))
+
+    def draft(self, readings: list[Reading]) -> list[list[int]]:
+        """The drafts of each reading, at most as many as it wants; writes the modules' caches."""
+        drafts: list[list[int]] = [[] for _ in readings]
+        inputs = [(reading.start, reading.hidden_TD) for reading in readings]
+        carried = [dict(reading.sequence.carried) for reading in readings]
+        for module in range(self.modules):
+            if module:
+                inputs = [
+                    (start - 1, torch.cat((kept[module], out_TD))) if module in kept else (start, out_TD)
+                    for (start, out_TD), kept in zip(inputs, carried, strict=True)
+                ]
+            outputs = self._pass(module, readings, inputs, drafts, module + 1)
+            for reading, out_TD in zip(readings, outputs, strict=True):
+                again = len(out_TD) - module - 1
+                if again >= 0:
+                    reading.sequence.carried[module + 1] = out_TD[again : again + 1].clone()
+                else:
+                    reading.sequence.carried.pop(module + 1, None)
+            self._choose(readings, drafts, [out_TD[-1:] for out_TD in outputs], module)
+            inputs = [(start, out_TD) for (start, _), out_TD in zip(inputs, outputs, strict=True)]
+        rows = [(start + len(out_TD) - 1, out_TD[-1:]) for start, out_TD in inputs]
+        for number in range(self.modules, max((reading.wanted for reading in readings), default=0)):
+            going = [place for place, reading in enumerate(readings) if reading.wanted > number]
+            some = [readings[place] for place in going]
+            steps = [(rows[place][0] + 1, rows[place][1]) for place in going]
+            outputs = self._pass(self.modules - 1, some, steps, [drafts[place] for place in going], self.modules)
+            for place, step, out_TD in zip(going, steps, outputs, strict=True):
+                rows[place] = (step[0], out_TD)
+            self._choose(some, [drafts[place] for place in going], outputs, number)
+        return drafts
+
+    def _pass(
+        self, module: int, readings: list[Reading], inputs: list[tuple[int, Tensor]], drafts: list[list[int]], ahead: int
+    ) -> list[Tensor]:
+        """One module over positions `start`.. of each reading, with the tokens `ahead` of them."""
+        ids: list[int] = []
+        positions: list[int] = []
+        for reading, (start, hidden_TD), guessed in zip(readings, inputs, drafts, strict=True):
+            known, stop = reading.sequence.ids, start + len(hidden_TD)
+            for position in range(start, stop):
+                beyond = position + ahead - len(known)
+                ids.append(known[position + ahead] if beyond < 0 else guessed[beyond] if beyond < len(guessed) else known[-1])
+                positions.append(position)
+        counts = [len(hidden_TD) for _, hidden_TD in inputs]
+        batch = Batch(
+            ids_T=torch.tensor(ids),
+            position_T=torch.tensor(positions),
+            count_B=counts,
+            start_B=[start for start, _ in inputs],
+            page_BP=table_of([reading.sequence for reading in readings]),
+        )
+        hidden_TD = torch.cat([hidden_TD for _, hidden_TD in inputs])
+        return list(self.runner.draft_hidden(module, hidden_TD, batch).split(counts))
+
+    def _choose(self, readings: list[Reading], drafts: list[list[int]], rows: list[Tensor], number: int) -> None:
+        wanting = [place for place, reading in enumerate(readings) if reading.wanted > number]
+        if wanting:
+            logits = self.runner.logits(torch.cat([rows[place] for place in wanting]))
+            for place, token in zip(wanting, logits.argmax(dim=-1).tolist(), strict=True):
+                drafts[place].append(token)
+
+
+@dataclass
+class _Rates:
+    """Tokens a second with (True) and without drafts, as moving averages; what runs, and since how many passes."""
+
+    rate: dict[bool, float] = field(default_factory=dict)
+    drafting: bool = True
+    passes: int = 0
+
+
+class Payoff:
+    """Whether drafting pays, from what passes took: the faster way runs, the other is tried now and then. Kept apart for
+    each size of batch (powers of two), since a draft costs more the more rows the pass has.
+
+    trial: passes that a trial lasts, the first of which does not count (it has no drafts to read yet). period: passes of the
+    faster way between trials. margin: how much faster the other must be to take over.
+    """
+
+    def __init__(self, trial: int = 12, period: int = 200, margin: float = 1.02) -> None:
+        self.trial, self.period, self.margin = trial, period, margin
+        self._of_size: dict[int, _Rates] = {}
+
+    def drafting(self, sequences: int) -> bool:
+        """Whether the next pass over so many sequences shall draft."""
+        return self._size(sequences).drafting
+
+    def record(self, sequences: int, tokens: int, seconds: float) -> None:
+        """What a pass gave and took."""
+        size = self._size(sequences)
+        size.passes += 1
+        if size.passes > 1 and seconds > 0:
+            rate, old = tokens / seconds, size.rate.get(size.drafting)
+            size.rate[size.drafting] = rate if old is None else 0.8 * old + 0.2 * rate
+        if size.passes < self.trial:
+            return
+        own, other = size.rate.get(size.drafting, 0.0), size.rate.get(not size.drafting)
+        if other is None or other > self.margin * own or size.passes >= self.period:
+            size.drafting, size.passes = not size.drafting, 0
+
+    def _size(self, sequences: int) -> _Rates:
+        return self._of_size.setdefault(sequences.bit_length(), _Rates())
