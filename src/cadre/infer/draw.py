@@ -30,8 +30,8 @@ _MANY = 512
 # Rows up to this long are short: no blocks, and all words sorted at once unless top_k asks for few (a nucleus often holds
 # hundreds).
 _SMALL = 4096
-# Words sorted at a time: their copies stay in a core's cache.
-_CACHED = 2**18
+# Words sorted at a time: bounds the memory that a large batch takes.
+_AT_ONCE = 2**20
 
 
 class Rule(NamedTuple):
@@ -89,7 +89,7 @@ def draw(logits_BW: Tensor, rules: Sequence[Rule]) -> list[int]:
     by probability could swap words.
     """
     columns = _Columns.of(rules)
-    if logits_BW.device.type == "cpu" and logits_BW.shape[1] <= _SMALL:
+    if logits_BW.device.type == "cpu" and logits_BW.numel() <= _SMALL:
         return columns.place(_host(logits_BW))[:, 0].tolist()
     weight_BMC = _blocks(_weights(logits_BW, columns.temperature_B1))
     sum_BM = _host(weight_BMC.sum(dim=-1)).cumsum(axis=1, dtype=np.float64)
@@ -103,7 +103,7 @@ def draw_filtered(logits_BW: Tensor, rules: Sequence[Rule]) -> list[int]:
     """As `draw`, from what top_k, top_p and min_p leave in each row. Among equal logits the lower ids are kept."""
     words = logits_BW.shape[1]
     if words <= _SMALL and not all(0 < rule.top_k < _MANY for rule in rules):
-        return _draw_sorted(_host(logits_BW), rules)
+        return _sorted_in_parts(logits_BW, rules)
     columns = _Columns.of(rules)
     total_B1 = np.zeros((len(rules), 1))
     if any(rule.top_p < 1 and not 0 < rule.top_k < words for rule in rules):
@@ -127,10 +127,16 @@ def draw_filtered(logits_BW: Tensor, rules: Sequence[Rule]) -> list[int]:
     value_BN = np.where(id_BN < words, np.take_along_axis(value_BN, order_BN, axis=1), -np.inf)
     ids = np.take_along_axis(id_BN, columns.place(value_BN), axis=1)[:, 0].tolist()
     rest = np.flatnonzero(~certain_B1 & ~broken_B1).tolist()
-    for start in range(0, len(rest), max(1, _CACHED // words)):
-        rows = rest[start : start + max(1, _CACHED // words)]
-        for row, id in zip(rows, _draw_sorted(_host(logits_BW[rows]), [rules[row] for row in rows]), strict=True):
-            ids[row] = id
+    for row, id in zip(rest, _sorted_in_parts(logits_BW[rest], [rules[row] for row in rest]), strict=True):
+        ids[row] = id
+    return ids
+
+
+def _sorted_in_parts(logits_BW: Tensor, rules: Sequence[Rule]) -> list[int]:
+    step = max(1, _AT_ONCE // logits_BW.shape[1])
+    ids = []
+    for start in range(0, len(rules), step):
+        ids += _draw_sorted(_host(logits_BW[start : start + step]), rules[start : start + step])
     return ids
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cadre.errors import UsageError
+from cadre.infer.constraint import Constraints
 from cadre.infer.pages import PagePool, bytes_for, cache_dtype, free_bytes
 from cadre.infer.runner import Batch, Runner, batch_of
 from cadre.infer.sampling import Sampler, TokenOut, choose_batch, token_logprobs
@@ -93,6 +94,17 @@ class _Live:
         return "" if self.detokenizer is None else self.stops.push(self.detokenizer.push(token))
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """A sequence that chooses: how many of its own tokens the pass reads, the row of the last of them, and where that row
+    and those of its drafts stand among the logits."""
+
+    sequence: Sequence
+    own: int
+    row: int
+    first: int
+
+
 class Engine:
     """Runs requests against one model. Puts the model in eval mode.
 
@@ -140,6 +152,7 @@ class Engine:
         self._proposed = self._accepted = 0
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, chunk=chunk, prefix_sharing=prefix_sharing)
         self._ends = end_ids(config)
+        self.constraints = Constraints(tokenizer, config.vocab_size, self._ends)
         self._live: dict[str, _Live] = {}
         self._outputs: list[Output] = []
         self._arrived = self._finished = self._prompt_tokens = self._shared_tokens = self._generated = self._steps = 0
@@ -162,7 +175,7 @@ class Engine:
         longer than the context or the cache, values out of range, or an id that is in use."""
         self._check(request)
         prompt = request.prompt_ids
-        sampler = Sampler(request.sampling, prompt)
+        sampler = Sampler(request.sampling, prompt, self.constraints.start(request.sampling))
         limit = min(len(prompt) + request.max_new_tokens, self.max_length)
         sequence = Sequence(self._arrived, request, sampler, limit, list(prompt))
         if request.prompt_logprobs:
@@ -241,8 +254,6 @@ class Engine:
             raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 0")
         if request.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, which this model has not")
-        if request.sampling.json_schema is not None or request.sampling.regex is not None:
-            raise UsageError("json_schema and regex are not available in this version: leave them out")
         request.sampling.check_vocabulary(words)
 
     # ------------------------------------------------------------------------------------------------- a step
@@ -281,46 +292,53 @@ class Engine:
         if routes:
             batch.experts = []
         hidden_TD = self.runner.hidden(batch)
-        choosing: list[tuple[Sequence, int]] = []  # with the row of its last own token
+        choosing: list[_Choice] = []
         rows: list[int] = []
         begin = 0
         for sequence, count in work:
-            own, drafted = count - len(sequence.drafts), len(sequence.drafts)
+            drafted = len(sequence.drafts)
+            own = count - drafted
             if sequence.scoring:
                 self._score(sequence, hidden_TD[begin : begin + own])
-            self.scheduler.advance(sequence, own)
-            if sequence.unread == 0 and len(sequence.ids) < sequence.limit:
-                choosing.append((sequence, begin + own - 1))
-                rows += range(begin + own - 1, begin + own + drafted)
-            elif sequence.unread == 0:
-                good = all(math.isfinite(score.logprob or 0.0) for score in sequence.scores)
-                self._finish(self._live[sequence.request.id], "length" if good else "error")
+            if sequence.cached + own == len(sequence.ids) < sequence.limit:
+                choosing.append(_Choice(sequence, own, begin + own - 1, len(rows)))
+                rows += range(begin + own - 1, begin + count)
             begin += count
+        logits_NW = hidden_TD
         if choosing:
             logits_NW = self.runner.logits(hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows])
-            self._advance(choosing, logits_NW, batch, {row: number for number, row in enumerate(rows)})
+        self._accept_drafts(choosing, logits_NW, batch)
+        chosen = {choice.sequence for choice in choosing}
+        for sequence, count in work:
+            if sequence in chosen:
+                continue
+            self.scheduler.advance(sequence, count)
+            if sequence.unread == 0:
+                good = all(math.isfinite(score.logprob or 0.0) for score in sequence.scores)
+                self._finish(self._live[sequence.request.id], "length" if good else "error")
         if drafting:
             self._draft(work, hidden_TD, batch.start_B)
 
-    def _advance(
-        self, choosing: list[tuple[Sequence, int]], logits_NW: Tensor, batch: Batch, number_of: dict[int, int]
-    ) -> None:
-        """Choose tokens, as long as they are what was drafted. number_of: the row of logits of each row of the batch."""
+    def _accept_drafts(self, choosing: list[_Choice], logits_NW: Tensor, batch: Batch) -> None:
+        """Choose a token for each, and one more as long as it is what was drafted. A sequence advances only when its token
+        is chosen: an exception between leaves it as it was."""
         taken = 0
-        self._proposed += sum(len(sequence.drafts) for sequence, _ in choosing)
+        self._proposed += sum(len(choice.sequence.drafts) for choice in choosing)
         while choosing:
-            numbers = [number_of[row + taken] for _, row in choosing]
-            tokens = self._choose([sequence for sequence, _ in choosing], logits_NW[numbers])
-            going: list[tuple[Sequence, int]] = []
-            for (sequence, row), token in zip(choosing, tokens, strict=True):
+            numbers = [choice.first + taken for choice in choosing]
+            every = numbers == list(range(len(logits_NW)))
+            tokens = self._choose([choice.sequence for choice in choosing], logits_NW if every else logits_NW[numbers])
+            going: list[_Choice] = []
+            for choice, token in zip(choosing, tokens, strict=True):
+                sequence, drafts = choice.sequence, choice.sequence.drafts
                 live = self._live[sequence.request.id]
-                self._accept(live, _with_experts(sequence, token, row + taken, batch))
-                drafts = sequence.drafts
-                if token is not None and taken < len(drafts) and token.id == drafts[taken]:
+                self.scheduler.advance(sequence, 1 if taken else choice.own)
+                right = token is not None and taken < len(drafts) and token.id == drafts[taken]
+                self._accept(live, _with_experts(sequence, token, choice.row + taken, batch))
+                if right:
                     self._accepted += 1
                     if sequence.request.id in self._live:
-                        self.scheduler.advance(sequence, 1)
-                        going.append((sequence, row))
+                        going.append(choice)
             choosing, taken = going, taken + 1
 
     def _draft(self, work: list[tuple[Sequence, int]], hidden_TD: Tensor, start_B: list[int]) -> None:
@@ -342,11 +360,15 @@ class Engine:
                 reading.sequence.drafts = drafts
 
     def _choose(self, sequences: list[Sequence], logits_NW: Tensor) -> list[TokenOut | None]:
-        """The next token of each, None where the logits are not finite."""
-        # A sum is finite only if all its terms are: one pass, and one number to look at.
-        finite = logits_NW.sum(dim=-1).isfinite().tolist()
-        tokens: list[TokenOut | None] = list(choose_batch([sequence.sampler for sequence in sequences], logits_NW))
-        return [token if good else None for token, good in zip(tokens, finite, strict=True)]
+        """The next token of each, None where the logits are not finite or a constraint cannot be met."""
+        samplers = [sequence.sampler for sequence in sequences]
+        tokens: list[TokenOut | None] = list(choose_batch(samplers, logits_NW))
+        tokens = [token if sampler.error is None else None for sampler, token in zip(samplers, tokens, strict=True)]
+        # A sum is finite only if all its terms are: one number to look at, as long as all is well.
+        if not math.isfinite(logits_NW.sum().item()):
+            good_N = logits_NW.isfinite().all(dim=-1).tolist()
+            tokens = [token if good else None for token, good in zip(tokens, good_N, strict=True)]
+        return tokens
 
     def _score(self, sequence: Sequence, hidden_TD: Tensor) -> None:
         """Note the log-probabilities of the prompt's tokens that follow the ones just read."""
@@ -372,7 +394,7 @@ class Engine:
         sequence.ids.append(token.id)
         self._generated += 1
         text = live.push(token.id)
-        if live.stops.hit:
+        if live.stops.hit or sequence.sampler.is_finished:
             self._finish(live, "stop", token, text)
         elif len(sequence.ids) == sequence.limit:
             self._finish(live, "length", token, text)
