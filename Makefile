@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-browser test-slow check clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,15 @@ demo: setup
 
 test: setup check
 	$(BIN)/python -m pytest
+
+# The chat page in a real browser: apt-get install chromium
+test-browser: setup
+	$(BIN)/python -m pytest tests/browser
+
+# lm-eval as a client of the server: some 50 packages more, which change versions pinned in requirements.txt
+test-slow: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval]'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slow
 
 check: setup
 	$(BIN)/ruff check src tests

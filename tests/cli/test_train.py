@@ -15,8 +15,12 @@ import pytest
 from safetensors.torch import load_file
 
 import cadre
+from cadre.cli import choose
 from cadre.cli import main as module
-from cadre.train import checkpoint, trainer
+from cadre.plan import budget as budget_module
+from cadre.plan.budget import Machine, Rung
+from cadre.plan.here import Forecast
+from cadre.train import calibrate, checkpoint, trainer
 from cadre.train import run as run_module
 from cadre.train.metrics import read_metrics
 from cadre.train.recipe import read_recipe
@@ -109,6 +113,84 @@ def test_length_by_tokens_and_by_clock(recipe, monkeypatch, capsys):
     kept = read_recipe("steps/recipe.toml").train
     assert (kept.steps, kept.minutes) == (3, None)
     capsys.readouterr()
+
+
+def test_length_by_flops_and_by_money(recipe, monkeypatch, capsys):
+    """A budget is never exceeded, and what is left of it is less than a step; money is time where it rents this machine."""
+    assert train(monkeypatch, recipe, "--out", "flops", "--budget", "4e8flops") == 0
+    run = read_recipe("flops/recipe.toml")
+    counted = cadre.count(run.config(run.model["vocab_size"]), context=16)
+    step = counted.training_flops_per_token * 4 * 16
+    assert run.train.steps == int(4e8 / step) > 5 and run.train.minutes is None
+    assert read_metrics(Path("flops"))[-1]["step"] == run.train.steps
+    money = ["--budget", "0.0000222usd", "--hardware", "cpu-2core"]
+    assert train(monkeypatch, recipe, "--out", "money", *money) == 0
+    assert read_recipe("money/recipe.toml").train.minutes == pytest.approx(0.0000222 / 0.08 * 60)
+    assert train(monkeypatch, recipe, "--out", "gpu", "--budget", "1e-9usd", "--hardware", "h100") == 0
+    assert 1 <= read_recipe("gpu/recipe.toml").train.steps < 1e-9 / 2 * 3600 * 989.4e12 * 0.56 / step
+    capsys.readouterr()
+
+
+def test_a_budget_without_a_recipe_chooses_the_model(recipe, monkeypatch, capsys):
+    """Within the FLOPs to a twentieth, over the text that is asked for; the choice is announced before it is trained."""
+    machine = Machine((Rung(64, 1e11, 1e-8),), 24e9)
+    monkeypatch.setattr(choose, "measure_machine", lambda *_: (machine, 1e11))
+    monkeypatch.setattr(calibrate, "predict_run", lambda run: Forecast(0.5, 100.0, 2**20, None, {}))
+    monkeypatch.setattr(budget_module, "FEWEST_STEPS", 5)
+    source = ["--set", "data.source=corpus", "--set", "data.vocab_size=300"]
+    assert train(monkeypatch, "--budget", "2e10flops", "--out", "run", *source) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"chosen for 2e10flops: width 64, 3 blocks, \d+ experts of \d+, top \d", shown)
+    assert re.search(r"expected: \d\.\d\d bits per byte", shown)
+    run = read_recipe("run/recipe.toml")
+    flops = cadre.count(run.config(300), context=256).training_flops_per_token * run.train.steps * run.train.batch * 256
+    assert 0.8 * 2e10 < flops <= 2e10  # so few steps that one is more than a twentieth
+    assert read_metrics(Path("run"))[-1]["step"] == run.train.steps
+
+
+def test_time_goes_on_while_a_model_is_chosen(recipe, monkeypatch, capsys):
+    machine = Machine((Rung(64, 1e11, 1e-8),), 24e9)
+    monkeypatch.setattr(choose, "measure_machine", lambda *_: (time.sleep(1.5), (machine, 1e11))[1])
+    monkeypatch.setattr(budget_module, "CALIBRATION_SECONDS", 1)
+    monkeypatch.setattr(budget_module, "FEWEST_STEPS", 1)
+    source = ["--set", "data.source=corpus", "--set", "data.vocab_size=300", "--set", "data.held_out=0"]
+    start = time.monotonic()
+    assert train(monkeypatch, "--budget", "5s", "--out", "run", *source) == 0
+    assert read_metrics(Path("run"))[0]["seconds"] > 1.5
+    assert time.monotonic() - start < 15
+    assert read_recipe("run/recipe.toml").train.minutes == pytest.approx(5 / 60)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("arguments, wanted", [
+    (["--budget", "20s"], "--budget 20s: choosing a shape takes a calibration of up to 30 s; give at least 60 s"),
+    (["--budget", "ten minutes"], "--budget ten minutes: must be a time"),
+    (["--budget", "5usd"], "money needs --hardware"),
+    (["--budget", "1e6flops"], "--budget 1e6flops: not enough for 50 steps of the smallest model"),
+    (["--budget", "1e22flops"], r"would take [\d,]+ days on this machine"),
+    (["--budget", "5000usd", "--hardware", "h100"], r"would take [\d,]+ days on this machine"),
+    (["--budget", "1e12flops", "--set", "data.source=absent.txt"], "absent.txt: no such file"),
+])  # fmt: skip
+def test_a_budget_that_chooses_nothing_is_one_line(recipe, monkeypatch, capsys, arguments, wanted):
+    machine = Machine((Rung(64, 1e11, 1e-8),), 24e9)
+    monkeypatch.setattr(choose, "measure_machine", lambda *_: (machine, 1e11))
+    source = [] if "--set" in arguments else ["--set", "data.source=corpus", "--set", "data.vocab_size=300"]
+    assert_refused(capsys, train(monkeypatch, "--out", "run", *arguments, *source), wanted)
+    assert not Path("run").exists()
+
+
+def test_a_run_says_what_it_will_take_and_the_report_what_it_took(recipe, monkeypatch, capsys):
+    said = {"seconds_per_step": 0.5, "peak_memory_bytes": 2**20}
+    monkeypatch.setattr(
+        calibrate, "predict_run",
+        lambda run: (run.path.joinpath("prediction.json").write_text(json.dumps(said)), Forecast(0.5, 128, 2**20, None, {}))[1],
+    )  # fmt: skip
+    options = ["--set", "eval.prompts=[]", "--set", "checkpoint.every=500", "--set", "eval.every=500"]
+    assert train(monkeypatch, recipe, "--out", "run", "--steps", 100, *options) == 0
+    assert "predicted: 0.5 s a step, 128 tokens/s, peak memory 1 MiB" in capsys.readouterr().out
+    assert "0.5 s predicted" in Path("run/report.html").read_text()
+    assert train(monkeypatch, recipe, "--out", "short", "--steps", 99, *options) == 0
+    assert "predicted:" not in capsys.readouterr().out
 
 
 def test_runs_without_a_name_get_one(recipe, monkeypatch, capsys):
@@ -221,6 +303,12 @@ def assert_refused(capsys, status: int, wanted: str, code: int = 2) -> None:
     (["--tokens", "0"], "--tokens 0"),
     (["--budget", "10"], "--budget 10: must be a time such as 90s, 10m or 2h"),
     (["--budget", "0s"], "--budget 0s"),
+    (["--budget", "2e15"], "--budget 2e15: must be a time .*, FLOPs such as 2e15flops, or money such as 5usd"),
+    (["--budget", "100flops"], "--budget 100flops: less than one step of tiny"),
+    (["--budget", "5usd"], "--budget 5usd: money needs --hardware"),
+    (["--budget", "5usd", "--hardware", "h1000"], "--hardware h1000: not in the catalogue; did you mean h100"),
+    (["--budget", "5m", "--hardware", "h100"], "--hardware says what money is spent on"),
+    (["--hardware", "h100"], "--hardware says what money is spent on"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(recipe, monkeypatch, capsys, tmp_path, arguments, wanted):
     (tmp_path / "empty.txt").touch()

@@ -288,6 +288,42 @@ def test_damaged_weights_end_only_their_own_requests_in_error():
     assert engine.pool.free == engine.pool.pages
 
 
+class Script:
+    """A constraint that lets one text through, or breaks down at some point of it."""
+
+    error = None
+
+    def __init__(self, ids, broken_at=None):
+        self.ids, self.broken_at, self.place = ids, broken_at, 0
+
+    def mask(self):
+        if self.place == self.broken_at:
+            self.error = "it is too complex"
+        return torch.arange(WORDS).eq(self.ids[self.place]).numpy()
+
+    def accept(self, token):
+        self.place += 1
+
+    @property
+    def is_finished(self):
+        return self.place == len(self.ids)
+
+
+def test_a_constraint_ends_its_own_request_where_its_text_is_whole_or_it_breaks_down(engine, monkeypatch):
+    scripts = {"whole": Script([5, 9, 2]), "broken": Script([5, 9, 2], broken_at=2)}
+    monkeypatch.setattr(engine.constraints, "start", lambda sampling: scripts.get(sampling.regex))
+    for name in (*scripts, "free"):
+        engine.add(request(name=name, sampling=Sampling(0.0, regex=name if name in scripts else None)))
+    told = {name: [] for name in (*scripts, "free")}
+    ends = {}
+    for output in finishes(engine):
+        told[output.id] += [token.id for token in output.tokens]
+        ends[output.id] = output.finish
+    assert ends == {"whole": "stop", "broken": "error", "free": "length"}
+    assert (told["whole"], told["broken"]) == ([5, 9, 2], [5, 9])
+    assert told["free"] == alone(engine.runner.model, request())[0]
+
+
 def test_an_exception_in_a_step_loses_nothing(monkeypatch):
     model = MODELS["latent, experts"]
     engine = engine_for(model, chunk=5)

@@ -90,3 +90,9 @@ def test_peak_memory_where_the_kernel_keeps_no_high_water_mark(monkeypatch, tmp_
     monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
     monkeypatch.setattr(sys, "platform", platform)
     assert peak_memory_bytes(CPU) == 7 * unit
+
+
+def test_the_rate_of_reading_is_positive_and_finite() -> None:
+    from cadre.kernels.limits import read_bytes_per_second
+
+    assert 1e7 < read_bytes_per_second(torch.device("cpu"), size=2**20, repeats=2) < 1e14

@@ -1,57 +1,19 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
-from cadre.model.experts import Routes
 from cadre.model.transformer import Transformer
-from cadre.train.balance import Balance, max_violation, sequence_balance_loss
+from cadre.train.balance import Balance, bias_step
+from cadre.train.loads import max_violation
+from cadre.train.recipe import BalanceSection
 from tests.shapes import small
 
 
-def random_routes(tokens: int, experts: int, choices: int, seed: int) -> Routes:
-    score_TE = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-    weight_TK, expert_TK = score_TE.detach().topk(choices)
-    return Routes(expert_TK, weight_TK, score_TE)
-
-
-def written_out(routes: Routes, sequences: int) -> torch.Tensor:
-    """V3 report, equations 17 to 20, one sum at a time."""
-    (tokens, experts), choices = routes.score_TE.shape, routes.expert_TK.shape[1]
-    length = tokens // sequences
-    total = torch.zeros(())
-    for sequence in range(sequences):
-        for i in range(experts):
-            f, p = 0.0, torch.zeros(())
-            for t in range(sequence * length, (sequence + 1) * length):
-                f += experts / (choices * length) * (i in routes.expert_TK[t].tolist())
-                p = p + routes.score_TE[t, i] / routes.score_TE[t].sum() / length
-            total = total + f * p / sequences
-    return total
-
-
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(2, 6), st.integers(1, 2), st.integers(0, 999))
-def test_sequence_wise_loss_is_the_reports_formula(sequences, length, experts, choices, seed):
-    routes = random_routes(sequences * length, experts, choices, seed)
-    fast, slow = sequence_balance_loss(routes, sequences), written_out(routes, sequences)
-    torch.testing.assert_close(fast, slow)
-    gradients = [torch.autograd.grad(value, routes.score_TE)[0] for value in (fast, slow)]
-    torch.testing.assert_close(*gradients)
-
-
-def test_sequence_wise_loss_is_one_at_balance_and_more_beyond_it():
-    even = Routes(torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2), torch.full((2, 4), 0.3))
-    assert sequence_balance_loss(even, 1) == pytest.approx(1)
-    # Balanced over the batch, but not within its two sequences.
-    score = torch.tensor([[0.9, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.9]])
-    split = Routes(torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2), score)
-    assert sequence_balance_loss(split, 2) == pytest.approx(1.8)
-    assert sequence_balance_loss(split, 1) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("load, violation", [([5, 5, 5], 0), ([9, 0, 0], 2), ([4, 2, 3, 3], 1 / 3), ([0, 0], -1)])
-def test_max_violation_is_the_excess_of_the_busiest_over_the_mean(load, violation):
-    assert max_violation(torch.tensor(load)) == pytest.approx(violation)
+def section(**changes) -> BalanceSection:
+    return BalanceSection(**{"bias_speed": 0.1, "sequence_weight": 0.0, **changes})
 
 
 @pytest.fixture
@@ -59,77 +21,182 @@ def model() -> Transformer:
     return Transformer(small("deepseek_v3", num_nextn_predict_layers=1)).initialize(0).train()
 
 
-def forward(model: Transformer, seed: int) -> None:
+def forward(model: Transformer, balance: Balance, seed: int, *, module: bool = True) -> list:
+    """One micro-batch of 2 x 7 tokens, counted."""
     ids = torch.randint(model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(seed))
-    model.further_hidden(model.hidden(ids), ids, 0)
+    balance.listen()
+    hidden = model.hidden(ids)
+    if module:
+        model.further_hidden(hidden, ids, 0)
+    heard = balance.hear(7)
+    balance.count(heard)
+    return heard
+
+
+def biases(balance: Balance) -> list[torch.Tensor]:
+    return [layer.gate.e_score_correction_bias.clone() for _, layer in balance.layers]
 
 
 def test_loads_add_up_over_micro_batches(model):
-    balance = Balance(model, speed=0.1)
+    balance = Balance(model, section())
     assert [layer for layer, _ in balance.layers] == [1, 2]  # the second is the multi-token prediction block's
-    expected = [torch.zeros(6, dtype=torch.int64) for _ in range(2)]
+    expected, squares = np.zeros((2, 6)), [0.0, 0.0]
     for seed in range(3):
-        forward(model, seed)
-        routes = balance.read()
-        for load, taken in zip(expected, routes, strict=True):
-            for expert in taken.expert_TK.flatten().tolist():
-                load[expert] += 1
-    assert [load.tolist() for load in balance.load_LE] == [load.tolist() for load in expected]
-    assert all(load.sum() == 3 * 2 * 7 * 2 for load in balance.load_LE)
+        for one in forward(model, balance, seed):
+            assert one.sequences == 2
+            for expert in one.routes.expert_TK.flatten().tolist():
+                expected[one.layer, expert] += 1
+            squares[one.layer] += float(one.routes.logit_TE.detach().square().sum())
+    assert balance.load_LE.tolist() == expected.tolist()
+    assert (balance.load_LE.sum(dim=1) == 3 * 2 * 7 * 2).all()
+    balance.update()
     metrics = balance.metrics()
     assert metrics["load_layers"] == [1, 2]
-    for share, vio, load in zip(metrics["load"], metrics["max_vio"], expected, strict=True):
-        assert sum(share) == pytest.approx(1, abs=1e-4)
-        assert share == pytest.approx((load / 84).tolist(), abs=1e-5)
-        assert vio == pytest.approx(6 * max(share) - 1, abs=1e-3)
+    assert metrics["load"] == [pytest.approx(row) for row in expected / 84]
+    assert metrics["max_vio"] == metrics["max_vio_window"] == [pytest.approx(6 * max(r) / 84 - 1, abs=1e-4) for r in expected]
+    assert metrics["logit_scale"] == [pytest.approx((s / (3 * 14 * 6)) ** 0.5, rel=1e-2) for s in squares]
+    assert all(0 < evenness < 1 for evenness in metrics["load_entropy"])
+    assert metrics["bias_range"] == [pytest.approx(0.2)] * 2  # some up, some down
     balance.reset()
-    assert all((load == 0).all() for load in balance.load_LE)
+    assert (balance.load_LE == 0).all()
 
 
-def test_routes_are_taken_once(model):
-    balance = Balance(model, speed=0.1)
-    forward(model, 0)
-    balance.read()
-    counted = [load.clone() for load in balance.load_LE]
-    assert balance.read() == []
-    assert all(torch.equal(a, b) for a, b in zip(counted, balance.load_LE, strict=True))
+def test_the_window_is_all_steps_since_it_was_closed_and_survives_in_the_state(model):
+    balance = Balance(model, section())
+    total = torch.zeros(2, 6, dtype=torch.int64)
+    for seed in range(3):
+        balance.reset()
+        forward(model, balance, seed)
+        balance.update()
+        total += balance.load_LE
+    assert torch.equal(balance.window_LE, total) and balance.window_steps == 3
+    assert balance.metrics()["max_vio_window"] == pytest.approx(max_violation(total), abs=1e-4)
+    other = Balance(model, section())
+    other.restore(balance.state())
+    assert torch.equal(other.window_LE, total) and other.window_steps == 3
+    balance.close_window()
+    assert (balance.window_LE == 0).all() and balance.window_steps == 0
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_a_bias_moves_once_a_step_towards_the_idle(model, micro_batches):
-    balance = Balance(model, speed=0.25)
-    before = [layer.gate.e_score_correction_bias.clone() for _, layer in balance.layers]
-    for seed in range(micro_batches):
-        forward(model, seed)
-        balance.read()
-    for load, wanted in zip(balance.load_LE, ([9, 1, 4, 4, 6, 0], [2, 2, 2, 2, 2, 2]), strict=True):
-        load.copy_(torch.tensor(wanted))
+def test_dead_experts_are_counted_over_the_window(model):
+    balance = Balance(model, section(bias_speed=0.0))
+    for busy in range(3):
+        balance.load_LE.zero_()
+        balance.load_LE[:, busy] = 50
+        balance.update()
+    assert balance.metrics()["dead_experts"] == [3, 3]
+
+
+def test_routes_are_heard_once(model):
+    balance = Balance(model, section())
+    assert len(forward(model, balance, 0)) == 2
+    assert balance.hear(7) == []
+    model.hidden(torch.zeros(1, 7, dtype=torch.int64))  # not listened to
+    assert balance.hear(7) == []
+
+
+def step(model: Transformer, balance: Balance) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Loads, gradients and biases of a step of two micro-batches, of which the second does not train the module."""
+    model.zero_grad()
+    balance.reset()
+    for seed in range(2):
+        heard = forward(model, balance, seed, module=seed == 0)
+        sum(weight * value for _, weight, value in balance.weighted(heard)).backward()
     balance.update()
-    moves = [layer.gate.e_score_correction_bias - old for (_, layer), old in zip(balance.layers, before, strict=True)]
-    assert moves[0].tolist() == [-0.25, 0.25, 0, 0, -0.25, 0.25]  # the mean is 4
-    assert moves[1].tolist() == [0] * 6
+    return balance.load_LE.clone(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, biases(balance)
+
+
+def test_what_a_backward_pass_computes_again_is_not_counted_again(model):
+    weights = dict(sequence_weight=0.3, batch_weight=0.2, global_weight=0.1, z_weight=0.1)
+    plain = step(model, Balance(model, section(**weights)))
+    again = Transformer(model.config).initialize(0).train()
+    computed = []
+    for block in [*again.layers, again.mtp[0].block]:
+        def recompute(*arguments, block=block, forward=block.forward):
+            return checkpoint(lambda *a: (computed.append(block.index), forward(*a))[1], *arguments, use_reentrant=False)
+
+        block.forward = recompute
+    balance = Balance(again, section(**weights))
+    recomputed = step(again, balance)
+    assert (computed.count(1), computed.count(2)) == (4, 2)  # layer 1 in two micro-batches, the module in one, all twice
+    assert torch.equal(recomputed[0], plain[0])
+    assert recomputed[1].keys() == plain[1].keys()
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(recomputed[1][name], gradient, msg=name)
+    assert all(torch.equal(a, b) for a, b in zip(recomputed[2], plain[2], strict=True))
+    assert all(layer.routes is None for _, layer in balance.layers)  # nor does it keep memory
+
+
+# ------------------------------------------------------------------------------------------------- biases
+
+
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=9).filter(any))
+def test_bias_rules_are_their_formulas(load):
+    mean = sum(load) / len(load)
+    sign = [(x < mean) - (x > mean) for x in load]
+    assert bias_step("sign", torch.tensor([load]))[0].tolist() == sign
+    proportional = bias_step("proportional", torch.tensor([load]))[0]
+    assert proportional.tolist() == pytest.approx([(mean - x) / max(mean, 1) for x in load], abs=1e-6)
+    assert float(proportional.sum()) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule, moves", [
+    ("sign", [-0.25, 0.25, 0, 0, -0.25, 0.25]),
+    ("proportional", [-0.3125, 0.1875, 0, 0, -0.125, 0.25]),
+    ("none", [0] * 6),
+])  # fmt: skip
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_bias_moves_once_a_step_towards_the_idle(model, micro_batches, rule, moves):
+    balance = Balance(model, section(bias_speed=0.25, bias_update=rule))
+    before = biases(balance)
+    for seed in range(micro_batches):
+        forward(model, balance, seed)
+    balance.load_LE.copy_(torch.tensor([[9, 1, 4, 4, 6, 0], [2, 2, 2, 2, 2, 2]]))
+    balance.update()
+    after = [new - old for new, old in zip(biases(balance), before, strict=True)]
+    assert after[0].tolist() == pytest.approx(moves)  # the mean is 4
+    assert after[1].tolist() == [0] * 6
 
 
 def test_speed_zero_and_routers_without_bias_stay_as_they_are(model):
-    still = Balance(model, speed=0)
-    forward(model, 0)
-    still.read()
+    still = Balance(model, section(bias_speed=0.0))
+    forward(model, still, 0)
     still.update()
-    assert all((layer.gate.e_score_correction_bias == 0).all() for _, layer in still.layers)
+    assert all((bias == 0).all() for bias in biases(still))
     softmax = Transformer(small("deepseek_v2")).initialize(0).train()
-    balance = Balance(softmax, speed=1)
+    balance = Balance(softmax, section())
+    balance.listen()
     softmax.hidden(torch.zeros(1, 3, dtype=torch.int64))
-    balance.read()
+    balance.count(balance.hear(3))
     balance.update()
     assert balance.load_LE[0].sum() == 6
+    assert balance.metrics()["bias_range"] == [None]
+
+
+def test_a_bias_that_is_not_used_is_zero_in_the_model(model):
+    for _, layer in model.sparse_layers():
+        layer.gate.e_score_correction_bias.normal_()
+    balance = Balance(model, section(use_bias=False, bias_update="none"))
+    balance.reset()
+    (heard, *_) = forward(model, balance, 0)
+    bare = heard.routes.score_TE.topk(2).indices.sort(dim=1).values
+    assert torch.equal(heard.routes.expert_TK.sort(dim=1).values, bare)
+    balance.update()
+    assert all((bias == 0).all() for bias in biases(balance))
 
 
 def test_a_dense_model_has_nothing_to_balance():
-    balance = Balance(Transformer(small("llama")).initialize(0), speed=1)
-    assert (balance.read(), balance.metrics()) == ([], {})
+    model = Transformer(small("llama")).initialize(0)
+    balance = Balance(model, BalanceSection())
+    balance.reset()
+    balance.listen()
+    balance.update()
+    assert (balance.hear(7), balance.weighted([]), balance.metrics(), balance.window_steps) == ([], [], {}, 0)
+    balance.restore(balance.state())
 
 
-def test_biases_even_out_a_skewed_router():
+@pytest.mark.parametrize("rule, speed", [("sign", 0.01), ("proportional", 0.02)])
+def test_biases_even_out_a_skewed_router(rule, speed):
     model = Transformer(small("deepseek_v3", hidden_size=24)).initialize(0).train()
     (_, layer), = model.sparse_layers()
     torch.manual_seed(0)
@@ -137,13 +204,14 @@ def test_biases_even_out_a_skewed_router():
         layer.gate.weight.normal_(std=0.1)
     x = torch.randn(512, 24)
     x += 6 * layer.gate.weight[0] / layer.gate.weight[0].norm()  # all tokens lean towards expert 0
-    balance = Balance(model, speed=0.01)
+    balance = Balance(model, section(bias_speed=speed, bias_update=rule))
     violations = []
     for _ in range(60):
         balance.reset()
+        balance.listen()
         layer(x[None])
-        balance.read()
-        violations.append(max_violation(balance.load_LE[0]))
+        balance.count(balance.hear(512))
+        violations.append(float(max_violation(balance.load_LE[0])))
         balance.update()
     assert violations[0] > 1.5
     assert max(violations[-5:]) < 0.3

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cadre.errors import RunError, UsageError
-from cadre.train.metrics import MetricsLog, load_colours, load_ratio, read_metrics
+from cadre.train.metrics import LAYER_TAGS, MetricsLog, load_colours, read_metrics
 
 
 def training(step: int) -> dict:
     return {
         "step": step, "tokens": 2048 * step, "loss": 9.0 - step / 7, "mtp_loss": [9.5, 9.75], "grad_norm": 1.5,
-        "learning_rate": 1e-3, "tokens_per_second": 4000.0, "mfu": None, "seconds": 0.5 * step, "skipped": False,
-        "load": [[0.25, 0.75], [0.5, 0.5]], "load_layers": [1, 2], "max_vio": [0.5, 0.0],
+        "learning_rate": 1e-3, "tokens_per_second": 4000.0, "mfu": None, "seconds": 0.5 * step,
+        "load": [[0.25, 0.75], [0.5, 0.5]], "load_layers": [1, 2], "max_vio": [0.5, 0.0], "max_vio_window": [0.25, 0.0],
+        "load_entropy": [0.5, 1.0], "dead_experts": [0, 1], "bias_range": [0.125, None], "logit_scale": [0.75, 1.5],
     }  # fmt: skip
 
 
@@ -126,14 +127,10 @@ def test_tensorboard_shows_scalars_and_the_expert_map(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [image.step for image in board.Images("load/expert_map")] == [4]
-    assert "speed/mfu" not in board.Tags()["scalars"]  # null is no number
-
-
-@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=16))
-def test_load_ratio_has_mean_one_and_max_vio_above_it(load: list[float]) -> None:
-    ratio = load_ratio(load)
-    assert ratio.mean() == pytest.approx(1)
-    assert ratio.max() - 1 == pytest.approx(max(load) / (sum(load) / len(load)) - 1)
+    tags = board.Tags()["scalars"]
+    assert "speed/mfu" not in tags and "router/bias_range/layer_2" not in tags  # null is no number
+    for key, tag in LAYER_TAGS.items():
+        assert scalars(tmp_path, f"{tag}/layer_1") == [(step, training(step)[key][0]) for step in range(1, 5)]
 
 
 def test_load_colours_are_blank_at_balance_and_opposite_beside_it() -> None:

@@ -3,15 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cadre.model.transformer import Transformer
-from cadre.train.balance import Balance, sequence_balance_loss
-from cadre.train.objective import losses
+from cadre.train.balance import Balance
+from cadre.train.balance_losses import SequenceLoss
+from cadre.train.objective import losses, survey
+from cadre.train.recipe import BalanceSection
 from tests.shapes import small
 
-WEIGHTS = dict(mtp_weight=0.3, sequence_weight=0.05)
+MTP_WEIGHT, SEQUENCE_WEIGHT = 0.3, 0.05
+
+
+def balancing(model: Transformer, **changes) -> Balance:
+    return Balance(model, BalanceSection(**{"bias_speed": 0.1, "sequence_weight": SEQUENCE_WEIGHT, **changes}))
 
 
 def build(kind: str = "deepseek_v3", **changes) -> Transformer:
@@ -60,16 +66,18 @@ def test_each_module_predicts_exactly_one_further(modules, separate, seed):
     model, length = build(num_nextn_predict_layers=modules), 6
     ids = random_ids(2, length + 1 + modules, seed)
     documents = random_documents(*ids.shape, seed) if separate else None
-    balance = Balance(model, speed=0)
-    got = losses(model, ids, documents, balance, **WEIGHTS)
+    balance = balancing(model)
+    got = losses(model, ids, documents, balance, mtp_weight=MTP_WEIGHT)
+    balance.listen()
     main, *further = written_out(model, ids, documents, length)
     torch.testing.assert_close(got.main, main.detach())
     torch.testing.assert_close(got.further, [loss.detach() for loss in further])
-    even = torch.stack([sequence_balance_loss(routes, 2) for routes in balance.read()])
-    torch.testing.assert_close(got.balance, even.mean().detach())
-    total = main + WEIGHTS["sequence_weight"] * even.sum()
+    even = torch.stack([SequenceLoss(1.0)(heard) for heard in balance.hear(length)])
+    assert list(got.balance) == ["balance_loss"]
+    torch.testing.assert_close(got.balance["balance_loss"], even.mean().detach())
+    total = main + SEQUENCE_WEIGHT * even.sum()
     if modules:
-        total = total + WEIGHTS["mtp_weight"] * torch.stack(further).mean()
+        total = total + MTP_WEIGHT * torch.stack(further).mean()
     expected = gradients(model, total)
     for name, gradient in gradients(model, got.total).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -79,8 +87,7 @@ def test_modules_neither_look_nor_reach_across_documents():
     model, length = build(num_nextn_predict_layers=2), 8
     ids = random_ids(1, length + 3)
     documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
-    balance = Balance(model, speed=0)
-    before = losses(model, ids, documents, balance, **WEIGHTS)
+    before = losses(model, ids, documents, balancing(model), mtp_weight=MTP_WEIGHT)
     assert all(loss > 0 for loss in before.further)
     # Module 1 reads tokens up to t + 1 and predicts t + 2. Within the first document of five, t = 2 is its last.
     torch.manual_seed(0)
@@ -98,34 +105,85 @@ def test_modules_neither_look_nor_reach_across_documents():
     assert from_second[0, :5].abs().sum() == 0 and from_second[0, 5:].abs().sum() > 0
 
 
-@pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("micro", [1, 2, 3])
-def test_micro_batches_add_up_to_their_batch(micro, separate):
-    model, batch = build(num_nextn_predict_layers=2), 6
-    ids = random_ids(batch, 12)
-    documents = random_documents(*ids.shape) if separate else None
-    balance = Balance(model, speed=0.1)
-    whole = losses(model, ids, documents, balance, **WEIGHTS)
-    expected, loads = gradients(model, whole.total), [load.clone() for load in balance.load_LE]
-    balance.reset()
-    model.zero_grad()
-    total = 0.0
-    for first in range(0, batch, micro):
-        rows = slice(first, first + micro)
-        part = losses(model, ids[rows], None if documents is None else documents[rows], balance, **WEIGHTS)
-        (part.total * (micro / batch)).backward()
-        total += float(part.total.detach()) * micro / batch
-    assert total == pytest.approx(float(whole.total.detach()), abs=1e-5)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-5, msg=name)
-    assert all(torch.equal(a, b) for a, b in zip(balance.load_LE, loads, strict=True))
+# Those that ask the same of a batch however it is cut.
+EVERY = dict(sequence_weight=0.05, global_weight=0.04, z_weight=0.03)
+
+
+@settings(max_examples=8)
+@example("deepseek_v3", 4, 16, True, "sign", 0)
+@example("deepseek_v3", 4, 7, False, "proportional", 1)
+@example("deepseek_v2", 1, 3, False, "sign", 2)
+@given(st.sampled_from(["deepseek_v3", "deepseek_v2"]), st.sampled_from([1, 2, 4, 8]), st.integers(1, 16), st.booleans(),
+       st.sampled_from(["sign", "proportional"]), st.integers(0, 99))  # fmt: skip
+def test_micro_batches_add_up_to_their_batch(kind, micro, rows, separate, rule, seed):
+    """One batch of 16 and its micro-batches: losses, loads, gradients and bias steps, the modules trained on `rows`."""
+    ids = random_ids(16, 9, seed)
+    documents = random_documents(*ids.shape, seed) if separate else None
+    results = []
+    for size in (16, micro):
+        model = build(kind, num_nextn_predict_layers=2, n_routed_experts=6, n_group=2, topk_group=1)
+        balance = balancing(model, bias_update=rule, **EVERY)
+        balance.reset()
+        parts = [(ids[i : i + size], None if documents is None else documents[i : i + size], min(max(rows - i, 0), size))
+                 for i in range(0, 16, size)]  # fmt: skip
+        for part, inside, here in parts if size < 16 else []:
+            survey(model, part, inside, balance, mtp_rows=here)
+        sums = {}
+        for part, inside, here in parts:
+            got = losses(model, part, inside, balance, mtp_weight=MTP_WEIGHT, mtp_rows=here, mtp_share=rows / 16)
+            (got.total * (size / 16)).backward()
+            named = {"main": got.main, "total": got.total.detach(), **got.balance, **dict(enumerate(got.further))}
+            sums = {key: sums.get(key, 0) + value * (size / 16) for key, value in named.items()}
+        balance.update()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        biases = {index: layer.gate.e_score_correction_bias for index, layer in balance.layers}
+        results.append((sums, gradients, biases, balance.load_LE, balance.metrics()["logit_scale"]))
+    whole, cut = results
+    assert list(whole[0]) == ["main", "total", "balance_loss", "global_balance_loss", "router_z_loss", 0, 1]
+    for key, value in whole[0].items():
+        torch.testing.assert_close(cut[0][key], value, rtol=1e-5, atol=1e-5, msg=str(key))
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(cut[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert torch.equal(cut[3], whole[3]) and whole[3].sum() == (16 + 2 * rows) * 6 * 2
+    for index, bias in whole[2].items():
+        assert bias is None or (torch.equal(cut[2][index], bias) and bias.abs().max() > 0)
+    assert cut[4] == pytest.approx(whole[4], abs=2e-4)
+
+
+def test_the_batch_wise_loss_is_the_mean_over_what_is_computed_at_once():
+    """It alone depends on how a batch is cut: every micro-batch is to be even by itself."""
+    model, ids = build(), random_ids(8, 9)
+    at_once, by_sequence = balancing(model, batch_weight=1.0, sequence_weight=0), balancing(model)
+    whole = float(losses(model, ids, None, at_once, mtp_weight=0).balance["batch_balance_loss"])
+    cut = [losses(model, row[None], None, at_once, mtp_weight=0).balance["batch_balance_loss"] for row in ids]
+    sequences = losses(model, ids, None, by_sequence, mtp_weight=0).balance["balance_loss"]
+    assert float(sum(cut)) / 8 == pytest.approx(float(sequences), rel=1e-5)
+    assert whole < float(sequences)
+
+
+def test_the_global_loss_of_a_single_micro_batch_needs_no_survey():
+    model, ids = build(num_nextn_predict_layers=1), random_ids(4, 9)
+    balance = balancing(model, global_weight=0.5, batch_weight=0.5, sequence_weight=0)
+    for _ in range(2):
+        got = losses(model, ids, None, balance, mtp_weight=0.3).balance
+        assert torch.equal(got["global_balance_loss"], got["batch_balance_loss"])
+        survey(model, ids, None, balance)  # of the same single micro-batch: it changes nothing
+    assert balance.load_LE.sum() == 2 * (4 * 7 * 2 * 2)  # a survey counts no loads
+
+
+def test_a_micro_batch_without_a_sparse_layer_has_the_same_losses_by_name():
+    model, ids = build(num_nextn_predict_layers=1, first_k_dense_replace=2), random_ids(2, 8)
+    got = losses(model, ids, None, balancing(model, **EVERY), mtp_weight=0.3, mtp_rows=0, mtp_share=0.5)
+    assert {key: float(value) for key, value in got.balance.items()} == dict.fromkeys(
+        ["balance_loss", "global_balance_loss", "router_z_loss"], 0.0
+    )
 
 
 def test_without_weight_the_modules_are_only_watched():
     model = build(num_nextn_predict_layers=1)
     ids = random_ids(2, 8)
-    got = losses(model, ids, None, Balance(model, speed=0), mtp_weight=0, sequence_weight=0)
-    assert got.balance is None
+    got = losses(model, ids, None, balancing(model, sequence_weight=0), mtp_weight=0)
+    assert got.balance == {}
     assert torch.equal(got.total.detach(), got.main) and got.further[0] > 0
     found = gradients(model, got.total)
     assert all((found[name] == 0).all() for name in found if name.startswith("mtp."))
@@ -135,34 +193,18 @@ def test_without_weight_the_modules_are_only_watched():
 def test_every_family_has_its_losses(kind):
     model = build(kind)
     ids = random_ids(2, 8)
-    got = losses(model, ids, None, Balance(model, speed=0), **WEIGHTS)
+    got = losses(model, ids, None, balancing(model), mtp_weight=MTP_WEIGHT)
     torch.testing.assert_close(got.main, written_out(model, ids, None, 7)[0].detach())
-    assert (got.balance is None) == (kind == "llama") and got.further == []
+    assert (got.balance == {}) == (kind == "llama") and got.further == []
 
 
 def test_a_share_of_the_sequences_trains_the_modules():
     """The modules' loss is that of the first sequences alone; the main loss stays that of all."""
     model, ids = build(num_nextn_predict_layers=2), random_ids(4, 9)
-    balance = Balance(model, 0.0)
-    everything = losses(model, ids, None, balance, **WEIGHTS)
-    some = losses(model, ids, None, balance, mtp_rows=2, mtp_share=0.5, **WEIGHTS)
-    first = losses(model, ids[:2], None, balance, **WEIGHTS)
+    balance = balancing(model)
+    everything = losses(model, ids, None, balance, mtp_weight=MTP_WEIGHT)
+    some = losses(model, ids, None, balance, mtp_weight=MTP_WEIGHT, mtp_rows=2, mtp_share=0.5)
+    first = losses(model, ids[:2], None, balance, mtp_weight=MTP_WEIGHT)
     torch.testing.assert_close(some.main, everything.main)
     torch.testing.assert_close(torch.stack(some.further), torch.stack(first.further))
     assert not torch.allclose(torch.stack(some.further), torch.stack(everything.further))
-
-
-@settings(max_examples=6)
-@given(st.sampled_from([1, 2, 4]), st.integers(1, 4))
-def test_micro_batches_add_up_where_a_share_trains_the_modules(micro, rows):
-    model, ids = build(num_nextn_predict_layers=1), random_ids(4, 8)
-    balance, weights = Balance(model, 0.0), dict(mtp_weight=0.3, sequence_weight=0.0)
-    whole = losses(model, ids, None, balance, mtp_rows=rows, mtp_share=rows / 4, **weights)
-    wanted = gradients(model, whole.total)
-    parts = []
-    for first in range(0, 4, micro):
-        here = min(max(rows - first, 0), micro)
-        part = losses(model, ids[first : first + micro], None, balance, mtp_rows=here, mtp_share=rows / 4, **weights)
-        parts.append(gradients(model, part.total * (micro / 4)))
-    for name, grad in wanted.items():
-        torch.testing.assert_close(sum(part[name] for part in parts), grad, atol=1e-6, rtol=1e-4)

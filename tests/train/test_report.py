@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cadre.train.loads import max_violation
 from cadre.train.metrics import MetricsLog
-from cadre.train.report import _bytes, _duration, _short, _si, main, write_report
+from cadre.train.report import _bytes, _duration, _short, _si, link_routes, main, write_report
 
 SUMMARY = {
     "name": "pocket",
@@ -64,7 +65,7 @@ def fake_records(steps: int, layers: int = 3, experts: int = 16, seed: int = 0) 
             "step": step, "tokens": tokens, "loss": loss, "mtp_loss": [loss + 0.6], "balance_loss": 1.02,
             "grad_norm": 0.5 + 2 * math.exp(-part * 30) + 0.1 * abs(rng.normal()), "tokens_per_second": rate,
             "learning_rate": 2e-3 * min(1, step / 50) * (1 if part < 0.7 else 1 - (part - 0.7) / 0.3 * 0.9),
-            "mfu": rate / 8500 * 0.41, "seconds": seconds, "seconds_per_step": 2048 / rate, "skipped": False,
+            "mfu": rate / 8500 * 0.41, "seconds": seconds, "seconds_per_step": 2048 / rate,
         }  # fmt: skip
         if layers:
             drift = drift * (1 - 6 / steps) + 0.03 * rng.normal(size=drift.shape)
@@ -72,9 +73,13 @@ def fake_records(steps: int, layers: int = 3, experts: int = 16, seed: int = 0) 
             load /= load.sum(axis=1, keepdims=True)
             record["load"] = load.round(6).tolist()
             record["load_layers"] = list(range(1, layers + 1))
-            record["max_vio"] = (load.max(axis=1) / load.mean(axis=1) - 1).tolist()
+            record["max_vio"] = record["max_vio_window"] = max_violation(load).tolist()
+            record["load_entropy"], record["dead_experts"] = [0.98765] * layers, list(range(layers))
+            record["bias_range"], record["logit_scale"] = [None, *[0.123] * (layers - 1)], [1.5] * layers
         if step == steps * 2 // 5:
-            record |= {"loss": math.nan, "grad_norm": math.inf, "skipped": True}
+            record |= {"grad_norm": math.inf}
+            del record["loss"]
+            records.append({"step": step, "event": "skipped", "message": f"step {step} skipped: its loss is not finite"})
         records.append(record)
         if step % max(1, steps // 12) == 0:
             score = (2.9 + 1.2 * math.exp(-part * 3)) / math.log(2) / 3.1
@@ -122,7 +127,8 @@ def test_ids_are_unique_and_references_resolve(page: str) -> None:
         "1.331", "5 min 58 s", "8,571", "41.2%", "21.0M", "6.29M active, 30%", "1,152 B", "7.11 times as much",
         "Training loss", "Held-out score over time", "by seconds of training", "Throughput", "MFU", "Learning rate",
         "Gradient norm", "Layer 1", "Layer 3", "MaxVio", "20,971,520", "410 GFLOP/s", "hidden_size", "4096", "sotu",
-        "cadre train pocket --out runs/pocket", "from checkpoints/000750", "non-finite loss or gradient",
+        "cadre train pocket --out runs/pocket", "from checkpoints/000750", "step 120 skipped: its loss is not finite",
+        "98.8%", "Bias range", "<td>0.123</td>", "<td>none</td>", "<!-- cadre routes -->",
         "<b>My fellow citizens</b> of the Senate", "<b>The state of the Union</b> is strong", "16.0 GiB", "0.0996",
     ],
 )  # fmt: skip
@@ -176,8 +182,32 @@ def test_a_stopped_run_says_so(tmp_path: Path) -> None:
         assert text in page
 
 
+def test_a_collapse_is_shown_until_it_is_over(tmp_path: Path) -> None:
+    alarms = [(10, "collapse", 1), (20, "collapse", 2), (30, "recovered", 1), (40, "collapse", 3), (50, "recovered", 3)]
+    events = [{"step": s, "event": e, "layer": n, "message": f"layer {n}: <{e}> at {s}"} for s, e, n in alarms]
+    write(tmp_path, [*fake_records(60), *events])
+    page = write_report(tmp_path, SUMMARY).read_text(encoding="utf-8")
+    boxes = re.findall(r'<p class="alarm"><b>Collapse\.</b> (.*)</p>', page)
+    assert boxes == ["Layer 2: &lt;collapse&gt; at 20"]
+    assert all(f"layer {n}: &lt;{e}&gt; at {s}" in page for s, e, n in alarms)  # all of them among the events
+
+
+def test_the_report_links_to_the_routes_once_they_are_there(tmp_path: Path) -> None:
+    write(tmp_path, fake_records(3, layers=1, experts=2))
+    link_routes(tmp_path)  # a run without a report
+    before = write_report(tmp_path, SUMMARY).read_text(encoding="utf-8")
+    assert "routes.html" not in before
+    (tmp_path / "routes.html").write_text("x")
+    link_routes(tmp_path)
+    after = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert after.count('href="routes.html"') == 1
+    link_routes(tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == after
+    assert write_report(tmp_path, SUMMARY).read_text(encoding="utf-8") == after
+
+
 def test_a_long_run_renders_in_seconds(tmp_path: Path) -> None:
-    part = [record for record in fake_records(500, layers=8, experts=64) if not record.get("skipped")]
+    part = [r for r in fake_records(500, layers=8, experts=64) if r.get("grad_norm") != math.inf]
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for first in range(0, 5000, 500):
             file.writelines(json.dumps(record | {"step": first + record["step"]}) + "\n" for record in part)

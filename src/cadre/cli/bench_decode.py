@@ -34,10 +34,12 @@ def bench_decode(
 
     from cadre.errors import UsageError
     from cadre.infer import bench
+    from cadre.kernels.allocator import keep_freed_memory
     from cadre.model.config import ModelConfig
 
     if sweep and (peer or quantize):
         raise UsageError("--sweep measures Cadre alone, unquantized: leave out --peer and --quantize")
+    keep_freed_memory()
     chosen = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     shape = ModelConfig.from_file(config)
     result: dict[str, Any]

@@ -79,8 +79,10 @@ def load_with_tokenizer(path: Path, quantize: Quantization | None = None) -> tup
     """Load a model for commands that read or write text. Raises `UsageError` for one without a tokenizer."""
     from cadre.hub.load import load
     from cadre.infer.quantize import quantize_model
+    from cadre.kernels.allocator import keep_freed_memory
     from cadre.kernels.limits import default_device
 
+    keep_freed_memory()
     model, tokenizer = load(path, device=default_device())
     if tokenizer is None:
         raise UsageError(f"{path}: the model has no tokenizer.json, and text needs one")

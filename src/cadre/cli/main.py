@@ -14,9 +14,13 @@ from cadre.errors import RunError, UsageError
 def _app() -> typer.Typer:
     from cadre.cli.bench import bench_app
     from cadre.cli.chat import chat
+    from cadre.cli.compare import compare
     from cadre.cli.data import data
     from cadre.cli.evaluate import evaluate
     from cadre.cli.generate import generate
+    from cadre.cli.plan import plan
+    from cadre.cli.routes import routes
+    from cadre.cli.serve import serve
     from cadre.cli.train import train
 
     app = typer.Typer(
@@ -30,8 +34,12 @@ def _app() -> typer.Typer:
     app.command("train")(train)
     app.command("generate")(generate)
     app.command("chat")(chat)
+    app.command("serve")(serve)
     app.command("eval")(evaluate)
     app.command("data")(data)
+    app.command("plan")(plan)
+    app.command("compare")(compare)
+    app.command("routes")(routes)
     app.add_typer(bench_app, name="bench")
     return app
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import typer
 from cadre.errors import UsageError
 
 if TYPE_CHECKING:
+    from cadre.plan.planner import Request
     from cadre.plan.shape import Shape
     from cadre.train.recipe import Recipe
 
@@ -45,6 +47,7 @@ def plan(
         bool | None,
         typer.Option("--mtp/--no-mtp", help="Count multi-token prediction. [default: as the file says; catalogue: no]"),
     ] = None,
+    here: Annotated[bool, typer.Option("--here", help="Measure this machine (up to 30 s), predict training on it.")] = False,
     explain: Annotated[bool, typer.Option(help="Show every term of a step and the next best layouts.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -52,6 +55,8 @@ def plan(
     from cadre.plan.hardware import hardware as device
     from cadre.plan.planner import Request, make_plan
 
+    if here:
+        _refuse_with_here(hardware=hardware, devices=devices, mfu=mfu, rent=rent)
     read = _read(model, mtp)
     recipe: Recipe | None = read.pop("recipe")
     request = Request(
@@ -67,6 +72,9 @@ def plan(
         mfu=mfu,
         rent=rent,
     )
+    if here:
+        _plan_here(model, request, recipe, mtp, context, json_output)
+        return
     made = make_plan(request)
     if json_output:
         typer.echo(json.dumps(made, ensure_ascii=False))
@@ -74,6 +82,37 @@ def plan(
     from cadre.plan.tables import show
 
     show(made, explain)
+
+
+def _refuse_with_here(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"--here and --{name} exclude each other: --here is about this machine")
+
+
+def _plan_here(
+    model: str, request: Request, recipe: Recipe | None, mtp: bool | None, context: int | None, json_output: bool
+) -> None:
+    from cadre.cli.here import plan_here, show
+    from cadre.model.config import ModelConfig
+    from cadre.plan import catalogue
+
+    if recipe is not None and "from" not in recipe.model:
+        config = recipe.config(request.shape.vocab_size)
+    elif catalogue.lookup(model) is not None:
+        raise UsageError(f"--here {model}: trains blocks to measure them; give a recipe, a run or a config.json")
+    else:
+        path = Path(recipe.model["from"]) if recipe is not None else Path(model)
+        config = ModelConfig.from_file(path / "config.json" if path.is_dir() else path)
+    if mtp is False:
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    if context is None and recipe is None:
+        request = replace(request, context=min(request.context, config.max_position_embeddings))
+    made = plan_here(request, config, recipe)
+    if json_output:
+        typer.echo(json.dumps(made, ensure_ascii=False))
+    else:
+        show(made)
 
 
 def _first(*values: Any) -> Any:
@@ -139,8 +178,8 @@ def _of_recipe(source: str, name: str, mtp: bool | None) -> dict[str, Any]:
         shape, ignored = reading.shape, reading.ignored
         notes += reading.notes
     else:
-        vocabulary = recipe.model.get("vocab_size") or _vocabulary(recipe)
-        shape, ignored = Shape.from_config(recipe.config(vocab_size=vocabulary)), ()
+        words = recipe.model.get("vocab_size") or vocabulary(recipe)
+        shape, ignored = Shape.from_config(recipe.config(vocab_size=words)), ()
     if mtp is False:
         shape = shape.without_extra()
     if shape.extra and recipe.train.mtp_share < 1:
@@ -148,7 +187,7 @@ def _of_recipe(source: str, name: str, mtp: bool | None) -> dict[str, Any]:
     return _found(name, f"recipe {recipe.name}", shape, ignored, tuple(notes), recipe)
 
 
-def _vocabulary(recipe: Recipe) -> int:
+def vocabulary(recipe: Recipe) -> int:
     """The vocabulary that the run's tokenizer will have."""
     from cadre.data.shards import DEFAULT_VOCAB_SIZE
     from cadre.hub.tokenizer import load_tokenizer, vocabulary_size

@@ -12,6 +12,8 @@ import psutil
 import torch
 
 from cadre.plan.count import count
+from cadre.plan.here import compare
+from cadre.train.calibrate import read_prediction
 
 if TYPE_CHECKING:
     from cadre.train.run import Run
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: str) -> dict[str, Any]:
     """The `summary` of `cadre.train.report.write_report`."""
     manifest = run.data.manifest
+    predicted = read_prediction(run.path)
+    per_step = run.recipe.train.batch * run.recipe.data.seq_len
+    step_seconds = per_step / result.tokens_per_second if result.tokens_per_second else None
     return {
         "name": run.recipe.name,
         "command": command,
@@ -43,6 +48,7 @@ def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: 
             "torch": torch.__version__,
         },
         "result": asdict(result),
+        "prediction": compare(predicted, step_seconds, result.peak_memory_bytes) if predicted else [],
         "samples": samples,
         "model_dir": str(run.path / "model"),
         "load_line": load_line(run.path / "model"),

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadre.errors import UsageError
+from cadre.errors import RunError, UsageError
 
 if TYPE_CHECKING:
+    from cadre.plan.budget import Budget
+    from cadre.plan.hardware import Device
     from cadre.train.recipe import Recipe
     from cadre.train.run import Run
     from cadre.train.trainer import Result
@@ -24,11 +26,15 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/RECIPE-TIME if left out.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens to train on, such as 5M, instead of --steps.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Wall clock to train for, such as 90s, 10m or 2h.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="90s, 10m, 2h of wall clock, 2e15flops, or 5usd. Without RECIPE it chooses the model.")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(metavar="NAME", help="What a --budget in usd rents, such as h100.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, over the recipe's.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
 ) -> None:
     """Train a model by a recipe, on a named corpus or your own text."""
+    from cadre.cli.choose import choose_recipe
     from cadre.cli.progress import TrainingLine
     from cadre.kernels.allocator import keep_freed_memory
     from cadre.kernels.limits import default_device
@@ -41,30 +47,95 @@ def train(
         raise UsageError("--steps, --tokens and --budget exclude each other: give one")
     if resume is not None and out is not None:
         raise UsageError("--out and --resume exclude each other: a resumed run stays in its directory")
+    if hardware is not None and budget is None:
+        raise UsageError("--hardware says what money is spent on: give it with a --budget such as 5usd")
+    began = time.monotonic()
     keep_freed_memory()
     if resume is not None:
         held_recipe(resume)
-    named = recipe or ("pocket" if resume is None else str(resume / "recipe.toml"))
-    chosen = _with_length(read_recipe(named, set_), steps, tokens, budget)
     line, device = TrainingLine(), default_device()
+    choosing = budget is not None and recipe is None and resume is None
+    if budget is not None and choosing:
+        spent, rented = _budget(budget, hardware)
+        _refuse_used(out)
+        chosen = choose_recipe(spent, rented, set_, began, line.note)
+    else:
+        named = recipe or ("pocket" if resume is None else str(resume / "recipe.toml"))
+        chosen = _with_length(read_recipe(named, set_), steps, tokens, budget, hardware)
     if resume is not None:
         run = resume_run(resume, chosen, device, line.note)
     else:
         path = out or Path("runs") / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = start(chosen, path, device, line.note)
     _announce(run, line.note)
+    _predict(run, line.note)
+    trainer = Trainer(run, line)
+    if choosing and chosen.train.minutes is not None:
+        # What choosing took is part of the time given.
+        trainer.progress.seconds = time.monotonic() - began
     with line:
-        result = Trainer(run, line).train()
+        result = trainer.train()
     _finish(run, result)
 
 
-def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: str | None) -> Recipe:
+def _budget(text: str, hardware: str | None) -> tuple[Budget, Device | None]:
+    """The budget, as time where the rented hardware is this machine's kind, and the hardware where it is not."""
+    from cadre.cli.choose import as_time_here, check_hardware
+    from cadre.plan.budget import read_budget
+
+    budget = read_budget(text)
+    device = check_hardware(budget, hardware)
+    return as_time_here(budget, device), device
+
+
+def _refuse_used(out: Path | None) -> None:
+    """Before minutes go into choosing: what `start` would refuse after them."""
+    if out is not None and out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"--out {out}: holds other files: choose an empty folder")
+
+
+# A run shorter than this says how fast it is sooner than a measurement would.
+_LEAST_STEPS, _LEAST_MINUTES = 100, 1.0
+
+
+def _predict(run: Run, note: Any) -> None:
+    """Predict what the run will take, and keep it for the report; a failure to is no failure of the run."""
+    from cadre.train.calibrate import predict_run
+
+    train = run.recipe.train
+    if train.steps < _LEAST_STEPS or (train.minutes is not None and train.minutes < _LEAST_MINUTES):
+        return
+    try:
+        predicted = predict_run(run)
+    except (RunError, UsageError) as error:
+        note(f"no prediction: {error}")
+        return
+    note(
+        f"predicted: {predicted.seconds_per_step:.3g} s a step, {predicted.tokens_per_second:,.0f} tokens/s, peak memory "
+        f"{predicted.peak_memory_bytes / 2**20:,.0f} MiB"
+    )
+
+
+def _with_length(
+    recipe: Recipe, steps: int | None, tokens: str | None, budget: str | None, hardware: str | None
+) -> Recipe:
     """The recipe with the length that the command line asks for, if it does, instead of its own."""
+    from cadre.cli.choose import money_flops, steps_within
+    from cadre.cli.plan import vocabulary
     from cadre.cli.progress import STEPS_OF_A_BUDGET
 
     length: dict[str, float | None]
     if budget is not None:
-        length = {"steps": STEPS_OF_A_BUDGET, "minutes": _seconds(budget) / 60}
+        spent, device = _budget(budget, hardware)
+        if spent.seconds is not None:
+            length = {"steps": STEPS_OF_A_BUDGET, "minutes": spent.seconds / 60}
+        else:
+            words = recipe.model.get("vocab_size") or vocabulary(recipe)
+            flops = spent.flops
+            if flops is None:
+                assert device is not None
+                flops = money_flops(recipe, spent, device, words)
+            length = {"steps": steps_within(recipe, flops, words, budget), "minutes": None}
     elif tokens is not None:
         per_step = recipe.train.batch * recipe.data.seq_len
         length = {"steps": max(1, round(_tokens(tokens) / per_step)), "minutes": None}
@@ -119,13 +190,6 @@ def _finish(run: Run, result: Result) -> None:
 
 def _command() -> str:
     return shlex.join(["cadre", *sys.argv[1:]])
-
-
-def _seconds(budget: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget.strip())
-    if not match or float(match[1]) <= 0:
-        raise UsageError(f"--budget {budget}: must be a time such as 90s, 10m or 2h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _tokens(tokens: str) -> float:

@@ -18,7 +18,7 @@ from cadre.infer.peer import PeerDecoder
 from cadre.infer.quantize import quantize_model
 from cadre.infer.sampling import Sampling
 from cadre.infer.scheduler import Request
-from cadre.kernels.limits import best_dtype, default_device, memory_bytes_per_second, peak_memory_bytes
+from cadre.kernels.limits import best_dtype, default_device, read_bytes_per_second, peak_memory_bytes
 from cadre.kernels.native.library import why_missing
 from cadre.model.config import ModelConfig
 from cadre.model.layers import RMSNorm
@@ -105,7 +105,7 @@ def bench_decode(
     dtype: of weights and cache; None for the checkpoint's usual bfloat16 on a GPU or for models too large for the
     processor's caches, float32 else. weight_bytes_per_token: weights read in a step, experts that no token chose left out,
     over the tokens it makes. cache_bytes_per_token: what one position takes. bandwidth_fraction: bytes read a second over
-    `memory_bandwidth`. With `peer`, transformers decodes the same shape in turn; `speed_ratio` and `prefill_ratio` are ours
+    `memory_bandwidth`, the rate of reading one large block. With `peer`, transformers decodes the same shape in turn; `speed_ratio` and `prefill_ratio` are ours
     over theirs. Raises `UsageError` for a context beyond the model's and for a cache beyond the memory.
     """
     device = default_device()
@@ -133,7 +133,7 @@ def bench_decode(
     median = statistics.median(seconds)
     weights = weight_bytes(model, touched)
     read = weights + batch * context * decoding.engine.pool.bytes_per_token
-    bandwidth = memory_bytes_per_second(device)
+    bandwidth = read_bytes_per_second(device)
     result: dict[str, Any] = {
         "context": context,
         "batch": batch,

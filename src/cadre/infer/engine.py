@@ -124,7 +124,7 @@ class Engine:
         cache_bytes: int | None = None,
         page_size: int = 16,
         max_batch: int = 64,
-        chunk: int = 256,
+        chunk: int = 512,
         prefix_sharing: bool = True,
         speculate: int = 0,
     ) -> None:

@@ -36,6 +36,22 @@ def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 
     return 2 * size**3 / min(seconds)
 
 
+def read_bytes_per_second(device: torch.device, size: int | None = None, repeats: int = 5) -> float:
+    """Rate of adding up one large block, bytes/s: the best of `repeats`. The limit of work that only reads, as decoding does
+    its weights; processors often read less a second than they read and write together."""
+    if size is None:
+        size = 2**30 if device.type == "cuda" else 2**29
+    block = torch.ones(size // 4, device=device)
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        block.sum()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return block.nbytes / min(seconds)
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where its matrix products are faster than float32's, float32 elsewhere (CPUs that only emulate it)."""
     if device.type == "cuda":

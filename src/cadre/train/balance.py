@@ -1,81 +1,166 @@
-"""Keeping experts evenly used: reads the loads of a whole optimizer step, moves the routers' biases.
+"""Keeping experts evenly used: hears the routes of every forward pass, counts loads, adds up the balance losses, moves the
+routers' biases, and says how it stands.
 
-Letters in names: B sequence, T position, E expert, K choices.
+Letters in names: L sparse layer, E expert, K choices, T token.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cadre.model.experts import MixtureOfExperts, Routes
+from cadre.model.experts import MixtureOfExperts
 from cadre.model.transformer import Transformer
+from cadre.train.balance_losses import BalanceLoss, BatchLoss, GlobalLoss, Heard, RouterZLoss, SequenceLoss
+from cadre.train.loads import dead_experts, evenness, max_violation
+from cadre.train.recipe import BalanceSection
 
 
-def sequence_balance_loss(routes: Routes, sequences: int) -> Tensor:
-    """Sequence-wise balance loss without its factor (V3 report, equations 17-20), averaged over sequences; 1 when every
-    sequence spreads evenly over the experts. Gradients reach the router through the normalised affinities. Loads are of
-    the choices made, correction bias and groups included; equation 18 counts the top-k of the bare affinities."""
-    experts = routes.score_TE.shape[1]
-    score_TE = routes.score_TE / routes.score_TE.sum(dim=-1, keepdim=True)
-    share_BE = score_TE.unflatten(0, (sequences, -1)).mean(dim=1)
-    chosen_BR = routes.expert_TK.view(sequences, -1)
-    count_BE = torch.zeros_like(share_BE).scatter_add_(1, chosen_BR, torch.ones_like(chosen_BR, dtype=share_BE.dtype))
-    load_BE = count_BE * (experts / chosen_BR.shape[1])
-    return (load_BE * share_BE).sum(dim=-1).mean()
-
-
-def max_violation(load_E: Tensor) -> float:
-    """MaxVio: how far the busiest expert is above the mean, as a share of the mean (arXiv 2408.15664, section 4.1)."""
-    load_E = load_E.float()
-    return float(load_E.max() / load_E.mean().clamp(min=1e-9) - 1)
+def bias_step(rule: str, load_LE: Tensor) -> Tensor:
+    """Where a bias moves per unit of speed, float32 [L, E], from the loads of one optimizer step. `sign`: one up below the
+    mean load, one down above it (arXiv 2408.15664, algorithm 1). `proportional`: by the distance to the mean load as a share
+    of it (the variant of its section 4.3, freed of the batch's size)."""
+    load_LE = load_LE.double()
+    mean_L1 = load_LE.mean(dim=-1, keepdim=True)
+    below_LE = mean_L1 - load_LE
+    return (torch.sign(below_LE) if rule == "sign" else below_LE / mean_L1.clamp(min=1)).float()
 
 
 class Balance:
-    """Counts loads over all micro-batches of a step, then moves each router's bias once: up by `speed` for experts below
-    the mean load, down for those above (arXiv 2408.15664, algorithm 1)."""
+    """The balancing of a model by a recipe's `[balance]`. One optimizer step:
 
-    def __init__(self, model: Transformer, speed: float) -> None:
-        self.speed = speed
+        reset(), then for each micro-batch listen(), forward pass, hear() -> losses(), backward pass; then update()
+
+    Loads are of the choices made, bias and groups included, and of all micro-batches. What a backward pass recomputes is
+    not heard. The window is all that was counted since `close_window`; it is in `state()`, the rest lasts one step.
+    """
+
+    def __init__(self, model: Transformer, section: BalanceSection) -> None:
+        self.section = section
         self.layers: list[tuple[int, MixtureOfExperts]] = model.sparse_layers()
-        self.load_LE = [torch.zeros(layer.gate.weight.shape[0], dtype=torch.int64) for _, layer in self.layers]
+        experts = (model.config.n_routed_experts or 0) if self.layers else 0
+        device = model.embed_tokens.weight.device
+        self.load_LE = torch.zeros(len(self.layers), experts, dtype=torch.int64, device=device)
+        self.window_LE = torch.zeros_like(self.load_LE)
+        self.window_steps = 0
+        self.logit_squares_L = torch.zeros(len(self.layers), device=device)
+        self.choices = model.config.num_experts_per_tok or 1
+        self.modules_from = model.config.num_hidden_layers
+        self.losses = _losses(section, len(self.layers)) if self.layers else []
+        self.globals = [loss for loss in self.losses if isinstance(loss, GlobalLoss)]
+
+    def reset(self) -> None:
+        """Begin an optimizer step."""
+        self.load_LE.zero_()
+        self.logit_squares_L.zero_()
+        for loss in self.globals:
+            loss.reset()
+        if not self.section.use_bias:  # zero, not passed over: transformers and vLLM will add whatever the model holds
+            for _, layer in self.layers:
+                if layer.gate.e_score_correction_bias is not None:
+                    layer.gate.e_score_correction_bias.zero_()
+
+    # ------------------------------------------------------------------------------------------------- one micro-batch
+
+    def listen(self) -> None:
+        """Keep the routes of the forward pass that follows."""
+        for _, layer in self.layers:
+            layer.routes, layer.keeps_routes = None, True
+
+    def hear(self, length: int, module_part: float = 1.0) -> list[Heard]:
+        """The routes of the forward pass since `listen`, of sequences of `length` tokens, for every sparse layer that took
+        part; no later pass is kept. `module_part`: the `Heard.part` of layers in multi-token prediction modules."""
+        heard = []
+        for place, (index, layer) in enumerate(self.layers):
+            routes, layer.routes, layer.keeps_routes = layer.routes, None, False
+            if routes is not None:  # None: a module that this micro-batch did not train
+                part = module_part if index >= self.modules_from else 1.0
+                heard.append(Heard(place, layer.gate, routes, len(routes.score_TE) // length, part))
+        return heard
 
     @torch.no_grad()
-    def read(self) -> list[Routes]:
-        """Take the routes of the last forward pass in training mode out of every sparse layer that took part, and count
-        them."""
-        taken = []
-        for (_, layer), load_E in zip(self.layers, self.load_LE, strict=True):
-            routes, layer.routes = layer.routes, None
-            if routes is None:  # a multi-token prediction block that this micro-batch did not train
-                continue
-            load_E += torch.bincount(routes.expert_TK.flatten(), minlength=len(load_E)).to(load_E.device)
-            taken.append(routes)
-        return taken
+    def count(self, heard: list[Heard]) -> None:
+        """Add a micro-batch to the step's loads."""
+        for one in heard:
+            flat = one.routes.expert_TK.flatten()
+            self.load_LE[one.layer] += torch.bincount(flat, minlength=self.load_LE.shape[1])
+            self.logit_squares_L[one.layer] += one.routes.logit_TE.square().sum()
+
+    def survey(self, heard: list[Heard]) -> None:
+        """Tell the global loss a micro-batch's frequencies, before the first of the step is trained."""
+        for loss in self.globals:
+            for one in heard:
+                loss.survey(one)
+
+    def weighted(self, heard: list[Heard]) -> list[tuple[str, float, Tensor]]:
+        """(key in the metrics, weight, sum over layers) of each balance loss in use, for one micro-batch."""
+        none = torch.zeros((), device=self.load_LE.device)
+        return [
+            (loss.key, loss.weight, torch.stack([loss(one) * one.part for one in heard]).sum() if heard else none)
+            for loss in self.losses
+        ]
+
+    # ------------------------------------------------------------------------------------------------- one optimizer step
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the biases by the loads counted since the last `reset`."""
-        if not self.speed:
+        """End an optimizer step: move the biases by its loads, once, and take them into the window."""
+        if not self.layers:
             return
-        for (_, layer), load_E in zip(self.layers, self.load_LE, strict=True):
+        self.window_LE += self.load_LE
+        self.window_steps += 1
+        section = self.section
+        if section.bias_update == "none" or not section.bias_speed:
+            return
+        step_LE = section.bias_speed * bias_step(section.bias_update, self.load_LE)
+        for (_, layer), step_E in zip(self.layers, step_LE, strict=True):
             bias = layer.gate.e_score_correction_bias
             if bias is not None:
-                load = load_E.to(bias.device, torch.float32)
-                bias += self.speed * torch.sign(load.mean() - load)
+                bias += step_E
 
-    def reset(self) -> None:
-        for load_E in self.load_LE:
-            load_E.zero_()
+    # ------------------------------------------------------------------------------------------------- how it stands
 
-    def metrics(self) -> dict[str, object]:
-        """Load shares and MaxVio per sparse layer, as `metrics.jsonl` keeps them."""
+    def metrics(self) -> dict[str, Any]:
+        """How it stands, per sparse layer, as `metrics.jsonl` keeps it: load shares, MaxVio and logit scale of the last
+        step, the rest of the window."""
         if not self.layers:
             return {}
-        shares = [F.normalize(load_E.float(), p=1, dim=0) for load_E in self.load_LE]
+        load_LE, window_LE = self.load_LE.cpu().numpy(), self.window_LE.cpu().numpy()
+        routed_L1 = load_LE.sum(axis=1, keepdims=True).clip(min=1)
+        logits_L = routed_L1[:, 0] * load_LE.shape[1] / self.choices
+        scale_L = (self.logit_squares_L.cpu().double().numpy() / logits_L) ** 0.5
+        biases = [layer.gate.e_score_correction_bias for _, layer in self.layers]
         return {
             "load_layers": [index for index, _ in self.layers],
-            "load": [share.tolist() for share in shares],
-            "max_vio": [round(max_violation(load_E), 4) for load_E in self.load_LE],
+            "load": (load_LE / routed_L1).tolist(),
+            "max_vio": max_violation(load_LE).round(4).tolist(),
+            "max_vio_window": max_violation(window_LE).round(4).tolist(),
+            "load_entropy": evenness(window_LE).round(4).tolist(),
+            "dead_experts": dead_experts(window_LE).tolist(),
+            "bias_range": [None if bias is None else round(float(bias.max() - bias.min()), 6) for bias in biases],
+            "logit_scale": scale_L.round(4).tolist(),
         }
+
+    def close_window(self) -> None:
+        self.window_LE.zero_()
+        self.window_steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """The window, as plain JSON (the biases are among the model's tensors)."""
+        return {"window_steps": self.window_steps, "window": self.window_LE.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.window_steps = state["window_steps"]
+        self.window_LE.copy_(torch.tensor(state["window"], dtype=torch.int64).view_as(self.window_LE))
+
+
+def _losses(section: BalanceSection, layers: int) -> list[BalanceLoss]:
+    every: list[BalanceLoss] = [
+        SequenceLoss(section.sequence_weight),
+        BatchLoss(section.batch_weight),
+        GlobalLoss(section.global_weight, layers),
+        RouterZLoss(section.z_weight),
+    ]
+    return [loss for loss in every if loss.weight]

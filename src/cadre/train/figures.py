@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cadre.errors import UsageError
-from cadre.train.metrics import load_colours, load_ratio
+from cadre.train.loads import load_ratio
+from cadre.train.metrics import load_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

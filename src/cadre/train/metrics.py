@@ -2,14 +2,19 @@
 
 Every record has "step". Which of these keys it has says what it is:
 
-    training    loss (nats/token, main head), tokens (seen so far), mtp_loss (one per module), balance_loss, grad_norm,
-                learning_rate, tokens_per_second, mfu (a fraction), seconds (of training so far), seconds_per_step,
-                load [sparse layers][experts] (fractions of the routed assignments, each layer sums to 1),
-                load_layers (their layer numbers), max_vio [sparse layers]
+    training    loss (nats/token, main head), tokens (seen so far), mtp_loss (one per module), grad_norm, learning_rate,
+                tokens_per_second, mfu (a fraction), seconds (of training so far), seconds_per_step,
+                balance_loss (sequence-wise), batch_balance_loss, global_balance_loss, router_z_loss: those in use, each
+                without its weight and averaged over sparse layers;
+                load_layers (the sparse layers' numbers), and in their order, of the logged step,
+                load [layers][experts] (fractions of the routed assignments, each layer sums to 1), max_vio, logit_scale
+                (root mean square of the router's logits), bias_range (largest less smallest, null without a bias);
+                of all steps since the record before, max_vio_window, load_entropy (over that of an even load: 1 is
+                balance), dead_experts (how many have less than 1% of the mean load)
     evaluation  bits_per_byte, eval_seconds, tokens, seconds, final (of all held-out text, with a sliding context)
-    event       event ("resumed", "skipped", "stopped", "finished"), message
+    event       event ("resumed", "skipped", "stopped", "finished", "collapse", "recovered"), message; layer (of the last two)
 
-MaxVio = max load / mean load - 1 (arXiv 2408.15664, section 4.1).
+What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 """
 
 import json
@@ -24,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cadre.errors import UsageError, write_error
 from cadre.files import replace_file
+from cadre.train.loads import load_ratio
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -34,6 +40,9 @@ LOAD_DECIMALS = 6
 TAGS = {
     "loss": "loss/train",
     "balance_loss": "loss/balance",
+    "batch_balance_loss": "loss/batch_balance",
+    "global_balance_loss": "loss/global_balance",
+    "router_z_loss": "loss/router_z",
     "bits_per_byte": "eval/bits_per_byte",
     "eval_seconds": "eval/seconds",
     "grad_norm": "optimizer/grad_norm",
@@ -42,6 +51,16 @@ TAGS = {
     "mfu": "speed/mfu",
     "seconds_per_step": "speed/seconds_per_step",
     "tokens": "progress/tokens",
+}
+
+# Lists with one number for each of `load_layers`.
+LAYER_TAGS = {
+    "max_vio": "load/max_vio",
+    "max_vio_window": "load/max_vio_window",
+    "load_entropy": "load/entropy",
+    "dead_experts": "load/dead_experts",
+    "bias_range": "router/bias_range",
+    "logit_scale": "router/logit_scale",
 }
 
 
@@ -90,10 +109,9 @@ class MetricsLog:
         scalars = {tag: record.get(key) for key, tag in TAGS.items()}
         scalars |= {f"loss/mtp_{i}": loss for i, loss in enumerate(record.get("mtp_loss") or [], start=1)}
         layers = record.get("load_layers") or []
-        scalars |= {
-            f"load/max_vio/layer_{layer}": value
-            for layer, value in zip(layers, record.get("max_vio") or [], strict=False)
-        }
+        for key, tag in LAYER_TAGS.items():
+            values = zip(layers, record.get(key) or [], strict=False)
+            scalars |= {f"{tag}/layer_{layer}": value for layer, value in values}
         for tag, value in scalars.items():
             if value is not None:
                 self._board.add_scalar(tag, value, step)
@@ -114,13 +132,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises UsageError if another line is not a record.
     """
     return [record for record, _ in _parse(run_dir / FILE_NAME)[0]]
-
-
-def load_ratio(load: ArrayLike) -> NDArray[np.float64]:
-    """Load over its mean along the last axis (experts): 1 is balance, max - 1 is MaxVio; nan if nothing was routed."""
-    load_E = np.asarray(load, dtype=float)
-    mean = load_E.mean(axis=-1, keepdims=True)
-    return np.divide(load_E, mean, out=np.full_like(load_E, np.nan), where=mean > 0)
 
 
 def load_colours(ratio: ArrayLike) -> NDArray[np.float64]:

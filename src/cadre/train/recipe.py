@@ -85,11 +85,23 @@ class ScheduleSection(_Section):
 
 
 class BalanceSection(_Section):
-    """`bias_speed`: how far a router bias moves a step, against overload (arXiv 2408.15664). `sequence_weight`: the factor
-    of the sequence-wise balance loss (V3 report, equation 17)."""
+    """The bias that sigmoid routers own is used (added when experts are chosen) and updated, each by its own switch;
+    `bias_speed`: how far it moves a step, against overload (arXiv 2408.15664). The weights are factors of the losses in
+    `cadre.train.balance_losses`; a loss of weight 0 is not computed."""
 
+    use_bias: bool = True
+    bias_update: Literal["sign", "proportional", "none"] = "sign"
     bias_speed: float = Field(default=0.001, ge=0)
     sequence_weight: float = Field(default=0.0001, ge=0)
+    batch_weight: float = Field(default=0.0, ge=0)
+    global_weight: float = Field(default=0.0, ge=0)
+    z_weight: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _an_updated_bias_is_used(self) -> Self:
+        if self.bias_update != "none" and not self.use_bias:
+            raise ValueError(f"bias_update is {self.bias_update!r}; without use_bias it must be 'none': nothing would heed it")
+        return self
 
 
 class CheckpointSection(_Section):

@@ -26,8 +26,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 EVENTS_SHOWN = 30
-SKIPPED = "non-finite loss or gradient: the step changed nothing"
+# Where `cadre routes RUN` puts its page, the report's link to it, and what stands in the link's place until then.
+ROUTES_PAGE = "routes.html"
+ROUTES_LINK = f'<p class="lead">What they took up: <a href="{ROUTES_PAGE}">tokens, contexts and documents by expert</a>.</p>'
+NO_ROUTES_YET = "<!-- cadre routes -->"
 SMALL = ("mfu", "learning_rate", "grad_norm")
+
+LAYER_COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
+    ("max_vio_window", "MaxVio", "{:.2f}".format),
+    ("load_entropy", "Entropy", "{:.1%}".format),
+    ("dead_experts", "Dead", str),
+    ("bias_range", "Bias range", "{:.3f}".format),
+    ("logit_scale", "Logit scale", "{:.2f}".format),
+]
 
 Summary = dict[str, Any]
 
@@ -36,10 +47,12 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
     """Writes `run_dir/report.html` atomically from the run's metrics and `summary`; returns its path.
 
     `summary` needs "name"; its optional parts are command, config, counts, data, machine, result, samples, model_dir,
-    load_line and cost. Whatever is missing, there or in the metrics, leaves its section out. The page makes no outside
-    request. Raises RunError if the disk refuses, UsageError if the metrics are damaged.
+    load_line, cost and prediction (rows of `cadre.plan.here.compare`). Whatever is missing, there or in the metrics, leaves
+    its section out. The page makes no outside request. Raises RunError if the disk refuses, UsageError if the metrics are
+    damaged.
     """
     import jinja2
+    from markupsafe import Markup
 
     records = read_metrics(run_dir)
     environment = jinja2.Environment(
@@ -58,7 +71,10 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
             stopped=result.get("stopped"),
             cards=_cards(summary, records),
             curves=_curves(records),
+            layer_columns=[name for _, name, _ in LAYER_COLUMNS],
             load=_load(records),
+            alarms=_alarms(records),
+            routes=Markup(ROUTES_LINK if (run_dir / ROUTES_PAGE).is_file() else NO_ROUTES_YET),
             samples=[_sample(sample) for sample in summary.get("samples") or []],
             tables=_tables(summary),
             events=events[-EVENTS_SHOWN:],
@@ -73,6 +89,17 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
     except OSError as error:
         raise write_error(f"{path}: cannot be written", error) from error
     return path
+
+
+def link_routes(run_dir: Path) -> None:
+    """Have a report that was written before the run's `routes.html` link to it. Raises RunError if the disk refuses."""
+    path = run_dir / "report.html"
+    try:
+        page = path.read_bytes() if path.is_file() else b""
+        if NO_ROUTES_YET.encode() in page:
+            replace_file(path, page.replace(NO_ROUTES_YET.encode(), ROUTES_LINK.encode()))
+    except OSError as error:
+        raise write_error(f"{path}: cannot be written", error) from error
 
 
 def _cards(summary: Summary, records: Sequence[Record]) -> list[dict[str, str]]:
@@ -162,12 +189,25 @@ def _load(records: Sequence[Record]) -> dict[str, Any] | None:
     return {
         "maps": maps,
         "max_vio": _draw("max_vio", "MaxVio", partial(figures.draw_max_vio, records=records), False) if vio else None,
+        "layers": _layers(next(r for r in reversed(records) if r.get("load"))),
         "late_max_vio": f"{np.mean([np.mean(v) for v in vio]):.2f}" if vio else None,
         "least": f"{late.min():.2f}",
         "most": f"{late.max():.2f}",
         "experts": history.ratio.shape[2],
         "scale": [f"rgb({r:.0%} {g:.0%} {b:.0%} / {a:.0%})" for r, g, b, a in load_colours([0, 0.5, 1, 1.5, 2])],
     }
+
+
+def _layers(record: Record) -> list[list[str]]:
+    """The last record's balance, a row per sparse layer: number, then what `LAYER_COLUMNS` names; none if it has none."""
+    if not record.get("max_vio_window"):
+        return []
+    rows = zip(record["load_layers"], *(record[key] for key, _, _ in LAYER_COLUMNS), strict=True)
+    shows = [show for _, _, show in LAYER_COLUMNS]
+    return [
+        [str(layer), *("none" if v is None else show(v) for show, v in zip(shows, values, strict=True))]
+        for layer, *values in rows
+    ]
 
 
 def _draw(name: str, title: str, draw: "Callable[[Axes], None]", small: bool) -> str:
@@ -182,6 +222,9 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
     counts, result, data, machine, cost = (
         summary.get(key) or {} for key in ("counts", "result", "data", "machine", "cost")
     )
+    shows: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "seconds_per_step": ("Seconds a step", "{:.4g} s".format), "peak_memory_bytes": ("Peak memory", _bytes),
+    }  # fmt: skip
     tables: dict[str, list[tuple[str, Any, Callable[[Any], str]]]] = {
         "Counts and cost": [
             ("Total parameters", counts.get("total_parameters"), "{:,}".format),
@@ -197,6 +240,10 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
             ("Peak memory", result.get("peak_memory_bytes"), _bytes),
             ("Device hours", cost.get("device_hours"), "{:,.3g}".format),
             ("Note", cost.get("note"), str),
+        ],
+        "Prediction and fact": [
+            (shows[row["name"]][0], row, partial(_predicted, show=shows[row["name"]][1]))
+            for row in summary.get("prediction") or []
         ],
         "Data": [
             ("Source", data.get("source"), str),
@@ -225,13 +272,22 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
     return [{"title": title, "rows": rows} for title, rows in shown.items() if rows]
 
 
+def _predicted(row: dict[str, Any], show: Callable[[Any], str]) -> str:
+    return f"{show(row['predicted'])} predicted, {show(row['measured'])} measured ({row['off']:+.0%})"
+
+
 def _events(records: Sequence[Record]) -> list[tuple[str, str, str]]:
     """What happened besides training, in order: step, event, message."""
-    return [
-        (f"{r['step']:,}", r.get("event") or "skipped", r.get("message") or ("" if "event" in r else SKIPPED))
-        for r in records
-        if r.get("event") or r.get("skipped")
-    ]
+    return [(f"{r['step']:,}", r["event"], r.get("message") or "") for r in records if r.get("event")]
+
+
+def _alarms(records: Sequence[Record]) -> list[str]:
+    """What the collapse alarm last said of each layer that has not recovered since."""
+    sounding = {}
+    for record in records:
+        if record.get("event") in ("collapse", "recovered"):
+            sounding[record.get("layer")] = record.get("message") if record["event"] == "collapse" else None
+    return [message for message in sounding.values() if message]
 
 
 def _sample(sample: dict[str, str]) -> dict[str, str]:

@@ -7,11 +7,13 @@ import signal
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from cadre.data.batches import Batch
 from cadre.data.sources import Document
@@ -22,8 +24,9 @@ from cadre.model.scoring import score_documents
 from cadre.plan.count import count
 from cadre.train.balance import Balance
 from cadre.train.checkpoint import load_checkpoint, read_state, save_checkpoint
+from cadre.train.collapse import CollapseAlarm
 from cadre.train.metrics import MetricsLog
-from cadre.train.objective import losses
+from cadre.train.objective import losses, survey
 from cadre.train.optimizer import Optimizer
 from cadre.train.run import Run, only_writer
 from cadre.train.schedule import rate
@@ -45,15 +48,19 @@ class Observer(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it is in every checkpoint. `window` gathers the losses since the last logged step."""
+    """Where a run stands; all of it is in every checkpoint. `window` gathers the losses since the last logged step: main,
+    further tokens, and the balance losses that `columns` names. `balance` and `alarm` are filled in to be saved."""
 
     step: int = 0
     total_steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     skipped_in_row: int = 0
+    columns: list[str] = field(default_factory=list)
     window: list[list[float]] = field(default_factory=list)
     batches: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
+    alarm: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,7 +89,9 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         self.model.compute_dtype = run.dtype
         self.optimizer = Optimizer(self.model, self.recipe.optimizer)
-        self.balance = Balance(self.model, self.recipe.balance.bias_speed)
+        self.balance = Balance(self.model, self.recipe.balance)
+        layers = [index for index, _ in self.balance.layers]
+        self.alarm = CollapseAlarm(layers, self.recipe.balance, self.recipe.optimizer.router_lr_scale)
         seq_len = self.recipe.data.seq_len
         self.tokens_per_step = self.recipe.train.batch * seq_len
         cost = count(run.config, context=seq_len)
@@ -90,7 +99,8 @@ class Trainer:
         self.mtp_rows = max(1, round(self.recipe.train.batch * self.recipe.train.mtp_share))
         self.mtp_share = self.mtp_rows / self.recipe.train.batch
         self.flops_per_token = main + self.mtp_share * (cost.training_flops_per_token - main)
-        self.progress = Progress(total_steps=run.total_steps)
+        columns = [loss.key for loss in self.balance.losses]
+        self.progress = Progress(total_steps=run.total_steps, columns=columns)
         self.step_seconds: deque[float] = deque(maxlen=50)
         self.eval_seconds_per_token = 0.0
         self.last_loss: float | None = None
@@ -144,24 +154,22 @@ class Trainer:
         self.balance.reset()
         micro = recipe.micro_batch or recipe.batch
         share = micro / recipe.batch
+        if self.balance.globals and share < 1:
+            for ids, documents, mtp_rows in self._micro_batches(batch):
+                survey(self.model, ids, documents, self.balance, mtp_rows=mtp_rows)
         sums: list[float] = []
-        for first in range(0, recipe.batch, micro):
-            rows = slice(first, first + micro)
-            ids = torch.from_numpy(batch.ids[rows]).to(self.device)
-            documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(self.device)
+        for ids, documents, mtp_rows in self._micro_batches(batch):
             loss = losses(
                 self.model,
                 ids,
                 documents,
                 self.balance,
                 mtp_weight=self._mtp_weight(),
-                mtp_rows=min(max(self.mtp_rows - first, 0), micro),
+                mtp_rows=mtp_rows,
                 mtp_share=self.mtp_share,
-                sequence_weight=self.recipe.balance.sequence_weight,
             )
             (loss.total * share).backward()
-            parts = [loss.main, *loss.further] + ([] if loss.balance is None else [loss.balance])
-            values = (torch.stack(parts) * share).tolist()
+            values = (torch.stack([loss.main, *loss.further, *loss.balance.values()]) * share).tolist()
             sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip))
         factor = rate(self.recipe.schedule, progress.step, progress.total_steps)
@@ -179,6 +187,15 @@ class Trainer:
         if not finite:
             self._skipped(sums, norm)
         return {"grad_norm": norm, "learning_rate": self.optimizer.lr * factor}
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+        """ids and documents on the device, and how many of their first sequences train the further-token modules."""
+        micro = self.recipe.train.micro_batch or self.recipe.train.batch
+        for first in range(0, len(batch.ids), micro):
+            rows = slice(first, first + micro)
+            ids = torch.from_numpy(batch.ids[rows]).to(self.device)
+            documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(self.device)
+            yield ids, documents, min(max(self.mtp_rows - first, 0), micro)
 
     def _skipped(self, sums: list[float], norm: float) -> None:
         progress = self.progress
@@ -210,8 +227,7 @@ class Trainer:
             record["loss"] = means[0]
             if modules:
                 record["mtp_loss"] = means[1 : 1 + modules]
-            if len(means) > 1 + modules:
-                record["balance_loss"] = means[-1]
+            record |= zip(progress.columns, means[1 + modules :], strict=True)
         record |= step_record
         record |= {
             "tokens_per_second": speed,
@@ -223,6 +239,13 @@ class Trainer:
         progress.window = []
         self.metrics.write(record)
         self.observer.record(record, progress.total_steps)
+        if self.balance.window_steps:
+            load_LE = self.balance.window_LE.cpu()
+            for event in self.alarm.check(
+                progress.step, self.balance.window_steps, load_LE, record["bias_range"], record["logit_scale"]
+            ):
+                self._event(**event)
+            self.balance.close_window()
 
     def _evaluate(self, final: bool) -> None:
         """Bits per byte of held-out text: a fixed part of it during training, all of it with a sliding context at last."""
@@ -247,8 +270,8 @@ class Trainer:
         self.metrics.write(record)
         self.observer.record(record, self.progress.total_steps)
 
-    def _event(self, event: str, message: str) -> None:
-        self.metrics.write({"step": self.progress.step, "event": event, "message": message})
+    def _event(self, event: str, message: str, **more: Any) -> None:
+        self.metrics.write({"step": self.progress.step, "event": event, "message": message, **more})
         self.observer.note(message if event == "skipped" else f"{event} {message}")
 
     def _fit_the_minutes(self) -> None:
@@ -268,6 +291,7 @@ class Trainer:
     def save(self) -> None:
         """Checkpoint, then the model in the Hugging Face layout. Raises `RunError` when the disk is full."""
         train = self.recipe.train
+        self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
         state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity()}
         save_checkpoint(self.run.path, self.model, self.optimizer, state, self.recipe.checkpoint.keep)
         save(self.model, self.run.path / "model", self.run.data.tokenizer, dtype=self.run.dtype)
@@ -276,10 +300,16 @@ class Trainer:
         assert self.run.checkpoint is not None
         state = read_state(self.run.checkpoint)
         load_checkpoint(self.run.checkpoint, self.model, self.optimizer)
-        parts = {part.name: state[part.name] for part in fields(Progress)}
+        parts = {part.name: state[part.name] for part in fields(Progress) if part.name in state}
+        columns = self.progress.columns
         self.progress = Progress(**{**parts, "total_steps": self.run.total_steps})
+        if self.progress.columns != columns:  # other balance losses from here on
+            self.progress.columns, self.progress.window = columns, []
         if self.progress.batches:
             self.run.batches.restore(self.progress.batches)
+        if self.progress.balance:
+            self.balance.restore(self.progress.balance)
+            self.alarm.restore(self.progress.alarm)
 
     def _result(self, stopped: str | None) -> Result:
         progress = self.progress

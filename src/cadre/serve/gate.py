@@ -1,0 +1,112 @@
+"""What a request must pass before it reaches an endpoint: host, origin, API key and size."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cadre.serve.errors import ApiError, ErrorResponse
+from cadre.serve.schema import MAX_BODY_BYTES
+
+if TYPE_CHECKING:
+    from cadre.serve.metrics import Metrics
+
+_TOO_LARGE = f"the request is larger than the {MAX_BODY_BYTES:,} bytes that this server reads"
+
+_MODEL = "/v1/models/{name:path}"
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Gate:
+    """Wraps the application. `open_paths` need no key. `hosts`: names that proxies give this server. `local`: whether it
+    listens on this machine's own address alone, and so goes by no other name than these and LOOPBACK.
+
+    Browsers send a page's origin along: a page of another site may not use the server of whoever visits it. A name that
+    is not the server's own means that a foreign name was pointed at this address (DNS rebinding).
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        api_key: str | None,
+        hosts: Collection[str],
+        local: bool,
+        open_paths: Collection[str],
+        known_paths: Collection[str],
+    ) -> None:
+        self.app, self.metrics = app, metrics
+        self.key = None if api_key is None else api_key.encode()
+        self.hosts, self.local = {host.lower() for host in hosts}, local
+        self.open_paths, self.known_paths = frozenset(open_paths), frozenset(known_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Other paths are the client's invention: a label for each would never end.
+                path = _MODEL if scope["path"].startswith("/v1/models/") else scope["path"]
+                self.metrics.requests.labels(path if path in self.known_paths else "other", message["status"]).inc()
+            await send(message)
+
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise HTTPException(413, _TOO_LARGE)  # what FastAPI lets through while it reads a body
+            return message
+
+        error = self.refusal(scope["path"], Headers(scope=scope))
+        await (self.app if error is None else ErrorResponse(error))(scope, bounded, counted)
+
+    def refusal(self, path: str, headers: Headers) -> ApiError | None:
+        host = headers.get("host", "")
+        if self.local and _name(host) not in self.hosts.union(LOOPBACK):
+            return ApiError(403, f"this server does not go by the name {host[:80]!r}", code="unknown_host")
+        origin = headers.get("origin")
+        if origin is not None and not self._own(origin, host):
+            return ApiError(403, "pages of other sites may not use this server", code="foreign_origin")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
+            return ApiError(413, _TOO_LARGE, code="request_too_large")
+        return None if self.key is None or path in self.open_paths else self._without_key(headers)
+
+    def _without_key(self, headers: Headers) -> ApiError | None:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            message = "this server needs an API key: send Authorization: Bearer KEY"
+        elif hmac.compare_digest(given.strip().encode("latin-1"), self.key or b""):
+            return None
+        else:
+            message = "the API key is wrong"
+        return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    def _own(self, origin: str, host: str) -> bool:
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            return False
+        # A proxy need not pass on the host that the browser asked for.
+        return bool(parts.netloc) and (parts.netloc.lower() == host.lower() or parts.hostname in self.hosts)
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

@@ -1,0 +1,224 @@
+"""Between the web server and the engine: the engine runs in a thread of its own, which alone touches it; the web server
+submits requests, cancels them and reads what comes, without ever waiting for a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cadre.errors import UsageError
+from cadre.serve.errors import ApiError, bad_request, server_error
+
+if TYPE_CHECKING:
+    from cadre.infer.engine import Engine, Output, Request
+    from cadre.serve.metrics import Metrics
+
+# Outputs of one sequence that may wait for its reader; more means that the reader stands still.
+MAX_PENDING = 256
+
+
+class Stream:
+    """What the engine makes of one client's sequences, in order, until all have finished."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.running = {request.id for request in requests}
+        self.most_pending = MAX_PENDING * len(requests)
+        self.pending: deque[Output] = deque()
+        self.failure: ApiError | None = None
+        self.arrived = asyncio.Event()
+        self.submitted = time.monotonic()
+        self.last: dict[str, float] = {}
+
+    async def next(self) -> list[Output]:
+        """All outputs that have come since the last call, waiting for one; empty once everything has finished. Raises
+        the `ApiError` that ended the stream before its time."""
+        while not self.pending and self.running and self.failure is None:
+            self.arrived.clear()
+            await self.arrived.wait()
+        if self.failure is not None:
+            raise self.failure
+        outputs = list(self.pending)
+        self.pending.clear()
+        return outputs
+
+    def push(self, output: Output) -> None:
+        self.pending.append(output)
+        if output.finish is not None:
+            self.running.discard(output.id)
+        self.arrived.set()
+
+    def fail(self, failure: ApiError) -> None:
+        self.failure = failure
+        self.pending.clear()
+        self.running.clear()
+        self.arrived.set()
+
+
+class EngineLoop:
+    """Runs an engine and admits at most `max_batch` + `max_queue` sequences at a time.
+
+    Made and used in one event loop, except for `_work`. `on_failure` is called when the engine has broken down; from then on
+    everything is refused.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics, *, max_batch: int, max_queue: int) -> None:
+        self.engine, self.metrics = engine, metrics
+        self.max_batch, self.capacity = max_batch, max_batch + max_queue
+        self.live: dict[str, Stream] = {}
+        self.draining = False
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] | None = None
+        self.seconds = 1.0  # what a sequence takes, smoothed
+        self.commands: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+
+    # ------------------------------------------------------------------------------------------------- for the web server
+
+    def start(self) -> None:
+        self.asyncio = asyncio.get_running_loop()
+        self.thread = threading.Thread(target=self._work, name="cadre-engine", daemon=True)
+        self.thread.start()
+
+    async def stop(self) -> None:
+        """End the thread, after the step it is in; whatever still runs is given up."""
+        self._fail_all(_shutting_down())
+        self.commands.put(None)
+        await asyncio.to_thread(self.thread.join)
+
+    def check(self, sequences: int) -> None:
+        """Raises `ApiError` if so many sequences cannot be taken now."""
+        if self.failure is not None:
+            raise server_error(503, "the engine has failed; the server's log says why", "engine_failed", retry=False)
+        if self.draining:
+            raise _shutting_down()
+        if sequences > self.capacity:
+            raise bad_request(f"{sequences} choices in one request; this server takes at most {self.capacity}", "n")
+        taken = len(self.live)
+        if taken + sequences > self.capacity:
+            wait = math.ceil(min(max(self.seconds * taken / self.max_batch, 1), 60))
+            raise ApiError(
+                429, f"the server is busy: {taken} sequences run or wait, of at most {self.capacity}; try again later",
+                kind="rate_limit_error", code="queue_full", headers={"retry-after": str(wait)},
+            )  # fmt: skip
+
+    def submit(self, requests: Sequence[Request]) -> Stream:
+        """Have the engine run these requests, all or none. Raises `ApiError` if there is no room for them. Should the engine
+        refuse one, the stream ends with that error."""
+        self.check(len(requests))
+        stream = Stream(requests)
+        self.live |= dict.fromkeys(stream.running, stream)
+        self.commands.put(("add", tuple(requests), stream))
+        return stream
+
+    def cancel(self, stream: Stream, only: str | None = None) -> None:
+        """Stop working on a stream's sequences, or on one of them; harmless once they have finished."""
+        ids = stream.running & ({only} if only is not None else stream.running)
+        ids = {i for i in ids if self.live.pop(i, None) is not None}
+        stream.running -= ids
+        stream.arrived.set()
+        if ids:
+            self.commands.put(("abort", ids))
+
+    async def drain(self, grace: float, hurried: Callable[[], bool]) -> None:
+        """Take nothing new, and wait until everything has finished, `grace` seconds have passed or `hurried` says so."""
+        self.draining = True
+        end = time.monotonic() + grace
+        while self.live and time.monotonic() < end and not hurried():
+            await asyncio.sleep(0.05)
+        self._fail_all(_shutting_down())
+
+    def _refuse(self, stream: Stream, error: ApiError) -> None:
+        self.cancel(stream)
+        stream.fail(error)
+
+    def _fail_all(self, failure: ApiError) -> None:
+        for stream in set(self.live.values()):
+            self._refuse(stream, failure)
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        now = time.monotonic()
+        batch = sum(bool(output.tokens) for output in outputs)
+        if batch:
+            self.metrics.batch.observe(batch)
+        for output in outputs:
+            stream = self.live.get(output.id)
+            if stream is None:  # cancelled meanwhile
+                continue
+            self._observe(stream, output, now)
+            stream.push(output)
+            if output.finish is not None:
+                del self.live[output.id]
+                self.seconds += 0.1 * (now - stream.submitted - self.seconds)
+            elif len(stream.pending) > stream.most_pending:
+                slow = "the client does not read what it asked for"
+                self._refuse(stream, server_error(503, slow, "reader_too_slow", retry=False))
+
+    def _observe(self, stream: Stream, output: Output, now: float) -> None:
+        if output.tokens:
+            if output.id in stream.last:
+                self.metrics.between_tokens.observe((now - stream.last[output.id]) / len(output.tokens))
+            else:
+                self.metrics.first_token.observe(now - stream.submitted)
+            stream.last[output.id] = now
+        if output.finish is not None:
+            self.metrics.finished.labels(output.finish).inc()
+
+    def _break_down(self, error: BaseException) -> None:
+        self.failure = error
+        logging.getLogger("cadre.serve").error("the engine failed", exc_info=error)
+        self._fail_all(server_error(500, "the engine has failed; the server's log says why", "engine_failed", retry=False))
+        if self.on_failure is not None:
+            self.on_failure()
+
+    # ------------------------------------------------------------------------------------------------- the engine's thread
+
+    def _work(self) -> None:
+        running: set[str] = set()
+        try:
+            while True:
+                for command in self._take():
+                    if command is None:
+                        return
+                    self._obey(command, running)
+                if self.engine.busy:
+                    outputs = self.engine.step()
+                    running -= {output.id for output in outputs if output.finish is not None}
+                    self.asyncio.call_soon_threadsafe(self._deliver, outputs)
+        except BaseException as error:
+            self.asyncio.call_soon_threadsafe(self._break_down, error)
+
+    def _take(self) -> Iterable[tuple[Any, ...] | None]:
+        """The commands there are; waits for one if there is nothing else to do."""
+        if not self.engine.busy:
+            yield self.commands.get()
+        while not self.commands.empty():
+            yield self.commands.get()
+
+    def _obey(self, command: tuple[Any, ...], running: set[str]) -> None:
+        if command[0] == "abort":
+            for sequence in command[1] & running:
+                self.engine.abort(sequence)
+            running -= command[1]
+            return
+        _, requests, stream = command
+        added = []
+        try:
+            for request in requests:
+                self.engine.add(request)
+                added.append(request.id)
+        except UsageError as error:
+            for sequence in added:
+                self.engine.abort(sequence)
+            self.asyncio.call_soon_threadsafe(self._refuse, stream, bad_request(str(error)))
+        else:
+            running.update(added)
+
+def _shutting_down() -> ApiError:
+    return server_error(503, "the server is shutting down", "shutting_down")

@@ -1,0 +1,106 @@
+"""From chat messages to the one text a model continues: the model's own chat template, or a transcript."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cadre.errors import UsageError
+
+Messages = Sequence[dict[str, str]]
+
+
+class ChatTemplate:
+    """A Hugging Face chat template (Jinja), run in a sandbox: it comes with the model, not with Cadre.
+
+    Raises `UsageError` for a template that does not parse.
+    """
+
+    def __init__(self, source: str, special: dict[str, str]) -> None:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        # As transformers sets up its own (utils/chat_template_utils.py): templates rely on it.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.special = special
+        try:
+            self.template = environment.from_string(source)
+        except TemplateError as error:
+            raise UsageError(f"the model's chat template does not parse: {error}") from None
+
+    def render(self, messages: Messages) -> str:
+        """The prompt for the assistant's next message. Raises `UsageError` for messages the template refuses."""
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+        except Exception as error:  # a template is a program: anything can go wrong in it
+            raise UsageError(f"the model's chat template refuses these messages: {error}") from None
+
+
+def read_template(directory: Path) -> ChatTemplate | None:
+    """The chat template of a model directory: of `chat_template.jinja`, or of `tokenizer_config.json` (the one named
+    `default` if there are several). None if it has none. Raises `UsageError` for files that cannot be read.
+    """
+    config = directory / "tokenizer_config.json"
+    try:
+        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        own = directory / "chat_template.jinja"
+        source = own.read_text(encoding="utf-8") if own.is_file() else values.get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{config}: the chat template cannot be read ({error})") from None
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    if not isinstance(source, str) or not source:
+        return None
+    return ChatTemplate(source, _special(values))
+
+
+def transcript(messages: Messages) -> str:
+    """A line for each message, as `cadre chat` writes it for models without a template: the next line is the answer."""
+    return "".join(message["content"] + "\n" for message in messages)
+
+
+class AnswerLine:
+    """Cuts a continuation of a transcript to the answer: one line, blank lines before it left out."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.ended = False
+
+    def push(self, piece: str) -> str:
+        """The part of this piece that belongs to the answer. Once the line is complete, `ended` is set."""
+        if not self.started:
+            piece = piece.lstrip()
+            self.started = bool(piece)
+        line, newline, _ = piece.partition("\n")
+        self.ended = bool(newline)
+        return line
+
+
+def _special(values: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that templates name, such as bos_token; older files hold objects instead of strings."""
+    found = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        value = values.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _refuse(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)

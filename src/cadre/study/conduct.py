@@ -1,0 +1,273 @@
+"""Conducting a study: prepare, calibrate, sweep, run, measure, report; each part once, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from cadre.errors import RunError, UsageError, write_error
+from cadre.files import replace_file
+from cadre.study.jobs import AFTER_SECONDS, Job, amount_for, evaluating, plan_jobs, recipe_of, seconds_of
+from cadre.study.match import match
+from cadre.study.spec import Study
+from cadre.study.state import State, open_state, write_json
+from cadre.study.worker import STOPPED
+
+Note = Callable[[str], None]
+
+# Rounds in which the arms' steps are timed in turn: before, to plan by, and after all runs, to compare by.
+_ROUNDS_BEFORE, _ROUNDS_AFTER = 6, 16
+# How long a run's process gets to save when the study is interrupted.
+_SAVING = 300
+
+
+class Watch(Protocol):
+    """Whoever watches a study: `note` for what happened, `moving` for where it is just now."""
+
+    def note(self, text: str) -> None: ...
+
+    def moving(self, text: str) -> None: ...
+
+
+def begin(
+    study: Study, text_hash: str, path: Path, *, quick: bool, minutes: float | None, rent: float | None, cpu: str, watch: Watch,
+    source: list[str] | None = None,
+) -> State:  # fmt: skip
+    """Resolve a study in an empty directory: matched arms, step times, runs. `cpu`: the processor's name, for the
+    record. `source`: text in place of the study's. Raises `UsageError` for arms that cannot be
+    matched, a budget too small, and a directory that holds anything else."""
+    from cadre.data.shards import prepare
+    from cadre.kernels.limits import best_dtype, default_device
+    from cadre.study.turns import step_seconds
+
+    try:
+        if path.exists() and (not path.is_dir() or any(p.name != ".turns" for p in path.iterdir())):
+            raise UsageError(f"--out {path}: holds other files: choose an empty folder, or one of a study to continue it")
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
+    base = study.base_recipe()
+    if source:
+        base = base.model_copy(update={"data": base.data.model_copy(update={"source": source})})
+    # Arms that cannot be matched are refused before any text is read; the vocabulary that was asked for is what is there,
+    # unless the text is too small for it.
+    match(study, base, base.model.get("vocab_size") or base.data.vocab_size or 4096)
+    section = base.data
+    vocab_size = section.vocab_size or (None if section.tokenizer else base.model.get("vocab_size"))
+    data = prepare(
+        section.source, tokenizer=section.tokenizer, vocab_size=vocab_size, held_out=section.held_out, progress=watch.note
+    )
+    held_out_tokens = int(data.manifest["held_out"]["tokens"])
+    if not held_out_tokens:
+        raise UsageError(f"study {study.name}: data.held_out is {section.held_out} and leaves nothing to compare by: raise it")
+    arms = match(study, base, data.vocab_size)
+    dtype: str = base.train.dtype
+    if dtype == "auto":  # once for all: each run would measure anew, and might choose differently
+        dtype = str(best_dtype(default_device())).removeprefix("torch.")
+    hourly, hourly_source = rent_of(study, rent)
+    path.mkdir(parents=True, exist_ok=True)
+    probe = {a.name: recipe_of(Job("run", a.name, study.seeds[0], 1000, 1.0), a.recipe, 1.0, 10, dtype) for a in arms}
+    watch.note(f"timing a step of each of {len(arms)} arms, in turn")
+    seconds = step_seconds(probe, path / ".turns", _ROUNDS_BEFORE, note=watch.moving)
+    amount = study.budget.amount
+    if minutes is not None:
+        amount = amount_for(study, arms, seconds, hourly, minutes * 60, held_out_tokens)
+    jobs = plan_jobs(study, arms, seconds, hourly, amount)
+    state = State(
+        path, study, text_hash, quick, minutes, {arm.name: arm for arm in arms}, jobs, seconds, amount, hourly, hourly_source,
+        dtype, held_out_tokens, machine(cpu),
+    )  # fmt: skip
+    state.save()
+    return state
+
+
+def conduct(state: State, watch: Watch) -> None:
+    """Everything that is left to do, then the report. Raises `KeyboardInterrupt` once the run at work has saved, `RunError`
+    if a run fails."""
+    from cadre.study.report import write_report
+
+    clock = Clock(state)
+    runs = [job for job in state.jobs if job.kind == "run"]
+    for number, job in enumerate(state.jobs, start=1):
+        if state.result(job) is None:
+            _train(state, job, f"{number}/{len(state.jobs)}", clock, watch)
+            # After each round of all arms there is something to see.
+            if job.kind == "run" and job.arm == runs[-1].arm and job is not runs[-1]:
+                watch.note(f"so far: {write_report(state)}")
+        clock.done(job)
+    if not (state.path / "turns.json").exists():
+        watch.note("timing steps of the trained arms, in turn")
+        write_json(state.path / "turns.json", _turns(state, watch))
+    if not (state.path / "decode.json").exists():
+        from cadre.study.decoding import decode_rates
+
+        watch.note("timing decoding, in turn")
+        rates = decode_rates({n: a.config for n, a in state.arms.items()}, state.study.decode, watch.moving)
+        write_json(state.path / "decode.json", rates)
+    watch.note(f"report: {write_report(state)}")
+
+
+class Clock:
+    """Time left over the whole study, from what steps have taken so far."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.left = state, {job.folder: job for job in state.jobs}
+        self.measured = dict(state.step_seconds)
+        runs = {name: sum(job.arm == name for job in state.jobs) for name in state.arms}
+        self.evaluation = {
+            name: evaluating(state.study, arm, state.step_seconds[name], state.held_out_tokens) / max(1, runs[name])
+            for name, arm in state.arms.items()
+        }
+
+    def done(self, job: Job) -> None:
+        self.left.pop(job.folder, None)
+
+    def heard(self, arm: str, seconds_per_step: float) -> None:
+        """What a step of the arm takes now: the machine may have become slower, for every arm alike."""
+        slower = seconds_per_step / self.state.step_seconds[arm]
+        self.measured = {name: seconds * slower for name, seconds in self.state.step_seconds.items()}
+
+    def seconds(self, job: Job | None = None, step: int = 0) -> float:
+        """From now on, with `job` at `step`."""
+        total = sum(seconds_of(j, self.measured[j.arm], self.evaluation[j.arm]) for j in self.left.values())
+        if not (self.state.path / "decode.json").exists():
+            total += AFTER_SECONDS * len(self.state.arms)
+        return max(0.0, total - (step * self.measured[job.arm] if job else 0))
+
+
+def duration(seconds: float) -> str:
+    """90 -> "1:30", 5400 -> "1:30:00"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rent_of(study: Study, rent: float | None) -> tuple[float, str]:
+    """US dollars an hour of this machine, and where the figure comes from."""
+    from cadre.kernels.limits import default_device
+    from cadre.plan.hardware import hardware
+
+    if rent is not None:
+        return rent, "--rent"
+    if study.rent is not None:
+        return study.rent, "the study's rent"
+    name = "h100" if default_device().type == "cuda" else "cpu-2core"
+    return hardware(name).rent, f"cadre plan's figure for {name}; --rent for yours"
+
+
+def machine(cpu: str) -> dict[str, Any]:
+    """What the study runs on."""
+    import torch
+
+    from cadre.kernels.limits import default_device
+
+    device = default_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _train(state: State, job: Job, number: str, clock: Clock, watch: Watch) -> None:
+    """One run in a process of its own, from where it stands to its end."""
+    arm, factor = state.arms[job.arm], state.factor(job)
+    recipe = recipe_of(job, arm.recipe, factor, state.study.evaluations, state.dtype)
+    out = state.path / job.folder
+    file = out.with_name(f"{out.name}.toml")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, recipe.to_toml().encode())
+    except OSError as error:
+        raise write_error(f"{file}: cannot be written", error) from None
+    what = f"{job.arm}, rates x {factor:g}" + ("" if job.kind == "sweep" else f", seed {job.seed}")
+    watch.note(f"[{number}] {'sweep: ' if job.kind == 'sweep' else ''}{what}, {job.steps} steps; "
+               f"{duration(clock.seconds())} left in all")  # fmt: skip
+    command = [sys.executable, "-m", "cadre.study.worker", str(file), str(out), job.kind]
+    with (out.parent / f"{out.name}.log").open("a+b") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            _listen(process, job, number, what, clock, watch)
+            status = process.wait()
+        except KeyboardInterrupt:
+            _let_save(process, watch)
+            raise
+        log.seek(0)
+        said = log.read().decode(errors="replace").strip().splitlines()
+    if status == STOPPED:
+        raise KeyboardInterrupt
+    if status or state.result(job) is None:
+        reason = said[-1] if said else "its process died, most likely for want of memory"
+        raise RunError(f"run {job.folder}: {reason} (exit status {status}; log: {out}.log)")
+
+
+def _listen(process: subprocess.Popen[str], job: Job, number: str, what: str, clock: Clock, watch: Watch) -> None:
+    assert process.stdout is not None
+    recent: list[float] = []
+    for line in process.stdout:
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if "seconds_per_step" in said:
+            recent = [*recent[-4:], said["seconds_per_step"]]
+            clock.heard(job.arm, statistics.median(recent))
+        if "bits_per_byte" in said:
+            watch.moving(f"[{number}] {what}: step {said['step']}/{job.steps}  {said['bits_per_byte']:.4f} bits per byte")
+            if said["step"] >= job.steps:
+                watch.note(f"[{number}] {what}: {said['bits_per_byte']:.4f} bits per byte"
+                           + (", all held-out text" if said.get("final") else ""))  # fmt: skip
+        elif "step" in said:
+            loss = f"  loss {said['loss']:.3f}" if said.get("loss") is not None else ""
+            watch.moving(f"[{number}] {what}: step {said['step']}/{job.steps}{loss}  "
+                         f"left in all {duration(clock.seconds(job, said['step']))}")  # fmt: skip
+
+
+def _let_save(process: subprocess.Popen[str], watch: Watch) -> None:
+    """The run's process has had the terminal's signal too; one that has not (the study alone was told to stop) gets it."""
+    watch.note("stopping: the run at work saves")
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.send_signal(signal.SIGTERM)
+        if process.stdout is not None:
+            process.stdout.close()
+        process.wait(_SAVING)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _turns(state: State, watch: Watch) -> dict[str, Any]:
+    """Step times of the trained arms, by arm. An arm whose runs all diverged has no weights to go on from and starts anew."""
+    from cadre.study.turns import step_seconds
+
+    recipes, models = {}, {}
+    for job in state.jobs:
+        if job.kind == "run" and job.seed == state.study.seeds[0]:
+            arm = state.arms[job.arm]
+            recipes[job.arm] = recipe_of(job, arm.recipe, state.factor(job), state.study.evaluations, state.dtype)
+            model = state.path / job.folder / "model"
+            if model.is_dir():
+                models[job.arm] = model
+    began = time.strftime("%Y-%m-%d %H:%M")
+    seconds = step_seconds(recipes, state.path / ".turns", _ROUNDS_AFTER, models=models, note=watch.moving)
+    return {"step_seconds": seconds, "rounds": _ROUNDS_AFTER, "measured": began}
+
+
+def find(path: Path, study: Study | None, text_hash: str | None, quick: bool | None) -> State | None:
+    """The study that `path` holds, None if it holds none. Raises `UsageError` if it is not the one that is asked for."""
+    state = open_state(path)
+    if state is None or study is None:
+        return state
+    if state.text_hash != text_hash:
+        raise UsageError(f"--out {path}: holds study {state.study.name}, and its text was another: choose another folder, or "
+                         f"leave the study's name out to continue the one that is there")  # fmt: skip
+    if quick is not None and state.quick != quick:
+        raise UsageError(f"--out {path}: the study there began {'with' if state.quick else 'without'} --quick: choose another "
+                         "folder, or leave the study's name out to continue it")  # fmt: skip
+    return state

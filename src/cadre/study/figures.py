@@ -1,0 +1,96 @@
+"""Pictures of a study: held-out loss against FLOPs and against seconds, and decode rates."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from cadre.train import figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Mid-tones that read on white and on near-black, told apart with the order in mind: the first arm is grey-blue.
+COLOURS = ("#3b82d6", "#e0782f", "#2a9d7f", "#c9548a", "#8a6fd1", "#b39222", "#4aa3b8", "#9a5b3c")
+AXES = {"flops": "training FLOPs", "seconds": "seconds of optimizer steps"}
+
+
+def colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def loss_figure(results: dict[str, Any], axis: str, width: float = 440, height: float = 280) -> Figure | None:
+    """Held-out bits per byte of every run against "flops" or "seconds", on a logarithmic axis: seeds pale, a name at the
+    end. None if no run has a curve."""
+    if not any(arm["curves"] for arm in results["arms"].values()):
+        return None
+    with figures.style():
+        figure = figures.blank(width, height)
+        axes = figure.subplots()
+        _draw_loss(axes, results, axis)
+    return figure
+
+
+def _draw_loss(axes: Axes, results: dict[str, Any], axis: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ends, tops = [], []
+    for number, (name, arm) in enumerate(results["arms"].items()):
+        for place, curve in enumerate(arm["curves"].values()):
+            label = name if place == 0 else None
+            axes.plot(curve[axis], curve["bits_per_byte"], color=colour(number), label=label, linewidth=1.4,
+                      alpha=1.0 if len(arm["curves"]) == 1 else 0.75)  # fmt: skip
+            axes.plot(curve[axis][-1:], curve["bits_per_byte"][-1:], color=colour(number), marker="o", markersize=3.5)
+            ends.append(min(curve["bits_per_byte"]))
+            # The steep fall of the first evaluations would flatten all that matters.
+            tops.append(curve["bits_per_byte"][min(len(curve["bits_per_byte"]) - 1, len(curve["bits_per_byte"]) // 6)])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: figures_of(value)))
+    span = max(max(tops) - min(ends), 0.02)
+    axes.set_ylim(min(ends) - 0.06 * span, max(tops) + 0.06 * span)
+    axes.set_xlabel(AXES[axis])
+    axes.legend(loc="upper right", fontsize=9)
+
+
+def decode_figure(results: dict[str, Any], width: float = 440, height: float = 240) -> Figure | None:
+    """Decode rate by context and batch, a bar an arm; None if none was measured."""
+    rows = [row for row in results["decode"] if row.get("tokens_per_second")]
+    if not rows:
+        return None
+    points = sorted({(row["context"], row["batch"]) for row in rows})
+    rate = {(row["arm"], row["context"], row["batch"]): row["tokens_per_second"] for row in rows}
+    wide = 0.8 / len(results["arms"])
+    with figures.style():
+        figure = figures.blank(width, height)
+        axes = figure.subplots()
+        for number, name in enumerate(results["arms"]):
+            places = [i for i, point in enumerate(points) if (name, *point) in rate]
+            axes.bar([i - 0.4 + wide * (number + 0.5) for i in places], [rate[name, *points[i]] for i in places], wide * 0.9,
+                     color=colour(number), label=name)  # fmt: skip
+        axes.set_xticks(range(len(points)), [f"{context:,} x {batch}" for context, batch in points])
+        axes.set_xlabel("context x batch")
+        axes.set_ylabel("tokens/s")
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure on white, for where no page can be shown."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    with figures.style():
+        figure.set_facecolor("white")
+        figure.set_dpi(2 * figure.dpi)
+        FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def figures_of(number: float) -> str:
+    """Three digits: 1.65e7 -> "16.5M", 2e14 -> "200T"; 1e15 and beyond -> "1e+15"."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if unit <= number < 1000 * unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"

@@ -1,0 +1,138 @@
+"""`report.html`, its pictures and `results.json`: a study on one self-contained page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cadre.errors import write_error
+from cadre.files import replace_file
+from cadre.study import figures
+from cadre.study.figures import figures_of
+from cadre.study.match import SAID
+from cadre.study.results import results
+from cadre.study.state import State, write_json
+from cadre.study.verdict import verdict
+
+PAGE, NUMBERS = "report.html", "results.json"
+
+
+def write_report(state: State) -> Path:
+    """Writes the study's page, PNGs and JSON from what its runs have left so far; the page's path. Raises `RunError` if the
+    disk refuses."""
+    found = results(state)
+    found["verdict"] = verdict(found)
+    pictures = {
+        "loss-flops": (figures.loss_figure(found, "flops"), "Held-out bits per byte against training FLOPs"),
+        "loss-seconds": (figures.loss_figure(found, "seconds"), "Held-out bits per byte against seconds"),
+        "decode": (figures.decode_figure(found), "Decode rate by context and batch"),
+    }
+    page = render(found, {name: inline(figure, name, label) for name, (figure, label) in pictures.items()})
+    try:
+        for name, (figure, _) in pictures.items():
+            if figure is not None:
+                replace_file(state.path / f"{name}.png", figures.png(figure))
+        replace_file(state.path / PAGE, page.encode())
+    except OSError as error:
+        raise write_error(f"{state.path}: cannot be written", error) from None
+    write_json(state.path / NUMBERS, found)
+    return state.path / PAGE
+
+
+def inline(figure: Any, name: str, label: str) -> Any:
+    from cadre.train.figures import inline_svg
+
+    return None if figure is None else inline_svg(figure, name, label)
+
+
+def render(found: dict[str, Any], pictures: dict[str, Any]) -> str:
+    """The page of `results` with its `verdict`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    names = list(found["arms"])
+    return environment.get_template("compare.html.j2").render(
+        study=found,
+        verdict=found["verdict"],
+        pictures=pictures,
+        cards=_cards(found),
+        colours={name: figures.colour(number) for number, name in enumerate(names)},
+        columns=["total parameters", "active", "FLOPs/token", "cache bytes/token", "matched"],
+        shapes=[[name, *_shape(arm)] for name, arm in found["arms"].items()],
+        races=[[name, *_race(arm)] for name, arm in found["arms"].items()],
+        matrices=[(axis, [[_factor(found, a, b, axis) for b in names] for a in names]) for axis in ("seconds", "flops")],
+        decode=_decode(found, names),
+        budget=" ".join(f"{figures_of(amount)} {unit}" for unit, amount in found["budget"].items()),
+        held={**SAID, "seconds": "seconds of training", "price": "price of training"}[found["held"]],
+    )
+
+
+def _cards(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, value, note: the best arm, the pace, the clock, the price."""
+    scored = {name: arm for name, arm in found["arms"].items() if arm["bits_per_byte"]}
+    if not scored:
+        return []
+    best = min(scored, key=lambda name: scored[name]["bits_per_byte"]["mean"])
+    arm = scored[best]
+    cards = [("Lowest held-out loss", f"{arm['bits_per_byte']['mean']:.4f}", f"bits per byte, {best}")]
+    pace = found["sooner"][best].get(found["first"]) if best != found["first"] else None
+    if pace and pace["seconds"]:
+        seconds, flops = pace["seconds"]["mean"], pace["flops"]["mean"]
+        cards.append((f"To {found['first']}'s loss", f"{max(seconds, 1 / seconds):.2f}x",
+                      f"{'less' if seconds >= 1 else 'more'} time; {max(flops, 1 / flops):.2f}x "
+                      f"{'fewer' if flops >= 1 else 'more'} FLOPs"))  # fmt: skip
+    cards.append(("A run of it", f"{arm['seconds']:,.0f} s", f"of steps; {figures_of(arm['tokens'])} tokens"))
+    cards.append(("Price of that run", f"${arm['usd']:.2g}", f"at ${found['rent_usd_per_hour']:g} an hour"))
+    return cards
+
+
+def _shape(arm: dict[str, Any]) -> list[str]:
+    matched = [f"{said} {pair['here'] / pair['there'] - 1:+.2%} of {pair['of']}" for said, pair in arm["held"].items()]
+    matched += [f"{field} = {value}" for field, value in arm["solved"].items()]
+    return [f"{arm['total_parameters']:,}", f"{arm['active_parameters']:,}", figures_of(arm["training_flops_per_token"]),
+            f"{arm['kv_cache_bytes_per_token']:,}", "; ".join(matched) or "-"]  # fmt: skip
+
+
+def _race(arm: dict[str, Any]) -> list[str]:
+    memory = arm["peak_memory_bytes"]
+    rate = arm["learning_rate"]
+    return [
+        _spread(arm["bits_per_byte"], "{:.4f}"), _spread(arm["bits_per_byte_all_held_out"], "{:.4f}"),
+        "-" if rate is None else f"{rate:.3g}", f"{arm['steps']:,}", figures_of(arm["flops"]),
+        f"{arm['step_seconds'] * 1000:,.1f}", f"{arm['seconds']:,.1f}", _spread(arm["wall_seconds"], "{:,.1f}"),
+        _spread(arm["cpu_seconds"], "{:,.1f}"), "-" if memory is None else f"{memory / 2**20:,.0f}", f"{arm['usd']:.3g}",
+    ]  # fmt: skip
+
+
+def _factor(found: dict[str, Any], fast: str, slow: str, axis: str) -> str:
+    if fast == slow:
+        return "="
+    pair = found["sooner"][fast][slow]
+    if not pair["seeds"]:
+        return "-"
+    return _spread(pair[axis], "{:.2f}") if pair["reached"] else "not reached"
+
+
+def _decode(found: dict[str, Any], names: list[str]) -> list[list[str]]:
+    """A row per context and batch: what was measured of each arm."""
+    rate = {(row["arm"], row["context"], row["batch"]): row for row in found["decode"]}
+    points = sorted({(row["context"], row["batch"]) for row in found["decode"]})
+    return [
+        [f"{context:,}", str(batch), *(_rate(rate.get((name, context, batch), {})) for name in names)]
+        for context, batch in points
+    ]  # fmt: skip
+
+
+def _rate(row: dict[str, Any]) -> str:
+    return f"{row['tokens_per_second']:,.0f}" if row.get("tokens_per_second") else "does not fit"
+
+
+def _spread(values: dict[str, float] | None, form: str) -> str:
+    """Mean, and the range if there is one that shows."""
+    if values is None:
+        return "-"
+    mean, least, most = (form.format(values[key]) for key in ("mean", "least", "most"))
+    return mean if least == most else f"{mean} ({least} to {most})"

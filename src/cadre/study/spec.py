@@ -1,0 +1,242 @@
+"""Studies: which architectures race, over what budget, and what is held equal, as a TOML file checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cadre.errors import UsageError
+from cadre.train.recipe import Recipe, dump_toml, parse_recipe, read_recipe
+
+Shape = Literal["active_flops", "total_parameters", "cache_bytes"]
+Held = Literal["active_flops", "total_parameters", "cache_bytes", "seconds", "price"]
+SHAPES: tuple[Shape, ...] = ("cache_bytes", "total_parameters", "active_flops")
+
+# What an arm may choose for itself. Text, tokenizer, batches and their order, seed, length and evaluation are the study's.
+ARM_SECTIONS = ("model", "optimizer", "schedule", "balance", "train")
+ARM_TRAIN_KEYS = ("mtp_weight", "mtp_weight_final", "mtp_share", "clip", "micro_batch")
+_LETTERS = set("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Budget(_Section):
+    """What each run of an arm may use, in one of these. `flops` are training FLOPs, `seconds` those of optimizer steps,
+    `usd` such seconds at the rent."""
+
+    flops: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0)
+    tokens: float | None = Field(default=None, gt=0)
+    usd: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("needs exactly one of flops, seconds, tokens, usd")
+        return self
+
+    @property
+    def unit(self) -> str:
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def amount(self) -> float:
+        return float(getattr(self, self.unit))
+
+
+class Sweep(_Section):
+    """Short runs of the first seed with the arm's learning rates times each factor, over `share` of its budget."""
+
+    factors: list[float] = Field(default=[0.5, 1.0, 2.0], min_length=1)
+    share: float = Field(default=0.15, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if min(self.factors) <= 0 or len(set(self.factors)) < len(self.factors):
+            raise ValueError(f"factors are {self.factors}; they must be above 0 and differ")
+        return self
+
+
+class Quick(_Section):
+    """The first answer: the whole study in about `minutes`, whatever the machine, by as short runs as that takes."""
+
+    minutes: float = Field(default=10, gt=0)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    factors: list[float] = Field(default=[1.0], min_length=1)
+    arms: list[str] | None = None
+
+
+class Decode(_Section):
+    """Where decoding is timed."""
+
+    contexts: list[int] = Field(default=[512, 2048], min_length=1)
+    batches: list[int] = Field(default=[1, 8], min_length=1)
+
+
+class Arm(_Section):
+    """Differences to the base recipe, by section. A `model` with a `model_type` is a whole model, another is laid over the
+    base's. `solve`: which whole-number field of the model is free to make which quantity equal the base's. `held`: what
+    must be equal in this arm, if not what the study holds. `to`: the arm before it that it is matched to, if not the first.
+    `share` of the budget is what the arm gets."""
+
+    to: str | None = None
+    held: list[Shape] | None = None
+    solve: dict[Shape, str] = {}
+    share: float = Field(default=1.0, gt=0, le=1)
+    model: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    schedule: dict[str, Any] = {}
+    balance: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> Self:
+        for key in self.train:
+            if key not in ARM_TRAIN_KEYS:
+                raise ValueError(f"train.{key} is the same in every arm; an arm may set {', '.join(ARM_TRAIN_KEYS)}")
+        return self
+
+
+class Study(_Section):
+    """A study as written. `base`: the first arm's recipe, a shipped name or a file, unless `recipe` holds one. The first
+    arm is the one that the others are matched to and judged against."""
+
+    name: str
+    title: str
+    question: str = ""
+    base: str | None = None
+    recipe: dict[str, Any] | None = None
+    held: Held
+    tolerance: float = Field(default=0.01, gt=0, lt=1)
+    budget: Budget
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    evaluations: int = Field(default=24, ge=4)
+    rent: float | None = Field(default=None, gt=0)
+    sweep: Sweep = Sweep()
+    quick: Quick = Quick()
+    decode: Decode = Decode()
+    arms: dict[str, Arm] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in self.arms:
+            if not name or set(name) - _LETTERS:
+                raise ValueError(f"arms.{name}: an arm's name may have a-z, 0-9, - _ and .")
+        wanted = {"seconds": "seconds", "price": "usd"}.get(self.held)
+        if wanted and self.budget.unit != wanted:
+            raise ValueError(f"held is {self.held!r}; then the budget must be in {wanted}, not {self.budget.unit}")
+        if (self.base is None) == (self.recipe is None):
+            raise ValueError("needs either base (a recipe's name or file) or a [recipe]")
+        if len(set(self.seeds)) < len(self.seeds) or len(set(self.quick.seeds)) < len(self.quick.seeds):
+            raise ValueError("seeds must differ from each other")
+        first = next(iter(self.arms))
+        for name in self.quick.arms or []:
+            if name not in self.arms:
+                raise ValueError(f"quick.arms: {name!r} is not an arm; arms are {', '.join(self.arms)}")
+        if self.quick.arms is not None and (len(self.quick.arms) < 2 or first not in self.quick.arms):
+            raise ValueError(f"quick.arms: needs at least two arms, {first!r} (the first) among them")
+        if self.arms[first].solve or self.arms[first].held is not None or self.arms[first].to:
+            raise ValueError(f"arms.{first}: is the first, which the others are matched to: leave out its held, solve and to")
+        names = list(self.arms)
+        for place, (name, arm) in enumerate(self.arms.items()):
+            if arm.to is not None and arm.to not in names[:place]:
+                raise ValueError(f"arms.{name}.to is {arm.to!r}; it must be an arm before it ({', '.join(names[:place])})")
+            if arm.to is not None and self.quick.arms and name in self.quick.arms and arm.to not in self.quick.arms:
+                raise ValueError(f"quick.arms: {name!r} is matched to {arm.to!r}, which must be among them")
+            for quantity in arm.solve:
+                if quantity not in self.held_by(name):
+                    held = ", ".join(self.held_by(name)) or "none"
+                    raise ValueError(f"arms.{name}.solve.{quantity}: is not held equal in this arm (held there: {held})")
+        return self
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.arms))
+
+    def held_by(self, name: str) -> list[Shape]:
+        """Which quantities of the model's shape must be the first arm's; in the order in which they are solved."""
+        arm = self.arms[name]
+        held = arm.held if arm.held is not None else [self.held] if self.held in SHAPES else []
+        return [quantity for quantity in SHAPES if quantity in held]
+
+    def shortened(self) -> Study:
+        """The study that `--quick` runs; the size of its budget is found once the machine's speed is known."""
+        kept = {name: arm for name, arm in self.arms.items() if self.quick.arms is None or name in self.quick.arms}
+        sweep = self.sweep.model_copy(update={"factors": self.quick.factors})
+        return self.model_copy(update={"seeds": self.quick.seeds, "sweep": sweep, "arms": kept})
+
+    def base_recipe(self) -> Recipe:
+        """The recipe that arms differ from. Raises `UsageError`."""
+        if self.recipe is not None:
+            return parse_recipe(dump_toml(self.recipe), f"study {self.name}, [recipe]", name=self.name)
+        return read_recipe(str(self.base))
+
+
+def shipped() -> list[str]:
+    """Names of the studies inside the package."""
+    return sorted(p.name[:-5] for p in resources.files("cadre.studies").iterdir() if p.name.endswith(".toml"))
+
+
+def read_study(name_or_path: str) -> tuple[Study, str]:
+    """A shipped study by name or a TOML file by path, and the hash of its text.
+
+    Raises `UsageError` for an unknown study, key, type or value.
+    """
+    known = shipped()
+    if name_or_path in known:
+        text, name = (resources.files("cadre.studies") / f"{name_or_path}.toml").read_text(encoding="utf-8"), name_or_path
+    else:
+        path = Path(name_or_path)
+        try:
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        except FileNotFoundError:
+            close = difflib.get_close_matches(name_or_path, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UsageError(
+                f"study {name_or_path!r} is neither a file nor a shipped study; {hint}(shipped: {', '.join(known)})"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"study {name_or_path!r} cannot be read ({error})") from None
+    return parse_study(text, name_or_path, name), hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_study(text: str, where: str, name: str = "study") -> Study:
+    """Check a study's text. `where` names it in error messages."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{where}: not valid TOML: {error}") from None
+    values.setdefault("name", name)
+    values.setdefault("title", name)
+    try:
+        return Study(**values)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    # A misspelt key is also a missing one: the spelling is what helps.
+    first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":
+        return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        fields: dict[str, Any] = Study.model_fields
+        if len(first["loc"]) == 2:
+            fields = getattr(Study.model_fields[str(first["loc"][0])].annotation, "model_fields", fields)
+        elif len(first["loc"]) == 3:
+            fields = Arm.model_fields
+        close = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
+        return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(fields)}")
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    given = str(first["input"])
+    return f"{name} is {given[:40]}; {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -1,0 +1,204 @@
+"""The verdict in plain words: who wins against the first arm, by how much, and how far that can be trusted."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+# With fewer than three seeds, losses nearer than this share are luck as likely as not; with more, the seeds themselves say.
+NEAR = 0.005
+FEW_SEEDS = 3
+# A curve ends too early to tell when it is this short.
+FEW_STEPS = 200
+# Or when the order of two arms at this part of the run is not the one at its end.
+LATE = 0.75
+# Seconds that a run's own clock may differ from the time measured in turn before it is worth a word.
+_NOISE = 0.25
+
+WINS, LOSES, EVEN, SPLIT, UNKNOWN = "wins", "loses", "even", "seeds disagree", "unknown"
+
+
+def verdict(results: dict[str, Any]) -> dict[str, Any]:
+    """`headline`, `arms` (a sentence each against the first arm), `cautions`, and `outcomes` by arm: one of the above."""
+    first, arms = results["first"], results["arms"]
+    others = [name for name in arms if name != first]
+    outcomes = {name: outcome(results, name) for name in others}
+    cautions = _cautions(results, outcomes)
+    return {
+        "headline": _headline(results, outcomes, too_small(results, outcomes)),
+        "arms": {name: _against(results, name, outcomes[name]) for name in others},
+        "cautions": cautions,
+        "outcomes": outcomes,
+    }
+
+
+def differences(results: dict[str, Any], name: str) -> list[float]:
+    """Final loss of the arm over the first arm's, less 1, of each seed that both finished."""
+    here, there = (_finals(results["arms"][arm]) for arm in (name, results["first"]))
+    return [here[seed] / there[seed] - 1 for seed in here if seed in there]
+
+
+def outcome(results: dict[str, Any], name: str) -> str:
+    """How the arm's final losses compare with the first arm's over the seeds they share."""
+    found = differences(results, name)
+    if not found:
+        return UNKNOWN
+    mean = statistics.fmean(found)
+    if min(found) < 0 < max(found):
+        return EVEN if max(abs(d) for d in found) < NEAR else SPLIT
+    if len(found) < FEW_SEEDS and abs(mean) < NEAR:
+        return EVEN
+    # All seeds agree; a difference within their own spread is still luck.
+    if abs(mean) < max(found) - min(found):
+        return SPLIT
+    return WINS if mean < 0 else LOSES
+
+
+def too_small(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
+    """Why the budget is too small to tell, if it is: one reason each."""
+    reasons = []
+    shortest = min(results["arms"].values(), key=lambda arm: arm["steps"])
+    if shortest["steps"] < FEW_STEPS:
+        reasons.append(f"the shortest runs have {shortest['steps']} steps, fewer than {FEW_STEPS}")
+    for name, found in outcomes.items():
+        early, late = _lead(results, name, LATE), _lead(results, name, 1.0)
+        if found in (WINS, LOSES) and early is not None and late is not None and early * late < 0:
+            reasons.append(f"the order of {name} and {results['first']} still changed in the last quarter of the runs")
+    return reasons
+
+
+def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str]) -> str:
+    first = results["first"]
+    if not results["complete"]:
+        return f"Not finished: {results['runs_done']} of {results['runs']} runs are done. What follows is what they say so far."
+    if small:
+        return f"The budget is too small to tell: {'; '.join(small)}."
+    winners = [name for name, found in outcomes.items() if found == WINS]
+    if winners:
+        best = min(winners, key=lambda name: statistics.fmean(differences(results, name)))
+        pace = results["sooner"][best][first]["seconds"]
+        if pace and pace["mean"] < 1:
+            return f"{_capital(best)} wins on FLOPs, {first} on the clock. {_against(results, best, WINS)}"
+        return f"{_capital(best)} wins. {_against(results, best, WINS)}"
+    if SPLIT in outcomes.values():
+        split = [name for name, found in outcomes.items() if found == SPLIT]
+        return (f"No arm beats {first} beyond doubt: the seeds disagree about {_and(split)}. More seeds or a larger budget "
+                "would tell.")  # fmt: skip
+    if UNKNOWN in outcomes.values():
+        return f"No verdict on {_and([n for n, f in outcomes.items() if f == UNKNOWN])}: no run of it can be compared."
+    if EVEN in outcomes.values():
+        even = [name for name, found in outcomes.items() if found == EVEN]
+        return f"No arm beats {first}: {_and(even)} end{'s' if len(even) == 1 else ''} within {NEAR:.1%} of its loss."
+    return f"{_capital(first)} wins: every other arm ends with a higher loss."
+
+
+def _against(results: dict[str, Any], name: str, found: str) -> str:
+    """One arm against the first, in a few sentences."""
+    first = results["first"]
+    gaps = differences(results, name)
+    if not gaps:
+        diverged = results["arms"][name]["diverged"]
+        return f"{name}: " + ("training diverged." if diverged else "no finished run to compare yet.")
+    mean = statistics.fmean(gaps)
+    part = results["arms"][name]["share_of_budget"]
+    of = "" if part == 1 else f", on {part:.0%} of the budget,"
+    range_ = f" ({min(gaps):+.1%} to {max(gaps):+.1%} over {len(gaps)} seeds)" if len(gaps) > 1 else " (one seed)"
+    if found == SPLIT:
+        text = f"{name} and {first}{of}: the seeds disagree, its final loss differs by {mean:+.1%}{range_}."
+    elif found == EVEN:
+        text = f"{name}{of} ends level with {first}: {mean:+.1%} loss{range_}."
+    else:
+        text = f"{name}{of} ends with {abs(mean):.1%} {'lower' if mean < 0 else 'higher'} loss than {first}{range_}."
+    return " ".join(filter(None, [text, _time(results, name, found), _beside(results, name)]))
+
+
+def _time(results: dict[str, Any], name: str, found: str) -> str:
+    first = results["first"]
+    fast, slow = (name, first) if found != LOSES else (first, name)
+    pair = results["sooner"][fast][slow]
+    if found in (SPLIT, EVEN) or not pair["seconds"]:
+        return ""
+    flops, seconds = pair["flops"], pair["seconds"]
+    some = "" if pair["reached"] == pair["seeds"] else f" (in {pair['reached']} of {pair['seeds']} seeds)"
+    text = f"{_capital(fast)} reaches {slow}'s final loss with {_times(flops, 'fewer', 'more')} FLOPs"
+    if flops["mean"] > 1 > seconds["mean"]:
+        return (f"{text}{some}, but not sooner: it takes {_times(seconds, 'less', 'more')} time on this machine, since its "
+                "steps cost more than their FLOPs say.")  # fmt: skip
+    return f"{text} and in {_times(seconds, 'less', 'more')} time{some}."
+
+
+def _beside(results: dict[str, Any], name: str) -> str:
+    """Cache and decode rate, where they differ."""
+    here, there = results["arms"][name], results["arms"][results["first"]]
+    said = []
+    ratio = there["kv_cache_bytes_per_token"] / here["kv_cache_bytes_per_token"]
+    if abs(ratio - 1) > 0.02:
+        said.append(f"its cache is {ratio:.1f} times smaller" if ratio > 1 else f"its cache is {1 / ratio:.1f} times larger")
+    rates = {(r["arm"], r["context"], r["batch"]): r.get("tokens_per_second") for r in results["decode"]}
+    points = [(c, b) for arm, c, b in rates if arm == name and rates[arm, c, b] and rates.get((results["first"], c, b))]
+    if points:
+        context, batch = max(points)
+        speed = rates[name, context, batch] / rates[results["first"], context, batch]
+        if abs(speed - 1) > 0.05:
+            said.append(f"it decodes {speed:.2f} times as fast at context {context:,}, batch {batch}")
+    if here["acceptance"]:
+        said.append("its drafts agree with it " + ", ".join(f"{a:.0%}" for a in here["acceptance"]) + " of the time")
+    return _capital("; ".join(said)) + "." if said else ""
+
+
+def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
+    small = [] if results["complete"] else too_small(results, outcomes)  # else the headline says so
+    said = [f"The budget may be too small to tell: {reason}." for reason in small]
+    if len(results["seeds"]) == 1:
+        said.append("One seed: how far luck reaches is not known from this study.")
+    for name, arm in results["arms"].items():
+        tried = [point["factor"] for point in arm["sweep"]]
+        if len(tried) > 1 and arm["learning_rate_factor"] in (min(tried), max(tried)):
+            said.append(f"{name}: its best learning rate (x {arm['learning_rate_factor']:g}) is at the end of the sweep; a "
+                        "rate beyond it may be better still.")  # fmt: skip
+        for run in arm["diverged"]:
+            said.append(f"{name}, seed {run['seed']}: training diverged, so the run is left out.")
+        drift = arm["step_seconds"] / arm["step_seconds_before"] - 1
+        own = arm["wall_seconds"]
+        if own and abs(own["mean"] / arm["seconds"] - 1) > _NOISE:
+            said.append(f"{name}: its steps took {own['mean']:,.1f} s of wall clock in the runs and {arm['seconds']:,.1f} s by "
+                        "the timing in turn, which is used: the machine was busy with other work in one.")  # fmt: skip
+        elif abs(drift) > _NOISE:
+            said.append(f"{name}: a step took {abs(drift):.0%} {'longer' if drift > 0 else 'less'} after the runs than before.")
+    factors = {arm["learning_rate_factor"] for arm in results["arms"].values()}
+    if not any(arm["sweep"] for arm in results["arms"].values()) and factors != {None}:
+        said.append("Learning rates were not swept: the arms ran at their recipes' own.")
+    return said
+
+
+def _finals(arm: dict[str, Any]) -> dict[str, float]:
+    return {seed: curve["bits_per_byte"][-1] for seed, curve in arm["curves"].items()}
+
+
+def _lead(results: dict[str, Any], name: str, part: float) -> float | None:
+    """Mean loss of the arm less the first's at a part of their runs, over the seeds they share."""
+    here, there = results["arms"][name]["curves"], results["arms"][results["first"]]["curves"]
+    gaps = [_at(here[seed], part) - _at(there[seed], part) for seed in here if seed in there]
+    return statistics.fmean(gaps) if gaps else None
+
+
+def _at(curve: dict[str, list[float]], part: float) -> float:
+    steps = curve["steps"]
+    place = min(range(len(steps)), key=lambda i: abs(steps[i] - part * steps[-1]))
+    return curve["bits_per_byte"][place]
+
+
+def _times(factor: dict[str, float], less: str, more: str) -> str:
+    """1.5 -> "1.50 times fewer", 0.5 -> "2.00 times more"; with the range over seeds where it is wide enough to matter."""
+    word = less if factor["mean"] >= 1 else more
+    mean, low, high = (factor[key] if word == less else 1 / factor[key] for key in ("mean", "least", "most"))
+    low, high = sorted((low, high))
+    return f"{mean:.2f} times " + (f"({low:.2f} to {high:.2f}) " if high - low >= 0.05 else "") + word
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,118 @@
+"""The balance losses, each an object of its own: what a forward pass chose goes in, a number to make small comes out.
+
+All but the router z-loss are the V3 report's equations 17 to 20 over stretches of different length: what share of the
+choices an expert takes (f, no gradient) times how much affinity it is given (P), summed over experts; 1 at balance. What
+counts as a choice is what the family's own report counts: with sigmoid affinities the top-k of the bare affinities
+(V3, equation 18: neither bias nor groups, so the loss evens out the affinities themselves, whatever the bias makes of
+them), with softmax affinities the experts that were selected (V2, equation 24).
+
+Letters in names: B stretch, T token, E expert, K choices, L sparse layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cadre.model.experts import Router, Routes
+
+
+@dataclass
+class Heard:
+    """The routes of one layer in one micro-batch. `layer`: its place among the sparse layers. `sequences`: how many the
+    tokens make up, equally long. `part`: their share of what the layer sees in an optimizer step, times the number of
+    micro-batches, so that the layer's losses, averaged over micro-batches, are those of the whole batch."""
+
+    layer: int
+    router: Router
+    routes: Routes
+    sequences: int
+    part: float
+
+
+class BalanceLoss(Protocol):
+    """`key` names it in the metrics; calling it gives a float32 scalar whose gradient reaches the router."""
+
+    key: str
+    weight: float
+
+    def __call__(self, heard: Heard) -> Tensor: ...
+
+
+def counted_loads(heard: Heard, stretches: int) -> Tensor:
+    """How often each expert counts as chosen in each of equal stretches of tokens: float32 [B, E]."""
+    routes, config = heard.routes, heard.router.config
+    score_TE, expert_TK = routes.score_TE.detach(), routes.expert_TK
+    if config.scoring_func == "sigmoid":
+        expert_TK = score_TE.topk(expert_TK.shape[1], dim=-1, sorted=False).indices
+    expert_BR = expert_TK.reshape(stretches, -1)
+    load_BE = score_TE.new_zeros(stretches, score_TE.shape[1])
+    return load_BE.scatter_add_(1, expert_BR, torch.ones_like(expert_BR, dtype=load_BE.dtype))
+
+
+def balance_loss(score_TE: Tensor, load_BE: Tensor) -> Tensor:
+    """Equations 17 to 20 without their factor, averaged over the B equal stretches of the T tokens. load_BE: the choices
+    that count, in any unit, for each stretch or (B = 1) for all."""
+    experts = score_TE.shape[1]
+    share_TE = score_TE / score_TE.sum(dim=-1, keepdim=True)
+    affinity_BE = share_TE.unflatten(0, (len(load_BE), -1)).mean(dim=1)
+    frequency_BE = load_BE * (experts / load_BE.sum(dim=-1, keepdim=True))
+    return (frequency_BE * affinity_BE).sum(dim=-1).mean()
+
+
+@dataclass
+class SequenceLoss:
+    """Every sequence on its own (V3 report, equations 17-20)."""
+
+    weight: float
+    key: str = "balance_loss"
+
+    def __call__(self, heard: Heard) -> Tensor:
+        return balance_loss(heard.routes.score_TE, counted_loads(heard, heard.sequences))
+
+
+@dataclass
+class BatchLoss:
+    """All that is computed at once: a micro-batch (as in Switch Transformers, arXiv 2101.03961, section 2.2)."""
+
+    weight: float
+    key: str = "batch_balance_loss"
+
+    def __call__(self, heard: Heard) -> Tensor:
+        return balance_loss(heard.routes.score_TE, counted_loads(heard, 1))
+
+
+class GlobalLoss:
+    """All micro-batches of an optimizer step (arXiv 2501.11873). Its frequencies must be known before the first gradient:
+    of several micro-batches they are collected beforehand by `survey`, of a single one they are its own."""
+
+    key = "global_balance_loss"
+
+    def __init__(self, weight: float, layers: int) -> None:
+        self.weight = weight
+        self.load_LE: list[Tensor | None] = [None] * layers
+
+    def survey(self, heard: Heard) -> None:
+        load_BE, before = counted_loads(heard, 1), self.load_LE[heard.layer]
+        self.load_LE[heard.layer] = load_BE if before is None else before + load_BE
+
+    def reset(self) -> None:
+        self.load_LE = [None] * len(self.load_LE)
+
+    def __call__(self, heard: Heard) -> Tensor:
+        surveyed = self.load_LE[heard.layer]
+        return balance_loss(heard.routes.score_TE, counted_loads(heard, 1) if surveyed is None else surveyed)
+
+
+@dataclass
+class RouterZLoss:
+    """mean over tokens of (log sum_e exp(logit_e))^2, which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5)."""
+
+    weight: float
+    key: str = "router_z_loss"
+
+    def __call__(self, heard: Heard) -> Tensor:
+        return heard.routes.logit_TE.logsumexp(dim=-1).square().mean()

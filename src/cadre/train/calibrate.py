@@ -1,0 +1,344 @@
+"""Measuring this machine on a model's own blocks, so that `cadre.plan.here` can predict a run before it runs.
+
+What is measured is the training step itself (`cadre.train.objective`, `balance`, `optimizer`), of the config with one block of
+each kind, on random tokens: prediction and fact come from the same code, clock, threads and allocator. It runs in a process of
+its own, as fresh as one that begins to train: a heap that has been used before grows less, and leaves gaps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from cadre.errors import RunError, UsageError, write_error
+from cadre.files import replace_file
+from cadre.kernels.allocator import keep_freed_memory
+from cadre.kernels.limits import (
+    default_device,
+    gemm_flops_per_second,
+    memory_bytes_per_second,
+    peak_memory_bytes,
+    synchronize,
+)
+from cadre.model.config import ModelConfig
+from cadre.model.transformer import Block, Transformer
+from cadre.plan.count import count
+from cadre.plan.here import Calibration, Forecast, Kind, forecast, kinds
+from cadre.plan.shape import Shape
+from cadre.train.balance import Balance
+from cadre.train.objective import losses
+from cadre.train.optimizer import Optimizer
+from cadre.train.recipe import OptimizerSection, Recipe
+
+if TYPE_CHECKING:
+    from cadre.train.run import Run
+
+FILE_NAME = "prediction.json"
+
+# Of the large product's rate, what a pass reaches at least: only to choose how many sequences to measure.
+_LEAST_SHARE = 0.25
+_GEMM_SIZES = (256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: at least `repeats` times, and on until `seconds` are over or `most` times are; sequences are left
+    out where one pass would take more than `pass_seconds`."""
+
+    repeats: int
+    most: int
+    seconds: float
+    pass_seconds: float
+
+
+# `cadre plan --here`, with products, memory rate and decoding beside it, within 30 seconds; what a run may spend; and what each
+# width does that is measured to choose between.
+THOROUGH = Effort(repeats=3, most=12, seconds=10.0, pass_seconds=3.0)
+BRIEF = Effort(repeats=2, most=5, seconds=1.5, pass_seconds=2.0)
+QUICK = Effort(repeats=2, most=4, seconds=0.5, pass_seconds=0.5)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step to be predicted: sequences of a batch and of a micro-batch, tokens of each, and the recipe's other choices
+    that its time hangs on."""
+
+    batch: int
+    micro_batch: int
+    seq_len: int
+    mtp_share: float
+    optimizer: OptimizerSection
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Step:
+        train = recipe.train
+        micro = train.micro_batch or train.batch
+        return cls(train.batch, micro, recipe.data.seq_len, train.mtp_share, recipe.optimizer)
+
+
+def fewest_blocks(config: ModelConfig) -> ModelConfig:
+    """The config with one block of each kind, and its multi-token prediction modules."""
+    there = kinds(Shape.from_config(config))
+    changes: dict[str, Any] = {"num_hidden_layers": len(there)}
+    if config.model_type != "llama":
+        changes["first_k_dense_replace"] = 1 if "dense" in there else 0
+        if not config.has_experts:
+            changes["first_k_dense_replace"] = len(there) + config.num_nextn_predict_layers
+    return ModelConfig.from_dict({**config.model_dump(exclude_none=True), **changes})
+
+
+def calibrate(
+    config: ModelConfig, step: Step, *, dtype: torch.dtype, effort: Effort = THOROUGH, limits: bool = False
+) -> Calibration:
+    """Measure what `forecast` needs, in a new process; with `limits` also what this machine's products and memory do.
+
+    Raises `UsageError` if even one block of each kind cannot be trained in this machine's memory, `RunError` if the process
+    fails.
+    """
+    few = fewest_blocks(config)
+    _check_memory(few, default_device())
+    asked = {
+        "config": few.model_dump(exclude_none=True),
+        "step": {**dataclasses.asdict(step), "optimizer": step.optimizer.model_dump()},
+        "dtype": str(dtype).removeprefix("torch."),
+        "effort": dataclasses.asdict(effort),
+        "limits": limits,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "cadre.train.calibrate"], input=json.dumps(asked), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise RunError(f"measuring this machine failed: {why}")
+    return Calibration(**json.loads(done.stdout))
+
+
+def measure(few: ModelConfig, step: Step, dtype: torch.dtype, device: torch.device, effort: Effort) -> Calibration:
+    """The measurement, in this process: `few` has one block of each kind."""
+    rows = _rows(few, step, dtype, device, effort.pass_seconds)
+    process = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    trained = _Trained(few, step, rows, dtype, device)
+    for _ in range(3):
+        trained.run_pass()
+        trained.update()
+    peak = peak_memory_bytes(device)
+    kept = _kept_bytes(trained.loss, trained.model)
+    alone: dict[Kind, _Alone] = {}
+    for index, block in enumerate(trained.model.layers):
+        assert isinstance(block, Block)
+        alone["sparse" if few.is_sparse(index) else "dense"] = _Alone(trained, block)
+    work: dict[tuple[str, Kind | None], Callable[[], Any]] = {
+        ("pass", None): trained.run_pass, ("update", None): trained.update,
+    }  # fmt: skip
+    for kind, one in alone.items():
+        work |= {("pass", kind): one.run_pass, ("update", kind): one.update}
+    seconds = _times(work, device, effort)
+    return Calibration(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        batch=step.batch,
+        micro_batch=step.micro_batch,
+        seq_len=step.seq_len,
+        rows=rows,
+        pass_seconds=seconds["pass", None],
+        update_seconds=seconds["update", None],
+        block_pass_seconds={kind: seconds["pass", kind] for kind in alone},
+        block_update_seconds={kind: seconds["update", kind] for kind in alone},
+        process_bytes=process,
+        growth_bytes=peak - process,
+        kept_bytes=kept // rows,
+        block_kept_bytes={kind: _kept_bytes(one.forward, one) // rows for kind, one in alone.items()},
+        block_state_bytes={kind: one.state_bytes() for kind, one in alone.items()},
+    )
+
+
+def with_limits(measured: Calibration, device: torch.device) -> Calibration:
+    """The calibration with the machine's own limits beside it: products by dtype and size, and memory."""
+    dtypes = (torch.float32, torch.bfloat16)
+    rates = {
+        str(dtype).removeprefix("torch."): {
+            str(size): gemm_flops_per_second(dtype, device, size, 3) for size in _GEMM_SIZES
+        }
+        for dtype in dtypes
+    }
+    return dataclasses.replace(
+        measured, gemm_flops_per_second=rates, memory_bytes_per_second=memory_bytes_per_second(device)
+    )
+
+
+def predict_run(run: Run) -> Forecast:
+    """Predict a run that is about to train, briefly, and keep it as `prediction.json` beside its recipe.
+
+    Raises `RunError` if the disk is full or the measurement fails.
+    """
+    device = next(run.model.parameters()).device
+    weights = sum(tensor.nbytes for tensor in run.model.parameters())
+    held = 0 if device.type == "cuda" else psutil.Process().memory_info().rss - weights
+    measured = calibrate(run.config, Step.of(run.recipe), dtype=run.dtype, effort=BRIEF)
+    predicted = forecast(Shape.from_config(run.config), measured, held)
+    # What preparing the data once took stays the process's peak where training takes less.
+    peak = max(predicted.peak_memory_bytes, peak_memory_bytes(device))
+    predicted = dataclasses.replace(predicted, peak_memory_bytes=peak)
+    kept = {**predicted.as_dict(), "calibration": dataclasses.asdict(measured)}
+    path = run.path / FILE_NAME
+    try:
+        replace_file(path, (json.dumps(kept, indent=1) + "\n").encode())
+    except OSError as error:
+        raise write_error(f"{path}: cannot be written", error) from None
+    return predicted
+
+
+def read_prediction(run_dir: Path) -> dict[str, Any] | None:
+    """What `predict_run` kept, or None where there is nothing to be read."""
+    try:
+        return json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+class _Trained:
+    """A model in training on random tokens: a pass is forward and backward on `rows` sequences, an update what follows."""
+
+    def __init__(self, config: ModelConfig, step: Step, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.step, self.rows, self.dtype, self.device = step, rows, dtype, device
+        self.model = Transformer(config).initialize(0).to(device)
+        self.model.compute_dtype = dtype
+        self.model.train()
+        self.optimizer = Optimizer(self.model, step.optimizer)
+        self.balance = Balance(self.model, Recipe.model_fields["balance"].default)
+        self.mtp_rows = max(1, round(rows * step.mtp_share))
+        reach = step.seq_len + 1 + len(self.model.mtp)
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(config.vocab_size, (rows, reach), generator=generator).to(device)
+
+    def loss(self) -> Tensor:
+        share = self.mtp_rows / self.rows
+        self.balance.reset()
+        return losses(
+            self.model, self.ids, None, self.balance, mtp_weight=0.3, mtp_rows=self.mtp_rows, mtp_share=share
+        ).total
+
+    def run_pass(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.balance.update()
+        self.optimizer.step(1e-6)
+
+
+class _Alone(nn.Module):
+    """One block of a trained model by itself. Embedding and head, which an optimizer asks for, are of one element."""
+
+    def __init__(self, trained: _Trained, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self.embed_tokens, self.lm_head = nn.Embedding(1, 1), nn.Linear(1, 1, bias=False)
+        self.turn = trained.model.rotary(0, trained.step.seq_len, trained.device)
+        shape = (trained.rows, trained.step.seq_len, trained.model.config.hidden_size)
+        self.x = torch.randn(shape, device=trained.device, dtype=trained.dtype, requires_grad=True)
+        self.gradient = torch.full_like(self.x, 1 / self.x.numel())
+        self.optimizer = Optimizer(self, trained.step.optimizer)  # type: ignore[arg-type]
+
+    def forward(self) -> Tensor:
+        return self.block(self.x, self.turn, None, None)
+
+    def run_pass(self) -> None:
+        self.block.zero_grad(set_to_none=True)
+        self.x.grad = None
+        self.forward().backward(self.gradient)
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.block.parameters(), 1.0)
+        self.optimizer.step(1e-6)
+
+    def state_bytes(self) -> int:
+        weights = sum(tensor.nbytes for tensor in self.block.parameters())
+        states = sum(tensor.nbytes for tensor in self.optimizer.tensors().values())
+        return 2 * weights + states
+
+
+def _times(
+    work: dict[tuple[str, Kind | None], Callable[[], Any]], device: torch.device, effort: Effort
+) -> dict[tuple[str, Kind | None], float]:
+    """Median seconds of each, taken in turn so that other work on the machine falls on all alike, after one turn apart."""
+    seconds: dict[tuple[str, Kind | None], list[float]] = {name: [] for name in work}
+    began = time.perf_counter()
+    for turn in range(effort.most + 1):
+        for name, run in work.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+        if turn >= effort.repeats and time.perf_counter() - began > effort.seconds:
+            break
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def _kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for its backward pass, parameters apart; memory that tensors share counts once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = forward()
+    del held
+    return sum(kept.values())
+
+
+def _rows(config: ModelConfig, step: Step, dtype: torch.dtype, device: torch.device, limit: float) -> int:
+    """Sequences of a micro-batch to measure: all of them unless a pass would take longer than `limit` seconds."""
+    rate = gemm_flops_per_second(dtype, device, 512, 3) * _LEAST_SHARE
+    flops = count(config, context=step.seq_len).training_flops_per_token * step.seq_len
+    return max(1, min(step.micro_batch, int(limit * rate / flops)))
+
+
+def _check_memory(config: ModelConfig, device: torch.device) -> None:
+    parameters = count(config).total_parameters
+    held = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if parameters * 16 > held:
+        raise UsageError(
+            f"one block of each kind with embedding and head has {parameters:,} parameters: training them to measure takes "
+            f"{parameters * 16 / 2**30:,.0f} GiB, but {held / 2**30:,.0f} GiB are free: plan without --here"
+        )
+
+
+def _main() -> None:
+    """What `calibrate` asks on standard input, answered on standard output."""
+    import cadre.train.trainer  # noqa: F401  (its memory counts as training's)
+
+    asked = json.loads(sys.stdin.read())
+    keep_freed_memory()
+    device = default_device()
+    step = Step(**{**asked["step"], "optimizer": OptimizerSection(**asked["step"]["optimizer"])})
+    few, dtype = ModelConfig.from_dict(asked["config"]), getattr(torch, asked["dtype"])
+    measured = measure(few, step, dtype, device, Effort(**asked["effort"]))
+    if asked["limits"]:
+        measured = with_limits(measured, device)
+    print(json.dumps(dataclasses.asdict(measured)))
+
+
+if __name__ == "__main__":
+    _main()

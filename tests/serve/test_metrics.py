@@ -1,0 +1,61 @@
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serve.live import Live, parts
+from tests.serve.test_server import LONG, start
+
+PROMPT = list(range(20, 70))
+
+
+def samples(server):
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    return {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def test_what_happened_is_told():
+    with Live() as server:
+        before = samples(server)
+        assert before["cadre_generated_tokens_total",] == 0
+        assert before["cadre_cache_pages",] == server.engine.pool.pages
+        for _ in range(2):
+            server.complete(PROMPT, max_tokens=9, n=2, ignore_eos=True)
+        server.post("/v1/completions", {"prompt": ""})
+        server.post("/v1/completions", {"prompt": "x", "n": 0})
+        server.until(server.idle)
+        after = samples(server)
+        generated = server.engine.stats.generated_tokens
+    assert generated >= 36 and after["cadre_generated_tokens_total",] == generated
+    assert after["cadre_prompt_tokens_total",] == 4 * len(PROMPT) + 1
+    assert after["cadre_cached_prompt_tokens_total",] >= 2 * 48
+    assert after["cadre_time_to_first_token_seconds_count",] == 5
+    assert after["cadre_time_to_first_token_seconds_sum",] > 0
+    assert after["cadre_inter_token_seconds_count",] == generated - 5
+    assert after["cadre_batch_size_sum",] == generated
+    assert after["cadre_sequences_finished_total", ("reason", "length")] >= 4
+    assert after["cadre_requests_total", ("path", "/v1/completions"), ("status", "200")] == 3
+    assert after["cadre_requests_total", ("path", "/v1/completions"), ("status", "400")] == 1
+    for name in ("cadre_sequences_waiting", "cadre_sequences_running", "cadre_cache_pages_used", "cadre_preemptions_total"):
+        assert after[name,] == 0
+    assert after["cadre_draft_tokens_total",] == after["cadre_accepted_draft_tokens_total",] == 0
+
+
+def test_the_experts_loads_add_up():
+    with Live() as server:
+        server.complete(PROMPT, max_tokens=10, ignore_eos=True)
+        server.until(server.idle)
+        loads = {key: value for key, value in samples(server).items() if key[0] == "cadre_expert_tokens_total"}
+    config = parts()[0].config
+    assert {dict(key[1:])["layer"] for key in loads} == {"1"}  # the second layer is the sparse one
+    assert len(loads) == config.n_routed_experts
+    # Every position read chose its experts: the prompt, and all new tokens but the last.
+    assert sum(loads.values()) == (len(PROMPT) + 9) * config.num_experts_per_tok
+
+
+def test_the_queue_is_seen():
+    with Live(max_batch=1) as server:
+        waiting = [start(server, LONG | {"n": 3}) for _ in range(2)]
+        server.until(lambda: samples(server)["cadre_sequences_running",] == 1)
+        seen = samples(server)
+        assert seen["cadre_sequences_waiting",] > 1 and seen["cadre_cache_pages_used",] > 0
+        for connection in waiting:
+            connection.close()
+        server.until(server.idle)

@@ -1,0 +1,151 @@
+"""A whole study in this process: from its text to the report, interrupted and continued, and refused."""
+
+import json
+import re
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from cadre.errors import RunError, UsageError
+from cadre.study import conduct as module
+from cadre.study import decoding, turns, worker
+from cadre.study.conduct import Clock, begin, conduct, duration, find
+from cadre.study.spec import read_study
+from cadre.study.state import open_state
+from cadre.train import trainer
+from tests.study.studies import InProcess, Notes, write_study
+
+SECONDS = {"dense": 0.01, "experts": 0.02}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setenv("CADRE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trainer, "gemm_flops_per_second", lambda *_: 1e11)
+    monkeypatch.setattr(module, "subprocess", in_process(InProcess))
+    monkeypatch.setattr(turns, "step_seconds", lambda recipes, *_, **__: {name: SECONDS[name] for name in recipes})
+    return read_study(str(write_study(tmp_path)))
+
+
+def in_process(popen):
+    """What the study sees of `subprocess`, its processes run here and now."""
+    return SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+
+
+def started(study, path):
+    return begin(study[0], study[1], path, quick=False, minutes=None, rent=3.6, cpu="a CPU", watch=Notes())
+
+
+def test_a_study_runs_to_its_report_and_goes_on_where_it_was(study, tmp_path, monkeypatch):
+    out, notes = tmp_path / "out", Notes()
+    conduct_until(4, started(study, out), monkeypatch)
+    done = sorted(path.parent.name for path in out.glob("*/*/result.json"))
+    assert done == ["dense-x1", "dense-x3", "experts-x1", "experts-x3"]
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/*/result.json")}
+
+    conduct(find(out, *study, False), notes)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    found = json.loads((out / "results.json").read_text())
+    assert found["complete"] and found["runs_done"] == 8
+    experts, dense = found["arms"]["experts"], found["arms"]["dense"]
+    # The best factor of the sweep is what the runs were trained with.
+    best = min(experts["sweep"], key=lambda point: point["bits_per_byte"])["factor"]
+    assert experts["learning_rate_factor"] == best
+    assert f"lr = {0.003 * best}" in (out / "runs" / "experts-seed1" / "recipe.toml").read_text()
+    assert set(experts["curves"]) == {"0", "1"}
+    # Seconds are steps times the time measured in turn, and the price follows: 3.6 dollars an hour are 0.001 a second.
+    assert experts["seconds"] == pytest.approx(40 * 0.02) and experts["usd"] == pytest.approx(40 * 0.02 * 0.001)
+    assert experts["curves"]["0"]["seconds"][-1] == pytest.approx(experts["seconds"])
+    assert dense["curves"]["0"]["flops"][-1] == pytest.approx(dense["flops"])
+    assert found["sooner"]["experts"]["dense"]["seeds"] == 2
+    assert {(row["arm"], row["context"], row["batch"]) for row in found["decode"]} == {
+        (arm, 8, batch) for arm in SECONDS for batch in (1, 2)
+    }  # fmt: skip
+    assert all(row["tokens_per_second"] > 0 for row in found["decode"])
+    assert found["verdict"]["headline"].startswith("The budget is too small to tell")
+    page = (out / "report.html").read_text()
+    assert found["verdict"]["headline"] in page and "experts" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    for name in ("loss-flops.png", "loss-seconds.png", "decode.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert any("so far" in note for note in notes.notes) and any("left in all" in note for note in notes.notes)
+    # Nothing is left to do: nothing is done again.
+    monkeypatch.setattr(decoding, "decode_rates", None)
+    conduct(open_state(out), Notes())
+
+
+def conduct_until(runs, state, monkeypatch):
+    """Conduct, and interrupt it in its run number `runs` + 1."""
+    count = 0
+
+    class Interrupted(InProcess):
+        def __init__(self, command, **more):
+            nonlocal count
+            count += 1
+            if count > runs:
+                raise KeyboardInterrupt
+            super().__init__(command, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "subprocess", in_process(Interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            conduct(state, Notes())
+
+
+def test_another_study_or_other_files_in_the_folder_are_refused(study, tmp_path):
+    state = started(study, tmp_path / "out")
+    with pytest.raises(UsageError, match="its text was another"):
+        find(tmp_path / "out", study[0], "0" * 64, False)
+    with pytest.raises(UsageError, match="began without --quick"):
+        find(tmp_path / "out", *study, True)
+    again = find(tmp_path / "out", None, None, None)
+    assert again is not None and again.jobs == state.jobs and again.arms.keys() == state.arms.keys()
+    assert again.arms["experts"].flops_per_token == state.arms["experts"].flops_per_token
+    assert find(tmp_path / "none", *study, False) is None
+    with pytest.raises(UsageError, match="holds other files"):
+        started(study, tmp_path)
+
+
+def test_a_stopped_run_interrupts_and_a_failed_one_is_named(study, tmp_path, monkeypatch):
+    state = started(study, tmp_path / "out")
+    monkeypatch.setattr(worker, "main", lambda arguments: worker.STOPPED)
+    with pytest.raises(KeyboardInterrupt):
+        conduct(state, Notes())
+    monkeypatch.setattr(worker, "main", lambda arguments: 1)
+    with pytest.raises(RunError, match=r"run sweep/dense-x1: its process died.*exit status 1"):
+        conduct(state, Notes())
+
+
+def test_a_diverged_sweep_loses_and_a_diverged_run_is_left_out(study, tmp_path):
+    state = started(study, tmp_path / "out")
+    for job in state.jobs:
+        folder = tmp_path / "out" / job.folder
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"diverged": "not finite" if job.factor != 1.0 else None}))
+        (folder / "metrics.jsonl").write_text('{"step": 20, "bits_per_byte": 2.5, "final": false}\n')
+    assert state.sweep("dense") == {1.0: 2.5, 3.0: None}
+    assert state.factor(state.jobs[-1]) == 1.0
+    from cadre.study.results import results
+
+    found = results(state)
+    assert found["arms"]["dense"]["bits_per_byte"] is None
+    assert [run["seed"] for run in found["arms"]["dense"]["diverged"]] == [0, 1]
+
+
+def test_held_out_text_is_needed(study, tmp_path):
+    text = write_study(tmp_path, ("held_out = 0.1", "held_out = 0.0"))
+    with pytest.raises(UsageError, match="leaves nothing to compare by"):
+        started(read_study(str(text)), tmp_path / "out")
+
+
+def test_time_left_follows_what_steps_take_now(study, tmp_path):
+    state = started(study, tmp_path / "out")
+    clock = Clock(state)
+    before = clock.seconds()
+    clock.heard("dense", 0.03)
+    assert clock.seconds() - before == pytest.approx(2 * sum(job.steps * SECONDS[job.arm] for job in state.jobs))
+    for job in state.jobs:
+        clock.done(job)
+    assert clock.seconds() == pytest.approx(40)
+    assert (duration(90), duration(5400)) == ("1:30", "1:30:00")

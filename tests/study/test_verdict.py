@@ -1,0 +1,110 @@
+"""The verdict says who won, and says it no louder than the runs allow."""
+
+import pytest
+
+from cadre.study.results import Curve, _sooner
+from cadre.study.verdict import verdict
+
+STEPS = tuple(range(50, 1001, 50))
+
+
+def results(seconds=None, steps=STEPS, complete=True, decode=(), **losses):
+    """Results of arms given by their final losses, one a seed: curves that fall evenly to them, at a FLOP a step."""
+    arms, curves = {}, {}
+    for name, finals in losses.items():
+        step_seconds = (seconds or {}).get(name, 1.0)
+        curves[name] = {
+            seed: Curve(steps, tuple(final + 1 - step / steps[-1] for step in steps), 1.0, step_seconds)
+            for seed, final in enumerate(finals)
+        }
+        arms[name] = {
+            "curves": {
+                str(seed): {"steps": list(c.steps), "bits_per_byte": list(c.bits_per_byte)} for seed, c in curves[name].items()
+            },
+            "steps": steps[-1], "sweep": [], "learning_rate_factor": 1.0, "diverged": [], "acceptance": [],
+            "step_seconds": step_seconds, "step_seconds_before": step_seconds, "seconds": steps[-1] * step_seconds,
+            "wall_seconds": {"mean": steps[-1] * step_seconds}, "kv_cache_bytes_per_token": 700, "share_of_budget": 1.0,
+        }  # fmt: skip
+    names = list(arms)
+    return {
+        "first": names[0], "arms": arms, "complete": complete, "runs_done": 1, "runs": 4, "decode": list(decode),
+        "seeds": list(range(max(len(finals) for finals in losses.values()))),
+        "sooner": {a: {b: _sooner(curves[a], curves[b]) for b in names if a != b} for a in names},
+    }  # fmt: skip
+
+
+def test_the_winner_is_named_with_its_factors():
+    said = verdict(results(dense=[1.5, 1.52], experts=[1.3, 1.32]))
+    assert said["outcomes"] == {"experts": "wins"}
+    assert said["headline"].startswith("Experts wins. experts ends with 13.2% lower loss than dense (-13.3% to -13.2% over")
+    assert "Experts reaches dense's final loss with 1.25 times fewer FLOPs and in 1.25 times less time." in said["headline"]
+
+
+def test_a_win_on_flops_that_the_clock_takes_back_is_said_so():
+    said = verdict(results(seconds={"experts": 2.0}, dense=[1.5, 1.52], experts=[1.3, 1.32]))
+    assert said["headline"].startswith("Experts wins on FLOPs, dense on the clock.")
+    assert "but not sooner: it takes 1.60 times more time" in said["headline"]
+
+
+def test_it_says_so_when_dense_wins():
+    said = verdict(results(dense=[1.3, 1.31], experts=[1.5, 1.51], other=[1.6, 1.6]))
+    assert said["outcomes"] == {"experts": "loses", "other": "loses"}
+    assert said["headline"] == "Dense wins: every other arm ends with a higher loss."
+    assert "Dense reaches experts's final loss" in said["arms"]["experts"]
+
+
+def test_it_says_so_when_seeds_disagree():
+    said = verdict(results(dense=[1.5, 1.5], experts=[1.45, 1.55]))
+    assert said["outcomes"] == {"experts": "seeds disagree"}
+    assert said["headline"].startswith("No arm beats dense beyond doubt: the seeds disagree about experts.")
+    # Agreement in sign alone is not enough when the seeds differ more than the arms.
+    assert verdict(results(dense=[1.5, 1.5], experts=[1.4999, 1.44]))["outcomes"] == {"experts": "seeds disagree"}
+
+
+@pytest.mark.parametrize("finals", [[1.5005], [1.501, 1.499], [1.501, 1.502]])
+def test_losses_too_near_to_tell_are_level(finals):
+    said = verdict(results(dense=[1.5] * len(finals), experts=finals))
+    assert said["outcomes"] == {"experts": "even"}
+    assert said["headline"] == "No arm beats dense: experts ends within 0.5% of its loss."
+
+
+def test_three_seeds_that_agree_decide_what_two_do_not():
+    assert verdict(results(dense=[1.5] * 3, experts=[1.498, 1.4985, 1.4979]))["outcomes"] == {"experts": "wins"}
+
+
+def test_it_says_so_when_the_budget_is_too_small():
+    short = verdict(results(steps=(50, 100, 150, 199), dense=[1.5], experts=[1.3]))
+    assert short["headline"] == "The budget is too small to tell: the shortest runs have 199 steps, fewer than 200."
+    assert any(line.startswith("One seed") for line in short["cautions"])
+    crossing = results(dense=[1.5, 1.5], experts=[1.3, 1.3])
+    for curve in crossing["arms"]["experts"]["curves"].values():
+        curve["bits_per_byte"][:-2] = [3.0] * (len(STEPS) - 2)
+    assert "the order of experts and dense still changed in the last quarter" in verdict(crossing)["headline"]
+
+
+def test_an_unfinished_study_says_so():
+    assert verdict(results(complete=False, dense=[1.5], experts=[1.3]))["headline"].startswith("Not finished: 1 of 4 runs")
+    none = verdict(results(complete=False, dense=[1.5], experts=[]))
+    assert none["arms"]["experts"].endswith("no finished run to compare yet.")
+
+
+def test_cautions_name_the_sweeps_end_divergence_and_a_busy_machine():
+    found = results(dense=[1.5, 1.5], experts=[1.3, 1.3])
+    found["arms"]["experts"]["sweep"] = [{"factor": f, "bits_per_byte": 1.0} for f in (0.5, 1.0)]
+    found["arms"]["experts"]["diverged"] = [{"seed": 2, "message": "x"}]
+    found["arms"]["dense"]["wall_seconds"] = {"mean": 1500.0}
+    cautions = "\n".join(verdict(found)["cautions"])
+    assert "experts: its best learning rate (x 1) is at the end of the sweep" in cautions
+    assert "experts, seed 2: training diverged" in cautions
+    assert "dense: its steps took 1,500.0 s of wall clock in the runs and 1,000.0 s by the timing in turn" in cautions
+
+
+def test_cache_decode_rate_and_acceptance_are_said_where_they_differ():
+    rows = [{"arm": arm, "context": c, "batch": 8, "tokens_per_second": rate * c} for c in (512, 2048)
+            for arm, rate in (("mha", 1.0), ("latent", 1.5))]  # fmt: skip
+    found = results(decode=rows, mha=[1.5, 1.5], latent=[1.501, 1.499])
+    found["arms"]["latent"]["kv_cache_bytes_per_token"] = 100
+    found["arms"]["latent"]["acceptance"] = [0.8, 0.5]
+    said = verdict(found)["arms"]["latent"]
+    assert "Its cache is 7.0 times smaller; it decodes 1.50 times as fast at context 2,048, batch 8" in said
+    assert "its drafts agree with it 80%, 50% of the time." in said
