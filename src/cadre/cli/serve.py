@@ -52,6 +52,7 @@ def serve(
     except ImportError as error:
         raise UsageError(f"serving needs {error.name}, which is not installed: pip install 'cadre-lm[serve]'") from None
     from cadre.hub.directory import model_directory
+    from cadre.hub.tokenizer import CHAT_TEMPLATE
     from cadre.infer.engine import Engine
     from cadre.plan.count import count
     from cadre.serve.app import create_app
@@ -69,7 +70,12 @@ def serve(
     engine = Engine(loaded, tokenizer, cache_bytes=cache_bytes, max_batch=max_batch, speculate=speculate)
     counted = count(loaded.config, cache_bytes=engine.pool.first.element_size())
     card = Card(
-        model_name or _name(directory), loaded.config, counted.kv_cache_bytes_per_token, counted.kv_cache_bytes_per_token_mha
+        model_name or _name(directory),
+        loaded.config,
+        counted.kv_cache_bytes_per_token,
+        counted.kv_cache_bytes_per_token_mha,
+        # Training writes this template beside every model; only another one tells of training on conversations.
+        base_model=template is None or template.source == CHAT_TEMPLATE,
     )
     local = listener.getsockname()[0] in LOOPBACK
     app = create_app(

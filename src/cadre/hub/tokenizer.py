@@ -15,7 +15,7 @@ from cadre.files import replace_file
 BOS, EOS, USER, ASSISTANT = SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 
 # Training text separates documents by eos and has no bos in it, so neither has a conversation.
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
     "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
@@ -80,7 +80,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
             config[name] = tokenizer.id_to_token(token_id)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if added.issuperset(SPECIAL_TOKENS):
-        config["chat_template"] = _CHAT_TEMPLATE
+        config["chat_template"] = CHAT_TEMPLATE
     replace_file(directory / "tokenizer.json", tokenizer.to_str(pretty=True).encode("utf-8"))
     replace_file(directory / "tokenizer_config.json", (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
 

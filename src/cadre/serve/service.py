@@ -32,12 +32,14 @@ _SEEDS = 1 << 63
 @dataclass(frozen=True)
 class Card:
     """What clients see of the model. cache_bytes_per_token: what the cache keeps of one token in all layers;
-    cache_bytes_per_token_mha: what multi-head attention of the same heads would."""
+    cache_bytes_per_token_mha: what multi-head attention of the same heads would. base_model: it was not trained to chat, as
+    far as its directory tells."""
 
     name: str
     config: ModelConfig
     cache_bytes_per_token: int
     cache_bytes_per_token_mha: int
+    base_model: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -75,6 +77,7 @@ class Service:
             "max_model_len": self.context,
             "cadre": {
                 "chat_template": self.template is not None,
+                "base_model": card.base_model,
                 "context": self.context,
                 "cache_bytes_per_token": card.cache_bytes_per_token,
                 "cache_bytes_per_token_mha": card.cache_bytes_per_token_mha,

@@ -30,7 +30,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self.special = special
+        self.source, self.special = source, special
         try:
             self.template = environment.from_string(source)
         except TemplateError as error:
