@@ -32,6 +32,15 @@ def test_latents_are_all_that_is_kept():
     assert grouped.first.shape == grouped.second.shape == (2, 4, 2, 2, 8)
 
 
+def test_layers_of_prediction_modules_begin_as_numbers(monkeypatch):
+    """Memory that was used before may hold anything."""
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("nan"), **options))
+    made = PagePool(small("deepseek_v3"), pages=3, page_size=5, dtype=torch.float32, layers=4)
+    for part in (made.first, made.second):
+        assert part[:2].isnan().all()
+        assert (part[2:] == 0).all()
+
+
 @given(pages=st.integers(1, 50), spare=st.floats(0, 0.99), size=st.integers(1, 9))
 def test_a_budget_is_used_up_and_not_exceeded(pages, spare, size):
     config = small("deepseek_v2")

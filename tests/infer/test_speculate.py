@@ -9,7 +9,7 @@ import torch
 
 from cadre.errors import UsageError
 from cadre.infer.engine import Engine, Request
-from cadre.infer.sampling import Sampling
+from cadre.infer.sampling import Sampling, choose_batch
 from cadre.infer.speculate import Payoff
 from cadre.model.transformer import Transformer
 from tests.infer.test_native import randomized
@@ -73,6 +73,45 @@ def test_small_pools_preempt_and_change_nothing(drafts: int) -> None:
     assert engine.run(requests(True)) == plain
     assert engine.stats.preemptions > 0
     engine.pool.check([])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_exceptions_anywhere_in_a_pass_change_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between two drafts, and in drafting itself: what was not finished is computed again, and no page is written that
+    is not the sequence's own."""
+    model, chance = model_of("deepseek_v3", 2, copying=True), random.Random(seed)
+    plain = Engine(model, cache_bytes=2_000_000, page_size=4).run(requests(True))
+    engine = Engine(model, cache_bytes=2_000_000, page_size=4, speculate=3)
+    engine._payoff = Payoff(trial=10**9)
+    for request in requests(True):
+        engine.add(request)
+    ids: dict[str, list[int]] = {request.id: [] for request in requests(True)}
+
+    def fragile(work):
+        def maybe(*given):
+            if chance.random() < 0.1:
+                raise RuntimeError("out of memory")
+            return work(*given)
+
+        return maybe
+
+    monkeypatch.setattr("cadre.infer.engine.choose_batch", fragile(choose_batch))
+    for name in ("hidden", "logits", "draft_hidden"):
+        monkeypatch.setattr(engine.runner, name, fragile(getattr(engine.runner, name)))
+    steps = 0
+    while engine.busy:
+        steps += 1
+        assert steps < 2000, "it makes no progress"
+        for sequence in engine.scheduler.active:
+            assert not sequence.drafts or len(sequence.ids) + len(sequence.drafts) <= len(sequence.pages) * 4
+        try:
+            outputs = engine.step()
+        except RuntimeError:
+            continue
+        for output in outputs:
+            ids[output.id] += [token.id for token in output.tokens]
+        engine.pool.check(sequence.pages for sequence in engine.scheduler.active)
+    assert list(ids.values()) == [own for own, _, _ in plain]
 
 
 def test_right_drafts_save_passes() -> None:

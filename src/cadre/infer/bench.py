@@ -18,7 +18,7 @@ from cadre.infer.peer import PeerDecoder
 from cadre.infer.quantize import quantize_model
 from cadre.infer.sampling import Sampling
 from cadre.infer.scheduler import Request
-from cadre.kernels.limits import best_dtype, default_device, read_bytes_per_second, peak_memory_bytes
+from cadre.kernels.limits import best_dtype, default_device, peak_memory_bytes, read_bytes_per_second
 from cadre.kernels.native.library import why_missing
 from cadre.model.config import ModelConfig
 from cadre.model.layers import RMSNorm
@@ -105,8 +105,9 @@ def bench_decode(
     dtype: of weights and cache; None for the checkpoint's usual bfloat16 on a GPU or for models too large for the
     processor's caches, float32 else. weight_bytes_per_token: weights read in a step, experts that no token chose left out,
     over the tokens it makes. cache_bytes_per_token: what one position takes. bandwidth_fraction: bytes read a second over
-    `memory_bandwidth`, the rate of reading one large block. With `peer`, transformers decodes the same shape in turn; `speed_ratio` and `prefill_ratio` are ours
-    over theirs. Raises `UsageError` for a context beyond the model's and for a cache beyond the memory.
+    `memory_bandwidth`, the rate of reading one large block. With `peer`, transformers decodes the same shape in turn;
+    `speed_ratio` and `prefill_ratio` are ours over theirs. Raises `UsageError` for a context beyond the model's and for a
+    cache beyond the memory.
     """
     device = default_device()
     dtype = dtype or default_dtype(config)

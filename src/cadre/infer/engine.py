@@ -97,12 +97,13 @@ class _Live:
 @dataclass(frozen=True)
 class _Choice:
     """A sequence that chooses: how many of its own tokens the pass reads, the row of the last of them, and where that row
-    and those of its drafts stand among the logits."""
+    and those of its drafts stand among the logits. drafts: those that the pass reads."""
 
     sequence: Sequence
     own: int
     row: int
     first: int
+    drafts: list[int]
 
 
 class Engine:
@@ -301,7 +302,7 @@ class Engine:
             if sequence.scoring:
                 self._score(sequence, hidden_TD[begin : begin + own])
             if sequence.cached + own == len(sequence.ids) < sequence.limit:
-                choosing.append(_Choice(sequence, own, begin + own - 1, len(rows)))
+                choosing.append(_Choice(sequence, own, begin + own - 1, len(rows), sequence.drafts))
                 rows += range(begin + own - 1, begin + count)
             begin += count
         logits_NW = hidden_TD
@@ -323,15 +324,17 @@ class Engine:
         """Choose a token for each, and one more as long as it is what was drafted. A sequence advances only when its token
         is chosen: an exception between leaves it as it was."""
         taken = 0
-        self._proposed += sum(len(choice.sequence.drafts) for choice in choosing)
+        self._proposed += sum(len(choice.drafts) for choice in choosing)
         while choosing:
             numbers = [choice.first + taken for choice in choosing]
             every = numbers == list(range(len(logits_NW)))
             tokens = self._choose([choice.sequence for choice in choosing], logits_NW if every else logits_NW[numbers])
             going: list[_Choice] = []
             for choice, token in zip(choosing, tokens, strict=True):
-                sequence, drafts = choice.sequence, choice.sequence.drafts
+                sequence, drafts = choice.sequence, choice.drafts
                 live = self._live[sequence.request.id]
+                # Given up before the sequence grows: after an exception they would be read where it has no pages.
+                sequence.drafts = []
                 self.scheduler.advance(sequence, 1 if taken else choice.own)
                 right = token is not None and taken < len(drafts) and token.id == drafts[taken]
                 self._accept(live, _with_experts(sequence, token, choice.row + taken, batch))

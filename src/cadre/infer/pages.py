@@ -55,6 +55,9 @@ class PagePool:
         # Drafts may read what no one has written yet; it must be numbers.
         self.first[config.num_hidden_layers :].zero_()
         self.second[config.num_hidden_layers :].zero_()
+        # The modules' layers have gaps where drafting was off, and attention over what memory held before may be NaN.
+        for part in (self.first, self.second):
+            part[config.num_hidden_layers :].zero_()
         self._references = [0] * pages
         self._key_of: list[bytes | None] = [None] * pages
         self._page_of: dict[bytes, int] = {}
