@@ -14,7 +14,8 @@ def test_models(live):
     (model,) = listed["data"]
     assert (model["id"], model["object"], model["owned_by"], model["max_model_len"]) == ("tiny", "model", "cadre", CONTEXT)
     assert model["cadre"] == {
-        "chat_template": True, "context": CONTEXT, "cache_bytes_per_token": 112, "cache_bytes_per_token_mha": 360,
+        "chat_template": True, "base_model": True, "context": CONTEXT, "cache_bytes_per_token": 112,
+        "cache_bytes_per_token_mha": 360,
         "experts": 6, "top_k": 2, "sparse_layers": [1],
     }  # fmt: skip
     assert live.get("/v1/models/tiny").json() == model
