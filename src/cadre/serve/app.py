@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cadre.serve.template import ChatTemplate
 
 _GENERATION = (400, 401, 403, 404, 413, 429, 500, 503, 504)
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def create_app(
@@ -88,11 +89,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return JSONResponse(service.model_object())
 
-    @app.post("/v1/completions", response_model=replies.Completion, responses=_errors(*_GENERATION))
+    @app.post("/v1/completions", response_model=replies.Completion, responses=_errors(*_GENERATION) | _STREAM)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await complete(service, request, body)
 
-    @app.post("/v1/chat/completions", response_model=replies.ChatCompletion, responses=_errors(*_GENERATION))
+    @app.post("/v1/chat/completions", response_model=replies.ChatCompletion, responses=_errors(*_GENERATION) | _STREAM)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return await converse(service, request, body)
 
