@@ -20,7 +20,9 @@ struct Matrix {
     int32_t kind;
 };
 
+// LINE: elements in a cache line.
 struct Float32 {
+    static constexpr size_t LINE = 16;
     const float* data;
     size_t stride;
     floats at(size_t row, size_t k) const { return load(data + row * stride + k); }
@@ -30,6 +32,7 @@ struct Float32 {
 };
 
 struct Bfloat16 {
+    static constexpr size_t LINE = 32;
     const uint16_t* data;
     size_t stride;
     floats at(size_t row, size_t k) const { return widen(read<halves>(data + row * stride + k)); }
@@ -39,6 +42,7 @@ struct Bfloat16 {
 };
 
 struct Int8 {
+    static constexpr size_t LINE = 64;
     const int8_t* data;
     const float* scale;
     size_t stride;
@@ -49,6 +53,7 @@ struct Int8 {
 };
 
 struct Int4 {
+    static constexpr size_t LINE = 128;
     const uint8_t* data;
     const uint16_t* scale;
     const float* table;
@@ -112,7 +117,7 @@ __attribute__((noinline)) static void dot_tile(const W& w, size_t row, const flo
                 for (int m = 0; m < MR; m++)
                     for (int i = 0; i < 32 / LANES; i++) acc[m][n] += wide[i] * load(x[m] + k + i * LANES);
             }
-            if (ahead)
+            if (ahead && k % W::LINE == 0)
                 for (int n = 0; n < NR; n++) __builtin_prefetch(w.address(row + NR + n, k));
         }
     } else {
@@ -121,7 +126,7 @@ __attribute__((noinline)) static void dot_tile(const W& w, size_t row, const flo
 #pragma GCC unroll 8
             for (int n = 0; n < NR; n++) wide[n] = w.at(row + n, k);
             // Rows are too short for the processor to see the stream coming: ask for the next tile's.
-            if (ahead)
+            if (ahead && k % W::LINE == 0)
                 for (int n = 0; n < NR; n++) __builtin_prefetch(w.address(row + NR + n, k));
 #pragma GCC unroll 8
             for (int m = 0; m < MR; m++) {
