@@ -70,8 +70,9 @@ def test_absorbed_equals_expanded(config: ModelConfig, seen, new, seed):
     new = min(new, seen)
     module, x = attention(config, seed), random(2, seen, config.hidden_size, seed=seed)
     turn = RotaryTable(config)(0, seen, CPU)
-    latent, k_rotary = module.compress(x, turn)
-    q_nope, q_rotary = module.queries(x, turn)
+    latent, k = module.compress(x)
+    q_nope, q_rotary = module.queries(x).split((module.nope, module.rotary), dim=-1)
+    q_rotary, k_rotary = module.rotate(q_rotary, turn), module.rotate(k[:, :, None], turn)[:, :, 0]
     expanded = module.expanded(q_nope, q_rotary, latent, k_rotary)[:, seen - new :]
     absorbed = module.absorbed(q_nope[:, seen - new :], q_rotary[:, seen - new :], latent, k_rotary)
     assert_close(absorbed, expanded, atol=1e-4, rtol=1e-4)

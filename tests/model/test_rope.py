@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from cadre.model.config import ModelConfig
-from cadre.model.rope import RotaryTable, frequencies, rotate_halves, rotate_pairs, softmax_scale, yarn_magnitude
+from cadre.kernels.rotary import rotate_halves, rotate_pairs
+from cadre.model.rope import RotaryTable, frequencies, softmax_scale, yarn_magnitude
 from tests import published
 from tests.shapes import configs, small
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadre.kernels.attention import causal_attention
+from cadre.kernels.attention import causal_attention, latent_attention
+from cadre.kernels.rotary import rotate_halves, rotate_pairs
 from cadre.model.config import ModelConfig
 from cadre.model.layers import Linear, RMSNorm
-from cadre.model.rope import rotate_halves, rotate_pairs, softmax_scale
+from cadre.model.rope import softmax_scale
 
 # q_a_layernorm and kv_a_layernorm ignore rms_norm_eps in transformers and in DeepSeek's code.
 LATENT_NORM_EPS = 1e-6
@@ -58,7 +59,7 @@ class LatentAttention(nn.Module):
         self.value = config.v_head_dim or 0
         self.latent = config.kv_lora_rank or 0
         self.scale = softmax_scale(config)
-        self.rotate = rotate_pairs if config.rope_interleave else rotate_halves
+        self.interleaved = config.rope_interleave
         hidden, bias = config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, self.heads * config.qk_head_dim)
@@ -72,29 +73,34 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value))
         self.o_proj = Linear(self.heads * self.value, hidden, bias=bias)
 
-    def compress(self, x_BTD: Tensor, turn_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent [B, T, C] and the rotary key [B, T, R] of each token (equations 9 and 15)."""
+    def compress(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent [B, T, C] and the rotary key [B, T, R] of each token (equations 9 and 15), the key not yet turned."""
         latent_BTC, k_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.latent, self.rotary), dim=-1)
-        return self.kv_a_layernorm(latent_BTC), self.rotate(k_BTR[:, :, None], turn_TR)[:, :, 0]
+        return self.kv_a_layernorm(latent_BTC), k_BTR
 
-    def queries(self, x_BTD: Tensor, turn_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries without position [B, T, H, N] and with [B, T, H, R] (equations 12-14)."""
+    def queries(self, x_BTD: Tensor) -> Tensor:
+        """Queries [B, T, H, N + R] (equations 12-14), their last R columns not yet turned."""
         if self.low_rank_query:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         else:
             q = self.q_proj(x_BTD)
-        q_BTHN, q_BTHR = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rotary), dim=-1)
-        return q_BTHN, self.rotate(q_BTHR, turn_TR)
+        return q.unflatten(-1, (self.heads, -1))
+
+    def rotate(self, x_BTHR: Tensor, turn_TR: Tensor) -> Tensor:
+        return rotate_pairs(x_BTHR, turn_TR) if self.interleaved else rotate_halves(x_BTHR, turn_TR)
 
     def forward(
         self, x_BTD: Tensor, turn_TR: Tensor, cache: LayerCache | None = None, document_BT: Tensor | None = None
     ) -> Tensor:
-        latent, k_rotary = self.compress(x_BTD, turn_TR)
-        q_BTHN, q_BTHR = self.queries(x_BTD, turn_TR)
+        latent_BTC, k_BTR = self.compress(x_BTD)
+        q_BTHK = self.queries(x_BTD)
         if cache is None:
-            out_BTHV = self.expanded(q_BTHN, q_BTHR, latent, k_rotary, document_BT)
+            kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
+            out_BTHV = latent_attention(q_BTHK, kv_BTHX, k_BTR, turn_TR, self.scale, self.interleaved, document_BT)
         else:
-            out_BTHV = self.cached(q_BTHN, q_BTHR, cache.append(latent[0], k_rotary[0]))
+            q_BTHN, q_BTHR = q_BTHK.split((self.nope, self.rotary), dim=-1)
+            k_TR = self.rotate(k_BTR[:, :, None], turn_TR)[0, :, 0]
+            out_BTHV = self.cached(q_BTHN, self.rotate(q_BTHR, turn_TR), cache.append(latent_BTC[0], k_TR))
         return self.o_proj(out_BTHV.flatten(-2))
 
     def cached(
@@ -122,19 +128,14 @@ class LatentAttention(nn.Module):
         expand = (seen - new) * self.latent * (self.nope + self.value)
         return expand + new * seen * (self.nope + self.value - 2 * self.latent) < 0 or new == seen
 
-    def expanded(
-        self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor, document_BT: Tensor | None = None
-    ) -> Tensor:
+    def expanded(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor) -> Tensor:
         """Many tokens: expand the latents to keys and values of every head, then ordinary causal attention. The queries are
-        those of the last positions; with documents, of all."""
-        kv_BSHNV = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, -1))
-        k_BSHN, v_BSHV = kv_BSHNV.split((self.nope, self.value), dim=-1)
+        those of the last positions."""
+        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, -1))
+        k_BSHN, v_BSHV = kv_BSHX.split((self.nope, self.value), dim=-1)
         k_BSHR = k_BSR[:, :, None].expand(-1, -1, self.heads, -1)
         q_BTHK = torch.cat((q_BTHN, q_BTHR), dim=-1)
-        k_BSHK = torch.cat((k_BSHN, k_BSHR), dim=-1)
-        if document_BT is None:
-            return ending_attention(q_BTHK, k_BSHK, v_BSHV, self.scale)
-        return causal_attention(q_BTHK, k_BSHK, v_BSHV, self.scale, document_BT)
+        return ending_attention(q_BTHK, torch.cat((k_BSHN, k_BSHR), dim=-1), v_BSHV, self.scale)
 
     def absorbed(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor) -> Tensor:
         """Few tokens: fold the expansion into the query and the output (V2 report, section 2.1.2), so that attention reads

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cadre.kernels.native.structs import declare
 
-SOURCES = ("attention.cpp", "feed_forward.cpp")
+SOURCES = ("attention.cpp", "feed_forward.cpp", "causal_attention.cpp")
 HEADERS = ("vector.h", "matrix.h", "step.h")
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 

@@ -1,0 +1,375 @@
+// Causal attention over whole sequences and its gradient, the scores a block at a time and never kept (FlashAttention-2,
+// arXiv 2307.08691). Keys and values of a head are packed once into panels, so that every product is one small kernel.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "step.h"
+
+// [batch, length, heads, width] seen through element strides; the batch stride is length * token.
+struct Heads {
+    float* data;
+    int64_t token, head;
+};
+
+// q: `nope` columns, then `rotary` ones that the kernel turns by position. k: `nope` columns; its rotary ones are k_rotary, one
+// for all heads. Without turn and k_rotary (rotary 0) queries and keys are taken as they are.
+struct CausalAttention {
+    Heads q, k, v, k_rotary, out;
+    float* log_sum;        // [batch, heads, length]: log of the softmax's denominator
+    const float* turn;     // cosine and sine by position and rotary pair
+    const int32_t* first;  // [batch, length] the first position that one sees; null: position 0
+    float scale;
+    int32_t batch, length, heads, groups, nope, rotary, value, split, threads;
+};
+
+// As its operands; k_rotary: [batch, length, groups, rotary], to be summed over groups.
+struct CausalGradient {
+    Heads out, q, k, v, k_rotary;
+};
+
+namespace {
+
+constexpr int ROWS_AT_ONCE = LANES == 16 ? 8 : 4;  // rows of a tile: its sums and what they meet fit the registers
+constexpr int PANEL = 2 * LANES;
+constexpr int QUERIES = 96;  // of a block
+constexpr int KEYS = 256;    // of a block, forward
+constexpr int KEYS_BACK = 64;
+constexpr size_t LINE = 16;  // floats of a cache line
+
+size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// c[m][n] (+)= sum_k a[m * a_row + k * a_col] * b[k * b_row + n] for ROWS_AT_ONCE rows and WIDE vectors.
+template <int WIDE>
+__attribute__((noinline)) void tile(const float* a, size_t a_row, size_t a_col, size_t depth, const float* b, size_t b_row, float* c,
+                                    size_t c_row, bool add) {
+    floats sum[ROWS_AT_ONCE][WIDE] = {};
+    for (size_t k = 0; k < depth; k++, a += a_col, b += b_row) {
+        floats with[WIDE];
+#pragma GCC unroll 2
+        for (int n = 0; n < WIDE; n++) with[n] = load(b + n * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS_AT_ONCE; m++) {
+            floats row = all(a[m * a_row]);
+#pragma GCC unroll 2
+            for (int n = 0; n < WIDE; n++) sum[m][n] += row * with[n];
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS_AT_ONCE; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < WIDE; n++) {
+            float* to = c + m * c_row + n * LANES;
+            store(to, add ? load(to) + sum[m][n] : sum[m][n]);
+        }
+}
+
+// A block of weights: query i sees the keys up to i + ahead. Whole tiles of what none sees are passed over.
+//
+// c[i][j] = <a[i], b[j]> for `rows` queries and `cols` keys; b in panels of PANEL keys, each [depth, PANEL].
+void scores(const float* a, size_t a_row, size_t rows, size_t depth, const float* b, size_t cols, int64_t ahead, float* c) {
+    for (size_t n = 0; n < cols; n += PANEL, b += depth * PANEL)
+        for (size_t m = 0; m < rows; m += ROWS_AT_ONCE)
+            if ((int64_t)n < (int64_t)(m + ROWS_AT_ONCE) + ahead)
+                tile<2>(a + m * a_row, a_row, 1, depth, b, PANEL, c + m * cols + n, cols, false);
+}
+
+// How many of `keys` keys the products of query i's tile look at, in whole vectors.
+int reach_of(size_t i, int64_t ahead, size_t keys) {
+    const int64_t last = (int64_t)(i / ROWS_AT_ONCE + 1) * ROWS_AT_ONCE + ahead;
+    return last <= 0 ? 0 : (int)std::min(keys, up((size_t)last, LANES));
+}
+
+template <class Add>
+void by_columns(size_t cols, size_t rows, Add add) {
+    for (size_t n = 0; n < cols; n += PANEL)
+        for (size_t m = 0; m < rows; m += ROWS_AT_ONCE) {
+            if (n + PANEL <= cols) add(std::integral_constant<int, 2>(), m, n);
+            else add(std::integral_constant<int, 1>(), m, n);
+        }
+}
+
+// c[i] += sum_j weight[i][j] * b[j] over the keys that query i sees.
+void gather(const float* weight, size_t queries, size_t keys, int64_t ahead, const float* b, size_t width, float* c) {
+    by_columns(width, queries, [=](auto wide, size_t m, size_t n) {
+        const int64_t depth = std::min((int64_t)keys, (int64_t)(m + ROWS_AT_ONCE) + ahead);
+        if (depth > 0) tile<wide>(weight + m * keys, keys, 1, depth, b + n, width, c + m * width + n, width, true);
+    });
+}
+
+// c[j] += sum_i weight[i][j] * b[i] over the queries that see key j.
+void scatter(const float* weight, size_t queries, size_t keys, int64_t ahead, const float* b, size_t width, float* c) {
+    by_columns(width, keys, [=](auto wide, size_t m, size_t n) {
+        const size_t i = (size_t)std::max((int64_t)0, (int64_t)m - ahead);
+        if (i < queries) tile<wide>(weight + i * keys + m, 1, keys, queries - i, b + i * width + n, width, c + m * width + n, width, true);
+    });
+}
+
+void turn_back(float* x, const float* turn, size_t R, bool split) {
+    for (size_t i = 0; i < R / 2; i++) {
+        float* first = x + (split ? i : 2 * i);
+        float* second = split ? first + R / 2 : first + 1;
+        float a = *first, b = *second, cosine = turn[2 * i], sine = turn[2 * i + 1];
+        *first = a * cosine + b * sine;
+        *second = b * cosine - a * sine;
+    }
+}
+
+// One head of one sequence: widths padded to vectors, lengths to whole panels, all padding zero.
+struct Shape {
+    const CausalAttention& c;
+    size_t N, R, K, V;  // nope, rotary, query-key and value width
+    size_t wide_k, wide_v, length;
+
+    explicit Shape(const CausalAttention& c)
+        : c(c), N(c.nope), R(c.rotary), K(N + R), V(c.value), wide_k(up(K, LANES)), wide_v(up(V, LANES)),
+          length(up(c.length, std::max(KEYS, KEYS_BACK))) {}
+
+    const float* at(const Heads& x, int b, size_t t, int h) const { return x.data + ((size_t)b * c.length + t) * x.token + h * x.head; }
+    float* at(Heads& x, int b, size_t t, int h) const { return x.data + ((size_t)b * c.length + t) * x.token + h * x.head; }
+
+    // Positions [from, from + count) of a head as rows of `wide` elements, zeros beyond its width and its length.
+    void rows(const Heads& x, int b, int h, size_t from, size_t count, size_t width, size_t wide, float* to) const {
+        constexpr size_t EARLY = 8;  // the processor does not see that rows far apart are next
+        const size_t stop = std::min(from + count, (size_t)c.length);
+        for (size_t t = from; t < stop; t++, to += wide) {
+            const float *row = at(x, b, t, h), *later = row + EARLY * x.token;
+            for (size_t k = 0; k < width; k += LINE) __builtin_prefetch(later + k);
+            size_t k = 0;
+            for (; k + LANES <= width; k += LANES) store(to + k, load(row + k));
+            if (k < width) store(to + k, load_part(row + k, width - k)), k += LANES;
+            for (; k < wide; k += LANES) store(to + k, floats{});
+        }
+        std::fill(to, to + (from + count - stop) * wide, 0.0f);
+    }
+
+    // Keys [length, wide_k], turned.
+    void keys(int b, int g, float* to) const {
+        rows(c.k, b, g, 0, length, N, wide_k, to);
+        for (size_t t = 0; R && t < (size_t)c.length; t++) {
+            float* key = to + t * wide_k + N;
+            std::copy_n(at(c.k_rotary, b, t, 0), R, key);
+            rotate(key, c.turn + t * R, R, c.split);
+        }
+    }
+
+    // A block of queries, turned and scaled.
+    void queries(int b, int h, size_t from, float* to) const {
+        rows(c.q, b, h, from, QUERIES, K, wide_k, to);
+        for (size_t i = 0; i < QUERIES && from + i < (size_t)c.length; i++) {
+            float* q = to + i * wide_k;
+            if (R) rotate(q + N, c.turn + (from + i) * R, R, c.split);
+            for (size_t k = 0; k < wide_k; k += LANES) store(q + k, load(q + k) * c.scale);
+        }
+    }
+
+    // The first position that any query of the block sees, down to a whole block of keys.
+    size_t first_key(int b, size_t from, size_t keys) const {
+        if (!c.first) return 0;
+        const int32_t* first = c.first + (size_t)b * c.length;
+        int32_t least = first[from];
+        for (size_t t = from; t < std::min(from + QUERIES, (size_t)c.length); t++) least = std::min(least, first[t]);
+        return (size_t)least / keys * keys;
+    }
+
+    // Which of a block's keys from `begin` on query t sees: [low, high).
+    void seen(int b, size_t t, size_t begin, int reach, int& low, int& high) const {
+        int first = c.first && t < (size_t)c.length ? c.first[(size_t)b * c.length + t] : 0;
+        low = std::max(0, first - (int)begin);
+        high = (int)std::min((int64_t)reach, (int64_t)t - (int64_t)begin + 1);
+    }
+};
+
+// Rows [count, wide] (column `width` and further unused) into panels [count / PANEL][width][PANEL].
+void into_panels(const float* rows, size_t count, size_t wide, size_t width, float* to) {
+    for (size_t t = 0; t < count; t += PANEL, to += width * PANEL)
+        for (size_t j = 0; j < PANEL; j++)
+            for (size_t k = 0; k < width; k++) to[k * PANEL + j] = rows[(t + j) * wide + k];
+}
+
+const ints& lane_numbers() {
+    static const ints numbers = [] {
+        ints v;
+        for (int i = 0; i < LANES; i++) v[i] = i;
+        return v;
+    }();
+    return numbers;
+}
+
+// Minus infinity (`hidden`) outside [low, high).
+void hide(float* row, int n, int low, int high, float hidden) {
+    for (int j = 0; j < n; j += LANES) {
+        ints place = lane_numbers() + j;
+        floats v = load(row + j);
+        store(row + j, (place >= low) & (place < high) ? v : all(hidden));
+    }
+}
+
+void forward(const Shape& s, int b, int g) {
+    static thread_local Scratch<> memory;
+    const CausalAttention& c = s.c;
+    float* rows = memory.of(s.length * (2 * s.wide_k + s.wide_v) + QUERIES * (s.wide_k + KEYS + s.wide_v + 2));
+    float* panels = rows + s.length * s.wide_k;
+    float* values = panels + s.length * s.wide_k;
+    float* q = values + s.length * s.wide_v;
+    float* weight = q + QUERIES * s.wide_k;
+    float* out = weight + QUERIES * KEYS;
+    float *top = out + QUERIES * s.wide_v, *total = top + QUERIES;
+
+    s.keys(b, g, rows);
+    into_panels(rows, s.length, s.wide_k, s.K, panels);
+    s.rows(c.v, b, g, 0, s.length, s.V, s.wide_v, values);
+    const int per_group = c.heads / c.groups;
+    for (int h = g * per_group; h < (g + 1) * per_group; h++)
+        for (size_t from = 0; from < (size_t)c.length; from += QUERIES) {
+            const size_t stop = std::min(from + QUERIES, (size_t)c.length), count = stop - from;
+            const size_t tall = up(count, ROWS_AT_ONCE);
+            s.queries(b, h, from, q);
+            std::fill(out, out + QUERIES * s.wide_v, 0.0f);
+            std::fill(top, top + QUERIES, -INFINITY);
+            std::fill(total, total + QUERIES, 0.0f);
+            for (size_t begin = s.first_key(b, from, KEYS); begin < stop; begin += KEYS) {
+                // Whole panels up to the last query's own position.
+                const size_t keys = std::min((size_t)KEYS, up(stop - begin, PANEL));
+                const int64_t ahead = (int64_t)from - (int64_t)begin;
+                scores(q, s.wide_k, tall, s.K, panels + begin * s.K, keys, ahead, weight);
+                for (size_t i = 0; i < tall; i++) {
+                    float* w = weight + i * keys;
+                    const int reach = reach_of(i, ahead, keys);
+                    int low, high;
+                    s.seen(b, from + i, begin, reach, low, high);
+                    if (low > 0 || high < reach) hide(w, reach, low, high, -INFINITY);
+                    floats most = all(top[i]);
+                    for (int j = 0; j < reach; j += LANES) {
+                        floats v = load(w + j);
+                        most = v > most ? v : most;
+                    }
+                    const float now = largest(most);
+                    if (now == -INFINITY) {  // nothing seen yet
+                        std::fill(w, w + reach, 0.0f);
+                        continue;
+                    }
+                    floats sums = {};
+                    for (int j = 0; j < reach; j += LANES) {
+                        floats p = exponential(load(w + j) - now);
+                        store(w + j, p);
+                        sums += p;
+                    }
+                    if (now > top[i]) {
+                        const float fade = exponential(all(top[i] - now))[0];
+                        total[i] *= fade;
+                        for (size_t v = 0; v < s.wide_v; v += LANES) {
+                            float* o = out + i * s.wide_v + v;
+                            store(o, load(o) * fade);
+                        }
+                        top[i] = now;
+                    }
+                    total[i] += sum(sums);
+                }
+                gather(weight, tall, keys, ahead, values + begin * s.wide_v, s.wide_v, out);
+            }
+            for (size_t i = 0; i < count; i++) {
+                float* to = const_cast<float*>(s.at(c.out, b, from + i, h));
+                const float share = 1.0f / total[i];
+                for (size_t v = 0; v < s.V; v++) to[v] = out[i * s.wide_v + v] * share;
+                c.log_sum[((size_t)b * c.heads + h) * c.length + from + i] = top[i] + std::log(total[i]);
+            }
+        }
+}
+
+void backward(const Shape& s, CausalGradient& d, int b, int g) {
+    static thread_local Scratch<> memory;
+    const CausalAttention& c = s.c;
+    constexpr size_t KEYS = KEYS_BACK;
+    const size_t all_k = s.length * s.wide_k, all_v = s.length * s.wide_v;
+    float* keys_rows = memory.of(3 * all_k + 2 * all_v + QUERIES * (2 * s.wide_k + s.wide_v + 2 * KEYS + 1));
+    float* key_panels = keys_rows + all_k;
+    float* d_keys = key_panels + all_k;
+    float* value_panels = d_keys + all_k;
+    float* d_values = value_panels + all_v;
+    float* q = d_values + all_v;
+    float* d_q = q + QUERIES * s.wide_k;
+    float* d_out = d_q + QUERIES * s.wide_k;
+    float* weight = d_out + QUERIES * s.wide_v;
+    float* d_weight = weight + QUERIES * KEYS;
+    float* along = d_weight + QUERIES * KEYS;  // of each query, <d_out, out>
+
+    s.rows(c.v, b, g, 0, s.length, s.V, s.wide_v, d_values);
+    into_panels(d_values, s.length, s.wide_v, s.V, value_panels);
+    s.keys(b, g, keys_rows);
+    into_panels(keys_rows, s.length, s.wide_k, s.K, key_panels);
+    std::fill(d_keys, d_keys + all_k, 0.0f);
+    std::fill(d_values, d_values + all_v, 0.0f);
+    const int per_group = c.heads / c.groups;
+    for (int h = g * per_group; h < (g + 1) * per_group; h++)
+        for (size_t from = 0; from < (size_t)c.length; from += QUERIES) {
+            const size_t stop = std::min(from + QUERIES, (size_t)c.length), count = stop - from;
+            const size_t tall = up(count, ROWS_AT_ONCE);
+            const float* log_sum = c.log_sum + ((size_t)b * c.heads + h) * c.length + from;
+            s.queries(b, h, from, q);
+            s.rows(d.out, b, h, from, QUERIES, s.V, s.wide_v, d_out);
+            for (size_t i = 0; i < count; i++) {
+                const float* out = s.at(c.out, b, from + i, h);
+                float dot = 0.0f;
+                for (size_t v = 0; v < s.V; v++) dot += d_out[i * s.wide_v + v] * out[v];
+                along[i] = dot;
+            }
+            std::fill(d_q, d_q + QUERIES * s.wide_k, 0.0f);
+            for (size_t begin = s.first_key(b, from, KEYS); begin < stop; begin += KEYS) {
+                const size_t keys = std::min(KEYS, up(stop - begin, PANEL));
+                const int64_t ahead = (int64_t)from - (int64_t)begin;
+                scores(q, s.wide_k, tall, s.K, key_panels + begin * s.K, keys, ahead, weight);
+                scores(d_out, s.wide_v, tall, s.V, value_panels + begin * s.V, keys, ahead, d_weight);
+                for (size_t i = 0; i < tall; i++) {
+                    float *w = weight + i * keys, *dw = d_weight + i * keys;
+                    if (i >= count) {
+                        std::fill(w, w + keys, 0.0f), std::fill(dw, dw + keys, 0.0f);
+                        continue;
+                    }
+                    const int reach = reach_of(i, ahead, keys);
+                    int low, high;
+                    s.seen(b, from + i, begin, reach, low, high);
+                    const floats less = all(log_sum[i]), mean = all(along[i]);
+                    for (int j = 0; j < reach; j += LANES) {
+                        floats p = exponential(load(w + j) - less);
+                        store(w + j, p);
+                        store(dw + j, p * (load(dw + j) - mean));
+                    }
+                    if (low > 0 || high < reach) hide(w, reach, low, high, 0.0f), hide(dw, reach, low, high, 0.0f);
+                }
+                scatter(weight, tall, keys, ahead, d_out, s.wide_v, d_values + begin * s.wide_v);
+                scatter(d_weight, tall, keys, ahead, q, s.wide_k, d_keys + begin * s.wide_k);
+                gather(d_weight, tall, keys, ahead, keys_rows + begin * s.wide_k, s.wide_k, d_q);
+            }
+            for (size_t i = 0; i < count; i++) {
+                float *from_row = d_q + i * s.wide_k, *to = s.at(d.q, b, from + i, h);
+                if (s.R) turn_back(from_row + s.N, c.turn + (from + i) * s.R, s.R, c.split);
+                for (size_t k = 0; k < s.K; k++) to[k] = from_row[k] * c.scale;
+            }
+        }
+    for (size_t t = 0; t < (size_t)c.length; t++) {
+        float* key = d_keys + t * s.wide_k;
+        std::copy_n(key, s.N, s.at(d.k, b, t, g));
+        if (s.R) {
+            turn_back(key + s.N, c.turn + t * s.R, s.R, c.split);
+            std::copy_n(key + s.N, s.R, s.at(d.k_rotary, b, t, g));
+        }
+        std::copy_n(d_values + t * s.wide_v, s.V, s.at(d.v, b, t, g));
+    }
+}
+
+}  // namespace
+
+extern "C" void cadre_causal_attention(const CausalAttention* attention) {
+    const Shape shape(*attention);
+    const int groups = attention->groups, tasks = attention->batch * groups;
+#pragma omp parallel for num_threads(attention->threads) schedule(dynamic)
+    for (int task = 0; task < tasks; task++) forward(shape, task / groups, task % groups);
+}
+
+extern "C" void cadre_causal_attention_gradient(const CausalAttention* attention, CausalGradient* gradient) {
+    const Shape shape(*attention);
+    const int groups = attention->groups, tasks = attention->batch * groups;
+#pragma omp parallel for num_threads(attention->threads) schedule(dynamic)
+    for (int task = 0; task < tasks; task++) backward(shape, *gradient, task / groups, task % groups);
+}
