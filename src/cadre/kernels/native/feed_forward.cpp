@@ -113,7 +113,9 @@ void team_down(Jobs& jobs, const Step& step) {
 }
 
 void team_jobs(Jobs& jobs, const Step& step) {
-#pragma omp for schedule(dynamic, 4)
+    // Neighbouring blocks at a time: each fetches the next one's rows early. Few enough that no thread waits for long.
+    const int chunk = std::clamp((int)jobs.blocks.size() / (16 * step.threads), 4, 16);
+#pragma omp for schedule(dynamic, chunk)
     for (size_t i = 0; i < jobs.blocks.size(); i++) inner_block(jobs, jobs.list[jobs.blocks[i].first], jobs.blocks[i].second);
     team_down(jobs, step);
 }

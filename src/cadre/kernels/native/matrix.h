@@ -199,30 +199,93 @@ static inline void dots_of(const W& w, size_t begin, size_t end, const float* co
     }
 }
 
-// As `dots_of`; for many vectors, rows of a narrow kind are widened once and not for every tile.
-template <class W, class Put>
-static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
-    if constexpr (!std::is_same_v<W, Float32>) {
-        if (M > 2 * TOKENS) {
-            constexpr size_t SPAN = 16;
-            static thread_local Scratch<> memory;
-            const size_t stride = (K + LANES - 1) / LANES * LANES;
-            float* wide = memory.of(SPAN * stride);
-            for (size_t first = begin; first < end; first += SPAN) {
-                size_t rows = end - first < SPAN ? end - first : SPAN;
-                for (size_t row = 0; row < rows; row++) {
-                    float* to = wide + row * stride;
-                    size_t k = 0;
-                    for (; k + LANES <= K; k += LANES) store(to + k, w.at(first + row, k));
-                    if (k < K) store(to + k, w.part(first + row, k, K - k));
-                    for (size_t line = 0; line < K; line += 32) __builtin_prefetch(w.address(first + row + SPAN, line));
-                }
-                dots_of(Float32{wide, stride}, 0, rows, x, M, K,
-                        [&](size_t m, size_t row, float v) { put(m, first + row, v * w.factor(first + row)); });
-            }
-            return;
+// sums[m * 4 + n] += x[m] * w[n] over columns [from, from + depth), lane by lane; w: four wide rows from column `from` on.
+template <int MR>
+__attribute__((noinline)) static void wide_tile(const float* w, size_t stride, const float* const* x, size_t from, size_t depth,
+                                                floats* sums) {
+    floats acc[MR][4];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) acc[m][n] = sums[m * 4 + n];
+    size_t k = 0;
+    for (; k + LANES <= depth; k += LANES) {
+        floats wide[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) wide[n] = load(w + n * stride + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; m++) {
+            floats xm = load(x[m] + from + k);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; n++) acc[m][n] += wide[n] * xm;
         }
     }
+    if (k < depth)
+        for (int n = 0; n < 4; n++)
+            for (int m = 0; m < MR; m++) acc[m][n] += load(w + n * stride + k) * load_part(x[m] + from + k, depth - k);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) sums[m * 4 + n] = acc[m][n];
+}
+
+// As `dots_of` for many vectors and rows of a narrow kind: a few rows at a time are widened once and not for every tile,
+// and no more columns of them than stay in the nearest cache beside a tile's vectors.
+template <class W, class Put>
+static inline void wide_dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
+    constexpr size_t SPAN = 8, DEPTH = 512;
+    static thread_local Scratch<> memory;
+    const size_t tiles = (M + TOKENS - 1) / TOKENS;
+    float* wide = memory.of(SPAN * DEPTH + SPAN * M * LANES);
+    floats* sums = (floats*)(wide + SPAN * DEPTH);  // [two halves of the rows][M][4]
+    for (size_t first = begin; first < end; first += SPAN) {
+        const size_t rows = end - first < SPAN ? end - first : SPAN;
+        std::memset((void*)sums, 0, SPAN * M * sizeof(floats));
+        for (size_t from = 0; from < K; from += DEPTH) {
+            const size_t depth = K - from < DEPTH ? K - from : DEPTH;
+            for (size_t row = 0; row < SPAN; row++) {
+                float* to = wide + row * DEPTH;
+                if (row >= rows) {
+                    std::memset(to, 0, depth * sizeof(float));
+                    continue;
+                }
+                size_t k = 0;
+                for (; k + LANES <= depth; k += LANES) store(to + k, w.at(first + row, from + k));
+                if (k < depth) store(to + k, w.part(first + row, from + k, depth - k));
+                for (size_t line = 0; line < depth; line += W::LINE) __builtin_prefetch(w.address(first + row + SPAN, from + line));
+            }
+            size_t m = 0;
+            for (size_t tile = 0, some; tile < tiles; tile++, m += some) {
+                some = share(M - m);
+                for (size_t half = 0; half < SPAN / 4; half++) {
+                    const float* four = wide + half * 4 * DEPTH;
+                    floats* to = sums + (half * M + m) * 4;
+                    switch (some) {
+                        case 1: wide_tile<1>(four, DEPTH, x + m, from, depth, to); break;
+                        case 2: wide_tile<2>(four, DEPTH, x + m, from, depth, to); break;
+                        case 3: wide_tile<3>(four, DEPTH, x + m, from, depth, to); break;
+                        case 4: wide_tile<4>(four, DEPTH, x + m, from, depth, to); break;
+                        case 5: wide_tile<5>(four, DEPTH, x + m, from, depth, to); break;
+                        default: wide_tile<TOKENS>(four, DEPTH, x + m, from, depth, to);
+                    }
+                }
+            }
+        }
+        for (size_t m = 0; m < M; m++)
+            for (size_t row = 0; row < rows; row += 4) {
+                const floats* four = sums + (row / 4 * M + m) * 4;
+                float out[4];
+                sum4(four[0], four[1], four[2], four[3], out);
+                for (size_t n = 0; n < 4 && row + n < rows; n++) put(m, first + row + n, out[n] * w.factor(first + row + n));
+            }
+    }
+}
+
+// As `dots_of`, the faster way.
+template <class W, class Put>
+static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
+    if constexpr (!std::is_same_v<W, Float32>)
+        if (M > 2 * TOKENS) return wide_dots(w, begin, end, x, M, K, put);
     dots_of(w, begin, end, x, M, K, put);
 }
 
