@@ -10,7 +10,13 @@ from hypothesis.strategies import DrawFn
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadre.kernels.attention import attention_mask, causal_attention, causal_attention_reference
+from cadre.kernels.attention import (
+    attention_mask,
+    causal_attention,
+    causal_attention_reference,
+    latent_attention,
+    latent_attention_reference,
+)
 
 BACKENDS = [causal_attention, causal_attention_reference]
 
@@ -145,3 +151,108 @@ def test_mask_by_hand():
     mask = attention_mask(4, torch.tensor([[0, 0, 1, 1]]), torch.device("cpu"))
     assert mask[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert attention_mask(2, None, torch.device("cpu")).int().tolist() == [[[1, 0], [1, 1]]]
+
+
+@dataclass
+class Latents:
+    """Operands of latent attention: the last `queries` of `length` positions ask."""
+
+    batch: int
+    length: int
+    queries: int
+    heads: int
+    nope: int
+    rotary: int
+    value: int
+    turned: bool = False
+    interleaved: bool = True
+    documents: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = (
+            (self.batch, self.queries, self.heads, self.nope + self.rotary),
+            (self.batch, self.length, self.heads, self.nope + self.value),
+            (self.batch, self.length, self.rotary),
+        )
+        q, kv, k = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+        return q, kv, k
+
+    def rest(self) -> tuple[Tensor | None, float, bool, Tensor | None]:
+        angle = torch.outer(torch.arange(self.length), torch.linspace(1, 0.1, self.rotary // 2))
+        turn = None if self.turned else torch.polar(torch.full_like(angle, 1.1), angle)
+        row = torch.tensor([n for n, length in enumerate(self.documents or ()) for _ in range(length)])
+        document = None if self.documents is None else row.expand(self.batch, -1)
+        return turn, (self.nope + self.rotary) ** -0.5, self.interleaved, document
+
+
+def check_latents(function, problem: Latents) -> None:
+    def run(function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        output = function(*tensors, *problem.rest())
+        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output.dtype)
+        return [output, *torch.autograd.grad(output, tensors, direction)]
+
+    tensors = problem.tensors()
+    want = run(latent_attention_reference, in_float64(tensors))
+    for ours, truth in zip(run(function, tensors), want, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(ours.double(), truth, atol=2e-5, rtol=1e-4)
+
+
+@st.composite
+def latents(draw: DrawFn) -> Latents:
+    documents = draw(st.none() | st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple))
+    length = draw(st.integers(1, 140)) if documents is None else sum(documents)
+    queries = length if documents is not None or draw(st.booleans()) else draw(st.integers(1, length))
+    return Latents(
+        draw(st.integers(1, 2)), length, queries, draw(st.integers(1, 3)), draw(st.integers(1, 40)),
+        2 * draw(st.integers(1, 12)), draw(st.integers(1, 40)), draw(st.booleans()), draw(st.booleans()), documents,
+        draw(st.integers(0, 999)),
+    )  # fmt: skip
+
+
+@given(problem=latents())
+@example(problem=Latents(1, 300, 300, 2, 64, 32, 64))
+@example(problem=Latents(1, 300, 1, 1, 16, 8, 16, turned=True))
+@example(problem=Latents(1, 300, 130, 1, 16, 8, 16, turned=True))
+@example(problem=Latents(1, 400, 400, 1, 16, 36, 20, documents=(130, 1, 200, 69)))
+def test_latent_attention_equals_float64(problem: Latents):
+    check_latents(latent_attention, problem)
+
+
+@pytest.mark.parametrize("documents", [None, (20, 30)])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_latent_attention_without_the_kernel(monkeypatch, documents, interleaved):
+    monkeypatch.setattr("cadre.kernels.attention.takes", lambda *tensors: False)
+    check_latents(latent_attention, Latents(2, 50, 50, 2, 12, 8, 10, interleaved=interleaved, documents=documents))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_grouped_queries_of_the_last_positions(monkeypatch, native):
+    if not native:
+        monkeypatch.setattr("cadre.kernels.attention.takes", lambda *tensors: False)
+    q, k, v = Problem(2, 150, 2, 2, 24, 16).tensors()
+    whole, last = causal_attention(q, k, v, 0.2), causal_attention(q[:, 60:], k, v, 0.2)
+    assert_close(last, whole[:, 60:], atol=1e-5, rtol=1e-4)
+
+
+def test_the_kernel_reads_slices_and_copies_what_it_cannot():
+    q, k, v = Problem(2, 20, 2, 1, 12, 8).tensors()
+    joined = torch.cat((k, v), dim=-1).detach()
+    outputs = [
+        causal_attention(q, joined[..., :12], joined[..., 12:], 0.3),
+        causal_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, 0.3),
+        causal_attention(torch.cat((q, q), dim=1)[:, :20], k, v, 0.3),
+    ]
+    for output in outputs:
+        assert_close(output, causal_attention_reference(q, k, v, 0.3), atol=1e-5, rtol=1e-4)
+
+
+def test_equal_bits_each_time():
+    problem = Latents(3, 200, 200, 2, 16, 8, 16)
+    tensors = problem.tensors()
+    outputs = [latent_attention(*tensors, *problem.rest()) for _ in range(2)]
+    gradients = [torch.autograd.grad(output.square().sum(), tensors) for output in outputs]
+    assert torch.equal(*outputs)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

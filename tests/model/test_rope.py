@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from cadre.model.config import ModelConfig
 from cadre.kernels.rotary import rotate_halves, rotate_pairs
+from cadre.model.config import ModelConfig
 from cadre.model.rope import RotaryTable, frequencies, softmax_scale, yarn_magnitude
 from tests import published
 from tests.shapes import configs, small

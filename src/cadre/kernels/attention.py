@@ -1,8 +1,8 @@
-"""Causal attention over whole sequences, for query-key and value heads of unequal width, grouped heads, and the expanded heads
-of latent attention.
+"""Causal attention for query-key and value heads of unequal width, grouped heads, and the expanded heads of latent attention.
+The queries are those of the last T of S positions: of all, or of a chunk that continues what was read before.
 
-Letters in names: B batch, T position, H query head, G key-value head, K query-key width, V value width; of latent attention N
-the part of K without position, R the rotary part, X = N + V what a latent expands to.
+Letters in names: B batch, T position with a query, S position, H query head, G key-value head, K query-key width, V value
+width; of latent attention N the part of K without position, R the rotary part, X = N + V what a latent expands to.
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ def attention_mask(length: int, document_BT: Tensor | None, device: torch.device
     return causal & (document_BT[:, :, None] == document_BT[:, None, :])
 
 
+def _seen(queries: int, positions: int, document_BT: Tensor | None, device: torch.device) -> Tensor:
+    """bool [B|1, T, S]."""
+    if document_BT is None:
+        return torch.ones(queries, positions, dtype=torch.bool, device=device).tril(positions - queries)[None]
+    return attention_mask(positions, document_BT, device)
+
+
 def causal_attention_reference(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, scale: float, document_BT: Tensor | None = None
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BT: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale q k^T, causal) v written out; [B, T, H, V] in v's dtype, softmax in float32."""
-    repeat = q_BTHK.shape[2] // k_BTGK.shape[2]
-    k_BTHK = k_BTGK.repeat_interleave(repeat, dim=2)
-    v_BTHV = v_BTGV.repeat_interleave(repeat, dim=2)
-    score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK).float() * scale
-    mask = attention_mask(q_BTHK.shape[1], document_BT, q_BTHK.device)
+    """softmax(scale q k^T, causal) v written out; [B, T, H, V] in v's dtype, softmax in float32. With documents, T is S."""
+    repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
+    k_BSHK = k_BSGK.repeat_interleave(repeat, dim=2)
+    v_BSHV = v_BSGV.repeat_interleave(repeat, dim=2)
+    score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK).float() * scale
+    mask = _seen(q_BTHK.shape[1], k_BSGK.shape[1], document_BT, q_BTHK.device)
     weight_BHTS = score_BHTS.masked_fill(~mask[:, None], float("-inf")).softmax(dim=-1)
-    return torch.einsum("bhts,bshv->bthv", weight_BHTS.to(v_BTHV.dtype), v_BTHV)
+    return torch.einsum("bhts,bshv->bthv", weight_BHTS.to(v_BSHV.dtype), v_BSHV)
 
 
 def causal_attention(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, scale: float, document_BT: Tensor | None = None
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BT: Tensor | None = None
 ) -> Tensor:
     """As the reference: our kernel in float32 on a CPU, torch's fused attention elsewhere. Documents are stretches: positions
     of one are adjacent.
@@ -45,54 +52,57 @@ def causal_attention(
     torch's fused CPU kernel takes equal widths only, so a narrower value is padded with zeros, which costs less than the
     unfused path torch would fall back to.
     """
-    if takes(q_BTHK, k_BTGK, v_BTGV):
+    if takes(q_BTHK, k_BSGK, v_BSGV):
         first_BT = None if document_BT is None else first_seen(document_BT)
-        return GroupedCausalAttention.apply(q_BTHK, k_BTGK, v_BTGV, scale, first_BT)
-    K, V = q_BTHK.shape[-1], v_BTGV.shape[-1]
+        return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT)
+    K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
     if V < K:
-        v_BTGV = F.pad(v_BTGV, (0, K - V))
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGV))
+        v_BSGV = F.pad(v_BSGV, (0, K - V))
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
     grouped = q.shape[1] != k.shape[1]
-    if document_BT is None:
+    if document_BT is None and q.shape[2] == k.shape[2]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
-        mask = attention_mask(q.shape[2], document_BT, q.device)[:, None]
+        mask = _seen(q.shape[2], k.shape[2], document_BT, q.device)[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)[..., :V]
 
 
 def latent_attention_reference(
-    q_BTHK: Tensor, kv_BTHX: Tensor, k_BTR: Tensor, turn_TR: Tensor, scale: float, interleaved: bool,
+    q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, scale: float, interleaved: bool,
     document_BT: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of latent attention's expanded heads (DeepSeek-V2 report, equations 14-18): [B, T, H, V].
 
-    q_BTHK: queries, their last R columns still to be turned by position. kv_BTHX: a head's keys without position, then its
-    values. k_BTR: the rotary key all heads share, still to be turned. turn_TR: complex64 [T, R/2] of `RotaryTable`.
-    interleaved: pairs are (2i, 2i+1), not (i, i + R/2).
+    kv_BSHX: a head's keys without position, then its values. k_BSR: the rotary key that all heads share. turn_SR: complex64
+    [S, R/2] of `RotaryTable`, by which it and the last R columns of q_BTHK are to be turned; None if they are. interleaved:
+    pairs are (2i, 2i+1), not (i, i + R/2).
     """
-    return causal_attention_reference(*_expanded(q_BTHK, kv_BTHX, k_BTR, turn_TR, interleaved), scale, document_BT)
+    return causal_attention_reference(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BT)
 
 
 def latent_attention(
-    q_BTHK: Tensor, kv_BTHX: Tensor, k_BTR: Tensor, turn_TR: Tensor, scale: float, interleaved: bool,
+    q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, scale: float, interleaved: bool,
     document_BT: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As the reference. Our kernel turns and joins the parts as it reads them."""
-    if takes(q_BTHK, kv_BTHX, k_BTR):
+    if takes(q_BTHK, kv_BSHX, k_BSR):
         first_BT = None if document_BT is None else first_seen(document_BT)
-        return LatentCausalAttention.apply(q_BTHK, kv_BTHX, k_BTR, turn_TR, scale, not interleaved, first_BT)
-    return causal_attention(*_expanded(q_BTHK, kv_BTHX, k_BTR, turn_TR, interleaved), scale, document_BT)
+        return LatentCausalAttention.apply(q_BTHK, kv_BSHX, k_BSR, turn_SR, scale, not interleaved, first_BT)
+    return causal_attention(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BT)
 
 
-def _expanded(
-    q_BTHK: Tensor, kv_BTHX: Tensor, k_BTR: Tensor, turn_TR: Tensor, interleaved: bool
+def _joined(
+    q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of every head."""
-    rotate = rotate_pairs if interleaved else rotate_halves
-    R = k_BTR.shape[-1]
+    R = k_BSR.shape[-1]
     N = q_BTHK.shape[-1] - R
-    q_BTHN, q_BTHR = q_BTHK.split((N, R), dim=-1)
-    k_BTHN, v_BTHV = kv_BTHX.split((N, kv_BTHX.shape[-1] - N), dim=-1)
-    k_BTHR = rotate(k_BTR[:, :, None], turn_TR).expand(-1, -1, q_BTHK.shape[2], -1)
-    return torch.cat((q_BTHN, rotate(q_BTHR, turn_TR)), dim=-1), torch.cat((k_BTHN, k_BTHR), dim=-1), v_BTHV
+    k_BSGR = k_BSR[:, :, None]
+    if turn_SR is not None:
+        rotate = rotate_pairs if interleaved else rotate_halves
+        q_BTHN, q_BTHR = q_BTHK.split((N, R), dim=-1)
+        q_BTHK = torch.cat((q_BTHN, rotate(q_BTHR, turn_SR[-q_BTHK.shape[1] :])), dim=-1)
+        k_BSGR = rotate(k_BSGR, turn_SR)
+    k_BSHN, v_BSHV = kv_BSHX.split((N, kv_BSHX.shape[-1] - N), dim=-1)
+    return q_BTHK, torch.cat((k_BSHN, k_BSGR.expand(-1, -1, q_BTHK.shape[2], -1)), dim=-1), v_BSHV

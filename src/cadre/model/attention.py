@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadre.kernels.attention import causal_attention, latent_attention
@@ -30,21 +29,6 @@ class LayerCache(Protocol):
 
     def append(self, first_TX: Tensor, second_TX: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Keep the new positions. For each sequence in turn: its own among the T, and all it has seen: [S, X] twice."""
-
-
-def ending_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last T of S positions to all of them: [B, T, H, V]."""
-    new, seen = q_BTHK.shape[1], k_BSGK.shape[1]
-    if new == seen:
-        return causal_attention(q_BTHK, k_BSGK, v_BSGV, scale)
-    mask_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BTHK.device).tril(seen - new)
-    K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
-    if V < K:
-        v_BSGV = F.pad(v_BSGV, (0, K - V))  # the fused CPU kernel takes equal widths only
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)[..., :V]
 
 
 class LatentAttention(nn.Module):
@@ -132,10 +116,7 @@ class LatentAttention(nn.Module):
         """Many tokens: expand the latents to keys and values of every head, then ordinary causal attention. The queries are
         those of the last positions."""
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, -1))
-        k_BSHN, v_BSHV = kv_BSHX.split((self.nope, self.value), dim=-1)
-        k_BSHR = k_BSR[:, :, None].expand(-1, -1, self.heads, -1)
-        q_BTHK = torch.cat((q_BTHN, q_BTHR), dim=-1)
-        return ending_attention(q_BTHK, torch.cat((k_BSHN, k_BSHR), dim=-1), v_BSHV, self.scale)
+        return latent_attention(torch.cat((q_BTHN, q_BTHR), dim=-1), kv_BSHX, k_BSR, None, self.scale, self.interleaved)
 
     def absorbed(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor) -> Tensor:
         """Few tokens: fold the expansion into the query and the output (V2 report, section 2.1.2), so that attention reads
@@ -213,7 +194,7 @@ class GroupedQueryAttention(nn.Module):
         """The T new positions attend to all S, themselves last. A single one's heads share the keys of their group without
         copying them, which the fused kernel is slower at."""
         if q_BTHK.shape[1] > 1:
-            return ending_attention(q_BTHK, k_BSGK, v_BSGK, self.scale)
+            return causal_attention(q_BTHK, k_BSGK, v_BSGK, self.scale)
         q_BGXK = q_BTHK[:, 0].unflatten(1, (self.groups, -1))
         score_BGXS = (q_BGXK @ k_BSGK.permute(0, 2, 3, 1)).float().mul_(self.scale)
         out_BGXK = score_BGXS.softmax(dim=-1).to(v_BSGK.dtype) @ v_BSGK.transpose(1, 2)

@@ -1,7 +1,7 @@
 """Causal attention with gradients through the C++ kernel (`causal_attention.cpp`): float32 on a CPU.
 
-Letters in names: B batch, T position, H query head, G key-value head, K query-key width, N the part of it without position,
-R rotary width, V value width, X = N + V.
+Letters in names: B batch, T position with a query, S position, H query head, G key-value head, K query-key width, N the part
+of it without position, R rotary width, V value width, X = N + V.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class _CausalAttention(Structure):
         *((name, _Heads) for name in ("q", "k", "v", "k_rotary", "out")),
         *((name, c_void_p) for name in ("log_sum", "turn", "first")),
         ("scale", c_float),
-        *((name, c_int32) for name in ("batch", "length", "heads", "groups", "nope", "rotary", "value", "split", "threads")),
+        *((name, c_int32) for name in ("batch", "queries", "length", "heads", "groups")),
+        *((name, c_int32) for name in ("nope", "rotary", "value", "split", "threads")),
     )
 
 
@@ -57,6 +58,10 @@ def _ready(x_BTHX: Tensor) -> Tensor:
     return x_BTHX if even else x_BTHX.contiguous()
 
 
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 def _library() -> ctypes.CDLL:
     loaded = library()
     assert loaded is not None
@@ -67,75 +72,78 @@ def _library() -> ctypes.CDLL:
 
 
 class LatentCausalAttention(torch.autograd.Function):
-    """q_BTHK: queries, their last R columns not yet turned. kv_BTHX: keys without position, then values. k_BTR: the rotary
-    key, not yet turned. turn_TR: complex64 [T, R/2]. first_BT: `first_seen`, or None. Returns [B, T, H, V]."""
+    """q_BTHK: queries of the last T of S positions. kv_BSHX: keys without position, then values. k_BSR: the rotary key.
+    turn_SR: complex64 [S, R/2], by which queries and rotary key are to be turned; None if they are. first_BT: `first_seen`,
+    or None. Returns [B, T, H, V]."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHK: Tensor, kv_BTHX: Tensor, k_BTR: Tensor, turn_TR: Tensor, scale: float, split: bool, first_BT: Tensor | None
-    ) -> Tensor:
+        ctx: Any, q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, scale: float, split: bool,
+        first_BT: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         B, T, H, K = q_BTHK.shape
-        R = k_BTR.shape[-1]
-        V = kv_BTHX.shape[-1] - (K - R)
-        q, kv, k = _ready(q_BTHK), _ready(kv_BTHX), _ready(k_BTR[:, :, None])
+        V = kv_BSHX.shape[-1] - (K - k_BSR.shape[-1])
+        q, kv, k = _ready(q_BTHK), _ready(kv_BSHX), _ready(k_BSR[:, :, None])
         out, log_sum = q.new_empty(B, T, H, V), q.new_empty(B, H, T)
-        turn = torch.view_as_real(turn_TR.resolve_conj()).contiguous()
-        attention = _CausalAttention(
-            _heads(q), _heads(kv), _heads(kv, K - R), _heads(k), _heads(out), log_sum.data_ptr(), turn.data_ptr(),
-            None if first_BT is None else first_BT.data_ptr(), scale, B, T, H, H, K - R, R, V, split, torch.get_num_threads(),
-        )  # fmt: skip
-        _library().cadre_causal_attention(byref(attention))
+        turn = None if turn_SR is None else torch.view_as_real(turn_SR).contiguous()
         ctx.save_for_backward(q, kv, k, out, log_sum, turn, first_BT)
-        ctx.numbers = scale, split
+        ctx.scale, ctx.split = scale, split
+        _library().cadre_causal_attention(byref(_latent(ctx, *ctx.to_save)))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, k, out, log_sum, turn, first_BT = ctx.saved_tensors
-        (B, T, H, K), R, V = q.shape, k.shape[-1], out.shape[-1]
+        q, kv, k = ctx.saved_tensors[:3]
+        B, S, H = kv.shape[:3]
+        N, R = q.shape[-1] - k.shape[-1], k.shape[-1]
         grad = _ready(grad_BTHV)
-        grad_q, grad_kv, grad_k = torch.empty(q.shape), torch.empty(kv.shape), torch.empty(B, T, H, R)
-        attention = _CausalAttention(
-            _heads(q), _heads(kv), _heads(kv, K - R), _heads(k), _heads(out), log_sum.data_ptr(), turn.data_ptr(),
-            None if first_BT is None else first_BT.data_ptr(), ctx.numbers[0], B, T, H, H, K - R, R, V, ctx.numbers[1],
-            torch.get_num_threads(),
-        )  # fmt: skip
-        gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_kv), _heads(grad_kv, K - R), _heads(grad_k))
-        _library().cadre_causal_attention_gradient(byref(attention), byref(gradient))
+        grad_q, grad_kv, grad_k = torch.empty(q.shape), torch.empty(kv.shape), torch.empty(B, S, H, R)
+        gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_kv), _heads(grad_kv, N), _heads(grad_k))
+        _library().cadre_causal_attention_gradient(byref(_latent(ctx, *ctx.saved_tensors)), byref(gradient))
         return grad_q, grad_kv, grad_k.sum(dim=2), None, None, None, None
 
 
+def _latent(
+    ctx: Any, q: Tensor, kv: Tensor, k: Tensor, out: Tensor, log_sum: Tensor, turn: Tensor | None, first: Tensor | None
+) -> _CausalAttention:
+    (B, T, H, K), S, R, V = q.shape, kv.shape[1], k.shape[-1], out.shape[-1]
+    return _CausalAttention(
+        _heads(q), _heads(kv), _heads(kv, K - R), _heads(k), _heads(out), log_sum.data_ptr(), _address(turn), _address(first),
+        ctx.scale, B, T, S, H, H, K - R, R, V, ctx.split, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 class GroupedCausalAttention(torch.autograd.Function):
-    """q_BTHK, k_BTGK and v_BTGV as they are; every H / G query heads share a key-value head. Returns [B, T, H, V]."""
+    """q_BTHK: queries of the last T of S positions; k_BSGK and v_BSGV: every H / G query heads share a key-value head.
+    first_BT: `first_seen`, or None. Returns [B, T, H, V]."""
 
     @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, scale: float, first_BT: Tensor | None) -> Tensor:
-        (B, T, H, K), (G, V) = q_BTHK.shape, v_BTGV.shape[2:]
-        q, k, v = _ready(q_BTHK), _ready(k_BTGK), _ready(v_BTGV)
-        out, log_sum = q.new_empty(B, T, H, V), q.new_empty(B, H, T)
-        first = None if first_BT is None else first_BT.data_ptr()
-        attention = _CausalAttention(
-            _heads(q), _heads(k), _heads(v), _Heads(), _heads(out), log_sum.data_ptr(), None, first, scale,
-            B, T, H, G, K, 0, V, False, torch.get_num_threads(),
-        )  # fmt: skip
-        _library().cadre_causal_attention(byref(attention))
+    def forward(ctx: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, first_BT: Tensor | None) -> Tensor:
+        B, T, H, _ = q_BTHK.shape
+        q, k, v = _ready(q_BTHK), _ready(k_BSGK), _ready(v_BSGV)
+        out, log_sum = q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T)
         ctx.save_for_backward(q, k, v, out, log_sum, first_BT)
         ctx.scale = scale
+        _library().cadre_causal_attention(byref(_grouped(ctx, *ctx.to_save)))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, log_sum, first_BT = ctx.saved_tensors
-        (B, T, H, K), (G, V) = q.shape, v.shape[2:]
+        q, k, v = ctx.saved_tensors[:3]
         grad = _ready(grad_BTHV)
         grad_q, grad_k, grad_v = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
-        first = None if first_BT is None else first_BT.data_ptr()
-        attention = _CausalAttention(
-            _heads(q), _heads(k), _heads(v), _Heads(), _heads(out), log_sum.data_ptr(), None, first, ctx.scale,
-            B, T, H, G, K, 0, V, False, torch.get_num_threads(),
-        )  # fmt: skip
         gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_k), _heads(grad_v), _Heads())
-        _library().cadre_causal_attention_gradient(byref(attention), byref(gradient))
+        _library().cadre_causal_attention_gradient(byref(_grouped(ctx, *ctx.saved_tensors)), byref(gradient))
         return grad_q, grad_k, grad_v, None, None
+
+
+def _grouped(
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, first: Tensor | None
+) -> _CausalAttention:
+    (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
+    return _CausalAttention(
+        _heads(q), _heads(k), _heads(v), _Heads(), _heads(out), log_sum.data_ptr(), None, _address(first),
+        ctx.scale, B, T, S, H, G, K, 0, V, False, torch.get_num_threads(),
+    )  # fmt: skip

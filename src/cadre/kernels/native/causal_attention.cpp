@@ -6,21 +6,21 @@
 
 #include "step.h"
 
-// [batch, length, heads, width] seen through element strides; the batch stride is length * token.
+// [batch, positions, heads, width] seen through element strides; the batch stride is positions * token.
 struct Heads {
     float* data;
     int64_t token, head;
 };
 
-// q: `nope` columns, then `rotary` ones that the kernel turns by position. k: `nope` columns; its rotary ones are k_rotary, one
-// for all heads. Without turn and k_rotary (rotary 0) queries and keys are taken as they are.
+// The queries are those of the last `queries` of `length` positions. q: `nope` columns, then `rotary` ones. k: `nope` columns; its
+// rotary ones are k_rotary, one for all heads (rotary 0: none). With `turn`, the kernel turns the rotary ones by position.
 struct CausalAttention {
     Heads q, k, v, k_rotary, out;
-    float* log_sum;        // [batch, heads, length]: log of the softmax's denominator
-    const float* turn;     // cosine and sine by position and rotary pair
-    const int32_t* first;  // [batch, length] the first position that one sees; null: position 0
+    float* log_sum;        // [batch, heads, queries]: log of the softmax's denominator
+    const float* turn;     // cosine and sine by position and rotary pair, or null
+    const int32_t* first;  // [batch, queries] the first position that one sees; null: position 0
     float scale;
-    int32_t batch, length, heads, groups, nope, rotary, value, split, threads;
+    int32_t batch, queries, length, heads, groups, nope, rotary, value, split, threads;
 };
 
 // As its operands; k_rotary: [batch, length, groups, rotary], to be summed over groups.
@@ -119,21 +119,18 @@ void turn_back(float* x, const float* turn, size_t R, bool split) {
 struct Shape {
     const CausalAttention& c;
     size_t N, R, K, V;  // nope, rotary, query-key and value width
-    size_t wide_k, wide_v, length;
+    size_t wide_k, wide_v, queries, length, past, padded;
 
     explicit Shape(const CausalAttention& c)
-        : c(c), N(c.nope), R(c.rotary), K(N + R), V(c.value), wide_k(up(K, LANES)), wide_v(up(V, LANES)),
-          length(up(c.length, std::max(KEYS, KEYS_BACK))) {}
+        : c(c), N(c.nope), R(c.rotary), K(N + R), V(c.value), wide_k(up(K, LANES)), wide_v(up(V, LANES)), queries(c.queries),
+          length(c.length), past(length - queries), padded(up(length, std::max(KEYS, KEYS_BACK))) {}
 
-    const float* at(const Heads& x, int b, size_t t, int h) const { return x.data + ((size_t)b * c.length + t) * x.token + h * x.head; }
-    float* at(Heads& x, int b, size_t t, int h) const { return x.data + ((size_t)b * c.length + t) * x.token + h * x.head; }
-
-    // Positions [from, from + count) of a head as rows of `wide` elements, zeros beyond its width and its length.
-    void rows(const Heads& x, int b, int h, size_t from, size_t count, size_t width, size_t wide, float* to) const {
+    // Of `count` positions from `from` on, of `positions` that the tensor has: rows of `wide` elements, zeros beyond.
+    void rows(const Heads& x, size_t positions, int b, int h, size_t from, size_t count, size_t width, size_t wide, float* to) const {
         constexpr size_t EARLY = 8;  // the processor does not see that rows far apart are next
-        const size_t stop = std::min(from + count, (size_t)c.length);
+        const size_t stop = std::min(from + count, positions);
         for (size_t t = from; t < stop; t++, to += wide) {
-            const float *row = at(x, b, t, h), *later = row + EARLY * x.token;
+            const float *row = x.data + ((size_t)b * positions + t) * x.token + h * x.head, *later = row + EARLY * x.token;
             for (size_t k = 0; k < width; k += LINE) __builtin_prefetch(later + k);
             size_t k = 0;
             for (; k + LANES <= width; k += LANES) store(to + k, load(row + k));
@@ -143,22 +140,24 @@ struct Shape {
         std::fill(to, to + (from + count - stop) * wide, 0.0f);
     }
 
-    // Keys [length, wide_k], turned.
+    // Keys [padded, wide_k], turned.
     void keys(int b, int g, float* to) const {
-        rows(c.k, b, g, 0, length, N, wide_k, to);
-        for (size_t t = 0; R && t < (size_t)c.length; t++) {
+        rows(c.k, length, b, g, 0, padded, N, wide_k, to);
+        for (size_t t = 0; R && t < length; t++) {
             float* key = to + t * wide_k + N;
-            std::copy_n(at(c.k_rotary, b, t, 0), R, key);
-            rotate(key, c.turn + t * R, R, c.split);
+            std::copy_n(c.k_rotary.data + ((size_t)b * length + t) * c.k_rotary.token, R, key);
+            if (c.turn) rotate(key, c.turn + t * R, R, c.split);
         }
     }
 
+    void values(int b, int g, float* to) const { rows(c.v, length, b, g, 0, padded, V, wide_v, to); }
+
     // A block of queries, turned and scaled.
-    void queries(int b, int h, size_t from, float* to) const {
-        rows(c.q, b, h, from, QUERIES, K, wide_k, to);
-        for (size_t i = 0; i < QUERIES && from + i < (size_t)c.length; i++) {
+    void block(int b, int h, size_t from, float* to) const {
+        rows(c.q, queries, b, h, from, QUERIES, K, wide_k, to);
+        for (size_t i = 0; i < QUERIES && from + i < queries; i++) {
             float* q = to + i * wide_k;
-            if (R) rotate(q + N, c.turn + (from + i) * R, R, c.split);
+            if (c.turn) rotate(q + N, c.turn + (past + from + i) * R, R, c.split);
             for (size_t k = 0; k < wide_k; k += LANES) store(q + k, load(q + k) * c.scale);
         }
     }
@@ -166,17 +165,17 @@ struct Shape {
     // The first position that any query of the block sees, down to a whole block of keys.
     size_t first_key(int b, size_t from, size_t keys) const {
         if (!c.first) return 0;
-        const int32_t* first = c.first + (size_t)b * c.length;
+        const int32_t* first = c.first + (size_t)b * queries;
         int32_t least = first[from];
-        for (size_t t = from; t < std::min(from + QUERIES, (size_t)c.length); t++) least = std::min(least, first[t]);
+        for (size_t t = from; t < std::min(from + QUERIES, queries); t++) least = std::min(least, first[t]);
         return (size_t)least / keys * keys;
     }
 
     // Which of a block's keys from `begin` on query t sees: [low, high).
     void seen(int b, size_t t, size_t begin, int reach, int& low, int& high) const {
-        int first = c.first && t < (size_t)c.length ? c.first[(size_t)b * c.length + t] : 0;
+        int first = c.first && t < queries ? c.first[(size_t)b * queries + t] : 0;
         low = std::max(0, first - (int)begin);
-        high = (int)std::min((int64_t)reach, (int64_t)t - (int64_t)begin + 1);
+        high = (int)std::min((int64_t)reach, (int64_t)(past + t) - (int64_t)begin + 1);
     }
 };
 
@@ -208,30 +207,30 @@ void hide(float* row, int n, int low, int high, float hidden) {
 void forward(const Shape& s, int b, int g) {
     static thread_local Scratch<> memory;
     const CausalAttention& c = s.c;
-    float* rows = memory.of(s.length * (2 * s.wide_k + s.wide_v) + QUERIES * (s.wide_k + KEYS + s.wide_v + 2));
-    float* panels = rows + s.length * s.wide_k;
-    float* values = panels + s.length * s.wide_k;
-    float* q = values + s.length * s.wide_v;
+    float* rows = memory.of(s.padded * (2 * s.wide_k + s.wide_v) + QUERIES * (s.wide_k + KEYS + s.wide_v + 2));
+    float* panels = rows + s.padded * s.wide_k;
+    float* values = panels + s.padded * s.wide_k;
+    float* q = values + s.padded * s.wide_v;
     float* weight = q + QUERIES * s.wide_k;
     float* out = weight + QUERIES * KEYS;
     float *top = out + QUERIES * s.wide_v, *total = top + QUERIES;
 
     s.keys(b, g, rows);
-    into_panels(rows, s.length, s.wide_k, s.K, panels);
-    s.rows(c.v, b, g, 0, s.length, s.V, s.wide_v, values);
+    into_panels(rows, s.padded, s.wide_k, s.K, panels);
+    s.values(b, g, values);
     const int per_group = c.heads / c.groups;
     for (int h = g * per_group; h < (g + 1) * per_group; h++)
-        for (size_t from = 0; from < (size_t)c.length; from += QUERIES) {
-            const size_t stop = std::min(from + QUERIES, (size_t)c.length), count = stop - from;
+        for (size_t from = 0; from < s.queries; from += QUERIES) {
+            const size_t count = std::min((size_t)QUERIES, s.queries - from), stop = s.past + from + count;
             const size_t tall = up(count, ROWS_AT_ONCE);
-            s.queries(b, h, from, q);
+            s.block(b, h, from, q);
             std::fill(out, out + QUERIES * s.wide_v, 0.0f);
             std::fill(top, top + QUERIES, -INFINITY);
             std::fill(total, total + QUERIES, 0.0f);
             for (size_t begin = s.first_key(b, from, KEYS); begin < stop; begin += KEYS) {
                 // Whole panels up to the last query's own position.
                 const size_t keys = std::min((size_t)KEYS, up(stop - begin, PANEL));
-                const int64_t ahead = (int64_t)from - (int64_t)begin;
+                const int64_t ahead = (int64_t)(s.past + from) - (int64_t)begin;
                 scores(q, s.wide_k, tall, s.K, panels + begin * s.K, keys, ahead, weight);
                 for (size_t i = 0; i < tall; i++) {
                     float* w = weight + i * keys;
@@ -269,10 +268,10 @@ void forward(const Shape& s, int b, int g) {
                 gather(weight, tall, keys, ahead, values + begin * s.wide_v, s.wide_v, out);
             }
             for (size_t i = 0; i < count; i++) {
-                float* to = const_cast<float*>(s.at(c.out, b, from + i, h));
+                float* to = c.out.data + ((size_t)b * s.queries + from + i) * c.out.token + h * c.out.head;
                 const float share = 1.0f / total[i];
                 for (size_t v = 0; v < s.V; v++) to[v] = out[i * s.wide_v + v] * share;
-                c.log_sum[((size_t)b * c.heads + h) * c.length + from + i] = top[i] + std::log(total[i]);
+                c.log_sum[((size_t)b * c.heads + h) * s.queries + from + i] = top[i] + std::log(total[i]);
             }
         }
 }
@@ -281,7 +280,7 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
     static thread_local Scratch<> memory;
     const CausalAttention& c = s.c;
     constexpr size_t KEYS = KEYS_BACK;
-    const size_t all_k = s.length * s.wide_k, all_v = s.length * s.wide_v;
+    const size_t all_k = s.padded * s.wide_k, all_v = s.padded * s.wide_v;
     float* keys_rows = memory.of(3 * all_k + 2 * all_v + QUERIES * (2 * s.wide_k + s.wide_v + 2 * KEYS + 1));
     float* key_panels = keys_rows + all_k;
     float* d_keys = key_panels + all_k;
@@ -294,22 +293,22 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
     float* d_weight = weight + QUERIES * KEYS;
     float* along = d_weight + QUERIES * KEYS;  // of each query, <d_out, out>
 
-    s.rows(c.v, b, g, 0, s.length, s.V, s.wide_v, d_values);
-    into_panels(d_values, s.length, s.wide_v, s.V, value_panels);
+    s.values(b, g, d_values);
+    into_panels(d_values, s.padded, s.wide_v, s.V, value_panels);
     s.keys(b, g, keys_rows);
-    into_panels(keys_rows, s.length, s.wide_k, s.K, key_panels);
+    into_panels(keys_rows, s.padded, s.wide_k, s.K, key_panels);
     std::fill(d_keys, d_keys + all_k, 0.0f);
     std::fill(d_values, d_values + all_v, 0.0f);
     const int per_group = c.heads / c.groups;
     for (int h = g * per_group; h < (g + 1) * per_group; h++)
-        for (size_t from = 0; from < (size_t)c.length; from += QUERIES) {
-            const size_t stop = std::min(from + QUERIES, (size_t)c.length), count = stop - from;
+        for (size_t from = 0; from < s.queries; from += QUERIES) {
+            const size_t count = std::min((size_t)QUERIES, s.queries - from), stop = s.past + from + count;
             const size_t tall = up(count, ROWS_AT_ONCE);
-            const float* log_sum = c.log_sum + ((size_t)b * c.heads + h) * c.length + from;
-            s.queries(b, h, from, q);
-            s.rows(d.out, b, h, from, QUERIES, s.V, s.wide_v, d_out);
+            const float* log_sum = c.log_sum + ((size_t)b * c.heads + h) * s.queries + from;
+            s.block(b, h, from, q);
+            s.rows(d.out, s.queries, b, h, from, QUERIES, s.V, s.wide_v, d_out);
             for (size_t i = 0; i < count; i++) {
-                const float* out = s.at(c.out, b, from + i, h);
+                const float* out = c.out.data + ((size_t)b * s.queries + from + i) * c.out.token + h * c.out.head;
                 float dot = 0.0f;
                 for (size_t v = 0; v < s.V; v++) dot += d_out[i * s.wide_v + v] * out[v];
                 along[i] = dot;
@@ -317,7 +316,7 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
             std::fill(d_q, d_q + QUERIES * s.wide_k, 0.0f);
             for (size_t begin = s.first_key(b, from, KEYS); begin < stop; begin += KEYS) {
                 const size_t keys = std::min(KEYS, up(stop - begin, PANEL));
-                const int64_t ahead = (int64_t)from - (int64_t)begin;
+                const int64_t ahead = (int64_t)(s.past + from) - (int64_t)begin;
                 scores(q, s.wide_k, tall, s.K, key_panels + begin * s.K, keys, ahead, weight);
                 scores(d_out, s.wide_v, tall, s.V, value_panels + begin * s.V, keys, ahead, d_weight);
                 for (size_t i = 0; i < tall; i++) {
@@ -342,19 +341,19 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
                 gather(d_weight, tall, keys, ahead, keys_rows + begin * s.wide_k, s.wide_k, d_q);
             }
             for (size_t i = 0; i < count; i++) {
-                float *from_row = d_q + i * s.wide_k, *to = s.at(d.q, b, from + i, h);
-                if (s.R) turn_back(from_row + s.N, c.turn + (from + i) * s.R, s.R, c.split);
+                float* from_row = d_q + i * s.wide_k;
+                float* to = d.q.data + ((size_t)b * s.queries + from + i) * d.q.token + h * d.q.head;
+                if (c.turn) turn_back(from_row + s.N, c.turn + (s.past + from + i) * s.R, s.R, c.split);
                 for (size_t k = 0; k < s.K; k++) to[k] = from_row[k] * c.scale;
             }
         }
-    for (size_t t = 0; t < (size_t)c.length; t++) {
+    for (size_t t = 0; t < s.length; t++) {
+        const size_t place = (size_t)b * s.length + t;
         float* key = d_keys + t * s.wide_k;
-        std::copy_n(key, s.N, s.at(d.k, b, t, g));
-        if (s.R) {
-            turn_back(key + s.N, c.turn + t * s.R, s.R, c.split);
-            std::copy_n(key + s.N, s.R, s.at(d.k_rotary, b, t, g));
-        }
-        std::copy_n(d_values + t * s.wide_v, s.V, s.at(d.v, b, t, g));
+        std::copy_n(key, s.N, d.k.data + place * d.k.token + g * d.k.head);
+        if (c.turn) turn_back(key + s.N, c.turn + t * s.R, s.R, c.split);
+        if (s.R) std::copy_n(key + s.N, s.R, d.k_rotary.data + place * d.k_rotary.token + g * d.k_rotary.head);
+        std::copy_n(d_values + t * s.wide_v, s.V, d.v.data + place * d.v.token + g * d.v.head);
     }
 }
 
