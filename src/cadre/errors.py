@@ -1,6 +1,12 @@
 """The ways a command can end badly, and their exit statuses."""
 
+from __future__ import annotations
+
 import errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class UsageError(ValueError):
@@ -28,3 +34,16 @@ def write_error(what: str, error: Exception) -> RunError:
     if full:
         return DiskFullError(f"{what}: the disk is full")
     return RunError(f"{what}: {reason}")
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not a known field"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"

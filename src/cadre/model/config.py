@@ -23,76 +23,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, explain
+from cadre.model.hf_config import EXPERT_FIELDS, fields_from_hf, fields_to_hf
+from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
 ModelType = Literal["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"]
-
-# What transformers assumes where a family's config.json is silent (transformers 5, configuration_*.py).
-_HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": dict(
-        vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
-        num_attention_heads=128, num_key_value_heads=128, n_shared_experts=1, n_routed_experts=256,
-        routed_scaling_factor=2.5, kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, v_head_dim=128,
-        qk_nope_head_dim=128, n_group=8, topk_group=4, num_experts_per_tok=8, first_k_dense_replace=3,
-        norm_topk_prob=True, max_position_embeddings=4096, rms_norm_eps=1e-6, bos_token_id=0, eos_token_id=1,
-    ),
-    "deepseek_v2": dict(
-        vocab_size=102400, hidden_size=4096, intermediate_size=11008, moe_intermediate_size=1407, num_hidden_layers=32,
-        num_attention_heads=32, n_shared_experts=2, n_routed_experts=64, kv_lora_rank=512, q_lora_rank=1536,
-        qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128, first_k_dense_replace=0, topk_method="greedy",
-        norm_topk_prob=False, max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
-    ),
-    "glm4_moe": dict(
-        vocab_size=151552, hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=46,
-        num_attention_heads=96, num_key_value_heads=8, n_shared_experts=1, n_routed_experts=128, num_experts_per_tok=8,
-        first_k_dense_replace=1, norm_topk_prob=True, max_position_embeddings=131072, rms_norm_eps=1e-5,
-    ),
-    "llama": dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
-    ),
-}  # fmt: skip
-
-# Fields of a config.json that say nothing about the function the model computes.
-_HF_IRRELEVANT = frozenset((
-    "_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "pretraining_tp", "ep_size", "attention_dropout", "output_router_logits", "router_aux_loss_coef", "aux_loss_alpha",
-    "seq_aux", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type",
-    "is_encoder_decoder", "chunk_size_feed_forward", "tokenizer_class", "quantization_config",
-    "keys_to_ignore_at_inference", "num_mtp_layers", "qk_head_dim", "mlp_layer_types",
-))  # fmt: skip
-
-
-class RopeParameters(BaseModel):
-    """Rotary position embedding, in transformers 5's spelling. `yarn` is arXiv 2309.00071; `llama3` Meta's variant."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
-    rope_theta: float = 10000.0
-    partial_rotary_factor: float = 1.0
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-
-
-# Which of the fields above each scaling reads; rope_theta and partial_rotary_factor always count. Latent attention's
-# softmax scale follows mscale_all_dim under any scaling, in transformers as here.
-_ROPE_READS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor", "mscale_all_dim"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-             "attention_factor", "truncate"),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "mscale_all_dim"),
-}  # fmt: skip
-
 
 class ModelConfig(BaseModel):
     """The shape of a model. Field names are Hugging Face's; every value is checked: a config that exists can be built.
@@ -212,7 +147,7 @@ class ModelConfig(BaseModel):
             blocks = [values.get(name, 0) for name in ("num_hidden_layers", "num_nextn_predict_layers")]
             dense = values.get("first_k_dense_replace")
             if all(isinstance(value, int) for value in (dense, *blocks)) and dense >= sum(blocks):
-                for name in _OF_EXPERTS:
+                for name in EXPERT_FIELDS:
                     values.pop(name, None)  # no layer would read it
         return values
 
@@ -325,9 +260,9 @@ class ModelConfig(BaseModel):
             if isinstance(value, float) and not math.isfinite(value):
                 _refuse(f"rope_parameters.{name}", value, "a finite number")
         for name, field in RopeParameters.model_fields.items():
-            idle = name not in ("rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_READS[rope.rope_type])
+            idle = name not in ("rope_type", "rope_theta", "partial_rotary_factor", *ROPE_READS[rope.rope_type])
             if idle and getattr(rope, name) != field.default:
-                readers = " or ".join(kind for kind, reads in _ROPE_READS.items() if name in reads)
+                readers = " or ".join(kind for kind, reads in ROPE_READS.items() if name in reads)
                 raise ValueError(f"rope_parameters.{name} is {getattr(rope, name)}, but rope_type {rope.rope_type} "
                                  f"does not read it: leave it out, or set rope_type to {readers}")  # fmt: skip
         if not rope.rope_theta > 1:
@@ -369,40 +304,9 @@ class ModelConfig(BaseModel):
         What the file leaves out takes transformers' default for the family; what Cadre cannot compute is refused by
         name.
         """
-        values = dict(values)
-        kind = values.get("model_type")
-        if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
-            raise UsageError(f"{where}: model_type is {kind!r}; Cadre builds {', '.join(_HF_DEFAULTS)}")
-        rope = _rope_from_hf(values, kind, where)
-        if values.pop("moe_layer_freq", 1) != 1:
-            raise UsageError(f"{where}: moe_layer_freq must be 1: experts in every layer after first_k_dense_replace")
-        if values.pop("mlp_bias", False):
-            raise UsageError(f"{where}: mlp_bias is true; Cadre's feed-forward layers have no bias")
-        if "num_nextn_predict_layers" not in values and "num_mtp_layers" in values:
-            values["num_nextn_predict_layers"] = values["num_mtp_layers"]
-        if "n_routed_experts" not in values and "num_local_experts" in values:
-            values["n_routed_experts"] = values.pop("num_local_experts")
-        values.pop("num_local_experts", None)
-        if kind.startswith("deepseek"):
-            values.pop("head_dim", None)  # transformers stores qk_rope_head_dim under this name
-        if kind == "llama":
-            for name in ("n_routed_experts", "num_experts_per_tok"):
-                values.pop(name, None)
-        merged = {**_HF_DEFAULTS[kind], **{k: v for k, v in values.items() if k not in _HF_IRRELEVANT}}
-        merged["rope_parameters"] = rope
-        if not merged.get("first_k_dense_replace") and kind != "llama" and "intermediate_size" not in values:
-            del merged["intermediate_size"]  # no layer is dense
-        for name in ("n_group", "topk_group"):
-            if merged.get(name) is None and name in merged:
-                merged[name] = 1
-        unknown = [k for k, v in merged.items() if k not in cls.model_fields and v not in (None, False)]
-        if unknown:
-            raise UsageError(f"{where}: {unknown[0]} = {merged[unknown[0]]!r} is not something Cadre's {kind} knows")
-        merged = {k: v for k, v in merged.items() if k in cls.model_fields}
-        if kind == "deepseek_v2" and isinstance(merged.get("n_group"), int) and merged.get("topk_method") == "greedy":
-            merged["n_group"] = merged["topk_group"] = 1  # greedy never looks at groups
+        fields = fields_from_hf(values, where, cls.model_fields)
         try:
-            return cls.from_dict(merged)
+            return cls.from_dict(fields)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
 
@@ -422,77 +326,7 @@ class ModelConfig(BaseModel):
 
     def to_hf(self) -> dict[str, Any]:
         """The content of this model's `config.json`: every field its family has, no default left to the reader."""
-        rope = self.rope_parameters
-        keep = {"rope_type", "rope_theta", *(k for k in _ROPE_READS[rope.rope_type] if getattr(rope, k) is not None)}
-        if self.model_type == "glm4_moe":
-            keep.add("partial_rotary_factor")
-        fields = self.model_dump(exclude={"rope_parameters"})
-        if self.attention == "latent":
-            dropped = {"head_dim", "use_qk_norm"}
-        else:
-            dropped = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-                       "rope_interleave"}  # fmt: skip
-        if self.model_type == "llama":
-            dropped |= {*_OF_EXPERTS, "first_k_dense_replace", "norm_topk_prob", "routed_scaling_factor",
-                        "scoring_func", "topk_method", "num_nextn_predict_layers", "use_qk_norm"}  # fmt: skip
-        if self.intermediate_size is None:
-            dropped.add("intermediate_size")  # no layer is dense, and transformers wants a number or nothing
-        result = {k: v for k, v in fields.items() if k not in dropped}
-        if self.model_type != "llama" and not self.has_experts:
-            # transformers reads these even where no layer holds experts.
-            needed = dict(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=1)
-            result.update({name: value for name, value in needed.items() if result[name] is None})
-        result["rope_parameters"] = rope.model_dump(include=keep)
-        result["architectures"] = [_ARCHITECTURES[self.model_type]]
-        return result
-
-
-# The shape of a mixture of experts.
-_OF_EXPERTS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group",
-               "topk_group")  # fmt: skip
-
-_ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "glm4_moe": "Glm4MoeForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
-
-
-def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
-    """Take both spellings of the rotary fields out of `values` and return the newer one."""
-    rope: dict[str, Any] = {}
-    for spelling in ("rope_parameters", "rope_scaling"):
-        given = values.pop(spelling, None) or {}
-        if not isinstance(given, dict):
-            raise UsageError(f"{where}: {spelling} is {given!r}; it must be an object of rope_type and its fields")
-        rope.update(given)
-    if "type" in rope:
-        rope.setdefault("rope_type", rope["type"])
-        del rope["type"]
-    theta = values.pop("rope_theta", None)
-    if theta is not None:
-        rope.setdefault("rope_theta", theta)
-    partial = values.pop("partial_rotary_factor", None)
-    if kind == "glm4_moe":
-        rope.setdefault("partial_rotary_factor", 0.5 if partial is None else partial)
-    elif partial is not None:
-        rope.setdefault("partial_rotary_factor", partial)
-    longest = {**_HF_DEFAULTS[kind], **values}
-    if rope.get("rope_type") in ("yarn", "llama3"):
-        rope.setdefault("original_max_position_embeddings", longest["max_position_embeddings"])
-    known = _int(rope, "original_max_position_embeddings") and _int(longest, "max_position_embeddings")
-    if rope.get("rope_type") == "yarn" and rope.get("factor") is None and known:
-        rope["factor"] = longest["max_position_embeddings"] / rope["original_max_position_embeddings"]
-    # What the scaling does not read, transformers passes over too.
-    idle = RopeParameters.model_fields.keys() - _ROPE_READS.get(str(rope.get("rope_type", "default")), ())
-    idle -= {"rope_type", "rope_theta", "partial_rotary_factor"}
-    given = {k: v for k, v in rope.items() if (v is not None or k == "rope_type") and k not in idle}
-    try:
-        RopeParameters(**given)
-    except ValidationError as error:
-        raise UsageError(f"{where}: rope_parameters: {explain(error)}") from None
-    return given
+        return fields_to_hf(self)
 
 
 def _int(values: dict[str, Any], name: str) -> bool:
@@ -527,16 +361,3 @@ def _absent(config: ModelConfig, kind: str, *names: str) -> None:
         value, default = getattr(config, name), ModelConfig.model_fields[name].default
         if value is not None and value != default and not (default is None and value == 0):
             raise ValueError(f"{name} is {value}, but it has no meaning in {kind}: leave it out")
-
-
-def explain(error: ValidationError) -> str:
-    """The first problem of a pydantic error as one line."""
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    if first["type"] == "extra_forbidden":
-        return f"{name} is not a known field"
-    if first["type"] == "missing":
-        return f"{name} is missing"
-    return f"{name} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from cadre.model.config import ModelConfig, RopeParameters
+from cadre.model.config import ModelConfig
+from cadre.model.rope_parameters import RopeParameters
 
 
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
