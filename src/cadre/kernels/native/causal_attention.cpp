@@ -105,6 +105,11 @@ void scatter(const float* weight, size_t queries, size_t keys, int64_t ahead, co
     });
 }
 
+// `from` is padded to whole vectors, `to` is not.
+void scaled(const float* from, float factor, size_t n, float* to) {
+    by_vectors(n, [=](size_t i, auto some) { store_some(to + i, load(from + i) * factor, some); });
+}
+
 void turn_back(float* x, const float* turn, size_t R, bool split) {
     for (size_t i = 0; i < R / 2; i++) {
         float* first = x + (split ? i : 2 * i);
@@ -270,7 +275,7 @@ void forward(const Shape& s, int b, int g) {
             for (size_t i = 0; i < count; i++) {
                 float* to = c.out.data + ((size_t)b * s.queries + from + i) * c.out.token + h * c.out.head;
                 const float share = 1.0f / total[i];
-                for (size_t v = 0; v < s.V; v++) to[v] = out[i * s.wide_v + v] * share;
+                scaled(out + i * s.wide_v, share, s.V, to);
                 c.log_sum[((size_t)b * c.heads + h) * s.queries + from + i] = top[i] + std::log(total[i]);
             }
         }
@@ -309,9 +314,9 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
             s.rows(d.out, s.queries, b, h, from, QUERIES, s.V, s.wide_v, d_out);
             for (size_t i = 0; i < count; i++) {
                 const float* out = c.out.data + ((size_t)b * s.queries + from + i) * c.out.token + h * c.out.head;
-                float dot = 0.0f;
-                for (size_t v = 0; v < s.V; v++) dot += d_out[i * s.wide_v + v] * out[v];
-                along[i] = dot;
+                floats dot = {};
+                by_vectors(s.V, [&](size_t v, auto n) { dot += load(d_out + i * s.wide_v + v) * load_some(out + v, n); });
+                along[i] = sum(dot);
             }
             std::fill(d_q, d_q + QUERIES * s.wide_k, 0.0f);
             for (size_t begin = s.first_key(b, from, KEYS); begin < stop; begin += KEYS) {
@@ -344,7 +349,7 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
                 float* from_row = d_q + i * s.wide_k;
                 float* to = d.q.data + ((size_t)b * s.queries + from + i) * d.q.token + h * d.q.head;
                 if (c.turn) turn_back(from_row + s.N, c.turn + (s.past + from + i) * s.R, s.R, c.split);
-                for (size_t k = 0; k < s.K; k++) to[k] = from_row[k] * c.scale;
+                scaled(from_row, c.scale, s.K, to);
             }
         }
     for (size_t t = 0; t < s.length; t++) {
