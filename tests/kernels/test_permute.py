@@ -10,8 +10,16 @@ from hypothesis.strategies import DrawFn
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadre.kernels.permute import gather_rows, gather_rows_reference, sum_choices, sum_choices_reference
+from cadre.kernels.permute import (
+    gather_rows,
+    gather_rows_reference,
+    sort_choices,
+    sort_choices_reference,
+    sum_choices,
+    sum_choices_reference,
+)
 
+SORT = [sort_choices, sort_choices_reference]
 GATHER = [gather_rows, gather_rows_reference]
 SUM = [sum_choices, sum_choices_reference]
 
@@ -46,6 +54,28 @@ def routings(draw: DrawFn) -> Routing:
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+@given(routings())
+def test_choices_are_sorted_by_expert_tokens_in_order(routing: Routing):
+    for sort in SORT:
+        row_TK, token_R, load_E = sort(routing.expert_TK, routing.experts)
+        assert torch.equal(row_TK, routing.row_TK) and torch.equal(token_R, routing.token_R)
+        assert torch.equal(load_E, torch.bincount(routing.expert_TK.flatten(), minlength=routing.experts))
+
+
+@pytest.mark.parametrize("sort", SORT)
+def test_sorting_by_hand(sort):
+    """Choices that lie strided, and an expert that nobody wants."""
+    expert_TK = torch.tensor([[3, 0], [0, 1]]).T.contiguous().T
+    row_TK, token_R, load_E = sort(expert_TK, 5)
+    assert (row_TK.tolist(), token_R.tolist(), load_E.tolist()) == ([[3, 0], [1, 2]], [0, 1, 1, 0], [2, 1, 0, 1, 0])
+
+
+@pytest.mark.parametrize("sort", SORT)
+def test_sorting_no_tokens(sort):
+    row_TK, token_R, load_E = sort(torch.empty(0, 2, dtype=torch.int64), 3)
+    assert (row_TK.shape, token_R.shape, load_E.tolist()) == ((0, 2), (0,), [0, 0, 0])
 
 
 @given(routings(), st.integers(1, 9))

@@ -17,6 +17,12 @@ def test_the_sixteen_levels_are_the_published_ones() -> None:
     assert levels().tolist() == pytest.approx(published, abs=1e-4)
 
 
+def test_the_levels_are_made_once() -> None:
+    with torch.inference_mode():
+        assert levels() is levels()
+    assert not levels().is_inference()
+
+
 @given(rows=st.integers(1, 9), cols=st.integers(1, 80), seed=st.integers(0, 1000), scale=st.sampled_from([1e-6, 1.0, 1e4]))
 def test_eight_bits_are_off_by_half_a_step(rows: int, cols: int, seed: int, scale: float) -> None:
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * scale

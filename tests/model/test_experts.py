@@ -12,6 +12,8 @@ from hypothesis.strategies import DrawFn
 from torch import Tensor
 from torch.testing import assert_close
 
+from cadre.kernels import grouped
+from cadre.model import experts, layers
 from cadre.model.config import ModelConfig
 from cadre.model.experts import MixtureOfExperts, Router, Routes, combine, dispatch
 from tests.shapes import configs, small
@@ -72,10 +74,14 @@ def as_dicts(routes: Routes) -> list[dict[int, float]]:
     ]
 
 
-@given(sparse_configs(), st.integers(1, 9), st.integers(0, 999))
-def test_router_follows_the_equations(config: ModelConfig, tokens, seed):
+@pytest.mark.parametrize("native", [True, False])
+@given(config=sparse_configs(), tokens=st.integers(1, 9), seed=st.integers(0, 999))
+def test_router_follows_the_equations(native, config: ModelConfig, tokens, seed):
     router, x = filled(config, seed).gate, random(tokens, config.hidden_size, seed=seed)
-    routes = router(x)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            through_torch(patch)
+        routes = router(x)
     assert routes.weight_TK.dtype == routes.score_TE.dtype == torch.float32
     for ours, by_hand in zip(as_dicts(routes), routes_by_hand(config, router, x), strict=True):
         assert ours == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
@@ -183,11 +189,21 @@ def mixture_by_hand(mixture: MixtureOfExperts, x_TD: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@given(sparse_configs(), st.integers(1, 7), st.integers(0, 999))
-def test_mixture_equals_a_loop_over_tokens_in_value_and_gradient(config: ModelConfig, tokens, seed):
+def through_torch(patch: pytest.MonkeyPatch) -> None:
+    """As where the C++ kernels are not to be had."""
+    for module in (experts, grouped, layers):
+        patch.setattr(module, "trains", lambda *_: False)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@given(config=sparse_configs(), tokens=st.integers(1, 7), seed=st.integers(0, 999))
+def test_mixture_equals_a_loop_over_tokens_in_value_and_gradient(native, config: ModelConfig, tokens, seed):
     mixture, x = filled(config, seed), random(1, tokens, config.hidden_size, seed=seed).requires_grad_()
     weights = [x, *mixture.parameters()]
-    ours, by_hand = mixture(x), mixture_by_hand(mixture, x[0])[None]
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            through_torch(patch)
+        ours, by_hand = mixture(x), mixture_by_hand(mixture, x[0])[None]
     assert_close(ours, by_hand, atol=1e-5, rtol=1e-4)
     direction = random(*ours.shape, seed=seed + 1)
     got = torch.autograd.grad((ours * direction).sum(), weights, allow_unused=True, materialize_grads=True)

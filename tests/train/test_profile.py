@@ -84,7 +84,6 @@ def slow(function, clock):
 @pytest.mark.parametrize("owner, name, part, calls", [
     (attention.LatentAttention, "forward", ATTENTION, 3),
     (experts.Router, "forward", ROUTER, 2),
-    (experts, "combine", DISPATCH, 2),
     (experts.MixtureOfExperts, "forward", DISPATCH, 2),
     (experts.Experts, "forward", EXPERTS, 2),
     (layers.SwiGLU, "forward", DENSE, 3),
@@ -100,6 +99,20 @@ def test_time_spent_in_a_part_is_charged_to_it_forward_and_backward(monkeypatch,
     seconds = profiled_step(step)
     assert clock.calls == calls
     assert seconds == {**dict.fromkeys(PARTS, 0.0), part: 11.0 * calls}
+
+
+def test_rows_that_no_kernel_moves_are_dispatch_and_combine(monkeypatch, clock):
+    step = training()
+    monkeypatch.setattr(experts.Experts, "moves_rows", lambda *_: False)
+    monkeypatch.setattr(experts, "combine", slow(experts.combine, clock))
+    assert profiled_step(step) == {**dict.fromkeys(PARTS, 0.0), DISPATCH: 22.0}
+
+
+def test_bytes_of_rows_count_only_where_no_kernel_moves_them(monkeypatch):
+    model = Transformer(FULL)
+    for moves in (True, False):
+        monkeypatch.setattr(experts.Experts, "moves_rows", lambda *_, moves=moves: moves)
+        assert (DISPATCH in counted(model, 2, 5, torch.float32)) != moves
 
 
 def test_gradients_in_bfloat16_pass_through_casts_and_stay_with_their_part(monkeypatch, clock):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadre.kernels.native.library import library, trains
+
 # Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products.
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -35,14 +37,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(64, _CHUNK_ELEMENTS // len(head_WD))
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
-            hidden, target, weight = hidden_ND[part], target_N[part, None], weight_N[part, None]
-            log_p = torch.log_softmax(F.linear(hidden, head).float(), dim=-1)
-            total -= (log_p.gather(1, target) * weight).sum()
-            if grad_hidden is None and grad_head is None:
+            hidden = hidden_ND[part]
+            loss, grad = _cross_entropy(F.linear(hidden, head), target_N[part], weight_N[part], needs_hidden or needs_head)
+            total += loss
+            if grad is None:
                 continue
-            grad = log_p.exp_().mul_(weight)
-            grad.scatter_add_(1, target, -weight)
-            grad = grad.to(dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[part])
             if grad_head is not None:
@@ -62,6 +61,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_head is not None:
             grad_head = (grad_head * grad_total).to(ctx.head_dtype)
         return grad_hidden, grad_head, None, None
+
+
+def _cross_entropy(logit_NW: Tensor, target_N: Tensor, weight_N: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The loss, and its gradient by the logits, which may be written over them."""
+    if trains(logit_NW, weight_N):
+        native = library()
+        assert native is not None
+        if len(target_N) and not (int(target_N.min()) >= 0 and int(target_N.max()) < logit_NW.shape[1]):
+            raise IndexError(f"a target is not one of the {logit_NW.shape[1]} words")
+        logit, target, weight = logit_NW.contiguous(), target_N.to(torch.int64).contiguous(), weight_N.contiguous()
+        loss_N = torch.empty_like(weight)
+        native.cadre_cross_entropy(
+            logit.data_ptr(), target.data_ptr(), weight.data_ptr(), *logit.shape, wants_grad, torch.get_num_threads(),
+            loss_N.data_ptr(),
+        )  # fmt: skip
+        return loss_N.sum(), logit if wants_grad else None
+    target, weight = target_N[:, None], weight_N[:, None]
+    log_p = torch.log_softmax(logit_NW.float(), dim=-1)
+    loss = -(log_p.gather(1, target) * weight).sum()
+    if not wants_grad:
+        return loss, None
+    grad = log_p.exp_().mul_(weight)
+    grad.scatter_add_(1, target, -weight)
+    return loss, grad.to(logit_NW.dtype)
 
 
 def linear_cross_entropy(hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cadre.kernels.native.library import library, trains
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -36,8 +39,54 @@ class _RMSNorm(torch.autograd.Function):
         return grad_normed.addcmul_(normed, along, value=-1).mul_(scale), grad_weight, None
 
 
+class _NativeRMSNorm(torch.autograd.Function):
+    """The same in C++, forward and backward one pass over memory each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x_ND, weight = _rows(x), weight_D.contiguous()
+        y, scale_N = x.new_empty(x.shape), x.new_empty(len(x_ND))
+        native = library()
+        assert native is not None
+        native.cadre_norm_training(
+            x_ND.data_ptr(), x_ND.stride(0), weight.data_ptr(), eps, *x_ND.shape, _threads(x), y.data_ptr(), scale_N.data_ptr()
+        )
+        ctx.save_for_backward(x_ND, weight, scale_N)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight, scale_N = ctx.saved_tensors
+        grad_ND = _rows(grad)
+        grad_x, grad_weight = grad.new_empty(grad.shape), weight.new_empty(weight.shape)
+        native = library()
+        assert native is not None
+        native.cadre_norm_training_gradient(
+            x_ND.data_ptr(), x_ND.stride(0), weight.data_ptr(), scale_N.data_ptr(), grad_ND.data_ptr(), grad_ND.stride(0),
+            *x_ND.shape, _threads(grad), grad_x.data_ptr(), grad_weight.data_ptr(),
+        )  # fmt: skip
+        return grad_x, grad_weight, None
+
+
+# Elements below which more than one thread costs more than it brings.
+_FEW = 1 << 15
+
+
+def _threads(x: Tensor) -> int:
+    return 1 if x.numel() < _FEW else torch.get_num_threads()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, D], a view where rows are evenly spaced."""
+    x_ND = x.flatten(0, -2)
+    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As the reference; float32 activations take the closed form."""
+    """As the reference; float32 activations take the closed form, on a CPU in C++."""
     if x.dtype == torch.float32 and weight_D.dtype == torch.float32 and x.ndim > 1:
+        if trains(x, weight_D):
+            return _NativeRMSNorm.apply(x, weight_D, eps)
         return _RMSNorm.apply(x, weight_D, eps)
     return rms_norm_reference(x, weight_D, eps)

@@ -1,7 +1,7 @@
 """Moving tokens to routed rows and back. Autograd would scatter with atomics; both directions are gathers, because each
 row knows its token and each token its rows. `embedding_bag` adds the rows of a token without holding copies of them.
 
-Letters in names: T token, K choices of a token, R = T*K routed rows, D hidden.
+Letters in names: T token, K choices of a token, R = T*K routed rows, D hidden, E expert.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cadre.kernels.native.library import library
 
 
 class _GatherRows(torch.autograd.Function):
@@ -39,6 +41,30 @@ class _SumChoices(torch.autograd.Function):
         grad_RD = grad_TD.index_select(0, token_R)
         grad_R = torch.linalg.vecdot(y_RD, grad_RD)
         return grad_RD.mul_(weight_R.to(grad_TD.dtype)[:, None]), grad_R[row_TK].to(weight_TK.dtype), None, None
+
+
+def sort_choices_reference(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where tokens' choices (int64, from 0 to experts - 1) lie when sorted by expert, tokens in order within each: row_TK, the
+    row of each choice; token_R, the token of each row; load_E, rows per expert. All int64."""
+    flat_R = expert_TK.flatten()
+    order_R = flat_R.argsort(stable=True)
+    row_R = torch.empty_like(order_R)
+    row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    return row_R.view(expert_TK.shape), order_R // expert_TK.shape[1], torch.bincount(flat_R, minlength=experts)
+
+
+def sort_choices(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference; on a CPU by counting, in C++."""
+    native = library() if expert_TK.device.type == "cpu" else None
+    if native is None:
+        return sort_choices_reference(expert_TK, experts)
+    choice_TK = expert_TK.contiguous()
+    row_TK, token_R = torch.empty_like(choice_TK), choice_TK.new_empty(choice_TK.numel())
+    load_E = choice_TK.new_empty(experts)
+    native.cadre_sort_choices(
+        choice_TK.data_ptr(), *choice_TK.shape, experts, row_TK.data_ptr(), token_R.data_ptr(), load_E.data_ptr()
+    )
+    return row_TK, token_R, load_E
 
 
 def gather_rows(x_TD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:

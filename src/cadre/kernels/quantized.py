@@ -8,6 +8,7 @@ section 3). 8.0 and 4.5 bits a weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,17 @@ class QuantizedMatrix:
         return self.data.nbytes + self.scale.nbytes
 
 
+@cache
 def levels() -> Tensor:
     """The 16 levels of four bits, float32, from -1 to 1 with an exact zero: quantiles of the normal distribution, eight
-    from its lower half and nine from its upper half, which share the zero (QLoRA, section 3)."""
-    normal = torch.distributions.Normal(0.0, 1.0)
+    from its lower half and nine from its upper half, which share the zero (QLoRA, section 3). One tensor for all who ask,
+    not to be written."""
     edge = 0.9677083  # the outermost quantile: halfway between 1 - 1/30 and 1 - 1/32
-    upper = normal.icdf(torch.linspace(edge, 0.5, 9, dtype=torch.float64))[:-1]
-    lower = -normal.icdf(torch.linspace(edge, 0.5, 8, dtype=torch.float64))[:-1]
-    return (torch.cat((lower, torch.zeros(1, dtype=torch.float64), upper.flip(0))) / upper[0]).float()
+    # Kept: it must not belong to whatever mode or device its first user works in.
+    with torch.inference_mode(False), torch.device("cpu"):
+        upper = torch.special.ndtri(torch.linspace(edge, 0.5, 9, dtype=torch.float64))[:-1]
+        lower = -torch.special.ndtri(torch.linspace(edge, 0.5, 8, dtype=torch.float64))[:-1]
+        return (torch.cat((lower, torch.zeros(1, dtype=torch.float64), upper.flip(0))) / upper[0]).float()
 
 
 def quantize(weight: Tensor, bits: int) -> QuantizedMatrix:

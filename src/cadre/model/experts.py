@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadre.kernels.grouped import expert_swiglu
-from cadre.kernels.permute import gather_rows, sum_choices
+from cadre.kernels.native.library import trains
+from cadre.kernels.permute import gather_rows, sort_choices, sum_choices
+from cadre.kernels.routed import routed_swiglu
+from cadre.kernels.routing import RoutingRule, choose_experts
 from cadre.model.config import ModelConfig
 from cadre.model.layers import SwiGLU
 
@@ -44,6 +47,10 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         experts = config.n_routed_experts or 0
+        self.rule = RoutingRule(
+            config.num_experts_per_tok or 1, config.n_group, config.topk_group, config.scoring_func == "sigmoid",
+            config.norm_topk_prob, config.routed_scaling_factor,
+        )  # fmt: skip
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         if config.scoring_func == "sigmoid":
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
@@ -63,6 +70,8 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routes:
         config = self.config
         logit_TE = F.linear(x_TD.float(), self.weight.float())
+        if trains(logit_TE):
+            return Routes(*choose_experts(logit_TE, self.e_score_correction_bias, self.rule), logit_TE)
         score_TE = logit_TE.sigmoid() if config.scoring_func == "sigmoid" else logit_TE.softmax(dim=-1)
         expert_TK = self.choose(score_TE.detach())
         weight_TK = score_TE.gather(1, expert_TK)
@@ -97,16 +106,14 @@ class Plan:
     weight_TK: Tensor
 
 
+def arrange(routes: Routes) -> Plan:
+    """Sort the tokens' choices by expert. No choice is ever dropped."""
+    return Plan(*sort_choices(routes.expert_TK, routes.score_TE.shape[1]), routes.weight_TK)
+
+
 def dispatch(x_TD: Tensor, routes: Routes) -> tuple[Tensor, Plan]:
-    """Copy each token to the rows of its experts: [R, D] sorted by expert, and the plan that brings them back. No token
-    is ever dropped."""
-    tokens, choices = routes.expert_TK.shape
-    flat_R = routes.expert_TK.flatten()
-    order_R = flat_R.argsort(stable=True)
-    row_R = torch.empty_like(order_R)
-    row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    load_E = torch.bincount(flat_R, minlength=routes.score_TE.shape[1])
-    plan = Plan(row_R.view(tokens, choices), order_R // choices, load_E, routes.weight_TK)
+    """Copy each token to the rows of its experts: [R, D] sorted by expert, and the plan that brings them back."""
+    plan = arrange(routes)
     return gather_rows(x_TD, plan.token_R, plan.row_TK), plan
 
 
@@ -124,8 +131,17 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
-        return expert_swiglu(x_RD, load_E, self.gate_up_proj, self.down_proj)
+    def forward(self, x: Tensor, load_E: Tensor, plan: Plan | None = None) -> Tensor:
+        """Rows [R, D] sorted by expert in, rows out. With a plan, where `moves_rows`: tokens [T, D] in, tokens out."""
+        if plan is None:
+            return expert_swiglu(x, load_E, self.gate_up_proj, self.down_proj)
+        return routed_swiglu(
+            x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, self.gate_up_proj, self.down_proj
+        )  # fmt: skip
+
+    def moves_rows(self, x_TD: Tensor) -> bool:
+        """Whether dispatch and combine can be had as part of the experts' kernel, so that no row is ever stored."""
+        return trains(x_TD, self.gate_up_proj, self.down_proj)
 
 
 class MixtureOfExperts(nn.Module):
@@ -147,9 +163,12 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_TD = x_BTD.flatten(0, -2)
         routes = self.gate(x_TD)
-        x_RD, plan = dispatch(x_TD, routes)
-        y_RD = self.experts(x_RD, plan.load_E)
-        y_TD = combine(y_RD, plan)
+        if isinstance(self.experts, Experts) and self.experts.moves_rows(x_TD):
+            plan = arrange(routes)
+            y_TD = self.experts(x_TD, plan.load_E, plan)
+        else:
+            x_RD, plan = dispatch(x_TD, routes)
+            y_TD = combine(self.experts(x_RD, plan.load_E), plan)
         if self.training and self.keeps_routes:
             self.routes = routes
         if self.shared_experts is not None:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadre.kernels.native.library import trains
 from cadre.kernels.norm import rms_norm
+from cadre.kernels.routed import dense_swiglu
 
 
 class Linear(nn.Linear):
@@ -46,4 +48,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.gate_proj, Linear):
+            weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+            if trains(x, *weights):
+                return dense_swiglu(x, *weights)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -5,6 +5,7 @@ Letters in names: B batch, T position, D hidden, W vocabulary (words).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -129,18 +130,25 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int) -> Transformer:
         """Fill every weight from one seed: matrices normal with std `initializer_range`, norms 1, biases 0."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, RMSNorm):
-                    parameter.fill_(1.0)
-                elif name == "bias":
-                    parameter.zero_()
-                else:
-                    parameter.normal_(std=self.config.initializer_range, generator=generator)
-            if isinstance(module, Router) and module.e_score_correction_bias is not None:
-                module.e_score_correction_bias.zero_()
+        state = dict((*self.named_parameters(remove_duplicate=False), *self.named_buffers()))
+        for name, value in self.initial_values(seed):
+            state[name].copy_(value)
         return self
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """What `initialize` fills parameters and router biases with, by name, in order and on the CPU; the model itself may
+        be without storage. Of a head tied to the embedding, which come one after the other, the head's value holds."""
+        generator = torch.Generator().manual_seed(seed)
+        for path, module in self.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                value = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                if isinstance(module, RMSNorm):
+                    value.fill_(1.0)
+                elif name != "bias":
+                    value.normal_(std=self.config.initializer_range, generator=generator)
+                yield f"{path}.{name}", value
+            if isinstance(module, Router) and module.e_score_correction_bias is not None:
+                yield f"{path}.e_score_correction_bias", torch.zeros(module.e_score_correction_bias.shape)
 
     def sparse_layers(self) -> list[tuple[int, MixtureOfExperts]]:
         """Every mixture of experts with its layer number, multi-token prediction blocks included."""

@@ -190,7 +190,8 @@ def counted(model: Transformer, batch: int, seq_len: int, dtype: torch.dtype) ->
 
     Bytes, of one pass over each operand: a norm reads and writes its input and again, with the gradient, backward (5 T D); a
     residual adds two and writes one, both ways (6 T D). Dispatch reads T D and writes R D, combine the reverse;
-    backward also reads the experts' output for the gradient of the router's weights (4 T D + 5 R D). AdamW reads weight,
+    backward also reads the experts' output for the gradient of the router's weights (4 T D + 5 R D); where the experts' kernel
+    moves rows itself, that is part of its time and not counted apart. AdamW reads weight,
     gradient and moments and writes all but the gradient, clipping reads the gradient twice and writes it (10 float32 a
     parameter).
     """
@@ -215,6 +216,8 @@ def counted(model: Transformer, batch: int, seq_len: int, dtype: torch.dtype) ->
         OPTIMIZER: 40 * sum(parameter.numel() for parameter in model.parameters()),
     }
     counts = {part: ("flops", amount) for part, amount in flops.items()}
+    if any(mixture.experts.moves_rows(torch.empty(0, config.hidden_size, dtype=dtype)) for _, mixture in model.sparse_layers()):
+        del moved[DISPATCH]
     counts |= {part: ("bytes", float(amount)) for part, amount in moved.items()}
     return {part: count for part, count in counts.items() if count[1]}
 

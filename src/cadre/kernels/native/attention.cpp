@@ -1,11 +1,14 @@
 // Attention of new tokens over paged caches. Latent attention is absorbed (DeepSeek-V2 report, section 2.1.2): it reads the
 // latents as they are. Positions are cut into chunks of fixed size whose results are joined in order (flash decoding), so
-// the numbers depend neither on the batch nor on the number of threads.
+// the numbers depend neither on the batch nor on the number of threads. Chunks are worked off in waves, and joined after
+// each: what memory they take does not grow with the context.
 #include <algorithm>
 
 #include "step.h"
 
-constexpr int CHUNK = 256;
+constexpr int CHUNK = 256;                // positions
+constexpr int SPAN = 16;                  // tokens of a sequence that read a chunk together
+constexpr size_t WAVE = (size_t)1 << 20;  // floats of partial results a thread
 
 struct LatentLayer {
     const float *norm, *q_a_norm, *kv_a_norm;
@@ -25,37 +28,43 @@ struct GroupedLayer {
 
 namespace {
 
-// One chunk of one sequence (and group): its queries' partial result.
+// One chunk of one span of a sequence's tokens (and group): its queries' partial result.
 struct Task {
-    int sequence, token, begin, end, group;  // token: the sequence's first; begin, end: positions
-    size_t partial;                          // its first row among all partial results
+    int sequence, token, ahead, count, begin, end, group;  // token: the span's first; ahead: of how many of the sequence
+    size_t partial;                                        // its first row among the wave's partial results
 };
 
 struct Tasks {
     std::vector<Task> list;
-    size_t partials = 0;
-    std::vector<int> sequence;   // of each token
-    std::vector<size_t> first;   // [sequence * groups + group]: its first task
+    std::vector<size_t> wave;   // where each begins, and the end
+    std::vector<size_t> span;   // of each token
+    std::vector<size_t> first;  // [span * groups + group]: its first task, and the end
+    size_t partials = 0;        // rows of the largest wave
 };
 
-// `queries`: rows of one token in one task.
-void cut(const Step& step, int groups, int queries, Tasks& tasks) {
-    tasks.list.clear(), tasks.sequence.clear(), tasks.first.clear();
+// `queries`: rows of one token in one task. `width`: floats of a partial result.
+void cut(const Step& step, int groups, int queries, size_t width, Tasks& tasks) {
+    tasks.list.clear(), tasks.wave.assign(1, 0), tasks.span.clear(), tasks.first.clear();
     tasks.partials = 0;
-    int token = 0;
-    for (int b = 0; b < step.sequences; b++) {
-        int seen = step.start[b] + step.count[b];
-        for (int g = 0; g < groups; g++) {
-            tasks.first.push_back(tasks.list.size());
-            for (int begin = 0; begin < seen; begin += CHUNK) {
-                int end = begin + CHUNK < seen ? begin + CHUNK : seen;
-                tasks.list.push_back({b, token, begin, end, g, tasks.partials});
-                tasks.partials += (size_t)step.count[b] * queries;
+    const size_t most = step.threads * WAVE / width;
+    size_t rows = 0, spans = 0;
+    for (int b = 0, token = 0; b < step.sequences; token += step.count[b++])
+        for (int ahead = 0; ahead < step.count[b]; ahead += SPAN, spans++) {
+            const int count = std::min(SPAN, step.count[b] - ahead), seen = step.start[b] + ahead + count;
+            for (int g = 0; g < groups; g++) {
+                tasks.first.push_back(tasks.list.size());
+                for (int begin = 0; begin < seen; begin += CHUNK) {
+                    const size_t own = (size_t)count * queries;
+                    if (rows && rows + own > most) tasks.wave.push_back(tasks.list.size()), rows = 0;
+                    tasks.list.push_back({b, token + ahead, ahead, count, begin, std::min(begin + CHUNK, seen), g, rows});
+                    rows += own;
+                    tasks.partials = std::max(tasks.partials, rows);
+                }
             }
+            tasks.span.insert(tasks.span.end(), count, spans);
         }
-        tasks.sequence.insert(tasks.sequence.end(), step.count[b], b);
-        token += step.count[b];
-    }
+    tasks.first.push_back(tasks.list.size());
+    tasks.wave.push_back(tasks.list.size());
 }
 
 size_t slot(const Step& step, const Cache& cache, int sequence, int64_t position) {
@@ -118,13 +127,13 @@ void attend(const Step& step, const Cache& cache, const Task& task, int per_toke
     static thread_local Scratch<float> scores;
     static thread_local Scratch<const float*> pointers;
     static thread_local Scratch<float*> targets;
-    int Q = step.count[task.sequence] * per_token, n = task.end - task.begin;
+    int Q = task.count * per_token, n = task.end - task.begin;
     float* score = scores.of((size_t)Q * CHUNK);
     const float** weight = pointers.of(Q);
     float** target = targets.of(Q);
     product(score);
     for (int q = 0; q < Q; q++) {
-        int own = step.start[task.sequence] + q / per_token + 1 - task.begin;  // positions that this token sees
+        int own = step.start[task.sequence] + task.ahead + q / per_token + 1 - task.begin;  // positions that this token sees
         int seen = own < n ? own : n;
         soften(score + (size_t)q * CHUNK, seen, scale, peak + q, total + q);
         for (int i = seen < 0 ? 0 : seen; i < n; i++) score[(size_t)q * CHUNK + i] = 0.0f;
@@ -137,24 +146,36 @@ void attend(const Step& step, const Cache& cache, const Task& task, int per_toke
     });
 }
 
-// Joins the chunks of one query row: out = sum of e^(peak - highest) partial / sum of e^(peak - highest) total.
-void join(const Tasks& tasks, size_t first, size_t chunks, size_t row, const float* peak, const float* total,
-          const float* partial, size_t C, float* out) {
-    float highest = -INFINITY, sum = 0.0f;
-    for (size_t i = 0; i < chunks; i++) highest = std::fmax(highest, peak[tasks.list[first + i].partial + row]);
-    std::memset(out, 0, C * sizeof(float));
-    for (size_t i = 0; i < chunks; i++) {
-        size_t at = tasks.list[first + i].partial + row;
-        float factor = std::exp(peak[at] - highest);
-        sum += factor * total[at];
-        for (size_t c = 0; c < C; c++) out[c] += factor * partial[at * C + c];
-    }
-    for (size_t c = 0; c < C; c++) out[c] /= sum;
-}
+// What the waves of one pass share. peak, total, partial: by row of a wave; top, sum, out: of each query row so far.
+struct Joined {
+    const Tasks& tasks;
+    const float *peak, *total, *partial;
+    float *top, *sum, *out;
+    size_t C;
 
-size_t chunks_of(const Step& step, int sequence) {
-    return (step.start[sequence] + step.count[sequence] + CHUNK - 1) / CHUNK;
-}
+    // Joins to query row `to` those chunks in [begin, end) that are its own, in their order. group: span * groups + group;
+    // row: the query's among a task's.
+    void row(size_t begin, size_t end, size_t group, size_t row, size_t to) const {
+        const size_t first = tasks.first[group], last = tasks.first[group + 1];
+        if (last <= begin || end <= first) return;
+        float* y = out + to * C;
+        if (begin <= first) {
+            top[to] = -INFINITY, sum[to] = 0.0f;
+            std::memset(y, 0, C * sizeof(float));
+        }
+        for (size_t i = std::max(begin, first); i < std::min(end, last); i++) {
+            const size_t at = tasks.list[i].partial + row;
+            if (peak[at] == -INFINITY) continue;  // the token sees none of it
+            const float high = std::fmax(top[to], peak[at]), fade = std::exp(top[to] - high), share = std::exp(peak[at] - high);
+            const float* part = partial + at * C;
+            for (size_t c = 0; c < C; c++) y[c] = y[c] * fade + share * part[c];
+            sum[to] = sum[to] * fade + share * total[at];
+            top[to] = high;
+        }
+        if (end >= last)
+            for (size_t c = 0; c < C; c++) y[c] /= sum[to];
+    }
+};
 
 }  // namespace
 
@@ -165,12 +186,12 @@ extern "C" void cadre_latent_attention(const LatentLayer* layer, const Cache* ca
     static thread_local Scratch<> memory;
     static thread_local Scratch<const float*> pointers;
     static thread_local Tasks tasks;
-    cut(*step, 1, (int)H, tasks);
+    cut(*step, 1, (int)H, C + 2, tasks);
     const size_t P = tasks.partials;
-    float* normed = memory.of(M * (D + 2 * rank + H * QK + (C + R) + 2 * H * C + H * V) + P * (C + 2));
+    float* normed = memory.of(M * (D + 2 * rank + H * QK + (C + R) + 2 * H * C + H * V + 2 * H) + P * (C + 2));
     float *lower = normed + M * D, *query = lower + 2 * M * rank, *kv = query + M * H * QK, *absorbed = kv + M * (C + R);
     float *mixed = absorbed + M * H * C, *value = mixed + M * H * C, *partial = value + M * H * V;
-    float *peak = partial + P * C, *total = peak + P;
+    float *peak = partial + P * C, *total = peak + P, *top = total + P, *sum = top + M * H;
     const float** normed_rows = pointers.of(3 * M + 2 * M * H);
     const float **lower_rows = normed_rows + M, **value_rows = lower_rows + M;
     const float **latent_rows = value_rows + M, **rotary_rows = latent_rows + M * H;
@@ -179,7 +200,8 @@ extern "C" void cadre_latent_attention(const LatentLayer* layer, const Cache* ca
     rows_of(value_rows, value, M, H * V);
     rows_of(latent_rows, absorbed, M * H, C);
     rows_of(rotary_rows, query + N, M * H, QK);
-    Tasks& work = tasks;
+    const Tasks& work = tasks;
+    const Joined joined{work, peak, total, partial, top, sum, mixed, C};
     float* x = step->x;
 
 #pragma omp parallel num_threads(step->threads)
@@ -201,7 +223,7 @@ extern "C" void cadre_latent_attention(const LatentLayer* layer, const Cache* ca
             float* own = kv + m * (C + R);
             rms_norm(own, a.kv_a_norm, a.inner_eps, C, own);
             rotate(own + C, turn, R, a.split);
-            size_t at = slot(*step, *cache, work.sequence[m], step->position[m]);
+            size_t at = slot(*step, *cache, work.list[work.first[work.span[m]]].sequence, step->position[m]);
             write_cached(*cache, cache->first, at * C, own, C);
             write_cached(*cache, cache->second, at * R, own + C, R);
             for (size_t h = 0; h < H; h++) rotate(query + (m * H + h) * QK + N, turn, R, a.split);
@@ -221,28 +243,31 @@ extern "C" void cadre_latent_attention(const LatentLayer* layer, const Cache* ca
                 sums(reader, h * (N + V), N, q, M, begin, end, y);
             }
         });
+        for (size_t w = 0; w + 1 < work.wave.size(); w++) {
+            const size_t begin = work.wave[w], end = work.wave[w + 1];
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < work.list.size(); i++) {
-            const Task& task = work.list[i];
-            size_t row = task.token * H, Q = step->count[task.sequence] * H;
-            of_cache(*cache, C, 0, R, 0, [&](auto latent, auto rotary) {
-                attend(*step, *cache, task, (int)H, a.scale, latent, C, peak + task.partial, total + task.partial,
-                       partial + task.partial * C, [&](float* score) {
-                    by_run(*step, *cache, task, [&](size_t key, int position, int count) {
-                        float* to = score + (position - task.begin);
-                        dots(latent, key, key + count, latent_rows + row, Q, C,
-                             [=](size_t q, size_t at, float s) { to[q * CHUNK + at - key] = s; });
-                        dots(rotary, key, key + count, rotary_rows + row, Q, R,
-                             [=](size_t q, size_t at, float s) { to[q * CHUNK + at - key] += s; });
+            for (size_t i = begin; i < end; i++) {
+                const Task& task = work.list[i];
+                size_t row = task.token * H, Q = task.count * H;
+                of_cache(*cache, C, 0, R, 0, [&](auto latent, auto rotary) {
+                    attend(*step, *cache, task, (int)H, a.scale, latent, C, peak + task.partial, total + task.partial,
+                           partial + task.partial * C, [&](float* score) {
+                        by_run(*step, *cache, task, [&](size_t key, int position, int count) {
+                            float* to = score + (position - task.begin);
+                            dots(latent, key, key + count, latent_rows + row, Q, C,
+                                 [=](size_t q, size_t at, float s) { to[q * CHUNK + at - key] = s; });
+                            dots(rotary, key, key + count, rotary_rows + row, Q, R,
+                                 [=](size_t q, size_t at, float s) { to[q * CHUNK + at - key] += s; });
+                        });
                     });
                 });
-            });
-        }
+            }
+            const size_t low = work.list[begin].token, high = work.list[end - 1].token + work.list[end - 1].count;
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < M * H; i++) {
-            int b = work.sequence[i / H];
-            size_t first = work.first[b], own = i - work.list[first].token * H;
-            join(work, first, chunks_of(*step, b), own, peak, total, partial, C, mixed + i * C);
+            for (size_t i = low * H; i < high * H; i++) {
+                const size_t group = work.span[i / H], token = work.list[work.first[group]].token;
+                joined.row(begin, end, group, i - token * H, i);
+            }
         }
         of_kind(a.kv_b, [&](auto reader) {
             const size_t blocks = (V + ROWS - 1) / ROWS;
@@ -269,16 +294,17 @@ extern "C" void cadre_grouped_attention(const GroupedLayer* layer, const Cache* 
     static thread_local Scratch<> memory;
     static thread_local Scratch<const float*> pointers;
     static thread_local Tasks tasks;
-    cut(*step, (int)G, (int)X, tasks);
+    cut(*step, (int)G, (int)X, K + 2, tasks);
     const size_t P = tasks.partials;
-    float* normed = memory.of(M * (D + 2 * H * K + 2 * G * K) + P * (K + 2));
+    float* normed = memory.of(M * (D + 2 * H * K + 2 * G * K + 2 * H) + P * (K + 2));
     float *query = normed + M * D, *key = query + M * H * K, *own = key + M * G * K, *mixed = own + M * G * K;
-    float *partial = mixed + M * H * K, *peak = partial + P * K, *total = peak + P;
+    float *partial = mixed + M * H * K, *peak = partial + P * K, *total = peak + P, *top = total + P, *sum = top + M * H;
     const float** normed_rows = pointers.of(2 * M);
     const float** mixed_rows = normed_rows + M;
     rows_of(normed_rows, normed, M, D);
     rows_of(mixed_rows, mixed, M, H * K);
-    Tasks& work = tasks;
+    const Tasks& work = tasks;
+    const Joined joined{work, peak, total, partial, top, sum, mixed, K};
     float* x = step->x;
 
 #pragma omp parallel num_threads(step->threads)
@@ -298,33 +324,36 @@ extern "C" void cadre_grouped_attention(const GroupedLayer* layer, const Cache* 
                 if (norm) rms_norm(head, norm, a.eps, K, head);
                 rotate(head, turn, R, true);
             }
-            size_t at = slot(*step, *cache, work.sequence[m], step->position[m]);
+            size_t at = slot(*step, *cache, work.list[work.first[work.span[m] * G]].sequence, step->position[m]);
             write_cached(*cache, cache->first, at * G * K, key + m * G * K, G * K);
             write_cached(*cache, cache->second, at * G * K, own + m * G * K, G * K);
         }
+        for (size_t w = 0; w + 1 < work.wave.size(); w++) {
+            const size_t begin = work.wave[w], end = work.wave[w + 1];
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < work.list.size(); i++) {
-            const Task& task = work.list[i];
-            static thread_local Scratch<const float*> from;
-            size_t T = step->count[task.sequence], Q = T * X;
-            const float** q = from.of(Q);
-            for (size_t t = 0; t < T; t++) rows_of(q + t * X, query + ((task.token + t) * H + task.group * X) * K, X, K);
-            of_cache(*cache, G * K, task.group * K, G * K, task.group * K, [&](auto keys, auto values) {
-                attend(*step, *cache, task, (int)X, a.scale, values, K, peak + task.partial, total + task.partial,
-                       partial + task.partial * K, [&](float* score) {
-                    by_run(*step, *cache, task, [&](size_t row, int position, int count) {
-                        float* to = score + (position - task.begin);
-                        dots(keys, row, row + count, q, Q, K,
-                             [=](size_t n, size_t at, float s) { to[n * CHUNK + at - row] = s; });
+            for (size_t i = begin; i < end; i++) {
+                const Task& task = work.list[i];
+                static thread_local Scratch<const float*> from;
+                size_t T = task.count, Q = T * X;
+                const float** q = from.of(Q);
+                for (size_t t = 0; t < T; t++) rows_of(q + t * X, query + ((task.token + t) * H + task.group * X) * K, X, K);
+                of_cache(*cache, G * K, task.group * K, G * K, task.group * K, [&](auto keys, auto values) {
+                    attend(*step, *cache, task, (int)X, a.scale, values, K, peak + task.partial, total + task.partial,
+                           partial + task.partial * K, [&](float* score) {
+                        by_run(*step, *cache, task, [&](size_t row, int position, int count) {
+                            float* to = score + (position - task.begin);
+                            dots(keys, row, row + count, q, Q, K,
+                                 [=](size_t n, size_t at, float s) { to[n * CHUNK + at - row] = s; });
+                        });
                     });
                 });
-            });
-        }
+            }
+            const size_t low = work.list[begin].token, high = work.list[end - 1].token + work.list[end - 1].count;
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < M * H; i++) {
-            size_t m = i / H, h = i % H, b = work.sequence[m];
-            size_t first = work.first[b * G + h / X], row = (m - work.list[first].token) * X + h % X;
-            join(work, first, chunks_of(*step, (int)b), row, peak, total, partial, K, mixed + i * K);
+            for (size_t i = low * H; i < high * H; i++) {
+                const size_t m = i / H, h = i % H, group = work.span[m] * G + h / X;
+                joined.row(begin, end, group, (m - work.list[work.first[group]].token) * X + h % X, i);
+            }
         }
         team_dots(a.o, mixed_rows, M, [=, &a](size_t m, size_t d, float v) {
             x[m * D + d] += a.o_bias ? v + a.o_bias[d] : v;

@@ -1,4 +1,4 @@
-"""The C++ kernels of decoding: compiled for this machine on first use, kept in the user's cache, loaded through ctypes.
+"""The C++ kernels: compiled for this machine on first use, kept in the user's cache, loaded through ctypes.
 
 Where they cannot be built (no compiler) everything runs through torch, slower; `why_missing` says why. Set
 CADRE_NATIVE=off to do without them.
@@ -6,21 +6,34 @@ CADRE_NATIVE=off to do without them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cadre.kernels.native.structs import declare
 
-SOURCES = ("attention.cpp", "feed_forward.cpp", "causal_attention.cpp")
-HEADERS = ("vector.h", "matrix.h", "step.h")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SOURCES = (
+    *("attention.cpp", "feed_forward.cpp", "causal_attention.cpp"),
+    *("experts_training.cpp", "norm_training.cpp", "routing.cpp", "cross_entropy.cpp", "newton_schulz.cpp"),
+)
+HEADERS = ("vector.h", "matrix.h", "step.h", "gemm.h")
+_HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# Libraries that nobody has loaded for so long are removed: of other versions, compilers and processors.
+_KEPT_SECONDS = 30 * 24 * 3600
 
 
 class _MissingError(Exception):
@@ -33,15 +46,55 @@ def library() -> ctypes.CDLL | None:
     return None if isinstance(loaded, str) else loaded
 
 
+@functools.cache
+def training_library() -> ctypes.CDLL | None:
+    """The same for the kernels that multiply by the BLAS that torch brought along; None also where torch has none to lend."""
+    loaded = library()
+    if loaded is None:
+        return None
+    import torch
+
+    try:
+        suffix = "dylib" if platform.system() == "Darwin" else "so"
+        sgemm = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}")).sgemm_
+    except (OSError, AttributeError):
+        return None
+    loaded.cadre_use_sgemm(ctypes.cast(sgemm, ctypes.c_void_p))
+    return loaded
+
+
+def trains(*tensors: Tensor) -> bool:
+    """Whether the training kernels take these: plain float32 tensors on a CPU, and the kernels can be had."""
+    import torch
+
+    plain = (torch.Tensor, torch.nn.Parameter)  # a distributed tensor, for one, holds its elements elsewhere
+    fit = all(x.device.type == "cpu" and x.dtype == torch.float32 and type(x) in plain for x in tensors)
+    return fit and not torch.is_autocast_enabled("cpu") and training_library() is not None
+
+
 def why_missing() -> str | None:
     """Why `library` is None, in one line; None if it is not."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
+def must_compile() -> bool:
+    """Whether `library` will first compile, for half a minute or so: nobody has used these kernels on this machine yet."""
+    if _load.cache_info().currsize or _switched_off():
+        return False
+    try:
+        return _found(*_place(_compiler())) is None
+    except (_MissingError, OSError):
+        return False
+
+
+def _switched_off() -> bool:
+    return os.environ.get("CADRE_NATIVE", "").lower() in ("off", "0")
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    if os.environ.get("CADRE_NATIVE", "").lower() in ("off", "0"):
+    if _switched_off():
         return "switched off by CADRE_NATIVE"
     import torch  # noqa: F401  its OpenMP runtime must be loaded first, so that both share one pool of threads
 
@@ -55,37 +108,95 @@ def _load() -> ctypes.CDLL | str:
 
 def _built() -> Path:
     """The shared library for these sources, this compiler and this processor, built if it is not there yet."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or shutil.which(compiler) is None:
+    compiler = _compiler()
+    folder, key = _place(compiler)
+    return _found(folder, key) or _build(compiler, folder, key)
+
+
+def _compiler() -> list[str]:
+    """The command; CXX may hold several words, as in `ccache g++`."""
+    try:
+        command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
+    except ValueError as error:
+        raise _MissingError(f"CXX cannot be read: {error}") from None
+    if not command[0]:
         raise _MissingError("no C++ compiler was found (g++ or clang++)")
-    here = Path(__file__).parent
+    if shutil.which(command[0]) is None:
+        raise _MissingError(f"the compiler that CXX names, {command[0]}, was not found")
+    return command
+
+
+def _place(compiler: list[str]) -> tuple[Path, str]:
+    """The folder of libraries, and what the names of those for these sources, this compiler and this processor begin with."""
     key = hashlib.sha256()
     for name in (*SOURCES, *HEADERS):
-        key.update((here / name).read_bytes())
-    key.update("\n".join((compiler, _output([compiler, "--version"]), *FLAGS, platform.machine(), _processor())).encode())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cadre" / "native"
-    target = home / f"{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _build(compiler, here, target)
-    return target
+        key.update((_HERE / name).read_bytes())
+    key.update("\n".join((*compiler, _output([*compiler, "--version"]), *FLAGS, platform.machine(), _processor())).encode())
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise _MissingError("there is no home folder to keep them in: set XDG_CACHE_HOME to a folder of yours") from None
+    return cache / "cadre" / "native", key.hexdigest()[:16]
 
 
-def _build(compiler: str, here: Path, target: Path) -> None:
+def _found(folder: Path, key: str) -> Path | None:
+    """A whole library of that key. Its name ends with the hash of its content: one that a crash or a full disk left half
+    written would end every process that loads it, for good."""
+    for path in folder.glob(f"{key}-*.so"):
+        for part in (folder.parent, folder, path):
+            _require_own(part)
+        if hashlib.sha256(path.read_bytes()).hexdigest()[:16] == path.stem.removeprefix(f"{key}-"):
+            os.utime(path)
+            return path
+    return None
+
+
+def _require_own(path: Path) -> None:
+    """Whoever may write there runs code here. Raises `_MissingError`."""
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        raise _MissingError(f"{path} belongs to another user: set XDG_CACHE_HOME to a folder of yours")
+    if status.st_mode & 0o022:
+        path.chmod(status.st_mode & 0o755)
+
+
+def _build(compiler: list[str], home: Path, key: str) -> Path:
     """Compile beside the target and rename: another process never sees half a library."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for part in (home.parent, home):
+        _require_own(part)
+    _prune(home)
+    with tempfile.TemporaryDirectory(dir=home) as folder:
         objects = [Path(folder) / f"{name}.o" for name in SOURCES]
         jobs = [
-            subprocess.Popen([compiler, *FLAGS, "-c", str(here / name), "-o", str(to)], stderr=subprocess.PIPE, text=True)
+            subprocess.Popen([*compiler, *FLAGS, "-c", str(_HERE / name), "-o", str(to)], stderr=subprocess.PIPE, text=True)
             for name, to in zip(SOURCES, objects, strict=True)
         ]
-        for job in jobs:
-            _, complaint = job.communicate()
+        complaints = [job.communicate()[1].strip().splitlines() for job in jobs]
+        for job, complaint in zip(jobs, complaints, strict=True):
             if job.returncode:
-                raise _MissingError(f"{compiler} failed: {(complaint.strip().splitlines() or ['no message'])[0]}")
-        made = Path(folder) / target.name
-        _output([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(made)])
-        made.replace(target)
+                said = next((line for line in complaint if "error" in line), (complaint or ["no message"])[0])
+                raise _MissingError(f"{shlex.join(compiler)} failed: {said}")
+        made = Path(folder) / "made.so"
+        _output([*compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(made)])
+        made.chmod(0o700)
+        with made.open("rb") as file:
+            content = file.read()
+            os.fsync(file.fileno())
+        target = home / f"{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+        return made.replace(target)
+
+
+def _prune(folder: Path) -> None:
+    """Remove what nobody has used for long, and what killed builds left."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime > time.time() - _KEPT_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix == ".so":
+                path.unlink()
 
 
 def _output(command: list[str]) -> str:

@@ -78,7 +78,9 @@ struct Int4 {
 #if defined(__AVX512F__)
         return (floats)_mm512_permutexvar_ps((__m512i)index, (__m512)load(table));
 #elif defined(__AVX2__)
-        return __builtin_shuffle(load(table), load(table + 8), index & 15);
+        __m256 low = _mm256_permutevar8x32_ps((__m256)load(table), (__m256i)index);  // by the lowest three bits
+        __m256 high = _mm256_permutevar8x32_ps((__m256)load(table + 8), (__m256i)index);
+        return (floats)_mm256_blendv_ps(low, high, (__m256)(index << 28));  // by the sign
 #else
         floats value;
         for (int i = 0; i < LANES; i++) value[i] = table[index[i] & 15];

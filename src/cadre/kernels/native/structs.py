@@ -61,6 +61,32 @@ class ExpertsLayer(Structure):
     )
 
 
+class ExpertsTraining(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "token", "row", "load", "weight", "gate", "up", "down", "inner", "y", "out")),
+        *((name, c_int64) for name in ("tokens", "rows", "hidden", "width", "experts", "choices", "further")),
+        ("threads", c_int32),
+    )
+
+
+class ExpertsGradient(Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("out", "x", "weight", "gate", "up", "down", "x_rows", "weight_rows"))
+
+
+class Routing(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("logit", "correction", "score", "expert", "weight")),
+        *((name, c_int64) for name in ("tokens", "experts")),
+        *((name, c_int32) for name in ("top_k", "groups", "top_groups", "sigmoid", "normed")),
+        ("scaling", c_float),
+        ("threads", c_int32),
+    )
+
+
+class RoutingGradient(Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("weight", "score", "logit"))
+
+
 class Cache(Structure):
     _fields_ = (("first", c_void_p), ("second", c_void_p), ("kind", c_int32), ("page_size", c_int32))
 
@@ -112,5 +138,20 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_experts.argtypes = (POINTER(ExpertsLayer), POINTER(Step), c_void_p, c_void_p)
     library.cadre_norm.argtypes = (c_void_p, c_float, POINTER(Step), c_void_p)
     library.cadre_linear.argtypes = (POINTER(Matrix), c_void_p, c_int64, c_int32, c_void_p)
-    for name in ("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear"):
+    library.cadre_use_sgemm.argtypes = (c_void_p,)
+    library.cadre_sort_choices.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
+    library.cadre_routing.argtypes = (POINTER(Routing),)
+    library.cadre_routing_gradient.argtypes = (POINTER(Routing), POINTER(RoutingGradient))
+    library.cadre_cross_entropy.argtypes = (*(c_void_p,) * 3, c_int64, c_int64, c_int32, c_int32, c_void_p)
+    sizes = (c_int64, c_int64, c_int32, c_void_p, c_void_p)
+    library.cadre_norm_training.argtypes = (c_void_p, c_int64, c_void_p, c_float, *sizes)
+    library.cadre_norm_training_gradient.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, *sizes)
+    library.cadre_experts_training.argtypes = (POINTER(ExpertsTraining),)
+    library.cadre_experts_training_gradient.argtypes = (POINTER(ExpertsTraining), POINTER(ExpertsGradient))
+    library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_void_p)
+    for name in (
+        *("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear", "use_sgemm", "sort_choices"),
+        *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
+        *("routing_gradient", "cross_entropy", "orthogonalize"),
+    ):
         getattr(library, f"cadre_{name}").restype = None

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -41,10 +42,27 @@ static inline V read_part(const T* from, size_t n) {
 }
 
 static inline floats load(const float* from) { return read<floats>(from); }
-static inline floats load_part(const float* from, size_t n) { return read_part<floats>(from, n); }
 static inline void store(float* to, floats v) { std::memcpy(to, &v, sizeof v); }
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(size_t n) { return (__mmask16)((1u << n) - 1); }
+static inline floats load_part(const float* from, size_t n) { return (floats)_mm512_maskz_loadu_ps(first_lanes(n), from); }
+static inline void store_part(float* to, floats v, size_t n) { _mm512_mask_storeu_ps(to, first_lanes(n), (__m512)v); }
+#else
+static inline floats load_part(const float* from, size_t n) { return read_part<floats>(from, n); }
 static inline void store_part(float* to, floats v, size_t n) { std::memcpy(to, &v, n * sizeof(float)); }
+#endif
 static inline floats all(float x) { return x - floats{}; }
+
+// Calls f(first element, how many) for n elements: whole vectors (a constant LANES), then the rest.
+template <class F>
+static inline void by_vectors(size_t n, F f) {
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) f(i, std::integral_constant<int, LANES>());
+    if (i < n) f(i, (int)(n - i));
+}
+
+static inline floats load_some(const float* from, int n) { return n == LANES ? load(from) : load_part(from, n); }
+static inline void store_some(float* to, floats v, int n) { n == LANES ? store(to, v) : store_part(to, v, n); }
 
 #if defined(__AVX512F__)
 static inline floats widen(halves v) {
@@ -94,6 +112,16 @@ static inline float largest(floats v) {
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
     return x[0];
+#endif
+}
+
+// 1 / x to about 1 unit in the last place, for x that neither is nor nearly is infinite or zero.
+static inline floats reciprocal(floats x) {
+#if defined(__AVX512F__)
+    floats y = (floats)_mm512_rcp14_ps((__m512)x);
+    return y * (2.0f - x * y);  // a division takes as long as all of e^x
+#else
+    return 1.0f / x;
 #endif
 }
 

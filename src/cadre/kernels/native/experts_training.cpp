@@ -1,0 +1,295 @@
+// The experts' SwiGLU with gradients: each block of an expert's rows is gathered, multiplied and activated while it lies in the
+// cache, and what comes out is added up per token in a fixed order, so that results never depend on which thread came first.
+#include <algorithm>
+#include <memory>
+
+#include "gemm.h"
+#include "vector.h"
+
+// Rows sorted by expert: row r is a copy of token `token[r]`, and token t owns the rows row[t * choices ...], weighted. Without
+// `token` rows are tokens as they are, nothing is weighted, and `row` and `weight` are not looked at.
+struct ExpertsTraining {
+    const float* x;  // [tokens, hidden]
+    const int64_t *token, *row, *load;
+    const float* weight;              // [tokens, choices]
+    const float *gate, *up, *down;    // of the first expert: [width, hidden] twice, [hidden, width]
+    float* inner;                     // [rows, 2 * width] gate and up of every row, for the gradient; null: not kept
+    float* y;                         // [rows, hidden] room for the experts' outputs; unused without `token`
+    float* out;                       // [tokens, hidden]
+    int64_t tokens, rows, hidden, width, experts, choices;
+    int64_t further;                  // floats from one expert's gate (and up) to the next one's
+    int32_t threads;
+};
+
+struct ExpertsGradient {
+    const float* out;
+    float *x, *weight, *gate, *up, *down;  // as the operands; x or the three matrices may be null: not wanted
+    float *x_rows, *weight_rows;           // room: [rows, hidden], and twice [rows]; unused without `token`
+};
+
+namespace {
+
+// Rows at a time: what they need fits the second-level cache. More of them, backward, where the gradient of the matrices does
+// not fit it either and is read and written once a block.
+constexpr int64_t BLOCK = 256, BLOCK_SMALL = 128;
+int64_t block_back(size_t D, size_t F) { return 3 * D * F > (1 << 20) ? BLOCK : BLOCK_SMALL; }
+constexpr int64_t LEAST_SLICE = 1024;  // rows for which a gradient of their own is worth adding up
+constexpr size_t CHUNK = 2048;
+
+struct Task {
+    int64_t expert, begin, end;
+    float* sums;  // where its gradient of the three matrices goes; null: to the gradient itself
+};
+
+// An expert whose rows were cut, and how many slices there are beyond the first.
+struct Cut {
+    int64_t expert, further;
+};
+
+// Rows cut into blocks of about equal size, at most one and a half times the size wished for.
+struct Blocks {
+    int64_t begin, rows, count;
+    Blocks(int64_t begin, int64_t end, int64_t block)
+        : begin(begin), rows(end - begin), count(std::max<int64_t>(1, (rows + block / 2) / block)) {}
+    static constexpr int64_t most(int64_t block) { return 3 * block / 2; }
+    int64_t start(int64_t i) const { return begin + rows * i / count; }
+};
+
+void gather(const float* x, const int64_t* token, int64_t count, size_t D, float* to) {
+    constexpr int64_t EARLY = 4;  // the processor does not foresee which row is next
+    constexpr size_t LINE = 16;
+    for (int64_t i = 0; i < count; i++, to += D) {
+        if (i + EARLY < count)
+            for (size_t d = 0; d < D; d += LINE) __builtin_prefetch(x + token[i + EARLY] * D + d);
+        std::memcpy(to, x + token[i] * D, D * sizeof(float));
+    }
+}
+
+void activate(const float* inner, int64_t count, size_t F, float* h) {
+    for (int64_t i = 0; i < count; i++, inner += 2 * F, h += F)
+        by_vectors(F, [=](size_t f, auto n) {
+            floats g = load_some(inner + f, n), u = load_some(inner + F + f, n);
+            store_some(h + f, g * reciprocal(1.0f + exponential(-g)) * u, n);
+        });
+}
+
+// From the gradient d_h of the activations (to be multiplied by each row's weight) the gradient of gate and up, the weighted
+// activations, and each row's <activations, d_h>.
+void activate_back(const float* inner, const float* d_h, const float* weight, int64_t count, size_t F, float* d_inner, float* h,
+                   float* along) {
+    for (int64_t i = 0; i < count; i++, inner += 2 * F, d_inner += 2 * F, d_h += F, h += F) {
+        const float w = weight ? weight[i] : 1.0f;
+        floats sums = {};
+        by_vectors(F, [&](size_t f, auto n) {
+            floats g = load_some(inner + f, n), u = load_some(inner + F + f, n), d = load_some(d_h + f, n);
+            floats s = reciprocal(1.0f + exponential(-g)), silu = g * s, a = silu * u;
+            sums += a * d;
+            d *= w;
+            store_some(h + f, a * w, n);
+            store_some(d_inner + f, d * u * (s + silu * (1.0f - s)), n);
+            store_some(d_inner + F + f, d * silu, n);
+        });
+        if (along) along[i] = sum(sums);
+    }
+}
+
+std::vector<int64_t> starts_of(const ExpertsTraining& e) {
+    std::vector<int64_t> start(e.experts + 1, 0);
+    for (int64_t i = 0; i < e.experts; i++) start[i + 1] = start[i] + e.load[i];
+    return start;
+}
+
+void forward(const ExpertsTraining& e, int64_t expert, int64_t begin, int64_t end) {
+    static thread_local Scratch<> memory;
+    const size_t D = e.hidden, F = e.width, count = end - begin;
+    constexpr size_t most = Blocks::most(BLOCK);
+    float* h = memory.of(most * (F + (e.inner ? 0 : 2 * F) + (e.token ? D : 0)));
+    float* inner = e.inner ? e.inner + begin * 2 * F : h + most * F;
+    float* copies = h + most * (F + (e.inner ? 0 : 2 * F));
+    const float* x = e.token ? copies : e.x + begin * D;
+    if (e.token) gather(e.x, e.token + begin, count, D, copies);
+    const float *gate = e.gate + expert * e.further, *up = e.up + expert * e.further, *down = e.down + expert * F * D;
+    if (up == gate + F * D)
+        multiply(count, 2 * F, D, {x, D}, {gate, D, true}, inner, 2 * F);
+    else
+        multiply(count, F, D, {x, D}, {gate, D, true}, inner, 2 * F), multiply(count, F, D, {x, D}, {up, D, true}, inner + F, 2 * F);
+    activate(inner, count, F, h);
+    multiply(count, D, F, {h, F}, {down, F, true}, (e.token ? e.y : e.out) + begin * D, D);
+}
+
+struct Sums {
+    float *gate, *up, *down;
+};
+
+void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& task) {
+    static thread_local Scratch<> memory;
+    const size_t D = e.hidden, F = e.width;
+    const int64_t block = block_back(D, F);
+    const size_t most = Blocks::most(block);
+    float* d_inner = memory.of(most * (4 * F + (e.token ? 2 * D : 0)));
+    float* d_h = d_inner + most * 2 * F;
+    float* h = d_h + most * F;
+    float* copies = h + most * F;
+    const float *gate = e.gate + task.expert * e.further, *up = e.up + task.expert * e.further, *down = e.down + task.expert * F * D;
+    const bool joined = up == gate + F * D;
+    Sums to = {};
+    if (task.sums) to = {task.sums, task.sums + F * D, task.sums + 2 * F * D};
+    else if (d.gate) to = {d.gate + task.expert * e.further, d.up + task.expert * e.further, d.down + task.expert * F * D};
+    const bool joined_sums = joined && to.up == to.gate + F * D;
+
+    const Blocks blocks(task.begin, task.end, block);
+    for (int64_t i = 0; i < blocks.count; i++) {
+        const int64_t begin = blocks.start(i);
+        const size_t count = blocks.start(i + 1) - begin;
+        const float *x = e.x + begin * D, *d_out = d.out + begin * D;
+        if (e.token) {
+            gather(d.out, e.token + begin, count, D, copies), d_out = copies;
+            if (d.gate) gather(e.x, e.token + begin, count, D, copies + most * D), x = copies + most * D;
+        }
+        multiply(count, F, D, {d_out, D}, {down, F}, d_h, F);
+        activate_back(e.inner + begin * 2 * F, d_h, e.token ? d.weight_rows + begin : nullptr, count, F, d_inner, h,
+                      e.token ? d.weight_rows + e.rows + begin : nullptr);
+        if (d.x) {
+            float* d_x = (e.token ? d.x_rows : d.x) + begin * D;
+            if (joined) multiply(count, D, 2 * F, {d_inner, 2 * F}, {gate, D}, d_x, D);
+            else
+                multiply(count, D, F, {d_inner, 2 * F}, {gate, D}, d_x, D),
+                    multiply(count, D, F, {d_inner + F, 2 * F}, {up, D}, d_x, D, true);
+        }
+        if (!d.gate) continue;
+        multiply(D, F, count, {d_out, D, true}, {h, F}, to.down, F, i > 0);
+        if (joined_sums) multiply(2 * F, D, count, {d_inner, 2 * F, true}, {x, D}, to.gate, D, i > 0);
+        else
+            multiply(F, D, count, {d_inner, 2 * F, true}, {x, D}, to.gate, D, i > 0),
+                multiply(F, D, count, {d_inner + F, 2 * F, true}, {x, D}, to.up, D, i > 0);
+    }
+}
+
+// out[t] = the sum of the token's rows, weighted if there are weights.
+void team_add_up(const ExpertsTraining& e, const float* rows, const float* weight, float* out) {
+    const size_t D = e.hidden;
+    const int64_t K = e.choices;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < e.tokens; t++) {
+        const int64_t* row = e.row + t * K;
+        if (t + 2 < e.tokens)
+            for (int64_t k = 0; k < K; k++)
+                for (size_t d = 0; d < D; d += 16) __builtin_prefetch(rows + row[2 * K + k] * D + d);
+        by_vectors(D, [=](size_t d, auto n) {
+            floats sums = {};
+            for (int64_t k = 0; k < K; k++) {
+                floats v = load_some(rows + row[k] * D + d, n);
+                sums += weight ? v * weight[t * K + k] : v;
+            }
+            store_some(out + t * D + d, sums, n);
+        });
+    }
+}
+
+// The slices of rows that threads take, largest first: an expert's rows are cut where they would keep one thread busy for too
+// long while others wait. Every slice but an expert's first needs room for its own gradient of the matrices.
+std::vector<Task> slices_of(const ExpertsTraining& e, size_t& rooms) {
+    const std::vector<int64_t> start = starts_of(e);
+    const int64_t parts = e.experts == 1 ? e.threads : 4 * e.threads;
+    const int64_t most = std::max(LEAST_SLICE, (e.rows + parts - 1) / parts);
+    std::vector<Task> tasks;
+    rooms = 0;
+    for (int64_t i = 0; i < e.experts; i++) {
+        const int64_t rows = e.load[i], slices = (rows + most - 1) / most;
+        for (int64_t s = 0; s < slices; s++) tasks.push_back({i, start[i] + rows * s / slices, start[i] + rows * (s + 1) / slices, nullptr});
+        rooms += std::max<int64_t>(0, slices - 1);
+    }
+    return tasks;
+}
+
+}  // namespace
+
+extern "C" void cadre_use_sgemm(void* sgemm) { blas_sgemm = (Sgemm*)sgemm; }
+
+// Where the choices of tokens go when rows are sorted by expert, tokens in order within: row_TK, token_R and load_E.
+extern "C" void cadre_sort_choices(const int64_t* expert, int64_t tokens, int64_t choices, int64_t experts, int64_t* row, int64_t* token,
+                                   int64_t* load) {
+    std::fill(load, load + experts, 0);
+    for (int64_t i = 0; i < tokens * choices; i++) load[expert[i]]++;
+    std::vector<int64_t> next(experts, 0);
+    for (int64_t i = 1; i < experts; i++) next[i] = next[i - 1] + load[i - 1];
+    for (int64_t t = 0, i = 0; t < tokens; t++)
+        for (int64_t k = 0; k < choices; k++, i++) {
+            row[i] = next[expert[i]]++;
+            token[row[i]] = t;
+        }
+}
+
+extern "C" void cadre_experts_training(const ExpertsTraining* experts) {
+    const ExpertsTraining& e = *experts;
+    const std::vector<int64_t> start = starts_of(e);
+    std::vector<Task> tasks;
+    for (int64_t i = 0; i < e.experts; i++) {
+        const Blocks blocks(start[i], start[i + 1], BLOCK);
+        for (int64_t b = 0; b < blocks.count; b++)
+            if (blocks.rows) tasks.push_back({i, blocks.start(b), blocks.start(b + 1), nullptr});
+    }
+#pragma omp parallel num_threads(e.threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < tasks.size(); i++) forward(e, tasks[i].expert, tasks[i].begin, tasks[i].end);
+        if (e.token) team_add_up(e, e.y, e.weight, e.out);
+    }
+}
+
+extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, const ExpertsGradient* gradient) {
+    const ExpertsTraining& e = *experts;
+    const ExpertsGradient& d = *gradient;
+    const size_t matrix = e.hidden * e.width, room = 3 * matrix;
+    size_t rooms = 0;
+    std::vector<Task> tasks = slices_of(e, rooms);
+    // Uninitialised: only pages that are written cost anything.
+    std::unique_ptr<float[]> sums(d.gate && rooms ? new float[rooms * room] : nullptr);
+    std::vector<Cut> cuts;
+    if (sums) {
+        size_t next = 0;
+        for (size_t i = 1; i < tasks.size(); i++)
+            if (tasks[i].expert == tasks[i - 1].expert) {
+                tasks[i].sums = sums.get() + room * next++;
+                if (cuts.empty() || cuts.back().expert != tasks[i].expert) cuts.push_back({tasks[i].expert, 0});
+                cuts.back().further++;
+            }
+    }
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.end - a.begin > b.end - b.begin; });
+
+#pragma omp parallel num_threads(e.threads)
+    {
+        if (e.token) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < e.tokens * e.choices; i++) d.weight_rows[e.row[i]] = e.weight[i];
+        }
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < tasks.size(); i++) backward(e, d, tasks[i]);
+        if (d.gate) {
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t i = 0; i < e.experts; i++)
+                if (!e.load[i]) {
+                    std::fill_n(d.gate + i * e.further, matrix, 0.0f), std::fill_n(d.up + i * e.further, matrix, 0.0f);
+                    std::fill_n(d.down + i * matrix, matrix, 0.0f);
+                }
+            const float* from = sums.get();
+            for (const Cut& c : cuts) {
+                float* to[3] = {d.gate + c.expert * e.further, d.up + c.expert * e.further, d.down + c.expert * matrix};
+                for (int m = 0; m < 3; m++) {
+#pragma omp for schedule(static) nowait
+                    for (size_t i = 0; i < matrix; i += CHUNK)
+                        for (int64_t s = 0; s < c.further; s++) {
+                            const float* part = from + s * room + m * matrix;
+                            for (size_t j = i; j < std::min(matrix, i + CHUNK); j++) to[m][j] += part[j];
+                        }
+                }
+                from += c.further * room;
+            }
+        }
+        if (e.token) {
+            if (d.x) team_add_up(e, d.x_rows, nullptr, d.x);
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < e.tokens * e.choices; i++) d.weight[i] = d.weight_rows[e.rows + e.row[i]];
+        }
+    }
+}

@@ -1,0 +1,27 @@
+// Products of row-major float32 matrices on the calling thread, through the BLAS that torch brought along.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+typedef void Sgemm(const char* a_turned, const char* b_turned, const int32_t* m, const int32_t* n, const int32_t* k, const float* alpha,
+                   const float* a, const int32_t* a_stride, const float* b, const int32_t* b_stride, const float* beta, float* c,
+                   const int32_t* c_stride);
+
+inline Sgemm* blas_sgemm = nullptr;  // set once, right after loading
+
+// `rows` apart by `stride` floats; `turned`: the matrix meant is the transpose of what lies there.
+struct Operand {
+    const float* data;
+    size_t stride;
+    bool turned = false;
+};
+
+// c[M, N] = scale * a[M, K] b[K, N] + keep * c; what c holds is not looked at if `keep` is 0.
+static inline void multiply(size_t M, size_t N, size_t K, Operand a, Operand b, float* c, size_t c_stride, float keep = 0.0f,
+                            float scale = 1.0f) {
+    // Fortran's matrices lie by columns: seen so, each of ours is its transpose, and c^T = b^T a^T.
+    const int32_t m = (int32_t)N, n = (int32_t)M, k = (int32_t)K;
+    const int32_t a_stride = (int32_t)b.stride, b_stride = (int32_t)a.stride, to = (int32_t)c_stride;
+    blas_sgemm(b.turned ? "T" : "N", a.turned ? "T" : "N", &m, &n, &k, &scale, b.data, &a_stride, a.data, &b_stride, &keep, c, &to);
+}

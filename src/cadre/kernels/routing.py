@@ -1,0 +1,81 @@
+"""The router behind its logits, in one pass with gradients through the C++ kernel (`routing.cpp`): float32 on a CPU.
+
+Letters in names: T token, E expert, K choices of a token.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cadre.kernels.native.library import library
+from cadre.kernels.native.structs import Routing, RoutingGradient
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How experts are chosen: sigmoid or softmax affinities, the best `top_groups` of `groups`, `top_k` experts within them,
+    weights that sum to 1 if `normed`, times `scaling`."""
+
+    top_k: int
+    groups: int
+    top_groups: int
+    sigmoid: bool
+    normed: bool
+    scaling: float
+
+
+def choose_experts(logit_TE: Tensor, correction_E: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor, Tensor]:
+    """expert_TK: int64 choices, best first; weight_TK and score_TE: float32 weights of the choices, affinities of all experts.
+    correction_E is added to affinities for the choice only. logit_TE: float32 on a CPU, where the native library is."""
+    return _Choose.apply(logit_TE, correction_E, rule)
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logit_TE: Tensor, correction_E: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor, Tensor]:
+        logit = logit_TE.contiguous()
+        correction = None if correction_E is None else correction_E.contiguous()
+        score_TE = torch.empty_like(logit)
+        expert_TK = logit.new_empty(len(logit), rule.top_k, dtype=torch.int64)
+        weight_TK = logit.new_empty(len(logit), rule.top_k)
+        _library().cadre_routing(byref(_struct(logit, correction, score_TE, expert_TK, weight_TK, rule)))
+        ctx.save_for_backward(score_TE, expert_TK)
+        ctx.rule = rule
+        ctx.mark_non_differentiable(expert_TK)
+        ctx.set_materialize_grads(False)
+        return expert_TK, weight_TK, score_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None, grad_TK: Tensor | None, grad_TE: Tensor | None) -> tuple[Tensor, None, None]:
+        score_TE, expert_TK = ctx.saved_tensors
+        weight, score = (None if grad is None else grad.contiguous() for grad in (grad_TK, grad_TE))
+        grad_logit = torch.empty_like(score_TE)
+        gradient = RoutingGradient(_at(weight), _at(score), _at(grad_logit))
+        _library().cadre_routing_gradient(byref(_struct(None, None, score_TE, expert_TK, None, ctx.rule)), byref(gradient))
+        return grad_logit, None, None
+
+
+def _struct(
+    logit: Tensor | None, correction: Tensor | None, score: Tensor, expert: Tensor, weight: Tensor | None, rule: RoutingRule
+) -> Routing:
+    return Routing(
+        *(_at(tensor) for tensor in (logit, correction, score, expert, weight)), *score.shape, rule.top_k, rule.groups,
+        rule.top_groups, rule.sigmoid, rule.normed, rule.scaling, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _library() -> Any:
+    native = library()
+    assert native is not None
+    return native
