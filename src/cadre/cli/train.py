@@ -32,12 +32,16 @@ def train(
     hardware: Annotated[str | None, typer.Option(metavar="NAME", help="What a --budget in usd rents, such as h100.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, over the recipe's.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; [parallel] says how they share.", min=1)] = None,
+    restarts: Annotated[int, typer.Option(help="With --nproc: how often to start again when a process fails.", min=0)] = 0,
+    logs: Annotated[Path | None, typer.Option(help="With --nproc: a folder for what all but the first print.")] = None,
 ) -> None:
     """Train a model by a recipe, on a named corpus or your own text."""
     from cadre.cli.choose import choose_recipe
     from cadre.cli.progress import TrainingLine
     from cadre.kernels.allocator import keep_freed_memory
-    from cadre.kernels.limits import default_device
+    from cadre.train.checkpoint import checkpoints
+    from cadre.train.parallel.launch import is_main, joined, launch, restarted, started
     from cadre.train.recipe import read_recipe
     from cadre.train.run import held_recipe, start
     from cadre.train.run import resume as resume_run
@@ -51,10 +55,14 @@ def train(
         raise UsageError("--hardware says what money is spent on: give it with a --budget such as 5usd")
     began = time.monotonic()
     keep_freed_memory()
+    if restarted() and out is not None and (out / "recipe.toml").is_file():
+        resume, out = out, None
     if resume is not None:
         held_recipe(resume)
-    line, device = TrainingLine(), default_device()
+    line: TrainingLine | _Silent = TrainingLine() if is_main() else _Silent()
     choosing = budget is not None and recipe is None and resume is None
+    if choosing and (nproc or started()):
+        raise UsageError("--budget without RECIPE chooses a model for one process: name a recipe to train with several")
     if budget is not None and choosing:
         spent, rented = _budget(budget, hardware)
         _refuse_used(out)
@@ -62,20 +70,46 @@ def train(
     else:
         named = recipe or ("pocket" if resume is None else str(resume / "recipe.toml"))
         chosen = _with_length(read_recipe(named, set_), steps, tokens, budget, hardware)
-    if resume is not None:
-        run = resume_run(resume, chosen, device, line.note)
-    else:
-        path = out or Path("runs") / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = start(chosen, path, device, line.note)
-    _announce(run, line.note)
-    _predict(run, line.note)
-    trainer = Trainer(run, line)
-    if choosing and chosen.train.minutes is not None:
-        # What choosing took is part of the time given.
-        trainer.progress.seconds = time.monotonic() - began
-    with line:
-        result = trainer.train()
-    _finish(run, result)
+    if nproc is not None and nproc > 1 and not started():
+        path = resume or out or _new_folder(chosen.name)
+        arguments = sys.argv[1:] if resume or out else [*sys.argv[1:], "--out", str(path)]
+        try:
+            launch(nproc, arguments, restarts, logs)
+        except RunError as error:
+            again = f"; continue with: cadre train --resume {shlex.quote(str(path))} --nproc {nproc}"
+            raise RunError(f"{error}{again if checkpoints(path) else ''}") from None
+        return
+    with joined(chosen.parallel.timeout) as (parallel, device):
+        if resume is not None:
+            run = resume_run(resume, chosen, device, line.note, parallel)
+        else:
+            run = start(chosen, out or _new_folder(chosen.name, parallel.agree(time.time())), device, line.note, parallel)
+        _announce(run, line.note)
+        _predict(run, line.note)
+        trainer = Trainer(run, line)
+        if choosing and chosen.train.minutes is not None:
+            # What choosing took is part of the time given.
+            trainer.progress.seconds = time.monotonic() - began
+        with line:
+            result = trainer.train()
+        if parallel.main:
+            _finish(run, result)
+
+
+class _Silent:
+    """Watches a process that leaves the talking to the main one."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def record(self, record: dict[str, Any], total_steps: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def _new_folder(name: str, now: float | None = None) -> Path:
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
 
 
 def _budget(text: str, hardware: str | None) -> tuple[Budget, Device | None]:
@@ -103,7 +137,7 @@ def _predict(run: Run, note: Any) -> None:
     from cadre.train.calibrate import predict_run
 
     train = run.recipe.train
-    if train.steps < _LEAST_STEPS or (train.minutes is not None and train.minutes < _LEAST_MINUTES):
+    if run.parallel.size > 1 or train.steps < _LEAST_STEPS or (train.minutes is not None and train.minutes < _LEAST_MINUTES):
         return
     try:
         predicted = predict_run(run)
@@ -159,16 +193,16 @@ def _announce(run: Run, note: Any) -> None:
 def _finish(run: Run, result: Result) -> None:
     """Samples, report, and the lines that say what to do with the model."""
     from cadre.cli.summary import load_line, summarize
+    from cadre.hub.load import load
     from cadre.infer.generate import generate
     from cadre.train.report import write_report
 
     samples = []
     if result.stopped is None:
-        run.model.eval()
+        # Of several processes none has the model whole, but what they have saved is.
+        model = run.model.eval() if run.parallel.size == 1 else load(run.path / "model")[0]
         for number, prompt in enumerate(run.recipe.eval.prompts):
-            text = generate(
-                run.model, run.data.tokenizer, prompt, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number
-            )
+            text = generate(model, run.data.tokenizer, prompt, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number)
             samples.append({"prompt": prompt, "text": text})
             print(f"\n> {prompt}{text}")
     report = write_report(run.path, summarize(run, result, samples, _command()))

@@ -34,7 +34,8 @@ class Batches:
     its inputs, as targets (1, and one more for each multi-token prediction module).
 
     tokens: the stream. batch: windows in a batch. seq_len: inputs in a window. seed: with the stream and the sizes it
-    decides every batch. separate_documents: give each token's document.
+    decides every batch. separate_documents: give each token's document. part: (which, of how many) processes share out
+    every batch; only this one's windows are read, every so many-th, so that any first few of a batch fall on all alike.
 
     Raises UsageError if a size is out of range or the stream is shorter than one batch.
     """
@@ -48,6 +49,7 @@ class Batches:
         extra: int = 1,
         seed: int = 0,
         separate_documents: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         least = {"batch": (batch, 1), "seq_len": (seq_len, 1), "extra": (extra, 0), "seed": (seed, 0)}
         for name, (value, lowest) in least.items():
@@ -62,6 +64,7 @@ class Batches:
         self._seq_len = seq_len
         self._length = seq_len + extra
         self._separate = separate_documents
+        self._part = slice(part[0], None, part[1])
         self._windows = len(tokens) // seq_len
         self._batch = batch
         self._seed = seed
@@ -112,6 +115,7 @@ class Batches:
         return self._offset + int(self._order[place]) * self._seq_len
 
     def _read(self, starts: list[int]) -> Batch:
+        starts = starts[self._part]
         ids = np.stack([self._ring(start) for start in starts])
         if not self._separate:
             return Batch(ids, None)

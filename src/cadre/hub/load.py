@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +24,14 @@ from cadre.hub.directory import (
     without_absent_modules,
 )
 from cadre.hub.fp8 import SCALE_SUFFIX, check_quantization, dequantize, scale_shape
-from cadre.hub.names import Piece, duplicates, fused_pieces, hollow, pieces, skeleton
+from cadre.hub.names import Piece, disk_name, duplicates, fused_pieces, hollow, pieces, skeleton
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["load", "load_config"]
+__all__ = ["load", "load_config", "read_values"]
 
 _FP8 = "F8_E4M3"
 # What a stored dtype becomes in memory.
@@ -152,12 +154,35 @@ def _stored_dtype(stored: dict[str, Stored], raw: dict[str, Any]) -> torch.dtype
     return _DTYPES[_FP8 if _FP8 in size else size.most_common(1)[0][0]]
 
 
+def read_values(path: str | Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and router biases of a model directory by their names in the model, in its order: what `load` fills a
+    model with, for one that is not to be whole in memory. Raises `UsageError` as `load` does."""
+    directory = model_directory(path)
+    config = load_config(directory)
+    stored = stored_tensors(directory)
+    model = skeleton(config)
+    plan = _plan(directory, config, model, stored)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    order = {name: place for place, name in enumerate(shapes)}
+    ordered = dict(sorted(plan.items(), key=lambda item: order[item[1].state]))
+    for name, parts in groupby(_read(config, stored, ordered, dtype), key=lambda part: part[0].state):
+        whole = torch.empty(shapes[name], dtype=torch.float32 if name.endswith(_CORRECTION_BIAS) else dtype)
+        for piece, part in parts:
+            whole[piece.index].copy_(part)
+        yield name, whole
+
+
 @torch.no_grad()
-def _fill(
-    config: ModelConfig, model: Transformer, stored: dict[str, Stored], plan: dict[str, Piece]
-) -> None:
+def _fill(config: ModelConfig, model: Transformer, stored: dict[str, Stored], plan: dict[str, Piece]) -> None:
     state = model.state_dict()
-    copies = {name: original for name, original in duplicates(config).items() if name in stored}
+    for piece, part in _read(config, stored, plan, model.embed_tokens.weight.dtype):
+        state[piece.state][piece.index].copy_(part)
+
+
+def _read(
+    config: ModelConfig, stored: dict[str, Stored], plan: dict[str, Piece], dtype: torch.dtype
+) -> Iterator[tuple[Piece, Tensor]]:
+    """The tensors of a plan, each when it is asked for. Refuses values that are not finite, and copies that are none."""
     with ExitStack() as stack:
         open_files: dict[Path, Any] = {}
 
@@ -168,20 +193,19 @@ def _fill(
                 open_files[file] = stack.enter_context(safe_open(file, framework="pt", backend="pread"))
             return open_files[file].get_tensor(name)
 
-        def value(name: str, dtype: torch.dtype) -> Tensor:
+        def value(name: str) -> Tensor:
             if _is_fp8(stored[name]):
                 return dequantize(read(name), read(name + SCALE_SUFFIX), dtype)
             return read(name)
 
         for name, piece in plan.items():
-            whole = state[piece.state]
-            part = value(name, whole.dtype)
+            part = value(name)
             if not part.isfinite().all():
                 raise UsageError(f"{stored[name].file}: {name} holds values that are not finite: the file is damaged")
-            whole[piece.index].copy_(part)
-        for name, original in copies.items():
-            kept = state[original]
-            if not torch.equal(value(name, kept.dtype).to(kept), kept):
+            yield piece, part
+        for name, original in duplicates(config).items():
+            kept = disk_name(config, original)
+            if name in stored and not torch.equal(value(name).to(dtype), value(kept).to(dtype)):
                 raise UsageError(
                     f"{stored[name].file}: {name} differs from the model's own {original}, which multi-token prediction"
                     " shares"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from torch import Tensor
 from cadre.errors import UsageError, write_error
 from cadre.files import sync
 from cadre.hub.directory import INDEX, WEIGHTS, in_making, set_aside
-from cadre.hub.names import duplicates, hollow, pieces
+from cadre.hub.names import Shape, duplicates, hollow, pieces, skeleton
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 
@@ -38,10 +39,14 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    fetch: Fetch | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json`, safetensors of at most `max_shard_bytes` each (one tensor may be
     larger) with their index, and the tokenizer's files. `dtype` casts on the way; the router's correction bias stays
     float32. A model that is already there is replaced as a whole, its tokenizer included.
+
+    `fetch` gives the tensors of a model that is not whole in this process's memory; never more than a file's are asked for
+    before they are written.
 
     Everything is written to a folder beside `path` and flushed to disk; then two renames put the old model aside and
     the new one in place. A crash leaves the old model or the new one; between the renames, a moment, the old one is at
@@ -63,7 +68,7 @@ def save(
                 shutil.rmtree(leftover)
         new.mkdir()
         try:
-            _write(model, new, tokenizer, dtype, max_shard_bytes)
+            _write(model, new, tokenizer, dtype, max_shard_bytes, fetch or _Held(model).fetch)
             _swap(new, target, old)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -107,14 +112,19 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _write(
-    model: Transformer, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None, max_shard_bytes: int
+    model: Transformer,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    fetch: Fetch,
 ) -> None:
     config = model.config
     stored_dtype = dtype or model.embed_tokens.weight.dtype
     _write_json(folder / "config.json", {**config.to_hf(), "dtype": str(stored_dtype).removeprefix("torch.")})
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
-    _write_tensors(list(_tensors(model, dtype)), folder, max_shard_bytes)
+    _write_tensors(list(_tensors(model, dtype)), folder, max_shard_bytes, fetch)
     if tokenizer is not None:
         from cadre.hub.tokenizer import save_tokenizer
 
@@ -124,38 +134,62 @@ def _write(
     sync(folder)
 
 
+class Fetch(Protocol):
+    """Gives the part `state[name][index]` of a model."""
+
+    def __call__(self, name: str, index: tuple[int | slice, ...]) -> Tensor: ...
+
+
+@dataclass
+class _Held:
+    """A model that is whole here."""
+
+    model: Transformer
+
+    def __post_init__(self) -> None:
+        self.state = self.model.state_dict()
+
+    def fetch(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        return self.state[name][index]
+
+
 @dataclass(frozen=True)
 class _Pending:
     """A tensor to write. It is made only when its shard is written, so that casting never doubles the model."""
 
     name: str
-    source: Tensor
+    shape: Shape
     dtype: torch.dtype
+    source: tuple[str, tuple[int | slice, ...]] | None
     copy: bool = False
 
     @property
     def bytes(self) -> int:
-        return self.source.numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
-    def make(self) -> Tensor:
-        made = self.source.to(device="cpu", dtype=self.dtype).contiguous()
+    def make(self, fetch: Fetch) -> Tensor:
+        if self.source is None:
+            return torch.empty(self.shape, dtype=self.dtype)
+        source = fetch(*self.source)
+        made = source.to(device="cpu", dtype=self.dtype).contiguous()
         # safetensors refuses two names for one storage.
-        return made.clone() if self.copy and made.data_ptr() == self.source.data_ptr() else made
+        return made.clone() if self.copy and made.data_ptr() == source.data_ptr() else made
 
 
 def _tensors(model: Transformer, dtype: torch.dtype | None) -> Iterator[_Pending]:
-    config, state = model.config, model.state_dict()
-    for piece in pieces(config, model):
-        tensor = state[piece.state][piece.index]
+    config, whole = model.config, skeleton(model.config)
+    dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for piece in pieces(config, whole):
         cast = None if piece.state.endswith("e_score_correction_bias") else dtype
-        yield _Pending(piece.disk, tensor, cast or tensor.dtype)
+        yield _Pending(piece.disk, piece.shape, cast or dtypes[piece.state], (piece.state, piece.index))
     for name, original in duplicates(config).items():
-        yield _Pending(name, state[original], dtype or state[original].dtype, copy=True)
+        shape = tuple(whole.embed_tokens.weight.shape)
+        yield _Pending(name, shape, dtype or dtypes[original], (original, ()), copy=True)
     for name, shape in hollow(config).items():
-        yield _Pending(name, torch.empty(shape), dtype or model.embed_tokens.weight.dtype)
+        yield _Pending(name, shape, dtype or dtypes["embed_tokens.weight"], None)
 
 
-def _write_tensors(tensors: list[_Pending], folder: Path, max_shard_bytes: int) -> None:
+def _write_tensors(tensors: list[_Pending], folder: Path, max_shard_bytes: int, fetch: Fetch) -> None:
     shards: list[list[_Pending]] = [[]]
     room = max_shard_bytes
     for tensor in tensors:
@@ -167,7 +201,7 @@ def _write_tensors(tensors: list[_Pending], folder: Path, max_shard_bytes: int) 
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({tensor.name: tensor.make() for tensor in shard}, folder / name, metadata={"format": "pt"})
+        save_file({tensor.name: tensor.make(fetch) for tensor in shard}, folder / name, metadata={"format": "pt"})
         # safetensors makes files that only their owner reads; the others follow the user's umask.
         (folder / name).chmod((folder / "config.json").stat().st_mode)
         placed.update((tensor.name, name) for tensor in shard)

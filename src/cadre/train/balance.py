@@ -75,7 +75,7 @@ class Balance:
         heard = []
         for place, (index, layer) in enumerate(self.layers):
             routes, layer.routes, layer.keeps_routes = layer.routes, None, False
-            if routes is not None:  # None: a module that this micro-batch did not train
+            if routes is not None and len(routes.score_TE):  # else a module that this micro-batch did not train
                 part = module_part if index >= self.modules_from else 1.0
                 heard.append(Heard(place, layer.gate, routes, len(routes.score_TE) // length, part))
         return heard
@@ -93,6 +93,17 @@ class Balance:
         for loss in self.globals:
             for one in heard:
                 loss.survey(one)
+
+    def surveyed(self) -> list[Tensor]:
+        """The global loss's frequencies, to be added up over processes before the first micro-batch is trained."""
+        none = self.logit_squares_L.new_zeros(1, self.load_LE.shape[1])
+        for loss in self.globals:
+            loss.load_LE = [none.clone() if load is None else load for load in loss.load_LE]
+        return [load for loss in self.globals for load in loss.load_LE if load is not None]
+
+    def counters(self) -> list[Tensor]:
+        """What counts an optimizer step, to be added up over processes before `update`."""
+        return [self.load_LE, self.logit_squares_L]
 
     def weighted(self, heard: list[Heard]) -> list[tuple[str, float, Tensor]]:
         """(key in the metrics, weight, sum over layers) of each balance loss in use, for one micro-batch."""

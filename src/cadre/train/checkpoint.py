@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,9 @@ from torch import Tensor
 from cadre.errors import UsageError, write_error
 from cadre.files import sync
 from cadre.model.transformer import Transformer
-from cadre.train.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from cadre.train.optimizer import Optimizer
 
 _STATE = {"step", "total_steps", "length", "identity"}
 _NAME = re.compile(r"step-(\d{8})")
@@ -40,32 +43,51 @@ def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, sta
     Raises `RunError` when the disk is full; the previous checkpoints stay as they were.
     """
     folder = run_dir / "checkpoints"
-    final = folder / f"step-{state['step']:08d}"
+    final = folder / name_of(state["step"])
     if final.exists():
         return final  # a step has one state
-    partial = folder / f".partial-{os.getpid()}"
-    try:
-        folder.mkdir(exist_ok=True)
-        for stale in folder.glob(".partial-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir()
+    with _whole(folder / f".partial-{os.getpid()}", final) as partial:
+        begin(partial)
         _write_tensors(model_tensors(model), partial / "weights.safetensors")
         _write_tensors(optimizer.tensors(), partial / "optimizer.safetensors")
-        with (partial / "state.json").open("w", encoding="utf-8") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(partial)
-        partial.replace(final)
-        sync(folder)
+        publish(partial, final, state, keep)
+    return final
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@contextmanager
+def _whole(partial: Path, final: Path) -> Iterator[Path]:
+    try:
+        yield partial
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise write_error(f"{final}: checkpoint not written, earlier checkpoints are intact", error) from None
-    for old in checkpoints(run_dir)[:-keep]:
+
+
+def begin(partial: Path) -> None:
+    """Make the folder that a checkpoint is written to, and clear away what others have left half done. Raises OSError."""
+    partial.parent.mkdir(exist_ok=True)
+    for stale in partial.parent.glob(".partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir()
+
+
+def publish(partial: Path, final: Path, state: dict[str, Any], keep: int) -> None:
+    """Complete a checkpoint whose tensors are written, give it its name, and drop older ones. Raises OSError."""
+    with (partial / "state.json").open("w", encoding="utf-8") as file:
+        json.dump(state, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(partial)
+    partial.replace(final)
+    sync(final.parent)
+    for old in checkpoints(final.parent.parent)[:-keep]:
         # Renamed first: what a crash leaves of it must not look like a checkpoint.
         with suppress(OSError):
-            shutil.rmtree(old.rename(folder / f".partial-{old.name}"))
-    return final
+            shutil.rmtree(old.rename(final.parent / f".partial-{old.name}"))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -76,16 +98,22 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError("state.json lacks parts of a checkpoint's state")
         return state
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> None:
     """Fill model and optimizer from a checkpoint, bit for bit. Raises `UsageError` if its files are damaged or foreign."""
+    if not (path / "weights.safetensors").is_file() and any(path.glob("shard-*.safetensors")):
+        # Several processes have written it.
+        from cadre.train.parallel.checkpoint import load_parts
+
+        load_parts(path, model_tensors(model), optimizer, lambda _, tensor: tensor)
+        return
     try:
         weights = load_file(path / "weights.safetensors")
         moments = load_file(path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     own = model_tensors(model)
     if weights.keys() != own.keys() or any(weights[k].shape != own[k].shape for k in own):
         raise UsageError(f"{path}: its weights are not those of the model in recipe.toml")
@@ -106,7 +134,7 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
-def _damaged(path: Path, error: Exception) -> UsageError:
+def damaged(path: Path, error: Exception) -> UsageError:
     return UsageError(f"{path}: damaged checkpoint ({error}); delete this folder to resume from an earlier one")
 
 

@@ -126,6 +126,14 @@ class MetricsLog:
             self._board.add_image("load/expert_map", image, step, dataformats="HWC")
 
 
+class NoMetrics:
+    """The log of a process that keeps none."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The run's records in the order written, [] if it has none yet; a torn last line is left out.
 

@@ -9,21 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+from cadre.kernels.orthogonalize import orthogonalize
+
 _UPDATE_RMS = 0.2
-
-
-def orthogonalize(g_BMN: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix to each of a batch, roughly: Newton-Schulz quintic iterations that push singular
-    values to within about 0.7 to 1.2. Float32 [B, M, N] in and out."""
-    a, b, c = _COEFFICIENTS
-    x = g_BMN.mT if g_BMN.shape[1] > g_BMN.shape[2] else g_BMN
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.mT if g_BMN.shape[1] > g_BMN.shape[2] else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -39,11 +27,21 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple[int, int], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(tuple(parameter.shape[-2:]), []).append(parameter)
-            for parameters in by_shape.values():
-                self._step_alike(parameters, group)
+                    by_shape.setdefault(self.matrix_shape(parameter), []).append(parameter)
+            for shape, parameters in by_shape.items():
+                self._step_alike(parameters, shape, group)
 
-    def _step_alike(self, parameters: list[Tensor], group: dict) -> None:
+    def matrix_shape(self, parameter: Tensor) -> tuple[int, int]:
+        """Rows and columns of each matrix that a parameter is or holds."""
+        return parameter.shape[-2], parameter.shape[-1]
+
+    def orthogonalized(self, parameters: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+        """The updates [B, M, N] of parameters of one matrix shape, orthogonalised together."""
+        if len(updates) == 1:
+            return [orthogonalize(updates[0])]
+        return list(orthogonalize(torch.cat(updates)).split([len(update) for update in updates]))
+
+    def _step_alike(self, parameters: list[Tensor], shape: tuple[int, int], group: dict) -> None:
         updates = []
         for parameter in parameters:
             assert parameter.grad is not None
@@ -52,9 +50,8 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
-            updates.append(nesterov.view(-1, *parameter.shape[-2:]))
-        update = orthogonalize(torch.cat(updates) if len(updates) > 1 else updates[0])
-        scale = _UPDATE_RMS * max(update.shape[1:]) ** 0.5
-        for parameter, part in zip(parameters, update.split([len(u) for u in updates]), strict=True):
+            updates.append(nesterov if nesterov.ndim == 3 else nesterov[None])
+        scale = _UPDATE_RMS * max(shape) ** 0.5
+        for parameter, part in zip(parameters, self.orthogonalized(parameters, updates), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(part.reshape(parameter.shape), alpha=-group["lr"] * scale)

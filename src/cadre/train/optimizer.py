@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from cadre.model.experts import Router
 from cadre.model.transformer import Transformer
-from cadre.train.muon import Muon
+from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import OptimizerSection
 
 
@@ -17,10 +19,12 @@ class Optimizer:
     Each parameter group keeps its own peak rate; `step(factor)` multiplies all of them by the schedule's factor.
     """
 
-    def __init__(self, model: Transformer, section: OptimizerSection) -> None:
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        routers = {module.weight for module in model.modules() if isinstance(module, Router)}
-        ends = {model.embed_tokens.weight, model.lm_head.weight}
+    def __init__(self, model: Transformer, section: OptimizerSection, parallel: Parallel | None = None) -> None:
+        self.parallel = parallel or Parallel()
+        held = self.parallel.held(model)
+        self.names: dict[Tensor, str] = {tensor: name for name, tensor in held.items()}
+        routers = {held[f"{name}.weight"] for name, module in model.named_modules() if isinstance(module, Router)}
+        ends = {held[name] for name in ("embed_tokens.weight", "lm_head.weight") if name in held}
         matrices, plain, vectors = [], [], []
         for parameter in self.names:
             if parameter.ndim < 2:
@@ -43,9 +47,18 @@ class Optimizer:
             torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=section.eps, fused=fused)
         ]
         if matrices:
-            self.parts.append(Muon(matrices, lr=section.lr, momentum=section.momentum, weight_decay=decay))
+            options = {"lr": section.lr, "momentum": section.momentum, "weight_decay": decay}
+            self.parts.append(self.parallel.muon(matrices, **options))
         self.peak = [group["lr"] for part in self.parts for group in part.param_groups]
         self.lr = section.lr
+
+    def clip(self, most: float) -> float:
+        """Take over the gradients and scale them down to a global norm of `most`. Returns the norm they had."""
+        self.parallel.hand_over_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        norm = self.parallel.norm(norm)
+        torch.nn.utils.clip_grads_with_norm_(self.names, most, norm)
+        return float(norm)
 
     def step(self, factor: float) -> None:
         groups = (group for part in self.parts for group in part.param_groups)
@@ -57,6 +70,7 @@ class Optimizer:
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+        self.parallel.drop_gradients()
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by parameter name: `<name>.exp_avg`, `.exp_avg_sq`, `.step`, or `.momentum`."""
@@ -65,6 +79,15 @@ class Optimizer:
             for part in self.parts
             for parameter, state in part.state.items()
             for key, value in state.items()
+        }
+
+    def empty(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors to read a state of such names into. Raises `KeyError` for a name that no parameter here has."""
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        split = ((name, *name.rpartition(".")[::2]) for name in names)
+        return {
+            full_name: torch.zeros(()) if key == "step" else torch.zeros_like(parameters[name])
+            for full_name, name, key in split
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cadre.errors import UsageError
-from cadre.model.config import ModelConfig, explain
+from cadre.errors import UsageError, explain
+from cadre.model.config import ModelConfig
 
 
 class _Section(BaseModel):
@@ -118,6 +118,23 @@ class EvalSection(_Section):
     prompts: list[str] = ["The", "Fellow citizens", "Our"]
 
 
+class ParallelSection(_Section):
+    """How a run is spread over the processes it is started with (`cadre.train.parallel.layout`). `data`: those that share
+    every batch, "auto" for all there are; `expert`: of these, how many share one copy of the experts; `timeout`: minutes
+    that a process waits for the others before the run ends."""
+
+    data: Literal["auto"] | int = "auto"
+    expert: int = Field(default=1, ge=1)
+    timeout: float = Field(default=10.0, gt=0)
+
+    @field_validator("data")
+    @classmethod
+    def _counts(cls, data: str | int) -> str | int:
+        if isinstance(data, int) and data < 1:
+            raise ValueError(f"is {data}; it must be 'auto' or at least 1")
+        return data
+
+
 class Recipe(_Section):
     """All of a run's choices. `model` is kept as given: its vocabulary may still be open until the tokenizer is known."""
 
@@ -130,6 +147,7 @@ class Recipe(_Section):
     balance: BalanceSection = BalanceSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+    parallel: ParallelSection = ParallelSection()
 
     @model_validator(mode="after")
     def _model_is_possible(self) -> Self:

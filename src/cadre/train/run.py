@@ -25,7 +25,6 @@ from cadre.data.shards import DEFAULT_VOCAB_SIZE, TokenData, prepare
 from cadre.errors import UsageError, write_error
 from cadre.files import replace_file
 from cadre.hub.directory import load_config, model_directory
-from cadre.hub.load import load
 from cadre.hub.save import check_expressible
 from cadre.hub.tokenizer import check_vocabulary, special_ids, tokenizer_hash
 from cadre.kernels.limits import best_dtype
@@ -35,6 +34,7 @@ from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.train.checkpoint import checkpoints, read_state
 from cadre.train.metrics import read_metrics
+from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import DataSection, Recipe, read_recipe
 
 
@@ -52,6 +52,7 @@ class Run:
     dtype: torch.dtype
     checkpoint: Path | None
     total_steps: int
+    parallel: Parallel
 
     def identity(self) -> dict[str, Any]:
         """What must not change between checkpoint and resume."""
@@ -59,56 +60,70 @@ class Run:
         return {"model": self.config.to_hf(), "tokenizer": tokenizer_hash(self.data.tokenizer), "corpus": corpus}
 
 
-def start(recipe: Recipe, path: Path, device: torch.device, note: Callable[[str], None]) -> Run:
+def start(
+    recipe: Recipe, path: Path, device: torch.device, note: Callable[[str], None], parallel: Parallel | None = None
+) -> Run:
     """Prepare a new run in `path`. Raises `UsageError` if `path` holds anything already, or the recipe cannot be run."""
+    parallel = parallel or Parallel()
+    with parallel.in_turn():
+        if parallel.main:
+            _refuse_used(path)
+        source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
+        data_section = recipe.data
+        if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
+            data_section = data_section.model_copy(update={"tokenizer": str(source)})
+        data = _prepare(data_section, recipe.model.get("vocab_size"), note)
+        config = _config(recipe, source, data)
+        check_expressible(config)
+        parallel.check(recipe, config)
+        check_memory(config, device, parallel.size)
+        _check_samples(recipe, config, data)
+        batches = _batches(recipe, config, data, parallel)
+    model = parallel.build(config, device, recipe.train.seed, source)
+    dtype = _dtype(recipe.train.dtype, device, parallel)
+    train = recipe.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    fields = config.model_dump(exclude_none=True)
+    resolved = recipe.model_copy(update={"train": train, "data": data_section, "model": fields})
+    if parallel.main:
+        _write_recipe(path, resolved)
+    return Run(path, resolved, config, data, batches, model, dtype, None, train.steps, parallel)
+
+
+def _refuse_used(path: Path) -> None:
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             held = "another run: continue it with --resume, or" if (path / "recipe.toml").is_file() else "other files:"
             raise UsageError(f"--out {path}: holds {held} choose an empty folder")
     except OSError as error:
         raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
-    data_section = recipe.data
-    source: Path | None = None
-    if "from" in recipe.model:
-        source = model_directory(recipe.model["from"])
-        if data_section.tokenizer is None and data_section.vocab_size is None:
-            data_section = data_section.model_copy(update={"tokenizer": str(source)})
-    data = _prepare(data_section, recipe.model.get("vocab_size"), note)
+
+
+def _config(recipe: Recipe, source: Path | None, data: TokenData) -> ModelConfig:
+    """The model's config, now that its vocabulary is known."""
     if source is not None:
         config = load_config(source)
-        if config.max_position_embeddings < data_section.seq_len:
+        if config.max_position_embeddings < recipe.data.seq_len:
             raise UsageError(
-                f"data.seq_len is {data_section.seq_len}; it must be at most max_position_embeddings of {source} "
+                f"data.seq_len is {recipe.data.seq_len}; it must be at most max_position_embeddings of {source} "
                 f"({config.max_position_embeddings})"
             )
-        check_vocabulary(data.tokenizer, config.vocab_size)
     else:
         bos, eos = special_ids(data.tokenizer)
         try:
             config = recipe.config(recipe.model.get("vocab_size") or data.vocab_size, bos_token_id=bos, eos_token_id=eos)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        check_vocabulary(data.tokenizer, config.vocab_size)
-    check_expressible(config)
-    check_memory(config, device)
-    _check_samples(recipe, config, data)
-    batches = _batches(recipe, config, data)
-    if source is not None:
-        model, _ = load(source, dtype=torch.float32)
-    else:
-        model = Transformer(config).initialize(recipe.train.seed)
-    dtype = _dtype(recipe.train.dtype, device)
-    train = recipe.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    fields = config.model_dump(exclude_none=True)
-    resolved = recipe.model_copy(update={"train": train, "data": data_section, "model": fields})
-    _write_recipe(path, resolved)
-    return Run(path, resolved, config, data, batches, model.to(device), dtype, None, train.steps)
+    check_vocabulary(data.tokenizer, config.vocab_size)
+    return config
 
 
-def check_memory(config: ModelConfig, device: torch.device) -> None:
-    """Refuse a model whose float32 masters, gradients and two moments alone exceed the memory of the machine."""
+def check_memory(config: ModelConfig, device: torch.device, processes: int = 1) -> None:
+    """Refuse a model whose float32 masters, gradients and two moments alone exceed the memory of the machine, or of the
+    accelerators that `processes` share them out to."""
     parameters = count(config).total_parameters
-    held = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
+    held = psutil.virtual_memory().total
+    if device.type == "cuda":
+        held = torch.cuda.mem_get_info(device)[1] * processes
     if parameters * 16 > held:
         raise UsageError(
             f"the model has {parameters:,} parameters: training takes {parameters * 16 / 2**30:,.0f} GiB for weights, "
@@ -124,26 +139,31 @@ def held_recipe(path: Path) -> Recipe:
     return read_recipe(str(file))
 
 
-def resume(path: Path, wanted: Recipe, device: torch.device, note: Callable[[str], None]) -> Run:
+def resume(
+    path: Path, wanted: Recipe, device: torch.device, note: Callable[[str], None], parallel: Parallel | None = None
+) -> Run:
     """Open a run to continue it from its newest checkpoint, or from the start if it has none.
 
     `wanted` may differ from the run's recipe in how training goes on, but not in the model, its data or the batches: a
     difference there raises `UsageError` and is named, and so does a run that has ended.
     """
-    held = held_recipe(path)
-    _refuse_difference(path, held, wanted)
-    dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device)
+    parallel = parallel or Parallel()
+    with parallel.in_turn():
+        held = held_recipe(path)
+        _refuse_difference(path, held, wanted)
+        recipe = wanted.model_copy(update={"model": held.model, "data": held.data, "name": held.name})
+        data = _prepare(recipe.data, recipe.model["vocab_size"], note)
+        config = recipe.config(recipe.model["vocab_size"])
+        check_vocabulary(data.tokenizer, config.vocab_size)
+        parallel.check(recipe, config)
+        batches = _batches(recipe, config, data, parallel)
+    dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device, parallel)
     train = wanted.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    recipe = wanted.model_copy(update={"model": held.model, "data": held.data, "name": held.name, "train": train})
-    data = _prepare(recipe.data, recipe.model["vocab_size"], note)
-    config = recipe.config(recipe.model["vocab_size"])
-    check_vocabulary(data.tokenizer, config.vocab_size)
-    model, batches = Transformer(config), _batches(recipe, config, data)
-    saved = checkpoints(path)
-    run = Run(path, recipe, config, data, batches, model, dtype, saved[-1] if saved else None, train.steps)
-    if run.checkpoint is None:
-        model.initialize(train.seed)
-    else:
+    recipe = recipe.model_copy(update={"train": train})
+    newest = next(reversed(checkpoints(path)), None)
+    model = parallel.build(config, device, None if newest else train.seed)
+    run = Run(path, recipe, config, data, batches, model, dtype, newest, train.steps, parallel)
+    if run.checkpoint is not None:
         state = read_state(run.checkpoint)
         _refuse_other_identity(path, run.identity(), state["identity"])
         if state["length"] == [train.steps, train.minutes]:
@@ -152,8 +172,8 @@ def resume(path: Path, wanted: Recipe, device: torch.device, note: Callable[[str
             note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
         if state["step"] >= run.total_steps and _ended(path):
             raise UsageError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
-    model.to(device)
-    _write_recipe(path, recipe)
+    if parallel.main:
+        _write_recipe(path, recipe)
     return run
 
 
@@ -175,11 +195,14 @@ def _check_samples(recipe: Recipe, config: ModelConfig, data: TokenData) -> None
             )
 
 
-def _dtype(choice: str, device: torch.device) -> torch.dtype:
-    return best_dtype(device) if choice == "auto" else getattr(torch, choice)
+def _dtype(choice: str, device: torch.device, parallel: Parallel) -> torch.dtype:
+    if choice != "auto":
+        return getattr(torch, choice)
+    narrow = parallel.agree(parallel.main and best_dtype(device) == torch.bfloat16)
+    return torch.bfloat16 if narrow else torch.float32
 
 
-def _batches(recipe: Recipe, config: ModelConfig, data: TokenData) -> Batches:
+def _batches(recipe: Recipe, config: ModelConfig, data: TokenData, parallel: Parallel) -> Batches:
     return Batches(
         data.train,
         batch=recipe.train.batch,
@@ -187,12 +210,17 @@ def _batches(recipe: Recipe, config: ModelConfig, data: TokenData) -> Batches:
         extra=1 + config.num_nextn_predict_layers,
         seed=recipe.train.seed,
         separate_documents=recipe.data.separate_documents,
+        part=(parallel.rank, parallel.size),
     )
 
 
 @contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """Keep others from training the run meanwhile. Raises `UsageError` if one is at it; a killed one holds nothing."""
+def only_writer(path: Path, main: bool = True) -> Iterator[None]:
+    """Keep others from training the run meanwhile. Raises `UsageError` if one is at it; a killed one holds nothing. Of
+    several processes of one run the main one keeps watch for all."""
+    if not main:
+        yield
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,14 +18,12 @@ from torch import Tensor
 from cadre.data.batches import Batch
 from cadre.data.sources import Document
 from cadre.errors import RunError
-from cadre.hub.save import save
 from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synchronize
-from cadre.model.scoring import score_documents
 from cadre.plan.count import count
 from cadre.train.balance import Balance
-from cadre.train.checkpoint import load_checkpoint, read_state, save_checkpoint
+from cadre.train.checkpoint import read_state
 from cadre.train.collapse import CollapseAlarm
-from cadre.train.metrics import MetricsLog
+from cadre.train.metrics import MetricsLog, NoMetrics
 from cadre.train.objective import losses, survey
 from cadre.train.optimizer import Optimizer
 from cadre.train.run import Run, only_writer
@@ -84,16 +82,18 @@ class Trainer:
     """Trains a `Run` to its last step, or until SIGINT or SIGTERM, and leaves checkpoint and model on disk."""
 
     def __init__(self, run: Run, observer: Observer) -> None:
-        self.run, self.observer = run, observer
+        self.run, self.observer, self.parallel = run, observer, run.parallel
         self.recipe, self.model = run.recipe, run.model
         self.device = next(self.model.parameters()).device
         self.model.compute_dtype = run.dtype
-        self.optimizer = Optimizer(self.model, self.recipe.optimizer)
+        self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.parallel)
         self.balance = Balance(self.model, self.recipe.balance)
         layers = [index for index, _ in self.balance.layers]
         self.alarm = CollapseAlarm(layers, self.recipe.balance, self.recipe.optimizer.router_lr_scale)
         seq_len = self.recipe.data.seq_len
         self.tokens_per_step = self.recipe.train.batch * seq_len
+        mine = self.recipe.train.batch // self.parallel.size
+        self.micro_batch = min(self.recipe.train.micro_batch or mine, mine)
         cost = count(run.config, context=seq_len)
         main = 3 * cost.forward_flops_per_token
         self.mtp_rows = max(1, round(self.recipe.train.batch * self.recipe.train.mtp_share))
@@ -114,14 +114,14 @@ class Trainer:
         """Run to the end. Raises `RunError` if the disk is full or the loss stays non-finite."""
         recipe, progress = self.recipe, self.progress
         resumed = progress.step if self.run.checkpoint is not None else None
-        with only_writer(self.run.path), _StopSignals() as stop:
-            self.metrics = MetricsLog(self.run.path, resume_step=resumed or 0)
+        with only_writer(self.run.path, self.parallel.main), _StopSignals() as stop:
+            self.metrics = MetricsLog(self.run.path, resume_step=resumed or 0) if self.parallel.main else NoMetrics()
             try:
-                self.gemm_rate = gemm_flops_per_second(self.run.dtype, self.device)
+                self.gemm_rate = self._gemm_rate()
                 if resumed is not None:
                     self._event("resumed", f"from the checkpoint of step {resumed}")
                 self.began = time.perf_counter() - progress.seconds
-                while progress.step < progress.total_steps and not stop.signal:
+                while progress.step < progress.total_steps and not self._stopping(stop):
                     record = self._step(next(self.run.batches))
                     progress.batches = self.run.batches.state()
                     self._fit_the_minutes()
@@ -134,7 +134,7 @@ class Trainer:
                     # Weights that give no finite loss must not push out those that did.
                     if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
                         self.save()
-                stopped = stop.signal if progress.step < progress.total_steps else None
+                stopped = (stop.signal or "the end of another process") if progress.step < progress.total_steps else None
                 if stopped:
                     self._event("stopped", f"by {stopped} after step {progress.step}")
                 self.save()
@@ -145,6 +145,9 @@ class Trainer:
                 self.metrics.close()
         return self._result(stopped)
 
+    def _stopping(self, stop: _StopSignals) -> bool:
+        return self.parallel.anyone(stop.signal is not None or self.parallel.abandoned)
+
     def _step(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step over all micro-batches: losses, gradients, balance, update. Returns its record."""
         recipe, progress = self.recipe.train, self.progress
@@ -152,13 +155,13 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         self.balance.reset()
-        micro = recipe.micro_batch or recipe.batch
-        share = micro / recipe.batch
+        share = self.micro_batch / recipe.batch
         if self.balance.globals and share < 1:
-            for ids, documents, mtp_rows in self._micro_batches(batch):
-                survey(self.model, ids, documents, self.balance, mtp_rows=mtp_rows)
+            for ids, documents, mtp_rows, joined in self._micro_batches(batch):
+                survey(self.model, ids, documents, self.balance, mtp_rows=mtp_rows, joined=joined)
+            self.parallel.add(*self.balance.surveyed())
         sums: list[float] = []
-        for ids, documents, mtp_rows in self._micro_batches(batch):
+        for ids, documents, mtp_rows, joined in self._micro_batches(batch):
             loss = losses(
                 self.model,
                 ids,
@@ -167,11 +170,15 @@ class Trainer:
                 mtp_weight=self._mtp_weight(),
                 mtp_rows=mtp_rows,
                 mtp_share=self.mtp_share,
+                joined=joined,
             )
             (loss.total * share).backward()
             values = (torch.stack([loss.main, *loss.further, *loss.balance.values()]) * share).tolist()
             sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip))
+        totals = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        self.parallel.add(totals, *self.balance.counters())
+        sums = totals.tolist()
+        norm = self.optimizer.clip(recipe.clip)
         factor = rate(self.recipe.schedule, progress.step, progress.total_steps)
         finite = math.isfinite(norm) and all(math.isfinite(value) for value in sums)
         if finite:
@@ -188,14 +195,17 @@ class Trainer:
             self._skipped(sums, norm)
         return {"grad_norm": norm, "learning_rate": self.optimizer.lr * factor}
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None, int]]:
-        """ids and documents on the device, and how many of their first sequences train the further-token modules."""
-        micro = self.recipe.train.micro_batch or self.recipe.train.batch
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None, int, bool]]:
+        """ids and documents on the device, how many of their first sequences train the further-token modules, and whether
+        any process's do in this micro-batch."""
+        micro, ranks = self.micro_batch, (self.parallel.rank, 0)  # the first has as many as any
+        dealt = [len(range(rank, self.mtp_rows, self.parallel.size)) for rank in ranks]
         for first in range(0, len(batch.ids), micro):
             rows = slice(first, first + micro)
             ids = torch.from_numpy(batch.ids[rows]).to(self.device)
             documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(self.device)
-            yield ids, documents, min(max(self.mtp_rows - first, 0), micro)
+            here, most = (min(max(count - first, 0), micro) for count in dealt)
+            yield ids, documents, here, most > 0
 
     def _skipped(self, sums: list[float], norm: float) -> None:
         progress = self.progress
@@ -213,6 +223,13 @@ class Trainer:
         train = self.recipe.train
         late = self.progress.step >= self.progress.total_steps * 2 / 3
         return train.mtp_weight_final if late and train.mtp_weight_final is not None else train.mtp_weight
+
+    def _gemm_rate(self) -> float:
+        """Of all processes, measured at once, for they may share a machine."""
+        self.parallel.anyone(False)
+        rate = torch.tensor(gemm_flops_per_second(self.run.dtype, self.device), dtype=torch.float64)
+        self.parallel.add(rate)
+        return float(rate)
 
     # ------------------------------------------------------------------------------------------------- what is seen of it
 
@@ -258,7 +275,7 @@ class Trainer:
             documents = _first_tokens(documents, self.recipe.eval.tokens, self.run.data.manifest["bytes_per_token"])
         start = time.perf_counter()
         self.model.eval()
-        score = score_documents(self.model, self.run.data.tokenizer, documents, context=seq_len, stride=stride)
+        score = self.parallel.score(self.model, self.run.data.tokenizer, documents, context=seq_len, stride=stride)
         elapsed = time.perf_counter() - start
         self.eval_seconds_per_token = elapsed / max(1, score.tokens) * (1 if final else 2)
         self.bits_per_byte = score.bits_per_byte
@@ -276,15 +293,19 @@ class Trainer:
 
     def _fit_the_minutes(self) -> None:
         """Give up the steps that the clock has no room for, or take them back, so that the schedule ends in time."""
-        minutes, progress = self.recipe.train.minutes, self.progress
-        if minutes is None or (len(self.step_seconds) < 10 and progress.seconds < minutes * 30):
-            return  # the first steps are slow and say little, unless half the time is gone
+        if self.recipe.train.minutes is not None:
+            self.progress.total_steps = round(self.parallel.agree(self._steps_within(self.recipe.train.minutes)))
+
+    def _steps_within(self, minutes: float) -> int:
+        progress = self.progress
+        if len(self.step_seconds) < 10 and progress.seconds < minutes * 30:
+            return progress.total_steps  # the first steps are slow and say little, unless half the time is gone
         step_seconds = statistics.median(self.step_seconds)
         held_out = self.run.data.manifest["held_out"]["tokens"]
         per_token = self.eval_seconds_per_token or step_seconds / self.tokens_per_step
         left = minutes * 60 - progress.seconds - held_out * per_token
         possible = progress.step + max(0, int(left / step_seconds))
-        progress.total_steps = max(progress.step, min(possible, self.recipe.train.steps))
+        return max(progress.step, min(possible, self.recipe.train.steps))
 
     # ------------------------------------------------------------------------------------------------- what is kept of it
 
@@ -293,13 +314,13 @@ class Trainer:
         train = self.recipe.train
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
         state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity()}
-        save_checkpoint(self.run.path, self.model, self.optimizer, state, self.recipe.checkpoint.keep)
-        save(self.model, self.run.path / "model", self.run.data.tokenizer, dtype=self.run.dtype)
+        self.parallel.save_checkpoint(self.run.path, self.model, self.optimizer, state, self.recipe.checkpoint.keep)
+        self.parallel.save_model(self.model, self.run.path / "model", self.run.data.tokenizer, self.run.dtype)
 
     def _restore(self) -> None:
         assert self.run.checkpoint is not None
         state = read_state(self.run.checkpoint)
-        load_checkpoint(self.run.checkpoint, self.model, self.optimizer)
+        self.parallel.load_checkpoint(self.run.checkpoint, self.model, self.optimizer)
         parts = {part.name: state[part.name] for part in fields(Progress) if part.name in state}
         columns = self.progress.columns
         self.progress = Progress(**{**parts, "total_steps": self.run.total_steps})

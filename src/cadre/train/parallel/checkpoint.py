@@ -1,0 +1,102 @@
+"""Checkpoints of a model in parts: every process writes what it holds, as safetensors with the place of each part, by torch's
+distributed checkpoints; on load any number of processes, one included, reads what it needs of them.
+
+    checkpoints/step-00000500/shard-00002-model-00001-of-00001.safetensors   of process 1: weights, biases, moments
+                              state.json                                      as in any checkpoint
+
+The same reader reads the checkpoint of a single process, in which every tensor is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from cadre.errors import RunError, UsageError
+from cadre.train.checkpoint import begin, damaged, name_of, publish
+
+if TYPE_CHECKING:
+    from cadre.train.optimizer import Optimizer
+    from cadre.train.parallel.ranks import Ranks
+
+
+def save_parts(ranks: Ranks, run_dir: Path, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """`save_checkpoint`, together. `tensors`: what this process holds, a part of a tensor as a DTensor. Raises `RunError` in
+    all processes, naming the one where the disk failed; earlier checkpoints stay as they were."""
+    final = run_dir / "checkpoints" / name_of(state["step"])
+    if ranks.agree(final.exists()):
+        return final
+    partial = run_dir / "checkpoints" / ".partial-parts"
+    try:
+        ranks.together(lambda: begin(partial) if ranks.main else None)
+        ranks.together(lambda: _write(tensors, partial, ranks.patient))
+        ranks.together(lambda: publish(partial, final, state, keep) if ranks.main else None)
+    except RunError as error:
+        if ranks.main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise type(error)(f"{final}: checkpoint not written, earlier checkpoints are intact: {error}") from None
+    return final
+
+
+def _write(tensors: dict[str, Tensor], partial: Path, group: dist.ProcessGroup) -> None:
+    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        rank, cause = _first(error)
+        if rank == dist.get_rank():  # the others know of it, and only this one has to say so
+            raise cause from None
+
+
+def load_parts(
+    path: Path,
+    weights: dict[str, Tensor],
+    optimizer: Optimizer,
+    part: Callable[[str, Tensor], Tensor],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Fill `weights` (a DTensor: its part) and the optimizer from a checkpoint, together if there is a group, else alone.
+    `part` makes a tensor of the optimizer's, by its name, the part of a whole that it is.
+
+    Raises `UsageError` if the files are damaged, or hold other tensors than those.
+    """
+    try:
+        stored: dict[str, Any] = _reader(path).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from None
+    sizes = {name: meta.size for name, meta in stored.items()}
+    torn = [name for name, meta in stored.items() if sum(chunk.sizes.numel() for chunk in meta.chunks) != meta.size.numel()]
+    if torn:  # a file is missing, which the reader does not notice
+        raise damaged(path, RunError(f"parts of {torn[0]} are missing"))
+    if any(sizes.get(name) != tensor.shape for name, tensor in weights.items()):
+        raise UsageError(f"{path}: its weights are not those of the model in recipe.toml")
+    try:
+        local = optimizer.empty(stored.keys() - weights.keys())
+    except KeyError as error:
+        raise UsageError(f"{path}: its optimizer state is not that of this model and optimizer (no {error})") from None
+    moments = {name: part(name, tensor) for name, tensor in local.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process alone means to be
+            dcp.load({**weights, **moments}, storage_reader=_reader(path), process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise damaged(path, _first(error)[1]) from None
+    optimizer.load_tensors(local)
+
+
+def _first(error: CheckpointException) -> tuple[int, Exception]:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return rank, cause if isinstance(cause, Exception) else RunError(str(cause))
+
+
+def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
+    return dcp.HuggingFaceStorageReader(str(path))

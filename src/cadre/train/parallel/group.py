@@ -1,0 +1,116 @@
+"""The processes of a run, as the trainer sees them: one object, whose plain form is a process alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cadre.hub.load import load
+from cadre.hub.save import save
+from cadre.model.config import ModelConfig
+from cadre.model.scoring import Score, Text, score_documents
+from cadre.model.transformer import Transformer
+from cadre.train.checkpoint import load_checkpoint, save_checkpoint
+from cadre.train.muon import Muon
+from cadre.train.parallel.layout import compose
+from cadre.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cadre.train.optimizer import Optimizer
+
+
+class Parallel:
+    """A process alone: everything is where it belongs, and sums are what they are.
+
+    rank, size: this process among all of the run. `main`: whether it is the one that prints, logs and keeps the books.
+    """
+
+    rank = 0
+    size = 1
+    # Whether whoever started this process is gone, so that it would go on unseen.
+    abandoned = False
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    # ------------------------------------------------------------------------------------------------- setting up
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The main process first and alone, then the others, which find what it has prepared; if it fails they end."""
+        yield
+
+    def check(self, recipe: Recipe, config: ModelConfig) -> None:
+        """Put the recipe's layout together. Raises `UsageError` for one that does not fit."""
+        self.layout = compose(recipe, config, self.size)
+
+    def build(self, config: ModelConfig, device: torch.device, seed: int | None, source: Path | None = None) -> Transformer:
+        """This process's part of the model: of a directory, or initialised from a seed, or, with neither, to be filled from
+        a checkpoint. Raises `UsageError` for a directory that holds another model or a damaged one."""
+        if source is not None:
+            return load(source, dtype=torch.float32, device=device)[0]
+        model = Transformer(config)
+        if seed is not None:
+            model.initialize(seed)
+        return model.to(device)
+
+    # ------------------------------------------------------------------------------------------------- a step
+
+    def share(self, whole: Sequence[Any]) -> Sequence[Any]:
+        """This process's part of what is done once for the whole run."""
+        return whole[self.rank :: self.size]
+
+    def add(self, *tensors: Tensor) -> None:
+        """Replace each by its sum over all processes."""
+
+    def agree(self, value: float) -> float:
+        """The main process's value."""
+        return value
+
+    def anyone(self, flag: bool) -> bool:
+        """Whether it holds of any process."""
+        return flag
+
+    # ------------------------------------------------------------------------------------------------- the optimizer
+
+    def held(self, model: Transformer) -> dict[str, Tensor]:
+        """What this process holds of each parameter."""
+        return dict(model.named_parameters())
+
+    def hand_over_gradients(self) -> None:
+        """Give the tensors of `held` the gradients of their parameters."""
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of the parameters."""
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm over all processes, from this one's."""
+        return norm
+
+    def muon(self, matrices: Iterable[Tensor], **options: float) -> Muon:
+        return Muon(matrices, **options)
+
+    # ------------------------------------------------------------------------------------------------- the disk
+
+    def save_checkpoint(
+        self, run_dir: Path, model: Transformer, optimizer: Optimizer, state: dict[str, Any], keep: int
+    ) -> Path:
+        return save_checkpoint(run_dir, model, optimizer, state, keep)
+
+    def load_checkpoint(self, path: Path, model: Transformer, optimizer: Optimizer) -> None:
+        load_checkpoint(path, model, optimizer)
+
+    def save_model(self, model: Transformer, path: Path, tokenizer: Any, dtype: torch.dtype) -> None:
+        save(model, path, tokenizer, dtype=dtype)
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def score(self, model: Transformer, tokenizer: Any, documents: Sequence[Text], *, context: int, stride: int) -> Score:
+        """`score_documents`, each process on its share."""
+        return score_documents(model, tokenizer, documents, context=context, stride=stride)

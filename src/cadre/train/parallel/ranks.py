@@ -1,0 +1,201 @@
+"""A run of several processes, on torch's distributed engine: gloo between processors, NCCL between accelerators."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cadre.errors import RunError, UsageError, write_error
+from cadre.hub.load import read_values
+from cadre.hub.names import skeleton
+from cadre.hub.save import save
+from cadre.model.config import ModelConfig
+from cadre.model.scoring import Score, Text, score_each
+from cadre.model.transformer import Transformer
+from cadre.train.muon import Muon
+from cadre.train.parallel.checkpoint import load_parts, save_parts
+from cadre.train.parallel.gather import Gather
+from cadre.train.parallel.group import Parallel
+from cadre.train.parallel.muon import SpreadMuon
+from cadre.train.parallel.shard import Part, shard
+
+if TYPE_CHECKING:
+    from cadre.train.optimizer import Optimizer
+
+# How long the others wait while one prepares the text, which may take hours of a large corpus.
+_PATIENCE = timedelta(days=2)
+
+
+class Ranks(Parallel):
+    """One process of several. `timeout`: minutes that it waits for the others before it gives up.
+
+    Every method that says "together" must be called by all processes, in the same order.
+    """
+
+    def __init__(self, device: torch.device, timeout: float) -> None:
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        wait = timedelta(minutes=timeout)
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=wait))
+        # The elastic agent may keep its store over a restart, and with it the addresses of processes that are gone.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
+        self.device = device
+        self.patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
+        self.parent = os.getppid()
+        self.parts: dict[str, Part] = {}
+
+    @property
+    def abandoned(self) -> bool:  # type: ignore[override]
+        return os.getppid() != self.parent
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+    # ------------------------------------------------------------------------------------------------- setting up
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        if self.main:
+            try:
+                yield
+            except BaseException:
+                self._say(failed=True)
+                raise
+            self._say(failed=False)
+        else:
+            if self._say(failed=False):
+                raise RunError("the first process could not prepare the run")
+            yield
+
+    def _say(self, failed: bool) -> bool:
+        said = torch.tensor([failed])
+        dist.broadcast(said, 0, group=self.patient)
+        return bool(said)
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do what may fail on one of them; then all of them fail, with what happened where."""
+        error: RunError | None = None
+        try:
+            work()
+        except (OSError, SafetensorError) as caught:
+            error = write_error(f"rank {self.rank}", caught)
+        except (RunError, UsageError) as caught:
+            error = RunError(str(caught))
+        told: list[tuple[type[RunError], str] | None] = [None] * self.size
+        dist.all_gather_object(told, None if error is None else (type(error), str(error)), group=self.patient)
+        for kind, message in filter(None, told):
+            raise kind(message)
+
+    def build(self, config: ModelConfig, device: torch.device, seed: int | None, source: Path | None = None) -> Transformer:
+        model, like = skeleton(config), skeleton(config)
+        values: Iterable[tuple[str, Tensor]]
+        if source is not None:
+            values = read_values(source, torch.float32)
+        elif seed is not None:
+            values = like.initial_values(seed)
+        else:
+            values = ((name, torch.empty_like(tensor, device="cpu")) for name, tensor in like.state_dict().items())
+        self.data, self.spread = self.layout.meshes(device)
+        self.parts = shard(model, values, self.data, self.spread, device)
+        return model
+
+    # ------------------------------------------------------------------------------------------------- a step
+
+    def add(self, *tensors: Tensor) -> None:
+        # One message, and exact: counts stay far below 2^53.
+        flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def agree(self, value: float) -> float:
+        said = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(said, 0)
+        return float(said)
+
+    def anyone(self, flag: bool) -> bool:
+        said = torch.tensor([float(flag)])
+        dist.all_reduce(said)
+        return bool(said)
+
+    # ------------------------------------------------------------------------------------------------- the optimizer
+
+    def held(self, model: Transformer) -> dict[str, Tensor]:
+        return {name: part.local for name, part in self.parts.items()}
+
+    def hand_over_gradients(self) -> None:
+        for part in self.parts.values():
+            gradient = part.parameter.grad
+            part.local.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+    def drop_gradients(self) -> None:
+        for part in self.parts.values():
+            part.parameter.grad = None
+
+    def norm(self, norm: Tensor) -> Tensor:
+        square = norm.double().square()
+        dist.all_reduce(square)
+        return square.sqrt().to(norm.dtype)
+
+    def muon(self, matrices: Iterable[Tensor], **options: float) -> Muon:
+        rows = {part.local: part.shape[0] for part in self.parts.values() if len(part.shape) == 2}
+        return SpreadMuon(matrices, rows, self.data.get_group(), **options)
+
+    # ------------------------------------------------------------------------------------------------- the disk
+
+    def save_checkpoint(
+        self, run_dir: Path, model: Transformer, optimizer: Optimizer, state: dict[str, Any], keep: int
+    ) -> Path:
+        moments = {name: self._part(name, tensor) for name, tensor in optimizer.tensors().items()}
+        return save_parts(self, run_dir, {**self._weights(model), **moments}, state, keep)
+
+    def load_checkpoint(self, path: Path, model: Transformer, optimizer: Optimizer) -> None:
+        load_parts(path, self._weights(model), optimizer, self._part, self.patient)
+
+    def save_model(self, model: Transformer, path: Path, tokenizer: Any, dtype: torch.dtype) -> None:
+        gather = Gather(self.parts, dict(model.named_buffers()), dtype)
+        if not self.main:
+            gather.serve()
+        self.together(lambda: self._write_model(gather, model, path, tokenizer, dtype) if self.main else None)
+
+    def _write_model(self, gather: Gather, model: Transformer, path: Path, tokenizer: Any, dtype: torch.dtype) -> None:
+        with gather:
+            save(model, path, tokenizer, dtype=dtype, fetch=gather.fetch)
+
+    def _weights(self, model: Transformer) -> dict[str, Tensor]:
+        """Parameters and router biases by name: parts of the first, the second whole."""
+        return {**{name: part.as_dtensor(part.local) for name, part in self.parts.items()}, **dict(model.named_buffers())}
+
+    def _part(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the optimizer's, as the part of a whole; a step count is no part."""
+        return self.parts[name.rpartition(".")[0]].as_dtensor(tensor) if tensor.ndim else tensor
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def score(self, model: Transformer, tokenizer: Any, documents: Sequence[Text], *, context: int, stride: int) -> Score:
+        """A forward pass needs all processes, and some have more to score than others: those that are done join in with
+        nothing until all are."""
+        mine = self.share(documents)
+        scores = score_each(model, tokenizer, mine, context=context, stride=stride, progress=self._still_scoring)
+        total = sum(scores, Score(0.0, 0, 0))
+        nothing = torch.zeros(0, context, dtype=torch.int64, device=self.device)
+        with torch.inference_mode():
+            model.hidden(nothing)  # the others expect a pass after one that was not the last
+            while self.anyone(False):
+                model.hidden(nothing)
+        sums = torch.tensor([total.nats, total.tokens, total.bytes], dtype=torch.float64)
+        dist.all_reduce(sums)
+        return Score(float(sums[0]), int(sums[1]), int(sums[2]))
+
+    def _still_scoring(self, tokens: int) -> None:
+        self.anyone(True)

@@ -1,0 +1,101 @@
+"""Checkpoints in parts: any number of processes goes on from those of any other; whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from cadre.errors import DiskFullError, UsageError
+from cadre.train.checkpoint import checkpoints
+from cadre.train.parallel.group import Parallel
+from cadre.train.recipe import read_recipe
+from cadre.train.run import resume
+from cadre.train.trainer import Trainer
+from tests.parallel.test_equal import EVERYTHING, Nobody, assert_same_run, recipe, several, train
+from tests.parallel.world import world
+
+__all__ = ["recipe"]
+SETTINGS = (
+    *EVERYTHING, "train.micro_batch=8", "train.steps=9", "eval.every=100", "checkpoint.every=3", "checkpoint.keep=9",
+)  # fmt: skip
+
+
+def go_on(parallel: Parallel, path: Path, expert: int) -> None:
+    wanted = read_recipe(str(path / "recipe.toml"), [f"parallel.expert={expert}"])
+    Trainer(resume(path, wanted, torch.device("cpu"), lambda line: None, parallel), Nobody()).train()
+
+
+def forget(path: Path, step: int) -> None:
+    """As if the run had been killed just after the checkpoint of that step."""
+    for checkpoint in checkpoints(path):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+
+
+def test_a_run_goes_on_with_fewer_and_with_more_processes(tmp_path, recipe):
+    train(Parallel(), recipe, tmp_path / "alone", SETTINGS)
+    world(4, several, recipe, tmp_path, {"run": 2}, SETTINGS)
+    forget(tmp_path / "run", 3)
+    world(2, go_on, tmp_path / "run", 2)
+    forget(tmp_path / "run", 6)
+    go_on(Parallel(), tmp_path / "run", 1)
+    assert_same_run(tmp_path / "alone", tmp_path / "run")
+    forget(tmp_path / "alone", 3)
+    shutil.copytree(tmp_path / "alone", tmp_path / "more")
+    world(2, go_on, tmp_path / "more", 1)
+    assert_same_run(tmp_path / "run", tmp_path / "more")
+
+
+class Full(dcp.HuggingFaceStorageWriter):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def disk_full_on_one(ranks: Parallel, recipe: Path, out: Path) -> str:
+    real = dcp.HuggingFaceStorageWriter
+
+    def writer(path, **options):
+        return (Full if ranks.rank == 1 and out.joinpath("checkpoints/step-00000003").exists() else real)(path, **options)
+
+    dcp.HuggingFaceStorageWriter = writer
+    with pytest.raises(DiskFullError) as caught:
+        train(ranks, recipe, out, SETTINGS)
+    return str(caught.value)
+
+
+def test_a_full_disk_on_one_of_them_ends_all_and_harms_nothing(tmp_path, recipe):
+    out = tmp_path / "run"
+    told = world(2, disk_full_on_one, recipe, out)
+    assert told[0] == told[1]
+    assert "step-00000006: checkpoint not written, earlier checkpoints are intact: rank 1: the disk is full" in told[0]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003"]
+    world(2, go_on, out, 1)
+    train(Parallel(), recipe, tmp_path / "alone", SETTINGS)
+    assert_same_run(tmp_path / "alone", out)
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "another model"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, recipe, harm):
+    run = tmp_path / "run"
+    world(2, several, recipe, tmp_path, {"run": 1}, SETTINGS)
+    forget(run, 3)
+    newest = checkpoints(run)[-1]
+    files = sorted(newest.glob("shard-*"))
+    if harm == "missing":
+        files[0].unlink()
+    elif harm == "truncated":
+        files[1].write_bytes(files[1].read_bytes()[:1000])
+    message = r"step-00000003: damaged checkpoint .*; delete this folder"
+    wanted = read_recipe(str(run / "recipe.toml"), [])
+    opened = resume(run, wanted, torch.device("cpu"), lambda line: None)
+    if harm == "another model":
+        opened.model.norm.weight = torch.nn.Parameter(torch.ones(5))
+        message = r"step-00000003: its weights are not those of the model in recipe\.toml"
+    with pytest.raises(UsageError, match=message):
+        Trainer(opened, Nobody())

@@ -1,0 +1,79 @@
+"""Any layout is one training: the same batches, losses, loads, biases and weights as on one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cadre.train import trainer
+from cadre.train.metrics import read_metrics
+from cadre.train.parallel.group import Parallel
+from cadre.train.recipe import read_recipe
+from cadre.train.run import start
+from cadre.train.trainer import Trainer
+from tests.parallel.world import world
+from tests.runs import write_recipe
+
+# Every part that might tell processes apart: Muon's whole matrices, fewer sequences for the module than processes,
+# micro-batches, losses over the batch, documents.
+EVERYTHING = (
+    "optimizer.name=muon", "optimizer.lr=0.01", "train.batch=8", "train.micro_batch=1", "train.mtp_share=0.25",
+    "balance.global_weight=0.01", "balance.z_weight=0.001", "data.separate_documents=true", "train.log_every=1",
+)  # fmt: skip
+PLAIN = ("train.batch=4", "train.log_every=1")
+CLOCK = {"seconds", "tokens_per_second", "mfu", "seconds_per_step", "eval_seconds"}
+
+
+class Nobody:
+    def record(self, record, total_steps): ...
+
+    def note(self, text): ...
+
+
+def train(parallel: Parallel, recipe: Path, out: Path, settings: tuple[str, ...]) -> None:
+    run = start(read_recipe(str(recipe), list(settings)), out, torch.device("cpu"), lambda line: None, parallel)
+    Trainer(run, Nobody()).train()
+
+
+def several(ranks: Parallel, recipe: Path, folder: Path, layouts: dict[str, int], settings: tuple[str, ...]) -> None:
+    for name, expert in layouts.items():
+        train(ranks, recipe, folder / name, (*settings, f"parallel.expert={expert}"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CADRE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trainer, "gemm_flops_per_second", lambda *_: 1e11)
+    return write_recipe(tmp_path)
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Metrics within 1e-4 relative, counts exactly; weights and biases within 1e-4."""
+    records, others = ([record for record in read_metrics(path) if "event" not in record] for path in (run, other))
+    assert len(records) == len(others)
+    for record, its in zip(records, others, strict=True):
+        assert record.keys() == its.keys()
+        for key in record.keys() - CLOCK:
+            if key in ("load", "load_layers", "dead_experts", "bias_range", "tokens", "step"):
+                assert its[key] == record[key], (key, record["step"])
+            else:
+                assert its[key] == pytest.approx(record[key], rel=1e-4), (key, record["step"])
+    weights, theirs = (load_file(path / "model" / "model.safetensors") for path in (run, other))
+    assert weights.keys() == theirs.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("size, layouts", [(2, {"data": 1, "expert": 2}), (4, {"both": 2})], ids=["2", "4"])
+def test_a_layout_changes_no_number(tmp_path, recipe, settings, size, layouts):
+    settings = (*settings, "train.steps=8", "eval.every=4", "checkpoint.every=100")
+    train(Parallel(), recipe, tmp_path / "alone", settings)
+    world(size, several, recipe, tmp_path, layouts, settings)
+    for name in layouts:
+        assert_same_run(tmp_path / "alone", tmp_path / name)
+        assert json.loads((tmp_path / name / "model" / "config.json").read_text())["n_routed_experts"] == 4

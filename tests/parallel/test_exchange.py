@@ -1,0 +1,75 @@
+"""Experts across ranks give what experts at home give: outputs, and gradients of tokens, router and experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cadre.model.experts import MixtureOfExperts
+from cadre.train.parallel.exchange import Exchange, SpreadMixture
+from tests.parallel.world import world
+from tests.shapes import small
+
+CONFIG = small("deepseek_v3", n_routed_experts=8, num_experts_per_tok=3)
+WIDTH = CONFIG.hidden_size
+
+
+def mixture() -> MixtureOfExperts:
+    generator = torch.Generator().manual_seed(0)
+    made = MixtureOfExperts(CONFIG)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return made
+
+
+def tokens(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(1, count, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def run(layer: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    layer.train()
+    y = layer(x)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad, {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def spread_run(ranks, counts: list[int], dtype: torch.dtype) -> dict:
+    exchange = Exchange(dist.group.WORLD)
+    layer = SpreadMixture(mixture(), exchange)
+    x = tokens(counts[ranks.rank], ranks.rank, dtype)
+    with torch.no_grad():
+        layer(x)
+    forward_bytes, exchange.sent_bytes = exchange.sent_bytes, 0
+    y, x_grad, grads = run(layer, x)
+    return {"y": y, "x": x_grad, "grads": grads, "forward": forward_bytes, "both": exchange.sent_bytes,
+            "routed": len(layer.routes.expert_TK)}  # fmt: skip
+
+
+@pytest.mark.parametrize("counts", [[5, 9], [6, 0], [4, 7, 1, 11]], ids=str)
+def test_experts_elsewhere_compute_the_same(counts):
+    answers = world(len(counts), spread_run, counts, torch.float32)
+    at_home, summed = mixture(), {}
+    for rank, answer in enumerate(answers):
+        y, x_grad, grads = run(at_home, tokens(counts[rank], rank))
+        torch.testing.assert_close(answer["y"], y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(answer["x"], x_grad, rtol=1e-5, atol=1e-5)
+        assert answer["routed"] == counts[rank]
+        summed = grads  # `backward` has added them up over the ranks' tokens
+    for name, whole in summed.items():
+        theirs = [answer["grads"][name] for answer in answers]
+        got = torch.cat(theirs) if name.startswith("experts.") else sum(theirs)
+        torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
+def test_the_bytes_sent_are_those_of_the_formula(dtype, size):
+    """k x hidden x (dispatch + combine bytes) a token and layer, shared/FIGURES.md; the gradients take as many back."""
+    counts = [5, 9]
+    answers = world(2, spread_run, counts, dtype)
+    formula = sum(counts) * CONFIG.num_experts_per_tok * WIDTH * (size + size)
+    assert sum(answer["forward"] for answer in answers) == formula
+    assert sum(answer["both"] for answer in answers) == 2 * formula
