@@ -145,7 +145,7 @@ def test_a_recipe_that_continues_a_model(planned, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("written", "tokens"), [("14.8T", 14.8e12), ("300B", 3e11), ("5e9", 5e9), ("1,500,000", 1.5e6), ("2k", 2000)]
+    ("written", "tokens"), [("14.8T", 14.8e12), ("300B", 3e11), ("5e9", 5e9), ("1,500,000", 1.5e6), ("2k", 2000), ("3t", 3e12)]
 )
 def test_ways_to_write_tokens(planned, written, tokens):
     assert planned("olmoe-1b-7b", "--tokens", written)["tokens"] == tokens
@@ -159,6 +159,7 @@ def test_ways_to_write_tokens(planned, written, tokens):
         (["pokcet"], "did you mean pocket"),
         (["zzz"], "names: deepseek-v3, deepseek-v2, "),
         (["no/such/place"], "no/such/place: no such file"),
+        (["deepseek-ai/DeepSeek-V3"], "deepseek-ai/DeepSeek-V3: no such file; did you mean deepseek-v3?"),
         (["nothing.json"], "nothing.json: no such file"),
         (["nothing.toml"], "recipe 'nothing.toml' is neither a file nor a shipped recipe"),
         (["."], "config.json: no such file"),
@@ -183,6 +184,7 @@ def test_bad_input_ends_in_one_line(monkeypatch, capsys, tmp_path, arguments, li
     ("changes", "line"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; cadre plan knows deepseek_v2, deepseek_v3, glm4_moe, kimi_k2, llama, "),
+        ({"model_type": None}, "model_type is missing; cadre plan knows deepseek_v2, "),
         ({"hidden_size": None}, "hidden_size is missing; deepseek_v3 needs it"),
         ({"n_group": 7}, "n_group is 7; it must be a divisor of n_routed_experts (256)"),
     ],

@@ -25,6 +25,8 @@ def serving(model_dir, *arguments, **environment):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     try:
         line = process.stderr.readline()
+        if line.startswith("compiling the C++ kernels"):
+            line = process.stderr.readline()
         found = re.search(r"http://\S+?:\d+", line)
         assert found, line + process.stderr.read()
         yield process, found[0], line

@@ -73,6 +73,8 @@ def test_a_batch_too_small_for_any_layout():
     made = planned(devices=4096, batch=1)
     assert not made["fits"] and made["memory_per_device_bytes"] is None
     assert made["notes"] == ["no layout gives each of 4096 devices work: a batch of 1 sequences is too small"]
+    vast = planned("qwen3-8b", context=10**7)["notes"]
+    assert any(note.startswith("training at a context of 10,000,000 fits on no number of h100") for note in vast)
 
 
 def test_decoding_is_part_of_it():

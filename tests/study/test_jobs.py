@@ -88,3 +88,14 @@ def test_a_jobs_recipe_is_the_arms_over_its_steps():
     assert (recipe.optimizer.lr, recipe.optimizer.adamw_lr) == pytest.approx((0.009, 0.03))
     assert (recipe.schedule.warmup_steps, recipe.eval.every, recipe.eval.prompts) == (10, 20, [])
     assert recipe.model == dense.recipe.model and recipe.data == dense.recipe.data
+
+
+def test_a_sweep_is_evaluated_at_its_end_alone():
+    study, (dense, experts) = tiny()
+    first, *_, last = plan_jobs(study, [dense, experts], SECONDS, 1.0, 6400)
+    assert recipe_of(first, dense.recipe, 1.0, 5, "float32").eval.every == first.steps == 50
+    tokens = dense.recipe.train.batch * dense.recipe.data.seq_len
+    short, whole = dense.recipe.eval.tokens, 1000
+    read = len(study.seeds) * ((study.evaluations + 1) * short + 2 * whole) + len(study.sweep.factors) * short
+    assert evaluating(study, dense, 1.0, whole) == pytest.approx(0.4 * read / tokens)
+    assert recipe_of(last, experts.recipe, 1.0, 5, "float32").eval.every == 20

@@ -23,7 +23,8 @@ def results(seconds=None, steps=STEPS, complete=True, decode=(), **losses):
             },
             "steps": steps[-1], "sweep": [], "learning_rate_factor": 1.0, "diverged": [], "acceptance": [],
             "step_seconds": step_seconds, "step_seconds_before": step_seconds, "seconds": steps[-1] * step_seconds,
-            "wall_seconds": {"mean": steps[-1] * step_seconds}, "kv_cache_bytes_per_token": 700, "share_of_budget": 1.0,
+            "flops": float(steps[-1]), "wall_seconds": {"mean": steps[-1] * step_seconds}, "kv_cache_bytes_per_token": 700,
+            "share_of_budget": 1.0,
         }  # fmt: skip
     names = list(arms)
     return {
@@ -80,6 +81,37 @@ def test_it_says_so_when_the_budget_is_too_small():
     for curve in crossing["arms"]["experts"]["curves"].values():
         curve["bits_per_byte"][:-2] = [3.0] * (len(STEPS) - 2)
     assert "the order of experts and dense still changed in the last quarter" in verdict(crossing)["headline"]
+
+
+def on_less(found, name, share):
+    """The arm's runs were that much shorter."""
+    arm = found["arms"][name]
+    arm |= {"share_of_budget": share, "flops": arm["flops"] * share, "seconds": arm["seconds"] * share}
+    return found
+
+
+def test_an_arm_as_good_on_less_of_the_budget_says_how_much_less():
+    found = on_less(results(seconds={"short": 1.2}, dense=[1.5, 1.5], short=[1.502, 1.499]), "short", 0.6)
+    said = verdict(found)
+    assert said["outcomes"] == {"short": "even"}
+    assert "on 60% of the budget, ends level with dense" in said["arms"]["short"]
+    assert said["arms"]["short"].endswith("Its runs took 1.67 times fewer FLOPs and 1.39 times less time.")
+    found = on_less(results(seconds={"short": 2.0}, dense=[1.5, 1.5], experts=[1.3, 1.3], short=[1.47, 1.471]), "short", 0.6)
+    head, _, less = verdict(found)["headline"].partition(" With decayed rates on 60% of the budget, ")
+    assert head.startswith("Experts wins.")
+    assert less == "short ends with a lower loss than dense's: its runs took 1.67 times fewer FLOPs and 1.20 times more time."
+
+
+def test_a_loss_on_less_of_the_budget_is_said_to_be_one():
+    found = on_less(results(dense=[1.3, 1.31], experts=[1.5, 1.51], short=[1.6, 1.6]), "short", 0.6)
+    assert verdict(found)["headline"] == "Dense wins: every other arm ends with a higher loss (short on less of the budget)."
+
+
+def test_an_arm_meant_to_end_level_does_not_make_the_budget_too_small():
+    crossing = on_less(results(dense=[1.5, 1.5], short=[1.48, 1.48]), "short", 0.6)
+    for curve in crossing["arms"]["short"]["curves"].values():
+        curve["bits_per_byte"][:-2] = [3.0] * (len(STEPS) - 2)
+    assert not verdict(crossing)["headline"].startswith("The budget is too small")
 
 
 def test_an_unfinished_study_says_so():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,6 @@ def choose_recipe(
 ) -> Recipe:
     """The recipe of the best expected score within `budget`, with `overrides` over it. `began`: of time, what has gone of the
     budget. Raises `UsageError` if the budget is below one calibration."""
-    from cadre.cli.progress import STEPS_OF_A_BUDGET
     from cadre.data.shards import prepare
     from cadre.plan.budget import CALIBRATION_SECONDS, choose, sequence_length
     from cadre.train.recipe import dump_toml, parse_recipe
@@ -95,7 +95,8 @@ def choose_recipe(
     sections = {**chosen.recipe(), "data": {"seq_len": chosen.seq_len}}
     recipe = parse_recipe(dump_toml(sections), f"--budget {budget.text}", overrides, name="budget")
     if budget.seconds is not None:
-        length: dict[str, float | None] = {"steps": STEPS_OF_A_BUDGET, "minutes": budget.seconds / 60}
+        most = most_steps(recipe, budget.seconds, text.vocab_size)
+        length: dict[str, float | None] = {"steps": most, "minutes": budget.seconds / 60}
     else:
         cap = chosen.flops if budget.flops is None else budget.flops
         length = {"steps": steps_within(recipe, cap, text.vocab_size, budget.text), "minutes": None}
@@ -113,8 +114,17 @@ def _data_section(overrides: list[str] | None) -> DataSection:
     return parse_recipe(dump_toml(any_recipe), "--set", ours).data
 
 
-def steps_within(recipe: Recipe, flops: float, vocab_size: int, text: str) -> int:
-    """The most steps whose training FLOPs stay within `flops`. Raises `UsageError` if that is not one."""
+def most_steps(recipe: Recipe, seconds: float, vocab_size: int) -> int:
+    """More steps than `seconds` have room for: as many as this machine could take at its GEMM rate alone. The trainer cuts them
+    to what the clock allows."""
+    from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second
+
+    here = default_device()
+    return max(1, math.ceil(seconds * gemm_flops_per_second(best_dtype(here), here) / _step_flops(recipe, vocab_size)))
+
+
+def _step_flops(recipe: Recipe, vocab_size: int) -> float:
+    """Training FLOPs of an optimizer step."""
     from cadre.plan.count import count
 
     config = _config(recipe, vocab_size)
@@ -122,7 +132,12 @@ def steps_within(recipe: Recipe, flops: float, vocab_size: int, text: str) -> in
     counted = count(config, context=seq_len)
     main = 3 * counted.forward_flops_per_token
     share = max(1, round(train.batch * train.mtp_share)) / train.batch
-    step = train.batch * seq_len * (main + share * (counted.training_flops_per_token - main))
+    return train.batch * seq_len * (main + share * (counted.training_flops_per_token - main))
+
+
+def steps_within(recipe: Recipe, flops: float, vocab_size: int, text: str) -> int:
+    """The most steps whose training FLOPs stay within `flops`. Raises `UsageError` if that is not one."""
+    step = _step_flops(recipe, vocab_size)
     if flops < step:
         raise UsageError(f"--budget {text}: less than one step of {recipe.name}, which takes {step:.2g} FLOPs; give more")
     return int(flops / step)

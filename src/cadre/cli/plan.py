@@ -142,7 +142,8 @@ def _read(model: str, mtp: bool | None) -> dict[str, Any]:
             return _of_recipe(str(recipe), str(path), mtp)
     elif not path.exists():
         if path.suffix == ".json" or len(path.parts) > 1:
-            raise UsageError(f"{model}: no such file")
+            known = catalogue.lookup(path.name)  # as a hub names it
+            raise UsageError(f"{model}: no such file" + (f"; did you mean {known.name}?" if known is not None else ""))
         raise UsageError(_unknown(model, [*catalogue.names(), *shipped()]))
     values, where = read_config(path)
     reading = read_shape(values, where)
@@ -202,10 +203,10 @@ def _recipe_tokens(recipe: Recipe | None) -> float | None:
 
 
 def _tokens(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)([kKMBT]?)", text.strip().replace(",", "").replace("_", ""))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
     if not match or not 1 <= float(match[1]) * _UNITS[match[2]] < float("inf"):
         raise UsageError(f"--tokens {text}: must be a number such as 14.8T, 300B, 5e9 or 1500000")
     return float(match[1]) * _UNITS[match[2]]
 
 
-_UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

@@ -5,14 +5,16 @@ The rule. M is a model's training FLOPs a token without embedding and head, D th
     bits per byte = E + A / (M S^s)^alpha + B / D'^beta
 
 alpha, beta: their ratio is that of DeepSeek LLM's optimal allocation, M = 0.1715 C^0.5243 and D = 5.8316 C^0.4757 for
-C = M D FLOPs (arXiv 2401.02954, section 3.2); their sum that of Chinchilla's fit, 0.34 + 0.28 (arXiv 2203.15556, equation 10).
+C = M D FLOPs (arXiv 2401.02954, equation 4); their sum that of Chinchilla's fit, 0.34 + 0.28 (arXiv 2203.15556, appendix D.2,
+equation 10; a fit to the same data with its errors mended has 0.348 + 0.366, arXiv 2404.10102).
 A follows from B by the same allocation. E and B are ours: fitted to two runs of `pocket` (docs/log.md), on the default corpus.
 S: parameters over active parameters, both without embeddings. s is ours: 0.44, which gives 64 experts, top 6, the 2.5 times
 fewer FLOPs to a loss that were seen at 1e16.
-D': tokens, of which repeated ones count less and less (arXiv 2305.16264, equation 5, R* = 15.39).
+D': tokens, of which repeated ones count less and less (arXiv 2305.16264, equation 5, with R* = 15.387756 of its appendix A).
 
 Batch and rates follow DeepSeek LLM's B = 0.2920 C^0.3271 tokens and 0.3118 C^-0.1250 (arXiv 2401.02954, equation 1), both
-scaled (ours) so that `pocket` comes out at its own 4,096 tokens and rates.
+scaled (ours) so that `pocket` comes out at its own 4,096 tokens and rates. Its laws were fitted from 1e17 FLOPs up, with
+attention counted whole in M (its equation 2); below that, and with the causal half that is counted here, they are extrapolated.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ B_DATA = 61.5
 A_MODEL = B_DATA * BETA / ALPHA * 0.1715 ** (ALPHA + BETA)
 FLOOR = 0.635
 SPARSITY_GAIN = 0.44
-REPEATS_WORTH = 15.39
+REPEATS_WORTH = 15.387756
 
 # `pocket`, by which the published rules for AdamW at larger scale are scaled: its FLOPs, tokens a step, rates.
 _POCKET_FLOPS, _POCKET_BATCH, _POCKET_MUON, _POCKET_ADAMW = 4.5e13, 4096, 0.01, 0.005

@@ -117,7 +117,8 @@ def read_shape(values: dict[str, Any], where: str = "config") -> Reading:
         values, where = inner, f"{where}: text_config"
         kind = values["model_type"]
     if not _known(kind):
-        raise UsageError(f"{where}: model_type is {kind!r}; cadre plan knows {', '.join(sorted(_READERS))}")
+        said = "missing" if kind is None else repr(kind)
+        raise UsageError(f"{where}: model_type is {said}; cadre plan knows {', '.join(sorted(_READERS))}")
     fields = _Fields(values, where)
     shape = _READERS[str(kind)](fields, str(kind))
     return Reading(shape, fields.ignored(), notes)

@@ -141,6 +141,9 @@ def _enough(request: Request, precision: str) -> int:
 
 def _why_not(request: Request, work: Workload, devices: int, leanest: steps.Prediction | None) -> str:
     room = f"{work.device.memory_bytes / 1e9:.0f} GB"
+    if leanest is None and request.devices is None:
+        return (f"training at a context of {work.context:,} fits on no number of {work.device.name}, with the {work.batch} "
+                "sequences a step that the default allows")  # fmt: skip
     if leanest is None:
         return f"no layout gives each of {devices} devices work: a batch of {work.batch} sequences is too small"
     need = f"the leanest layout needs {leanest.memory.total / 1e9:,.1f} GB a device of {room}"

@@ -107,11 +107,12 @@ def amount_for(
 
 
 def evaluating(study: Study, arm: Matched, step_seconds: float, held_out_tokens: int) -> float:
-    """Seconds that all evaluations of all runs of an arm take: short ones along the way, and of full runs all held-out text
-    read twice (its context slides by half)."""
-    runs = len(study.seeds) + (len(study.sweep.factors) if len(study.sweep.factors) > 1 else 0)
+    """Seconds that all evaluations of all runs of an arm take: one short one at the end of a sweep's, short ones along the way
+    of full runs, and all held-out text at their end, read twice (its context slides by half)."""
     short = min(arm.recipe.eval.tokens, held_out_tokens)
-    tokens = runs * (study.evaluations + 1) * short + len(study.seeds) * 2 * held_out_tokens
+    tokens = len(study.seeds) * ((study.evaluations + 1) * short + 2 * held_out_tokens)
+    if len(study.sweep.factors) > 1:
+        tokens += len(study.sweep.factors) * short
     return tokens / (arm.recipe.train.batch * arm.recipe.data.seq_len) * step_seconds * _FORWARD
 
 
@@ -129,7 +130,8 @@ def recipe_of(job: Job, recipe: Recipe, factor: float, evaluations: int, dtype: 
         rates["adamw_lr"] = recipe.optimizer.adamw_lr * factor
     warmup = min(recipe.schedule.warmup_steps, max(1, steps // 10))
     train = {"steps": steps, "minutes": None, "seed": job.seed, "dtype": dtype, "log_every": max(1, steps // 100)}
-    every = max(1, math.ceil(steps / evaluations))
+    # Of a sweep only the end counts.
+    every = steps if job.kind == "sweep" else max(1, math.ceil(steps / evaluations))
     return recipe.model_copy(update={
         "name": f"{job.arm}-seed{job.seed}" if job.kind == "run" else f"{job.arm}-x{factor:g}",
         "train": recipe.train.model_copy(update=train),

@@ -61,6 +61,8 @@ def too_small(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
     if shortest["steps"] < FEW_STEPS:
         reasons.append(f"the shortest runs have {shortest['steps']} steps, fewer than {FEW_STEPS}")
     for name, found in outcomes.items():
+        if _share(results, name) < 1:
+            continue  # meant to end level: its order says nothing of the budget
         early, late = _lead(results, name, LATE), _lead(results, name, 1.0)
         if found in (WINS, LOSES) and early is not None and late is not None and early * late < 0:
             reasons.append(f"the order of {name} and {results['first']} still changed in the last quarter of the runs")
@@ -78,8 +80,10 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
         best = min(winners, key=lambda name: statistics.fmean(differences(results, name)))
         pace = results["sooner"][best][first]["seconds"]
         if pace and pace["mean"] < 1:
-            return f"{_capital(best)} wins on FLOPs, {first} on the clock. {_against(results, best, WINS)}"
-        return f"{_capital(best)} wins. {_against(results, best, WINS)}"
+            said = f"{_capital(best)} wins on FLOPs, {first} on the clock. {_against(results, best, WINS)}"
+        else:
+            said = f"{_capital(best)} wins. {_against(results, best, WINS)}"
+        return " ".join(filter(None, [said, _with_less(results, outcomes, best)]))
     if SPLIT in outcomes.values():
         split = [name for name, found in outcomes.items() if found == SPLIT]
         return (f"No arm beats {first} beyond doubt: the seeds disagree about {_and(split)}. More seeds or a larger budget "
@@ -89,7 +93,36 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
     if EVEN in outcomes.values():
         even = [name for name, found in outcomes.items() if found == EVEN]
         return f"No arm beats {first}: {_and(even)} end{'s' if len(even) == 1 else ''} within {NEAR:.1%} of its loss."
-    return f"{_capital(first)} wins: every other arm ends with a higher loss."
+    less = [name for name in outcomes if _share(results, name) < 1]
+    but = f" ({_and(less)} on less of the budget)" if less else ""
+    return f"{_capital(first)} wins: every other arm ends with a higher loss{but}."
+
+
+def _share(results: dict[str, Any], name: str) -> float:
+    return float(results["arms"][name]["share_of_budget"])
+
+
+def _with_less(results: dict[str, Any], outcomes: dict[str, str], named: str) -> str:
+    """The arm that did as well as the first on the smallest part of the budget: its rates have decayed, so it answers exactly
+    what a crossing of curves understates."""
+    good = [name for name, found in outcomes.items() if found in (WINS, EVEN) and _share(results, name) < 1 and name != named]
+    if not good:
+        return ""
+    least = min(good, key=lambda name: _share(results, name))
+    how = "a lower loss than" if outcomes[least] == WINS else "a loss level with"
+    return (f"With decayed rates on {_share(results, least):.0%} of the budget, {least} ends with {how} {results['first']}'s: "
+            f"{_whole(results, least)}")  # fmt: skip
+
+
+def _whole(results: dict[str, Any], name: str) -> str:
+    """What whole runs of the arm took against those of the first."""
+    here, there = results["arms"][name], results["arms"][results["first"]]
+    flops, seconds = there["flops"] / here["flops"], there["seconds"] / here["seconds"]
+    return f"its runs took {_factor(flops, 'fewer', 'more')} FLOPs and {_factor(seconds, 'less', 'more')} time."
+
+
+def _factor(factor: float, less: str, more: str) -> str:
+    return f"{factor:.2f} times {less}" if factor >= 1 else f"{1 / factor:.2f} times {more}"
 
 
 def _against(results: dict[str, Any], name: str, found: str) -> str:
@@ -116,6 +149,8 @@ def _time(results: dict[str, Any], name: str, found: str) -> str:
     first = results["first"]
     fast, slow = (name, first) if found != LOSES else (first, name)
     pair = results["sooner"][fast][slow]
+    if found == EVEN and _share(results, name) < 1:
+        return _capital(_whole(results, name))
     if found in (SPLIT, EVEN) or not pair["seconds"]:
         return ""
     flops, seconds = pair["flops"], pair["seconds"]
