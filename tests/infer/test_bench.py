@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
 from typer.testing import CliRunner
 
 from cadre.cli.bench import bench_app
 from cadre.errors import UsageError
 from cadre.infer.bench import Decoding, bench_decode, random_model, sweep, twins, weight_bytes
+from cadre.model.config import ModelConfig
 from cadre.plan.count import count
-from tests.shapes import small
+from tests.shapes import FAMILIES, configs, small
 
 CONFIG = small("deepseek_v3", max_position_embeddings=128)
 
@@ -37,12 +39,44 @@ def test_weights_of_a_step_are_the_active_ones() -> None:
     assert active == 4 * counted.active_parameters_without_input_embedding
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_tied_head_is_counted_once(kind: str) -> None:
+    """Quantized, the head is a matrix of its own, and of the embedding beside it one row is read."""
+    tied, own = (
+        weight_bytes(random_model(small("llama", tie_word_embeddings=tied), torch.float32, kind), 0) for tied in (True, False)
+    )
+    assert tied == own
+
+
 def test_the_peer_runs_in_turn() -> None:
     result = bench_decode(CONFIG, context=20, batch=1, dtype=torch.float32, steps=4, peer=True)
     assert result["peer"]["name"] == "transformers"
+    assert [way["dtype"] for way in result["peer"]["ways"]] == ["float32"]
     assert result["speed_ratio"] == pytest.approx(
         result["decode_tokens_per_second"] / result["peer"]["decode_tokens_per_second"]
     )
+
+
+def test_the_peer_runs_in_float32_too() -> None:
+    """Where bfloat16 is emulated that is its faster way: the ratios are against the fastest."""
+    result = bench_decode(CONFIG, context=20, batch=1, dtype=torch.bfloat16, steps=4, peer=True)
+    ways = result["peer"]["ways"]
+    assert [way["dtype"] for way in ways] == ["bfloat16", "float32"]
+    for rate, ratio in (("decode_tokens_per_second", "speed_ratio"), ("prefill_tokens_per_second", "prefill_ratio")):
+        assert result["peer"][rate] == max(way[rate] for way in ways)
+        assert result[ratio] == pytest.approx(result[rate] / result["peer"][rate])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_twins(family: str) -> None:
+    shapes = twins(small(family))
+    assert set(shapes) == ({"latent", "MHA", "GQA"} if family.startswith("deepseek") else {"grouped"})
+
+
+@given(configs(("deepseek_v2", "deepseek_v3")))
+def test_every_shape_has_its_twins(config: ModelConfig) -> None:
+    for shape in twins(config.model_copy(update={"v_head_dim": 8})).values():
+        assert shape.n_routed_experts == config.n_routed_experts
 
 
 def test_twins_keep_everything_but_attention() -> None:
@@ -74,6 +108,15 @@ def test_the_command_prints_one_object(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["quantization"] == "int8"
     shown = CliRunner().invoke(bench_app, arguments)
     assert "tokens/s at context 16, batch 2 (int8)" in shown.stdout
+
+
+def test_sweep_keeps_to_a_given_context_and_batch(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG.to_hf()))
+    arguments = ["decode", "--config", str(path), "--sweep", "--context", "9", "--batch", "2", "--steps", "4", "--json"]
+    result = CliRunner().invoke(bench_app, arguments)
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["context"], row["batch"]) for row in rows] == [(9, 2)] * 3
 
 
 def test_sweep_takes_no_peer(tmp_path: Path) -> None:

@@ -233,6 +233,8 @@ def test_a_grammar_is_compiled_once_and_the_latest_are_kept(tokenizer, monkeypat
         ({"json_schema": "{} x"}, "json_schema is not valid JSON: Extra data"),
         ({"json_schema": '{}, "max_tokens": 1'}, "json_schema is not valid JSON: Extra data"),
         ({"json_schema": '{"minimum": NaN}'}, "json_schema is not valid JSON: NaN"),
+        ({"json_schema": '{"type": "string", "minLength": 1e999}'}, "json_schema is not valid JSON: 1e999 is too large"),
+        ({"json_schema": '{"type": "integer", "multipleOf": true}'}, "json_schema cannot be used"),
         ({"json_schema": "[]"}, "json_schema must be a JSON object"),
         ({"json_schema": "false"}, "json_schema cannot be used: Unsatisfiable"),
         ({"json_schema": '{"type": "foo"}'}, "json_schema cannot be used: Invalid type: foo"),

@@ -144,6 +144,42 @@ def test_the_mixes_do_what_they_are_for():
     assert engine.stats.generated_tokens == 60
 
 
+@pytest.mark.parametrize("speculate", [0, 2])
+@pytest.mark.parametrize("torchs", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_in_bfloat16_a_hundred_others_change_no_token(family, torchs, speculate, monkeypatch):
+    """Prompts short and long, in a pool that preempts; whether torch computes in bfloat16 or in float32. The weights make
+    logits lie close together: a difference in their last bits would show."""
+    monkeypatch.setattr("cadre.infer.runner._best_dtype", lambda device: torchs)
+    config = small(family, max_position_embeddings=1000, num_nextn_predict_layers=1)
+    model = lively(config, 5).to(torch.bfloat16)
+    draw = random.Random(5)
+    lengths = [500, 210, *[draw.randint(1, 30) for _ in range(96)], 260, 700]
+    requests = [
+        Request(str(n), tuple(draw.randrange(WORDS) for _ in range(length)), 30, Sampling(1.0, seed=n), ignore_eos=True)
+        for n, length in enumerate(lengths)
+    ]
+
+    def engine(tokens):
+        made = Engine(
+            model, cache_bytes=bytes_for(config, tokens, torch.bfloat16, 4, 2 + bool(speculate)), page_size=4, max_batch=100,
+            chunk=256, prefix_sharing=False, speculate=speculate,
+        )  # fmt: skip
+        made._payoff.trial = 10**9
+        return made
+
+    together = engine(sum(lengths) + 900)
+    rows = []
+    inner = together.runner.hidden
+    monkeypatch.setattr(together.runner, "hidden", lambda batch: rows.append(len(batch.count_B)) or inner(batch))
+    got = together.run(requests)
+    assert max(rows) > 90
+    assert together.stats.preemptions > 0
+    alone = engine(1000)
+    for place in (0, 1, 2, 30, 60, 97, 98, 99):
+        assert alone.run([requests[place]]) == [got[place]]
+
+
 def request(prompt=(3, 4, 5), new=6, name="a", **options):
     return Request(name, tuple(prompt), new, options.pop("sampling", Sampling(0.0)), **options)
 

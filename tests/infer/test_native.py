@@ -17,7 +17,7 @@ from cadre.infer.quantize import quantize_model
 from cadre.kernels.native.library import library, why_missing
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
-from tests.shapes import configs, small
+from tests.shapes import FAMILIES, configs, small
 
 
 def test_the_kernels_are_built_here() -> None:
@@ -90,10 +90,20 @@ def test_logits_of_any_batch_are_those_of_a_full_forward(
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
-def test_a_token_has_the_same_bits_in_any_company() -> None:
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_has_the_same_bits_in_any_company(family: str, kind: str) -> None:
     """Row by row equality, not closeness: sampling must not depend on who else is served."""
-    config = small("deepseek_v3", hidden_size=72, moe_intermediate_size=40, max_position_embeddings=640, kv_lora_rank=24)
+    config = small(family, hidden_size=72, max_position_embeddings=640)
+    if config.has_experts:
+        config = config.model_copy(update={"moe_intermediate_size": 40})
+    if config.attention == "latent":
+        config = config.model_copy(update={"kv_lora_rank": 24})
     model, draw = randomized(config, 3, 0.1), random.Random(3)
+    if kind == "bfloat16":
+        model = model.to(torch.bfloat16)
+    elif kind != "float32":
+        model = quantize_model(model, kind)
     rows = [[draw.randrange(31) for _ in range(length)] for length in (5, 600, 17, 300)]
     kept = pool(config, 200, 8)
     together, alone = NativeModel.build(model, kept), NativeModel.build(model, kept)
@@ -102,6 +112,30 @@ def test_a_token_has_the_same_bits_in_any_company() -> None:
     shared = decode(together, rows, random.Random(1), 8)
     for row, logits in zip(rows, shared, strict=True):
         assert torch.equal(decode(alone, [row], random.Random(2), 8)[0], logits)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_attention_in_waves_has_the_same_bits(family: str) -> None:
+    """Many wide heads: the partial results of a pass do not fit at once, and how many do depends on the threads."""
+    wide = dict(kv_lora_rank=510) if family == "deepseek_v3" else dict(head_dim=512, num_key_value_heads=2)
+    config = small(family, num_attention_heads=64, max_position_embeddings=600, num_hidden_layers=1, **wide)
+    model = randomized(config, 4, 0.05)
+    row = [random.Random(4).randrange(31) for _ in range(550)]
+    logits = []
+    for threads, pieces in ((1, [500, 50]), (2, [500, 50]), (4, [500, 20, 1, 29])):
+        native = NativeModel.build(model, pool(config, 600, 1))
+        assert native is not None
+        native.threads = threads
+        with torch.inference_mode():
+            done, out = 0, []
+            for count in pieces:
+                out.append(native.logits(native.hidden(step([row[done : done + count]], [done], [list(range(600))]))))
+                done += count
+        logits.append(torch.cat(out))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    with torch.inference_mode():
+        expected = model(torch.tensor([row]))[0]
+    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])

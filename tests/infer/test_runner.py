@@ -1,4 +1,5 @@
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,14 +95,15 @@ def test_cached_logits_equal_recomputed(kind, shuffled, native):
     rows=st.integers(0, 8),
 )
 def test_any_batch_and_partition_gives_the_same_logits(config, pieces, page_size, seed, rows):
-    """Each pass reads a piece of a random choice of the sequences that have one left; passes of at most `rows` tokens run
-    natively, the others through torch, all on the same pages."""
+    """Each pass reads a piece of a random choice of the sequences that have one left; pieces of at most `rows` tokens run
+    natively, a few at a time, the others through torch, all on the same pages."""
     config = config.model_copy(update={"max_position_embeddings": 64})
     lengths, shuffled = [sum(own) for own in pieces], seed % 2 == 1
     reader = Reader(lively(config, seed), lengths, page_size, shuffled=shuffled, seed=seed, native=True)
     draw, left, logits = random.Random(seed), [list(own) for own in pieces], [[] for _ in pieces]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cadre.infer.runner.NATIVE_TOKENS", rows)
+        patch.setattr("cadre.infer.runner.NATIVE_ROWS", rows + seed % 7)
         while any(left):
             able = [n for n, own in enumerate(left) if own]
             chosen = draw.sample(able, draw.randint(1, len(able)))
@@ -196,11 +198,37 @@ def test_prediction_modules_in_pieces_equal_the_whole(family, native):
             assert_close(torch.cat(parts), stage)
 
 
+@torch.inference_mode()
+def test_threads_share_a_model(monkeypatch):
+    """Each with a runner of its own: neither the experts that passes through torch tell nor the model's dtype get mixed."""
+    monkeypatch.setattr("cadre.infer.runner.NATIVE_TOKENS", 0)
+    monkeypatch.setattr("cadre.infer.runner._best_dtype", lambda device: torch.float32)
+    model = lively(small("deepseek_v3", num_hidden_layers=3))
+    model.compute_dtype = torch.bfloat16
+    readers = [Reader(model, [20 + place], seed=place) for place in range(3)]
+
+    def experts(reader):
+        with torch.inference_mode():
+            batch = reader.batch([(0, len(reader.ids[0]))])
+            batch.experts = []
+            reader.runner.hidden(batch)
+            return batch.experts
+
+    want = [experts(reader) for reader in readers]
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(15):
+            for got, own in zip(threads.map(experts, readers), want, strict=True):
+                assert len(got) == len(own) == 2
+                assert all(map(torch.equal, got, own))
+    assert model.compute_dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("rows", [0, 2, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_told_and_counted(family, rows, monkeypatch):
     """Native or not."""
     monkeypatch.setattr("cadre.infer.runner._COUNT_EVERY", 3)
+    monkeypatch.setattr("cadre.infer.runner.NATIVE_ROWS", 4)
     monkeypatch.setattr("cadre.infer.runner.NATIVE_TOKENS", rows)
     model = lively(small(family, num_hidden_layers=3))
     reader, told = Reader(model, [9, 8], native=True), []

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.infer.engine import Engine, Request
 from cadre.infer.sampling import Sampling, choose_batch
 from cadre.infer.speculate import Payoff
+from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from tests.infer.test_native import randomized
 from tests.shapes import small
 
 
-def model_of(family: str, modules: int, copying: bool = False) -> Transformer:
+def model_of(family: str, modules: int, copying: bool = False, config: ModelConfig | None = None) -> Transformer:
     """`copying`: the modules repeat the main model's weights closely enough to be right often."""
-    model = randomized(small(family, num_nextn_predict_layers=modules, max_position_embeddings=200), 4, 0.2)
+    config = config or small(family, num_nextn_predict_layers=modules, max_position_embeddings=200)
+    model = randomized(config, 4, 0.2)
     if copying:
         # A model whose layers add almost nothing, and modules that pass the next token's embedding on: both then answer
         # from the last token alone, and agree.
@@ -61,6 +67,55 @@ def test_the_text_is_that_of_plain_decoding(family: str, modules: int, drafts: i
     assert engine.run(requests(sampled)) == plain
     assert engine.stats.drafts_accepted > 0
     engine.pool.check([])
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_answers_are_held_to_their_grammar(sampled: bool) -> None:
+    """Drafts that the grammar forbids are wrong drafts; those it allows count, and its end is the text's."""
+    tokenizer = train_tokenizer(["yes no maybe one two three 0123456789"], 300)
+    config = small("deepseek_v3", vocab_size=300, num_nextn_predict_layers=1, eos_token_id=1)
+    model = model_of("deepseek_v3", 1, copying=True, config=config)
+    schema = '{"type": "string", "pattern": "^(yes|no|12){3,7}$"}'
+    settings = Sampling(0.9 if sampled else 0.0, seed=5, json_schema=schema)
+    held = [
+        Request("schema", (2, 3), 60, settings),
+        Request("regex", (4, 5), 60, replace(settings, json_schema=None, regex="(one|two|three){3,9}!")),
+        Request("free", (6, 7), 20, replace(settings, json_schema=None)),
+    ]
+    plain = Engine(model, tokenizer, cache_bytes=2_000_000).run(held)
+    engine = Engine(model, tokenizer, cache_bytes=2_000_000, speculate=2)
+    engine._payoff = Payoff(trial=10**9)
+    assert engine.run(held) == plain
+    assert engine.stats.drafts_proposed > 0
+    (_, text, finish), (_, words, ended), _ = plain
+    assert (finish, ended) == ("stop", "stop")
+    assert re.fullmatch("(yes|no|12){3,7}", json.loads(text))
+    assert re.fullmatch("(one|two|three){3,9}!", words)
+
+
+def test_who_came_while_drafting_was_off_is_not_drafted() -> None:
+    """Its modules know nothing of its prompt; they do not read it then, and guesses would be noise."""
+    model = model_of("deepseek_v3", 1, copying=True)
+    engine = Engine(model, cache_bytes=2_000_000, speculate=1)
+    engine._payoff = payoff = Payoff(trial=10**9)
+    payoff._size(1).drafting = payoff._size(2).drafting = False
+    calls = []
+    inner = engine.runner.draft_hidden
+    engine.runner.draft_hidden = lambda *given: calls.append(given) or inner(*given)  # type: ignore[method-assign]
+    sampling = Sampling(temperature=0.0)
+    engine.add(Request("before", tuple(i % 31 for i in range(100)), 60, sampling, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    assert not calls
+    payoff._size(1).drafting = payoff._size(2).drafting = True
+    engine.add(Request("after", tuple(i % 30 for i in range(100)), 60, sampling, ignore_eos=True))
+    before, after = (live.sequence for live in engine._live.values())
+    while len(engine._live) == 2:
+        assert not before.drafts
+        known = before.missed, after.missed
+        engine.step()
+    assert known[0] > 100 and known[1] == 0
+    assert engine.stats.drafts_proposed > 20
 
 
 @pytest.mark.parametrize("drafts", [1, 4])
@@ -177,7 +232,7 @@ class TestPayoff:
         for _ in range(passes):
             drafting = payoff.drafting(1)
             ran.append(drafting)
-            payoff.record(1, 100, 100 / (with_drafts if drafting else without))
+            payoff.record(1, 1, 100, 100 / (with_drafts if drafting else without))
         return ran
 
     def test_it_stays_off_where_it_is_slower(self) -> None:
@@ -191,6 +246,28 @@ class TestPayoff:
     def test_batches_of_other_sizes_are_judged_apart(self) -> None:
         payoff = Payoff(trial=5, period=50)
         for _ in range(6):
-            payoff.record(1, 1, 1.0)
+            payoff.record(1, 1, 1, 1.0)
         assert not payoff.drafting(1)
         assert payoff.drafting(8)
+
+    def test_passes_whose_sequences_the_modules_do_not_know_are_no_trial(self) -> None:
+        """Requests that came while drafting was off cannot be drafted; what their passes give says nothing of drafts."""
+        payoff = Payoff(trial=5, period=50)
+        for _ in range(10):
+            payoff.record(8, 8, 10, 0.1)  # both ways tried, neither faster
+        for _ in range(50):
+            payoff.record(8, 8, 10, 0.1)
+        assert payoff.drafting(8)
+        for _ in range(30):
+            payoff.record(8, 3, 1, 10.0)
+            assert payoff.drafting(8)
+        for _ in range(5):
+            payoff.record(8, 5, 20, 0.1)
+        assert payoff.drafting(8)  # twice as fast: it stays
+
+    def test_a_trial_does_not_wait_for_ever(self) -> None:
+        payoff = Payoff(trial=5, period=50)
+        for _ in range(50):
+            assert payoff.drafting(8)
+            payoff.record(8, 0, 10, 0.1)
+        assert not payoff.drafting(8)

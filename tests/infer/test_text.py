@@ -70,6 +70,43 @@ def test_sentencepiece_text_comes_back(words):
     assert "hello" + "".join(pieces(FALLBACK, ids, context)) == FALLBACK.decode(context + ids)
 
 
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, FALLBACK])
+def test_bytes_that_never_make_a_character_are_given_out_and_forgotten(tokenizer):
+    """Each token costs the same, in a prompt or an answer of any length, and the text goes on rightly after them."""
+    vocabulary = tokenizer.get_vocab()
+    bad, good = vocabulary.get("<0x80>", BYTE_LEVEL.encode("🫖").ids[1]), vocabulary["a"]
+    assert tokenizer.decode([bad]) == REPLACEMENT
+    detokenizer, longest = Detokenizer(tokenizer, [bad] * 500), 0
+    parts = []
+    for token in [bad] * 500:
+        parts.append(detokenizer.push(token))
+        longest = max(longest, len(detokenizer.window))
+        assert len(detokenizer.window) <= 20 or len(parts) == 1
+    assert "".join(parts) == REPLACEMENT * 493
+    parts += [detokenizer.push(good), detokenizer.push(good)]
+    assert "".join(parts) == REPLACEMENT * 500 + "aa"
+
+
+@given(
+    ids=st.lists(st.integers(0, 299), max_size=12),
+    middle=st.integers(0, 40),
+    after=st.lists(st.integers(0, 299), max_size=12),
+)
+def test_a_long_run_of_broken_bytes_reads_as_decoded_at_once(ids, middle, after):
+    ids += [BYTE_LEVEL.encode("🫖").ids[1]] * middle + after
+    whole, joined = BYTE_LEVEL.decode(ids), "".join(pieces(BYTE_LEVEL, ids))
+    assert whole.startswith(joined)
+    assert not whole[len(joined) :].strip(REPLACEMENT)
+
+
+def test_a_long_prompt_is_not_decoded():
+    """Only its end matters to the first tokens that follow."""
+    context = BYTE_LEVEL.encode(TEXT * 20).ids
+    detokenizer = Detokenizer(BYTE_LEVEL, context)
+    assert len(detokenizer.window) < 40
+    assert "".join(detokenizer.push(token) for token in BYTE_LEVEL.encode("naïve 你好").ids) == "naïve 你好"
+
+
 @given(st.lists(st.integers(0, FALLBACK.get_vocab_size() - 1), max_size=30))
 def test_byte_fallback_survives_bytes_that_are_no_text(ids):
     assert all(isinstance(piece, str) for piece in pieces(FALLBACK, ids))

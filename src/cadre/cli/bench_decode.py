@@ -20,15 +20,25 @@ class Peer(StrEnum):
 
 def bench_decode(
     config: Annotated[Path, typer.Option(help="A Hugging Face config.json.", show_default=False)],
-    context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that each sequence has.")] = 512,
-    batch: Annotated[int, typer.Option(metavar="B", min=1, max=1024, help="Sequences decoded at a time.")] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Tokens that each sequence has; 512, --sweep tries several.", show_default=False),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="B", min=1, max=1024, help="Sequences decoded at a time; 1, --sweep tries several.",
+                     show_default=False),
+    ] = None,
     dtype: Annotated[DType, typer.Option(help="Of weights and cache; auto weighs bytes against arithmetic.")] = DType.auto,
     quantize: Quantize = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=4, max=10_000, help="Measured steps.")] = 24,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=4, max=10_000, help="Measured steps; 24, 8 a point of --sweep.", show_default=False),
+    ] = None,
     peer: Annotated[Peer | None, typer.Option(help="Decode the same shape in it, in turn.", show_default=False)] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Contexts and batches, beside MHA and GQA twins.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Time decoding on random weights, against the machine's memory rate."""
     import torch
 
@@ -45,11 +55,14 @@ def bench_decode(
     result: dict[str, Any]
     with _notes(json_output) as note:
         if sweep:
-            result = {"mode": "sweep", "rows": bench.sweep(shape, dtype=chosen, note=note)}
+            contexts = bench.CONTEXTS if context is None else (context,)
+            batches = bench.BATCHES if batch is None else (batch,)
+            rows = bench.sweep(shape, dtype=chosen, note=note, contexts=contexts, batches=batches, steps=steps or 8)
+            result = {"mode": "sweep", "rows": rows}
         else:
             result = bench.bench_decode(
-                shape, context=context, batch=batch, dtype=chosen, quantization=quantize and quantize.value, steps=steps,
-                peer=peer is not None, note=note,
+                shape, context=context or 512, batch=batch or 1, dtype=chosen, quantization=quantize and quantize.value,
+                steps=steps or 24, peer=peer is not None, note=note,
             )  # fmt: skip
     if json_output:
         typer.echo(json.dumps(result))
@@ -77,8 +90,9 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"C++ kernels are missing: {result['kernels']}"
     if "peer" in result:
         other = result["peer"]
-        yield (f"{other['name']} {other['version']} ({other['experts'] or 'dense'}): decode "
-               f"{other['decode_tokens_per_second']:,.1f}, prefill {other['prefill_tokens_per_second']:,.1f} "
-               "tokens/s")  # fmt: skip
-        yield (f"cadre decodes {result['speed_ratio']:.1f} times as fast, reads prompts {result['prefill_ratio']:.1f} times "
-               "as fast")  # fmt: skip
+        for way in other["ways"]:
+            yield (f"{way['name']} {way['version']} ({way['dtype']}, {way['experts'] or 'dense'}): decode "
+                   f"{way['decode_tokens_per_second']:,.1f}, prefill {way['prefill_tokens_per_second']:,.1f} "
+                   "tokens/s")  # fmt: skip
+        yield (f"cadre decodes {result['speed_ratio']:.1f} times as fast as the peer's best, reads prompts "
+               f"{result['prefill_ratio']:.1f} times as fast")  # fmt: skip

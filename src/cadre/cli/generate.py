@@ -83,9 +83,24 @@ def load_with_tokenizer(path: Path, quantize: Quantization | None = None) -> tup
     from cadre.kernels.limits import default_device
 
     keep_freed_memory()
+    tell_kernels()
     model, tokenizer = load(path, device=default_device())
     if tokenizer is None:
         raise UsageError(f"{path}: the model has no tokenizer.json, and text needs one")
     if quantize is not None:
         quantize_model(model, quantize.value)
     return model, tokenizer
+
+
+def tell_kernels() -> None:
+    """Say on standard error that the C++ kernels are being compiled, or why all is slower without them; else nothing."""
+    from cadre.kernels.limits import default_device
+    from cadre.kernels.native.library import must_compile, why_missing
+
+    if default_device().type != "cpu":
+        return
+    if must_compile():
+        typer.echo("compiling the C++ kernels for this machine, once: about half a minute", err=True)
+    missing = why_missing()
+    if missing is not None:
+        typer.echo(f"C++ kernels are missing, all is slower: {missing}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,6 @@ def serve(
     from cadre.infer.engine import Engine
     from cadre.plan.count import count
     from cadre.serve.app import create_app
-    from cadre.serve.gate import LOOPBACK
     from cadre.serve.service import Card
     from cadre.serve.template import read_template
 
@@ -77,7 +77,7 @@ def serve(
         # Training writes this template beside every model; only another one tells of training on conversations.
         base_model=template is None or template.source == CHAT_TEMPLATE,
     )
-    local = listener.getsockname()[0] in LOOPBACK
+    local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     app = create_app(
         engine,
         tokenizer,

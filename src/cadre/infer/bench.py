@@ -8,18 +8,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
 from cadre.errors import UsageError
 from cadre.infer.engine import Engine
-from cadre.infer.pages import bytes_for
+from cadre.infer.pages import bytes_for, free_bytes
 from cadre.infer.peer import PeerDecoder
-from cadre.infer.quantize import quantize_model
+from cadre.infer.quantize import QuantizedLinear, quantize_model
+from cadre.infer.request import Request
 from cadre.infer.sampling import Sampling
-from cadre.infer.scheduler import Request
 from cadre.kernels.limits import best_dtype, default_device, peak_memory_bytes, read_bytes_per_second
-from cadre.kernels.native.library import why_missing
+from cadre.kernels.native.library import must_compile, why_missing
 from cadre.model.config import ModelConfig
 from cadre.model.layers import RMSNorm
 from cadre.model.transformer import Transformer
@@ -43,8 +42,8 @@ class Decoding:
             raise UsageError(f"--context {context}: with {steps} measured steps it exceeds the model's context of {limit:,}")
         self.context, self.batch = context, batch
         room = batch * bytes_for(model.config, context + steps + PAGE, model.embed_tokens.weight.dtype, PAGE)
-        free = psutil.virtual_memory().available
-        if model.embed_tokens.weight.device.type == "cpu" and room > 0.9 * free:
+        free = free_bytes(model.embed_tokens.weight.device)
+        if room > 0.9 * free:
             raise UsageError(f"the cache of {batch} x {context:,} tokens takes {room / 2**30:,.1f} GiB, "
                              f"{free / 2**30:,.1f} GiB are free: lower --context or --batch")  # fmt: skip
         self.engine = Engine(model, cache_bytes=room, page_size=PAGE, max_batch=batch, prefix_sharing=False)
@@ -105,21 +104,23 @@ def bench_decode(
     dtype: of weights and cache; None for the checkpoint's usual bfloat16 on a GPU or for models too large for the
     processor's caches, float32 else. weight_bytes_per_token: weights read in a step, experts that no token chose left out,
     over the tokens it makes. cache_bytes_per_token: what one position takes. bandwidth_fraction: bytes read a second over
-    `memory_bandwidth`, the rate of reading one large block. With `peer`, transformers decodes the same shape in turn;
-    `speed_ratio` and `prefill_ratio` are ours over theirs. Raises `UsageError` for a context beyond the model's and for a
-    cache beyond the memory.
+    `memory_bandwidth`, the rate of reading one large block. With `peer`, transformers decodes the same shape in turn, in
+    `dtype` and on a CPU in float32 too, since many a CPU only emulates bfloat16; `speed_ratio` and `prefill_ratio` are ours
+    over its best. Raises `UsageError` for a context beyond the model's and for a cache beyond the memory.
     """
     device = default_device()
     dtype = dtype or default_dtype(config)
     total = WARM_UP + steps
+    if device.type == "cpu" and must_compile():
+        note("compiling the C++ kernels, once")
     note("filling random weights")
     model = random_model(config, dtype, quantization)
     decoding = Decoding(model, context, batch, total)
-    other = PeerDecoder(config, dtype, context, batch, note) if peer else None
+    others = _peers(config, dtype, context, batch, note) if peer else []
     note(f"reading a prompt of {context:,} tokens")
     prefill = _prefill_seconds(model, context)
     seconds: list[float] = []
-    theirs: list[float] = []
+    theirs: list[list[float]] = [[] for _ in others]
     for _ in range(WARM_UP - 1):
         decoding.step()
     before = decoding.engine.stats.expert_load
@@ -129,8 +130,8 @@ def bench_decode(
     for turn in range(ROUNDS):
         note(f"decoding, turn {turn + 1} of {ROUNDS}")
         seconds += [decoding.step() for _ in range(steps // ROUNDS)]
-        if other is not None:
-            theirs += [other.step() for _ in range(max(1, steps // ROUNDS // 2))]
+        for other, took in zip(others, theirs, strict=True):
+            took += [other.step() for _ in range(max(1, steps // ROUNDS // 2))]
     median = statistics.median(seconds)
     weights = weight_bytes(model, touched)
     read = weights + batch * context * decoding.engine.pool.bytes_per_token
@@ -152,16 +153,37 @@ def bench_decode(
         "bandwidth_fraction": read / median / bandwidth,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
-    if other is not None:
-        slow = statistics.median(theirs)
+    if others:
+        ways: list[dict[str, Any]] = [
+            {
+                **other.description,
+                "prefill_tokens_per_second": context / other.prefill_seconds,
+                "decode_tokens_per_second": batch / statistics.median(took),
+            }
+            for other, took in zip(others, theirs, strict=True)
+        ]
+        rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
         result["peer"] = {
-            **other.description,
-            "prefill_tokens_per_second": context / other.prefill_seconds,
-            "decode_tokens_per_second": batch / slow,
+            **{name: ways[0][name] for name in ("name", "version")},
+            **{rate: max(way[rate] for way in ways) for rate in rates},
+            "ways": ways,
         }
-        result["speed_ratio"] = slow / median
-        result["prefill_ratio"] = other.prefill_seconds / prefill
+        result["prefill_ratio"], result["speed_ratio"] = (result[rate] / result["peer"][rate] for rate in rates)
     return result
+
+
+def _peers(config: ModelConfig, dtype: torch.dtype, context: int, batch: int, note: Note) -> list[PeerDecoder]:
+    """The peer in `dtype`, and on a CPU in float32 if the memory holds that too."""
+    from cadre.plan.count import count
+
+    peers = [PeerDecoder(config, dtype, context, batch, note)]
+    wide = 4 * count(config).total_parameters
+    if default_device().type == "cpu" and dtype != torch.float32:
+        if wide < 0.8 * free_bytes(default_device()):
+            peers.append(PeerDecoder(config, torch.float32, context, batch, note))
+        else:
+            note(f"transformers in float32 takes {wide / 2**30:,.1f} GiB, more than is free: left out")
+    return peers
 
 
 def default_dtype(config: ModelConfig) -> torch.dtype:
@@ -182,7 +204,7 @@ def weight_bytes(model: Transformer, experts: int) -> int:
             continue
         everything += tensor.nbytes
         routed += tensor.nbytes if ".experts." in name else 0
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and not isinstance(model.lm_head, QuantizedLinear):
         everything += model.embed_tokens.weight.nbytes
     main = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
     number = main * (config.n_routed_experts or 0)
@@ -190,12 +212,12 @@ def weight_bytes(model: Transformer, experts: int) -> int:
 
 
 def sweep(config: ModelConfig, *, dtype: torch.dtype | None, note: Note, contexts: tuple[int, ...] = CONTEXTS,
-          batches: tuple[int, ...] = BATCHES) -> list[dict[str, Any]]:  # fmt: skip
+          batches: tuple[int, ...] = BATCHES, steps: int = 8) -> list[dict[str, Any]]:  # fmt: skip
     """Decode rates over contexts and batches, of the model and of its twins whose caches keep keys and values: every head's
     (MHA), and of an eighth of the heads at least one (GQA). A point that does not fit into memory says so."""
     dtype = dtype or default_dtype(config)
     rows: list[dict[str, Any]] = []
-    steps = WARM_UP + 8
+    steps += WARM_UP
     longest = config.model_copy(update={"max_position_embeddings": max(contexts) + steps})
     for name, shape in twins(longest).items():
         model = random_model(shape, dtype, None)
@@ -221,11 +243,10 @@ def twins(config: ModelConfig) -> dict[str, ModelConfig]:
         return {"grouped": config}
     values = config.to_hf()
     for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
-                 "num_key_value_heads", "architectures", "topk_method", "rope_parameters"):  # fmt: skip
+                 "num_key_value_heads", "architectures", "topk_method", "scoring_func", "rope_parameters"):  # fmt: skip
         values.pop(name, None)
     values["head_dim"] = config.v_head_dim
-    experts = config.has_experts
-    values["model_type"] = "glm4_moe" if experts else "llama"
+    values["model_type"] = "glm4_moe"
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_parameters.rope_theta}
     heads = config.num_attention_heads
     return {

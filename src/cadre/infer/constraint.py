@@ -174,7 +174,7 @@ def _compile(vocabulary: LLTokenizer, kind: str, text: str) -> LLMatcher:
 
 def _read_schema(text: str) -> Any:
     try:
-        schema = json.loads(text, parse_constant=_refuse_constant)
+        schema = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except ValueError as error:
         raise UsageError(f"json_schema is not valid JSON: {_one_line(str(error))}") from None
     except RecursionError:
@@ -193,7 +193,7 @@ def _read_schema(text: str) -> Any:
         elif isinstance(part, dict):
             parts += part.values()
             value = part.get("multipleOf")
-            if isinstance(value, int | float) and value > 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 multiple = math.lcm(multiple, _digits(value))
     if multiple > _GREATEST_MULTIPLE:
         raise UsageError(
@@ -204,6 +204,13 @@ def _read_schema(text: str) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{_one_line(text)} is too large a number")
+    return value
 
 
 def _digits(value: float) -> int:

@@ -20,10 +20,11 @@ from torch import Tensor
 from cadre.errors import UsageError
 from cadre.infer.constraint import Constraints
 from cadre.infer.pages import PagePool, bytes_for, cache_dtype, free_bytes
+from cadre.infer.request import EngineStats, Output, Request, check
 from cadre.infer.runner import Batch, Runner, batch_of
 from cadre.infer.sampling import Sampler, TokenOut, choose_batch, token_logprobs
-from cadre.infer.scheduler import Request, Scheduler, Sequence
-from cadre.infer.speculate import Drafter, Payoff, Reading
+from cadre.infer.scheduler import Scheduler, Sequence
+from cadre.infer.speculate import Drafter, Payoff, Reading, is_ready
 from cadre.infer.text import Detokenizer, StopStrings
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -38,47 +39,6 @@ __all__ = ["Engine", "EngineStats", "Output", "Request", "end_ids"]
 _CACHE_SHARE = 0.5
 # Logits of prompt positions held at once, in elements: a few MB in float32.
 _SCORE_ELEMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one step adds to a request.
-
-    id: the request's. tokens: new ones, without the end-of-text token that ended the text (unless `ignore_eos`), with those
-    of a stop string. text: the piece of text that has become certain, "" without a tokenizer. finish: None while it goes
-    on; "stop" at end-of-text or a stop string, "length" after `max_new_tokens` or at the end of the context or the cache,
-    "abort", "deadline", "error" if the logits are not finite. cached_tokens: prompt tokens found by prefix sharing.
-    prompt_logprobs: with the first output if asked for, one for each prompt token, the first one's None.
-    """
-
-    id: str
-    tokens: tuple[TokenOut, ...]
-    text: str
-    finish: str | None
-    prompt_tokens: int
-    cached_tokens: int
-    prompt_logprobs: tuple[TokenOut, ...] | None = None
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the engine was made, of requests, tokens and pages; expert_load: tokens that each expert of each
-    sparse layer has had; step_seconds: spent in `steps` steps."""
-
-    waiting: int
-    running: int
-    finished: int
-    prompt_tokens: int
-    cached_prompt_tokens: int
-    generated_tokens: int
-    pages_used: int
-    pages_total: int
-    preemptions: int
-    drafts_proposed: int
-    drafts_accepted: int
-    expert_load: tuple[tuple[int, ...], ...]
-    steps: int
-    step_seconds: float
 
 
 class _Live:
@@ -174,7 +134,11 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises `UsageError` if it can never run: no tokens, a token outside the vocabulary, a prompt
         longer than the context or the cache, values out of range, or an id that is in use."""
-        self._check(request)
+        if request.id in self._live:
+            raise UsageError(f"request id {request.id!r} is in use: give each request its own")
+        check(request, self.config, self.pool.tokens)
+        if request.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, which this model has not")
         prompt = request.prompt_ids
         sampler = Sampler(request.sampling, prompt, self.constraints.start(request.sampling))
         limit = min(len(prompt) + request.max_new_tokens, self.max_length)
@@ -237,26 +201,6 @@ class Engine:
             step_seconds=self._seconds,
         )
 
-    def _check(self, request: Request) -> None:
-        prompt, words, context = request.prompt_ids, self.config.vocab_size, self.config.max_position_embeddings
-        if request.id in self._live:
-            raise UsageError(f"request id {request.id!r} is in use: give each request its own")
-        if not prompt:
-            raise UsageError("the prompt has no tokens: give at least one")
-        if not 0 <= min(prompt) <= max(prompt) < words:
-            wrong = next(token for token in prompt if not 0 <= token < words)
-            raise UsageError(f"token id {wrong} is outside the model's vocabulary (0 to {words - 1})")
-        if len(prompt) > context:
-            raise UsageError(f"the prompt has {len(prompt):,} tokens, but the model's context is {context:,}: shorten it")
-        if len(prompt) > self.pool.tokens:
-            held = self.pool.tokens
-            raise UsageError(f"the prompt has {len(prompt):,} tokens, but the cache holds {held:,}: shorten it, or give more")
-        if request.max_new_tokens < 0:
-            raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 0")
-        if request.stop and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer, which this model has not")
-        request.sampling.check_vocabulary(words)
-
     # ------------------------------------------------------------------------------------------------- a step
 
     @torch.inference_mode()
@@ -269,17 +213,19 @@ class Engine:
         self.scheduler.admit()
         prompts = self.scheduler.prompts()
         running = [sequence for sequence in self.scheduler.active if sequence.unread == 1]
-        drafting = self._drafter is not None and self._payoff.drafting(len(running))
         if prompts:
-            self._forward(prompts, drafting)
+            # Whether they will be drafted once they run, beside all that run then.
+            self._forward(prompts, self._drafts(len(self.scheduler.active)))
         if running:
             made, start = self._generated, time.perf_counter()
+            drafting = self._drafts(len(running))
+            ready = sum(is_ready(sequence) for sequence in running)
             if not drafting:
                 for sequence in running:
                     sequence.drafts.clear()
                     sequence.carried.clear()
             self._forward([(sequence, 1 + len(sequence.drafts)) for sequence in running], drafting)
-            self._payoff.record(len(running), self._generated - made, time.perf_counter() - start)
+            self._payoff.record(len(running), ready, self._generated - made, time.perf_counter() - start)
         self._steps += 1
         self._seconds += time.perf_counter() - begin
         outputs, self._outputs = self._outputs, []
@@ -317,8 +263,11 @@ class Engine:
             if sequence.unread == 0:
                 good = all(math.isfinite(score.logprob or 0.0) for score in sequence.scores)
                 self._finish(self._live[sequence.request.id], "length" if good else "error")
-        if drafting:
-            self._draft(work, hidden_TD, batch.start_B)
+        if self._drafter is not None:
+            self._draft(self._drafter, drafting, work, hidden_TD, batch.start_B)
+
+    def _drafts(self, sequences: int) -> bool:
+        return self._drafter is not None and self._payoff.drafting(sequences)
 
     def _accept_drafts(self, choosing: list[_Choice], logits_NW: Tensor, batch: Batch) -> None:
         """Choose a token for each, and one more as long as it is what was drafted. A sequence advances only when its token
@@ -344,22 +293,28 @@ class Engine:
                         going.append(choice)
             choosing, taken = going, taken + 1
 
-    def _draft(self, work: list[tuple[Sequence, int]], hidden_TD: Tensor, start_B: list[int]) -> None:
-        """Draft for whoever goes on; the modules read what the model has read."""
-        assert self._drafter is not None
+    def _draft(
+        self, drafter: Drafter, drafting: bool, work: list[tuple[Sequence, int]], hidden_TD: Tensor, start_B: list[int]
+    ) -> None:
+        """Draft for whoever goes on, if at all; the modules read what the model has read, or miss it."""
         readings: list[Reading] = []
         begin = 0
         for (sequence, count), start in zip(work, start_B, strict=True):
-            if sequence.request.id in self._live:
-                read = sequence.cached - start
+            end, read = begin + count, sequence.cached - start
+            if sequence.request.id not in self._live:
+                pass
+            elif not drafting or not is_ready(sequence):
+                sequence.missed += read
+                sequence.carried.clear()
+            else:
                 wanted = 0
                 if sequence.unread == 1:
                     most = min(self.speculate, sequence.limit - len(sequence.ids) - 1)
                     wanted = self.scheduler.reserve(sequence, most)
                 readings.append(Reading(sequence, start, hidden_TD[begin : begin + read], wanted))
-            begin += count
+            begin = end
         if readings:
-            for reading, drafts in zip(readings, self._drafter.draft(readings), strict=True):
+            for reading, drafts in zip(readings, drafter.draft(readings), strict=True):
                 reading.sequence.drafts = drafts
 
     def _choose(self, sequences: list[Sequence], logits_NW: Tensor) -> list[TokenOut | None]:

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 Part = Callable[[Any], None]  # takes a reference to a Step
 
+# So many tokens of one sequence always run natively, whoever else is served; a longer piece is faster in torch, which expands
+# the latents.
+NATIVE_TOKENS = 192
+# Rows of one pass, which bounds what it takes for its activations; a sequence's own are never parted.
+NATIVE_ROWS = 256
+
 
 class NativeModel:
     """A model bound to one pool. load_LE: tokens that each expert of each sparse layer has had. choice_LTK: the experts of
@@ -84,7 +90,8 @@ class NativeModel:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Float32 [N, W] of normed hidden states [N, D]."""
-        return self._linear(self.head, hidden_ND.float().contiguous())
+        parts = [self._linear(self.head, part.contiguous()) for part in hidden_ND.float().split(NATIVE_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, x_TD: Tensor, batch: Batch, blocks: list[list[Part]]) -> None:
         sequences = len(batch.count_B)

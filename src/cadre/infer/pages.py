@@ -21,6 +21,13 @@ from cadre.model.config import ModelConfig
 if TYPE_CHECKING:
     from cadre.model.transformer import Transformer
 
+_CGROUP = Path("/sys/fs/cgroup")
+# Where a container's limit stands, what it uses, and what of that is cache that gives way; versions 2 and 1.
+_CGROUPS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
 
 class PagePool:
     """Every layer's pages as two tensors allocated once, and the book of who holds which page.
@@ -52,9 +59,6 @@ class PagePool:
         first, second = _widths(config)
         self.first = torch.empty(depth, pages, page_size, *first, dtype=dtype, device=device)
         self.second = torch.empty(depth, pages, page_size, *second, dtype=dtype, device=device)
-        # Drafts may read what no one has written yet; it must be numbers.
-        self.first[config.num_hidden_layers :].zero_()
-        self.second[config.num_hidden_layers :].zero_()
         # The modules' layers have gaps where drafting was off, and attention over what memory held before may be NaN.
         for part in (self.first, self.second):
             part[config.num_hidden_layers :].zero_()
@@ -198,13 +202,15 @@ def free_bytes(device: torch.device) -> int:
     import psutil
 
     free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        return max(0, min(free, int((group / "memory.max").read_text()) - used))
-    except (OSError, ValueError, KeyError):  # no such files, or the limit is "max"
-        return free
+    for folder, limit, usage, inactive in _CGROUPS:
+        group = _CGROUP / folder
+        try:
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / usage).read_text()) - int(stat[inactive])
+            return max(0, min(free, int((group / limit).read_text()) - used))
+        except (OSError, ValueError, KeyError):  # no such files, or the limit is "max"
+            continue
+    return free
 
 
 def _widths(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,18 +8,19 @@ expert choices, R choices of several passes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cadre.infer.native import NativeModel
+from cadre.infer.native import NATIVE_ROWS, NATIVE_TOKENS, NativeModel
 from cadre.infer.pages import PagePool
 from cadre.kernels.limits import best_dtype
 from cadre.model.experts import Routes
@@ -28,8 +29,6 @@ from cadre.model.transformer import Transformer
 if TYPE_CHECKING:
     from cadre.infer.scheduler import Sequence
 
-# The C++ kernels take passes of at most so many tokens; more are faster in torch, which expands the latents.
-NATIVE_TOKENS = 64
 # Passes whose experts are counted together.
 _COUNT_EVERY = 32
 
@@ -49,6 +48,18 @@ class Batch:
     start_B: list[int]
     page_BP: Tensor
     experts: list[Tensor] | None = field(default=None, compare=False)
+
+    def part(self, begin: int, end: int) -> Batch:
+        """Sequences `begin` to `end`."""
+        first, last = sum(self.count_B[:begin]), sum(self.count_B[:end])
+        return Batch(
+            ids_T=self.ids_T[first:last],
+            position_T=self.position_T[first:last],
+            count_B=self.count_B[begin:end],
+            start_B=self.start_B[begin:end],
+            page_BP=self.page_BP[begin:end],
+            experts=None if self.experts is None else [],
+        )
 
 
 def batch_of(work: list[tuple[Sequence, int]]) -> Batch:
@@ -77,8 +88,10 @@ def table_of(sequences: list[Sequence]) -> Tensor:
 
 
 class Runner:
-    """Runs a model over batches whose past lies in the pool's pages: few tokens through the C++ kernels where there are
-    any, else through torch. Puts the model in eval mode."""
+    """Runs a model over batches whose past lies in the pool's pages: a sequence's new tokens through the C++ kernels where
+    there are any and the tokens are few, else through torch. Their arithmetic differs in the last bits, in bfloat16 in more:
+    which one it is depends on the sequence's own tokens alone, and each gives a token the same bits in any company. Puts the
+    model in eval mode. Any number of threads may each have a runner of one model."""
 
     def __init__(self, model: Transformer, pool: PagePool) -> None:
         self.model, self.pool = model.eval(), pool
@@ -89,37 +102,33 @@ class Runner:
         self._load_LE = torch.zeros(len(self._routers), model.config.n_routed_experts or 0, dtype=torch.int64)
         self._uncounted: deque[list[Tensor]] = deque()
         self._counting = Lock()
+        self._turn = _turns.setdefault(model, Lock())
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         """Write the new tokens' part of the cache; their normed hidden states [T, D]."""
-        native = self._native(len(batch.ids_T))
-        if native is None:
-            return self._torch_hidden(batch)
-        hidden_TD = native.hidden(batch)
-        if batch.experts is not None:
-            batch.experts.extend(native.choices(len(hidden_TD))[: len(self._routers)])
-        return hidden_TD
+        return self._by_parts(batch, self._native_hidden, self._torch_hidden)
 
     @torch.inference_mode()
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, W] of normed hidden states."""
-        native = self._native(len(hidden_ND))
-        if native is not None:
-            return native.logits(hidden_ND)
+        if self.native is not None:
+            return self.native.logits(hidden_ND)
         return self.model.lm_head(hidden_ND.to(self.dtype)).float()
 
     @torch.inference_mode()
     def draft_hidden(self, depth: int, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """Hidden states [T, D] of multi-token prediction module `depth`, given those of the stage before at the batch's
         positions; the batch's ids are those `depth` + 1 further. Needs a pool with layers for the modules."""
-        native = self._native(len(batch.ids_T))
-        if native is not None:
-            return native.draft_hidden(depth, hidden_TD, batch)
-        cache = PagedCache(self.pool, batch)
-        ids_1T = batch.ids_T.to(cache.position_T.device)[None]
-        with self._computing():
-            return self.model.further_hidden(hidden_TD[None].to(self.dtype), ids_1T, depth, cache)[0]
+        parts = iter(hidden_TD.split([len(part.ids_T) for part, _ in self._parts(batch)]))
+
+        def through_torch(part: Batch) -> Tensor:
+            cache = PagedCache(self.pool, part)
+            ids_1T = part.ids_T.to(cache.position_T.device)[None]
+            with self._computing():
+                return self.model.further_hidden(next(parts)[None].to(self.dtype), ids_1T, depth, cache)[0]
+
+        return self._by_parts(batch, lambda native, part: native.draft_hidden(depth, next(parts), part), through_torch)
 
     def load(self) -> Tensor:
         """How many tokens each expert of each sparse layer of the main model has had: int64 [L, E], on the CPU. Any thread
@@ -138,16 +147,55 @@ class Runner:
                 return self._load_LE
             return self._load_LE + self.native.load_LE[: len(self._routers)]
 
-    def _native(self, rows: int) -> NativeModel | None:
-        return self.native if rows <= NATIVE_TOKENS else None
+    def _parts(self, batch: Batch) -> Iterator[tuple[Batch, NativeModel | None]]:
+        """A batch in passes: short pieces natively and as many at once as a pass takes, each longer one by itself in torch,
+        whose products of several together would differ in their last bits. All at once where there are no kernels."""
+        begin = rows = 0
+        if self.native is None:
+            yield batch, None
+            return
+        for number, count in enumerate(batch.count_B):
+            if begin < number and (count > NATIVE_TOKENS or rows + count > NATIVE_ROWS):
+                yield batch.part(begin, number), self.native
+                begin, rows = number, 0
+            if count > NATIVE_TOKENS:
+                yield batch.part(number, number + 1), None
+                begin = number + 1
+            else:
+                rows += count
+        if begin < len(batch.count_B):
+            yield (batch.part(begin, len(batch.count_B)) if begin else batch), self.native
+
+    def _by_parts(
+        self, batch: Batch, natively: Callable[[NativeModel, Batch], Tensor], through_torch: Callable[[Batch], Tensor]
+    ) -> Tensor:
+        hidden: list[Tensor] = []
+        chosen: list[list[Tensor]] = []
+        for part, native in self._parts(batch):
+            hidden.append(through_torch(part) if native is None else natively(native, part))
+            chosen.append(part.experts or [])
+        if len(hidden) == 1:
+            if batch.experts is not None:
+                batch.experts[:] = chosen[0]
+            return hidden[0]
+        if batch.experts is not None:
+            batch.experts.extend(torch.cat(own) for own in zip(*chosen, strict=True))
+        return torch.cat([part_TD.float() for part_TD in hidden])
+
+    def _native_hidden(self, native: NativeModel, batch: Batch) -> Tensor:
+        hidden_TD = native.hidden(batch)
+        if batch.experts is not None:
+            batch.experts.extend(native.choices(len(hidden_TD))[: len(self._routers)])
+        return hidden_TD
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        own, self.model.compute_dtype = self.model.compute_dtype, self.dtype
-        try:
-            yield
-        finally:
-            self.model.compute_dtype = own
+        with self._turn:
+            own, self.model.compute_dtype = self.model.compute_dtype, self.dtype
+            try:
+                yield
+            finally:
+                self.model.compute_dtype = own
 
     def _torch_hidden(self, batch: Batch) -> Tensor:
         cache = PagedCache(self.pool, batch)
@@ -157,13 +205,13 @@ class Runner:
         def note(router: object, inputs: object, routes: Routes) -> None:
             chosen.append(routes.expert_TK)
 
-        hooks = [router.register_forward_hook(note) for router in self._routers]
-        try:
-            with self._computing():
+        with self._computing():
+            hooks = [router.register_forward_hook(note) for router in self._routers]
+            try:
                 hidden_1TD = self.model.hidden(ids_1T, cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            finally:
+                for hook in hooks:
+                    hook.remove()
         if batch.experts is not None:
             batch.experts.extend(chosen)
         if chosen:
@@ -180,6 +228,8 @@ def _torch_dtype(model: Transformer) -> torch.dtype:
     return _best_dtype(weight.device) if dtype == torch.bfloat16 else dtype
 
 
+# A pass through torch sets the model's dtype and its routers' hooks: one at a time for each model, whoever runs it.
+_turns: WeakKeyDictionary[Transformer, Lock] = WeakKeyDictionary()
 # Measured once: it takes as long as reading a short prompt.
 _best_dtype = cache(best_dtype)
 

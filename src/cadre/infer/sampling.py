@@ -133,6 +133,10 @@ class Sampler:
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self.generated = 0
         self.counts: TokenCounts | None = None
+        self.bias: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
+        if sampling.logit_bias:
+            ids, values = zip(*sampling.logit_bias, strict=True)
+            self.bias = np.array(ids, dtype=np.int64), np.array(values, dtype=np.float32)
         if sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty:
             self.counts = TokenCounts(prompt_ids if sampling.repetition_penalty != 1 else ())
 
@@ -167,7 +171,7 @@ class Sampler:
     @property
     def edits(self) -> bool:
         """Whether something else than temperature changes the logits before a choice."""
-        return self.constraint is not None or self.counts is not None or bool(self.sampling.logit_bias)
+        return self.constraint is not None or self.counts is not None or self.bias is not None
 
 
 class TokenCounts:
@@ -281,10 +285,10 @@ def _edit(samplers: list[Sampler], logits_BW: Tensor) -> None:
         if sampler.constraint is not None:
             allowed_W = torch.from_numpy(sampler.constraint.mask()).to(device)
             logits_BW[row, : len(allowed_W)].masked_fill_(~allowed_W, -math.inf)
-    biased = [(row * words + id, bias) for row, sampler in enumerate(samplers) for id, bias in sampler.sampling.logit_bias]
+    biased = [(row * words + sampler.bias[0], sampler.bias[1]) for row, sampler in enumerate(samplers) if sampler.bias]
     if biased:
-        places, values = zip(*biased, strict=True)
-        logits[torch.tensor(places, device=device)] += torch.tensor(values, dtype=torch.float32, device=device)
+        place_N, bias_N = (torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*biased, strict=True))
+        logits[place_N] += bias_N
     counted = [(row, sampler.sampling, sampler.counts) for row, sampler in enumerate(samplers) if sampler.counts is not None]
     if counted:
         place_N = torch.from_numpy(np.concatenate([row * words + counts.ids for row, _, counts in counted])).to(device)

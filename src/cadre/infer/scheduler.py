@@ -1,8 +1,11 @@
 """Who runs next: admission, shares of the prompt chunk, pages, preemption. Arithmetic only: nothing here touches a tensor.
 
 Fairness. Sequences are admitted in the order of their arrival. The oldest admitted one is never preempted and advances at
-every step, by half a chunk of its prompt or by one token: so every request becomes the oldest and finishes within a number
-of steps that depends on the requests before it alone.
+least at every second step, by a piece of its prompt or by one token: so every request becomes the oldest and finishes within
+a number of steps that depends on the requests before it alone.
+
+Company. A prompt is read in whole pieces, whose lengths depend on the prompt and on what of it the cache holds: on what
+arithmetic a position gets, and so on its last bits, it makes no difference who else is served.
 """
 
 from __future__ import annotations
@@ -12,33 +15,14 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cadre.infer.native import NATIVE_TOKENS
 from cadre.infer.pages import PagePool, chain_key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cadre.infer.sampling import Sampler, Sampling, TokenOut
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the engine is asked to do: continue `prompt_ids` (at least one) by at most `max_new_tokens`.
-
-    id: any name that no other living request has. stop: strings before which the text ends. ignore_eos: the end-of-text
-    token is one like any other. deadline: a `time.monotonic()` value after which the request is given up. routes: every
-    TokenOut tells its experts. prompt_logprobs: the first output tells the log-probability of every prompt token, with
-    `sampling.logprobs` likeliest ones; `max_new_tokens` may then be 0.
-    """
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    deadline: float | None = None
-    routes: bool = False
-    prompt_logprobs: bool = False
+    from cadre.infer.request import Request
+    from cadre.infer.sampling import Sampler, TokenOut
 
 
 @dataclass(eq=False)
@@ -48,7 +32,8 @@ class Sequence:
     number: the order of arrival. limit: how long `ids` may become. published: full pages that others can find. shared:
     prompt tokens that were found in the cache. started: whether it has given a token or was preempted. scores:
     log-probabilities of the prompt's tokens so far, the first one's unknown. drafts: guesses at what follows `ids`, there
-    is room for them in `pages`. carried: by stage, the hidden state that speculation goes on from.
+    is room for them in `pages`. carried: by stage, the hidden state that speculation goes on from. missed: positions that
+    the drafting modules have not read.
     """
 
     number: int
@@ -65,10 +50,17 @@ class Sequence:
     scores: list[TokenOut] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     carried: dict[int, Tensor] = field(default_factory=dict)
+    missed: int = 0
 
     @property
     def unread(self) -> int:
         return len(self.ids) - self.cached
+
+    def piece(self, chunk: int) -> int:
+        """How many tokens to read next: of the prompt up to `chunk`; of what was generated, and is read again after a
+        preemption, as few as are read by the arithmetic that made them."""
+        prompt = len(self.request.prompt_ids) - self.cached
+        return min(prompt, chunk) if prompt > 0 else min(self.unread, chunk, NATIVE_TOKENS)
 
     @property
     def scoring(self) -> bool:
@@ -90,13 +82,15 @@ class Sequence:
 
 class Scheduler:
     """The queue and the sequences that hold pages. `active` is in order of arrival and holds at most `max_batch`; all of
-    `waiting` arrived later than all of `active`. `chunk`: prompt tokens a step."""
+    `waiting` arrived later than all of `active`. `chunk`: prompt tokens a step. `passed`: whether the oldest prompt let
+    others go first in the last step."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, chunk: int, prefix_sharing: bool) -> None:
         self.pool, self.max_batch, self.chunk, self.prefix_sharing = pool, max_batch, chunk, prefix_sharing
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []
         self.preemptions = 0
+        self.passed = True
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -152,13 +146,15 @@ class Scheduler:
                     self._preempt(self.active[-1])
 
     def prompts(self) -> list[tuple[Sequence, int]]:
-        """Who reads how many tokens in this step's chunk; oldest first."""
+        """Who reads how many tokens in this step's chunk."""
         reading = [sequence for sequence in self.active if sequence.unread > 1]
         for sequence in reading:
             self._catch_up(sequence)
         reading = [sequence for sequence in reading if sequence.unread > 1]
-        counts = shares([sequence.unread for sequence in reading], self.chunk)
-        return [(sequence, count) for sequence, count in zip(reading, counts, strict=True) if count]
+        pieces = [sequence.piece(self.chunk) for sequence in reading]
+        chosen = pick(pieces, [sequence.unread for sequence in reading], self.chunk, self.passed)
+        self.passed = 0 not in chosen
+        return [(reading[place], pieces[place]) for place in chosen]
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """`count` more of its tokens are in the cache; pages that are full can be found from now on."""
@@ -211,18 +207,19 @@ class Scheduler:
         sequence.cached = sequence.published = 0
         sequence.drafts.clear()
         sequence.carried.clear()
+        sequence.missed = 0
 
 
-def shares(unread: list[int], chunk: int) -> list[int]:
-    """How many tokens of a chunk each prompt gets, the oldest first: half the chunk is the oldest's, so that a long prompt
-    is never starved; the rest goes to whoever has least left, so that short ones behind it are not either."""
-    counts = [0] * len(unread)
-    if not unread:
-        return counts
-    counts[0] = min(unread[0], max(1, chunk // 2))
-    left = chunk - counts[0]
-    for place in sorted(range(len(unread)), key=lambda place: unread[place] - counts[place]):
-        more = min(left, unread[place] - counts[place])
-        counts[place] += more
-        left -= more
-    return counts
+def pick(pieces: list[int], unread: list[int], chunk: int, oldest_first: bool) -> list[int]:
+    """Whose pieces (each at most `chunk`) are read together, by place, the oldest at place 0. Pieces are never cut. The oldest
+    goes first at least every second time, so that a long prompt is never starved; else, and after it, whoever has least left,
+    so that short ones behind it are not either."""
+    order = sorted(range(1, len(pieces)), key=lambda place: unread[place])
+    if pieces:
+        order.insert(0 if oldest_first else len(order), 0)
+    chosen: list[int] = []
+    for place in order:
+        if pieces[place] <= chunk:
+            chosen.append(place)
+            chunk -= pieces[place]
+    return sorted(chosen)

@@ -17,6 +17,9 @@ from torch import Tensor
 from cadre.infer.runner import Batch, Runner, table_of
 from cadre.infer.scheduler import Sequence
 
+# So many positions that the modules have not read are never too many: those of a trial without drafts.
+_MISSED = 32
+
 
 @dataclass
 class Reading:
@@ -104,21 +107,32 @@ class Drafter:
                 drafts[place].append(token)
 
 
+def is_ready(sequence: Sequence) -> bool:
+    """Whether the modules have read enough of a sequence to guess well what follows."""
+    return sequence.missed <= max(_MISSED, len(sequence.ids) // 4)
+
+
 @dataclass
 class _Rates:
-    """Tokens a second with (True) and without drafts, as moving averages; what runs, and since how many passes."""
+    """Tokens a second with (True) and without drafts, as moving averages; what runs, since how many passes, and how many of
+    them counted."""
 
     rate: dict[bool, float] = field(default_factory=dict)
     drafting: bool = True
     passes: int = 0
+    counted: int = 0
 
 
 class Payoff:
     """Whether drafting pays, from what passes took: the faster way runs, the other is tried now and then. Kept apart for
     each size of batch (powers of two), since a draft costs more the more rows the pass has.
 
+    A sequence whose prompt was read while drafting was off is not drafted, since the modules know too little of it: of passes
+    with drafts only those count where most sequences are `ready`.
+
     trial: passes that a trial lasts, the first of which does not count (it has no drafts to read yet). period: passes of the
-    faster way between trials. margin: how much faster the other must be to take over.
+    faster way between trials, and the most that a trial waits for passes that count. margin: how much faster the other must
+    be to take over.
     """
 
     def __init__(self, trial: int = 12, period: int = 200, margin: float = 1.02) -> None:
@@ -129,18 +143,20 @@ class Payoff:
         """Whether the next pass over so many sequences shall draft."""
         return self._size(sequences).drafting
 
-    def record(self, sequences: int, tokens: int, seconds: float) -> None:
-        """What a pass gave and took."""
+    def record(self, sequences: int, ready: int, tokens: int, seconds: float) -> None:
+        """What a pass gave and took; `ready` of its sequences could be drafted."""
         size = self._size(sequences)
         size.passes += 1
-        if size.passes > 1 and seconds > 0:
-            rate, old = tokens / seconds, size.rate.get(size.drafting)
-            size.rate[size.drafting] = rate if old is None else 0.8 * old + 0.2 * rate
-        if size.passes < self.trial:
+        if not size.drafting or 2 * ready > sequences:
+            size.counted += 1
+            if size.counted > 1 and seconds > 0:
+                rate, old = tokens / seconds, size.rate.get(size.drafting)
+                size.rate[size.drafting] = rate if old is None else 0.8 * old + 0.2 * rate
+        if size.counted < self.trial and size.passes < self.period:
             return
         own, other = size.rate.get(size.drafting, 0.0), size.rate.get(not size.drafting)
         if other is None or other > self.margin * own or size.passes >= self.period:
-            size.drafting, size.passes = not size.drafting, 0
+            size.drafting, size.passes, size.counted = not size.drafting, 0, 0
 
     def _size(self, sequences: int) -> _Rates:
         return self._of_size.setdefault(sequences.bit_length(), _Rates())

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 # What tokenizers puts in the place of bytes that are no UTF-8 (yet).
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# At the end of a text so many of them may still become characters: up to three bytes of one, and four of the one before, which
+# single bytes written as tokens (byte fallback) turn to replacements with it. All before them are certain.
+_INCOMPLETE = 7
+# Tokens whose text is looked at again, where all before it is certain.
+_TAIL = 16
 
 
 class Detokenizer:
@@ -20,15 +25,20 @@ class Detokenizer:
     `context` is the prompt's ids: some tokenizers write a token differently at the start of a text. The pieces together
     are what decoding all ids at once adds to the prompt, less bytes at the end that make no whole character. Special
     tokens give no text. (`tokenizers`' own DecodeStream does the same, but raises for byte-fallback vocabularies when a
-    model writes bytes that are no UTF-8, as a young one does.)
+    model writes bytes that are no UTF-8, as a young one does.) A token costs the same however long the text is.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         # Ids whose text a new one may still change, and how many characters of that text have been given out. It starts
         # at a token that began a character, so decoding it alone gives the same text as decoding it with all before.
-        self.window = list(context)
-        self.given = len(tokenizer.decode(self.window))
+        size = _TAIL
+        text = tokenizer.decode(context[-size:])
+        while size < len(context) and (not text or text.startswith(_REPLACEMENT)):
+            size *= 2
+            text = tokenizer.decode(context[-size:])
+        self.window = list(context[-size:])
+        self.given = len(text)
         self.fresh = 0
 
     def push(self, token: int) -> str:
@@ -36,14 +46,24 @@ class Detokenizer:
         self.window.append(token)
         self.fresh += 1
         text = self.tokenizer.decode(self.window)
-        whole = text.rstrip(_REPLACEMENT)
-        piece = text[self.given : len(whole)]
+        broken = len(text) - len(text.rstrip(_REPLACEMENT))
+        piece = text[self.given : len(text) - min(broken, _INCOMPLETE)]
         self.given += len(piece)
-        if piece and len(whole) == len(text):
+        if piece and not broken:
             self.window = self.window[-self.fresh :]
             self.fresh = 0
             self.given = len(self.tokenizer.decode(self.window))
+        elif broken > _INCOMPLETE:
+            self._forget(len(text) - self.given)
         return piece
+
+    def _forget(self, held: int) -> None:
+        """Drop the beginning of a run of bytes that make no character, where its end alone reads the same. held: characters
+        at its end that have not been given out."""
+        window = self.window[-_TAIL:]
+        text = self.tokenizer.decode(window)
+        if len(text) - len(text.rstrip(_REPLACEMENT)) > _INCOMPLETE:
+            self.window, self.given, self.fresh = window, len(text) - held, min(self.fresh, _TAIL)
 
 
 class StopStrings:
