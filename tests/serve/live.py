@@ -47,7 +47,7 @@ class Live:
         card = Card("tiny", model.config, counted.kv_cache_bytes_per_token, counted.kv_cache_bytes_per_token_mha)
         template = ChatTemplate(CHAT, {}) if chat else None
         self.app = create_app(self.engine, self.tokenizer, card, template=template, **options)
-        self.loop = self.app.state.loop
+        self.loop, self.admission = self.app.state.loop, self.app.state.admission
         self.server = Server(self.app, grace)
         self.listener = listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
@@ -102,7 +102,7 @@ class Live:
 
     def idle(self) -> bool:
         """Nothing runs, waits or holds cache pages, for the web server and for the engine."""
-        return not self.loop.live and not self.engine.busy and self.engine.stats.pages_used == 0
+        return not self.admission.taken and not self.engine.busy and self.engine.stats.pages_used == 0
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cadre.serve import page
+from cadre.serve.replies import CadreFacts
 from tests.serve.live import CONTEXT, Live, parts
 
 
@@ -18,6 +19,7 @@ def test_models(live):
         "cache_bytes_per_token_mha": 360,
         "experts": 6, "top_k": 2, "sparse_layers": [1],
     }  # fmt: skip
+    assert set(model["cadre"]) == set(CadreFacts.model_fields)
     assert live.get("/v1/models/tiny").json() == model
 
 
@@ -51,6 +53,16 @@ def test_tokenize_refuses(live, path, body):
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/", "/page/style.css", "/health", "/metrics", "/v1/models", "/v1/models/tiny", "/nowhere"])
+def test_the_head_of_an_answer_alone(live, path):
+    """For probes and link checkers."""
+    head, whole = live.client.head(path), live.get(path)
+    assert head.status_code == whole.status_code and head.content == b""
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    if path != "/metrics":
+        assert head.headers["content-length"] == str(len(whole.content))
+
+
 def test_embeddings_are_not_offered(live):
     answer = live.post("/v1/embeddings", {"input": "x", "model": "tiny"})
     assert answer.status_code == 404
@@ -65,11 +77,12 @@ def test_embeddings_are_not_offered(live):
     ("POST", "/v1/completions/", 404, "not_found"), ("GET", "/v1/completions", 405, "method_not_allowed"),
     ("OPTIONS", "/v1/completions", 405, "method_not_allowed"), ("DELETE", "/health", 405, "method_not_allowed"),
     ("GET", "/page/../app.py", 404, "not_found"), ("GET", "/page/%2e%2e/app.py", 404, "not_found"),
-    ("GET", "/docs", 404, "not_found"),
+    ("GET", "/docs", 404, "not_found"), ("HEAD", "/v1/completions", 405, None),
 ])  # fmt: skip
 def test_other_addresses_and_methods(live, method, path, status, code):
     answer = live.client.request(method, path)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == code if code is not None else not answer.content
 
 
 @pytest.mark.parametrize("content, kind, says", [
@@ -122,7 +135,7 @@ def test_a_broken_engine_is_told_and_ends_the_server(monkeypatch):
 
 def test_a_bug_in_an_endpoint_is_a_500_of_the_usual_shape(monkeypatch, caplog):
     with Live() as server:
-        monkeypatch.setattr(server.loop, "check", lambda _: 1 / 0)
+        monkeypatch.setattr(server.admission, "check", lambda _: 1 / 0)
         answer = server.get("/health")
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
     assert "ZeroDivisionError" in caplog.text

@@ -186,6 +186,26 @@ def test_logprobs_with_the_prompts(live, prompt):
             assert choice["text"][offset : offset + len(token)] == token or "�" in choice["text"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_offsets_count_the_special_tokens_of_an_echo(live, stream, as_ids):
+    text = "The<|eos|> café<|eos|><|eos|> yes"
+    body = {"prompt": encode(text) if as_ids else text, "echo": True, "logprobs": 0, "max_tokens": 6, "ignore_eos": True}
+    if stream:
+        chunks = streamed(live, "/v1/completions", body | {"temperature": 0})
+        told = [chunk["choices"][0] for chunk in chunks]
+        whole = "".join(choice["text"] for choice in told)
+        tokens, offsets = ([x for c in told for x in c["logprobs"][name]] for name in ("tokens", "text_offset"))
+    else:
+        choice = live.complete(**body)["choices"][0]
+        whole, tokens, offsets = choice["text"], choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    length = len(encode(text))
+    assert whole.startswith(text) and tokens.count("<|eos|>") >= 3 and len(tokens) == len(offsets) == length + 6
+    for token, offset in zip(tokens[:length], offsets, strict=False):
+        assert token.startswith("bytes:") or whole[offset:].startswith(token)
+    assert offsets[length] == len(text)
+
+
 def test_scoring_alone(live):
     scored = live.complete("The people", echo=True, logprobs=1, max_tokens=0)
     generated = live.complete("The people", echo=True, logprobs=1, max_tokens=1)

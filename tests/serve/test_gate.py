@@ -48,6 +48,7 @@ def test_health_and_the_page_are_open(keyed):
 
 @pytest.mark.parametrize("host, allowed", [
     ("localhost", True), ("127.0.0.1:8000", True), ("[::1]:80", True), ("LOCALHOST:1", True), ("models.example.org", True),
+    ("127.0.0.2:8000", True), ("127.255.1.9", True), ("128.0.0.1", False), ("127.0.0.1.evil.example", False),
     ("evil.example", False), ("localhost.evil.example", False), ("evil.example:8000", False), ("", False), ("[", False),
     ("127.0.0.1@evil.example", False),
 ])  # fmt: skip

@@ -2,14 +2,12 @@
 
 import asyncio
 import importlib
-import json
 import os
-import random
 from pathlib import Path
 
 import pytest
 
-from tests.serve.live import Live, http
+from tests.serve.live import Live
 
 
 @pytest.fixture
@@ -18,36 +16,19 @@ def serve_load(monkeypatch):
     return importlib.import_module("serve_load")
 
 
-async def nuisance(port, stop):
-    """Clients that vanish, stop in the middle of a request, and send garbage, again and again."""
-    rng = random.Random(0)
-    body = json.dumps({"prompt": "Fellow citizens", "max_tokens": 200, "ignore_eos": True, "stream": True}).encode()
-    whole = http("/v1/completions", body)
-    while not stop.is_set():
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(rng.choice((whole, whole[: len(whole) // 2], b"\0" * 1000, whole + whole)))
-        await asyncio.sleep(rng.choice((0.0, 0.02, 0.2)))
-        writer.transport.abort()
-
-
 def test_nothing_is_lost_mixed_or_leaked(serve_load):
     async def run(server):
         bodies = serve_load.mix(24, 256)
         wanted = await serve_load.alone(server.port, bodies)
         assert len(set(wanted)) == len(wanted)  # else a mixed-up text might go unseen
-        stop = asyncio.Event()
-        others = asyncio.create_task(nuisance(server.port, stop))
-        result = await serve_load.load(server.port, os.getpid(), bodies, wanted, streams=32, seconds=10)
-        stop.set()
-        await others
-        return result
+        return await serve_load.load(server.port, os.getpid(), bodies, wanted, streams=32, seconds=10, nuisances=2)
 
     with Live(max_batch=16, max_queue=64) as server:
         result = asyncio.run(run(server))
         server.until(server.idle)
-        assert server.engine.stats.preemptions == 0
+        assert serve_load.preemptions(server.port) == 0
     told = serve_load.report(result, 32)
-    assert told["requests"] >= 64 and serve_load.is_sound(told), told
+    assert told["requests"] >= 64 and told["disturbed"] >= 10 and serve_load.is_sound(told), told
 
 
 def test_so_small_a_cache_that_sequences_make_way_for_each_other(serve_load):
@@ -59,7 +40,7 @@ def test_so_small_a_cache_that_sequences_make_way_for_each_other(serve_load):
     with Live(max_batch=12, engine={"cache_bytes": 64 << 10}) as server:
         assert server.engine.max_length == 512 and server.engine.pool.tokens < 12 * 256
         result = asyncio.run(run(server))
-        assert server.engine.stats.preemptions > 0
+        assert serve_load.preemptions(server.port) > 0
         server.until(server.idle)
     told = serve_load.report(result, 12)
     assert told["requests"] >= 12 and told["lost"] == told["mixed"] == told["diverged"] == 0, told

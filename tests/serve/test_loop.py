@@ -52,8 +52,9 @@ def test_a_refusal_of_the_engine_takes_no_place():
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long(stream):
     with Live(timeout=0.3, max_batch=1) as server:
-        running = start(server, LONG | {"n": 40})
-        answer = server.post("/v1/completions", LONG | {"stream": stream})
+        with server.held():
+            running = start(server, LONG)
+            answer = server.post("/v1/completions", LONG | {"stream": stream})
         if stream:
             assert answer.status_code == 200
             error = json.loads(answer.text.rstrip().splitlines()[-1].removeprefix("data: "))["error"]

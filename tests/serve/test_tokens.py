@@ -28,6 +28,33 @@ def test_the_bytes_of_a_texts_tokens_are_the_texts(text):
         assert sum(map(texts.begun, ids)) == len(text)
 
 
+@given(st.lists(st.sampled_from(["The ", "café", "你好", "<|eos|>", "<|user|>", " 😀"]), min_size=1, max_size=8).map("".join))
+def test_offsets_of_a_decoded_text(text):
+    """Special tokens are written out in it. A token is where its characters are, or, of part of a character, after it."""
+    texts = TokenTexts(BYTE_LEVEL)
+    ids = BYTE_LEVEL.encode(text, add_special_tokens=False).ids
+    offsets = texts.offsets(ids, text)
+    assert len(offsets) == len(ids) and offsets[0] == 0
+    for token, offset in zip(ids, offsets, strict=True):
+        if not texts.text(token).startswith("bytes:"):
+            assert text[offset:].startswith(texts.text(token))
+
+
+def test_offsets_where_the_first_space_is_dropped():
+    tokenizer = sentencepiece_like()
+    tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Strip(" ", 1, 0)])
+    ids = [tokenizer.token_to_id(piece) for piece in ("▁yes", "no", "▁yes")]
+    text = tokenizer.decode(ids)
+    assert text == "yesno yes" and TokenTexts(tokenizer).offsets(ids, text) == (0, 3, 5)
+
+
+def test_no_token_covers_more_characters_than_the_longest():
+    for tokenizer in (BYTE_LEVEL, sentencepiece_like()):
+        texts = TokenTexts(tokenizer)
+        covered = (texts.raw(token).decode(errors="ignore") for token in range(tokenizer.get_vocab_size()))
+        assert all(len(text) <= texts.longest for text in covered)
+
+
 def test_bytes_that_are_no_character_are_spelt_out():
     texts = TokenTexts(BYTE_LEVEL)
     alphabet = {texts.raw(token): token for token in range(300) if len(texts.raw(token)) == 1}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import time
+import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cadre.infer.text import Detokenizer
-from cadre.serve.errors import ApiError, server_error
+from cadre.serve.errors import ApiError, server_error, too_late
+from cadre.serve.pieces import dumps, written
 from cadre.serve.service import Prompt, Service
 from cadre.serve.template import AnswerLine
 
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     from cadre.infer.engine import Output
     from cadre.infer.engine import Request as Sequenced
     from cadre.infer.sampling import TokenOut
-    from cadre.serve.loop import EngineLoop, Stream
+    from cadre.serve.admission import Place
+    from cadre.serve.loop import Stream
+    from cadre.serve.schema import Generation
 
 # A comment keeps proxies from closing a stream whose first token waits in the queue.
 _SILENCE = 15.0
-_PING = b": waiting\n\n"
+_PING = ": waiting\n\n"
+# Outputs that a stream may take in one go: many have piled up when its client was slow.
+_AT_ONCE = 32
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Choice:
     generated: int = 0
     cached_tokens: int = 0
     finish: str | None = None
-    offset: int = 0  # characters of the text, prompt included if echoed, whose tokens have been told
+    offset: int = 0  # characters of the new text whose tokens have been told
 
     def take(self, output: Output) -> str:
         """Add an output; the text it brings. Raises `ApiError` if the sequence ended for a reason that is no answer."""
@@ -67,99 +72,126 @@ class Choice:
         return piece
 
 
-class Shape(Protocol):
-    """How one kind of completion is written down."""
+class Shape:
+    """How one kind of completion is written down. Lists that may be long are iterators (see `pieces`)."""
 
-    @property
-    def usage_wanted(self) -> bool: ...
+    PREFIX: ClassVar[str]
+    WHOLE: ClassVar[str]
+    CHUNK: ClassVar[str]
+
+    def __init__(self, service: Service, body: Generation) -> None:
+        self.service = service
+        self.name = f"{self.PREFIX}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.routes = body.cadre is not None and body.cadre.routes
+        self.usage_wanted = body.stream_options is not None and body.stream_options.include_usage
+
+    def entry(self, choice: Choice) -> dict[str, Any]:
+        """A choice that has taken all its outputs."""
+        raise NotImplementedError
+
+    def deltas(self, choice: Choice, piece: str, output: Output, *, first: bool) -> list[dict[str, Any]]:
+        """What there is to tell of a piece of text that a choice has taken from an output."""
+        raise NotImplementedError
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        return self._object(self.WHOLE, [self.entry(choice) for choice in choices]) | {"usage": usage(choices)}
 
     def chunks(self, choice: Choice, piece: str, output: Output, *, first: bool) -> list[dict[str, Any]]:
-        """The chunks for a piece of text that a choice has taken from an output; none if there is nothing to tell."""
+        chunks = []
+        for delta in self.deltas(choice, piece, output, first=first):
+            chunk = self._object(self.CHUNK, [delta])
+            if self.usage_wanted:
+                chunk["usage"] = None
+            chunks.append(chunk)
+        if chunks and self.routes:
+            chunks[-1]["cadre"] = route_report(self.service, choice, output)
+        return chunks
 
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]: ...
+    def usage_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        return self._object(self.CHUNK, []) | {"usage": usage(choices)}
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "object": kind,
+            "created": self.created,
+            "model": self.service.card.name,
+            "choices": choices,
+        }
 
 
-async def whole(request: Request, loop: EngineLoop, stream: Stream, choices: Sequence[Choice]) -> None:
-    """Let every choice take its outputs. Raises `ApiError` for one that ends without an answer. Everything is cancelled
-    if the client leaves first."""
-
-    async def collect() -> None:
-        async for choice, output in _outputs(loop, stream, choices):
-            if choice is not None and output is not None:
-                choice.take(output)
-
-    reader, gone = asyncio.create_task(collect()), asyncio.create_task(_gone(request))
-    try:
-        await asyncio.wait((reader, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not reader.done():
-            raise ApiError(499, "the client has left", code="client_closed_request")  # nobody reads this
-        await reader
-    finally:
-        reader.cancel()
-        gone.cancel()
-        loop.cancel(stream)
+async def answer(
+    place: Place, choices: Sequence[Choice], requests: Sequence[Sequenced], shape: Shape, stream: bool
+) -> Response:
+    """What the engine makes of a request, as a stream or as a whole. Raises `ApiError` for a whole without an answer."""
+    running = place.submit(requests)
+    if stream:
+        return EventStream(place, running, choices, shape)
+    async for choice, output in _outputs(place, running, choices):
+        if choice is not None and output is not None:
+            choice.take(output)
+    return Response(await written(shape.whole(choices)), media_type="application/json")
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events from a generator of chunks. However it ends, the engine stops working on it."""
+    """Server-sent events as the engine's outputs come. However it ends, it leaves its place."""
 
-    def __init__(self, loop: EngineLoop, stream: Stream, choices: Sequence[Choice], shape: Shape) -> None:
-        self.loop, self.stream = loop, stream
+    def __init__(self, place: Place, stream: Stream, choices: Sequence[Choice], shape: Shape) -> None:
+        place.kept, self.place = True, place
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(_events(loop, stream, choices, shape), media_type="text/event-stream", headers=headers)
+        super().__init__(_events(place, stream, choices, shape), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.loop.cancel(self.stream)
+            self.place.leave()
 
 
-async def _events(
-    loop: EngineLoop, stream: Stream, choices: Sequence[Choice], shape: Shape
-) -> AsyncIterator[bytes]:
+async def _events(place: Place, stream: Stream, choices: Sequence[Choice], shape: Shape) -> AsyncIterator[str]:
     try:
-        async for choice, output in _outputs(loop, stream, choices):
+        async for choice, output in _outputs(place, stream, choices):
             if choice is None or output is None:
                 yield _PING
                 continue
             piece, first, choice.begun = choice.take(output), not choice.begun, True
-            data = b"".join(map(_event, shape.chunks(choice, piece, output, first=first)))
-            if data:
-                yield data
+            for chunk in shape.chunks(choice, piece, output, first=first):
+                # A prompt's log-probabilities come all at once.
+                yield _event(dumps(chunk) if output.prompt_logprobs is None else await written(chunk))
     except ApiError as error:
-        yield _event(error.body)
+        yield _event(dumps(error.body))
         return
     if shape.usage_wanted:
-        yield _event(shape.usage_chunk(usage(choices)))
-    yield b"data: [DONE]\n\n"
+        yield _event(dumps(shape.usage_chunk(choices)))
+    yield _event("[DONE]")
 
 
 async def _outputs(
-    loop: EngineLoop, stream: Stream, choices: Sequence[Choice]
+    place: Place, stream: Stream, choices: Sequence[Choice]
 ) -> AsyncIterator[tuple[Choice, Output] | tuple[None, None]]:
-    """Each output with its choice, in order, until all choices have finished; (None, None) after a while of silence."""
+    """Each output with its choice, in order, until all choices have finished; (None, None) after a while of silence. Raises
+    `ApiError` if the stream fails or its time is over."""
     named = {choice.name: choice for choice in choices}
     while True:
         try:
-            async with asyncio.timeout(_SILENCE):
+            async with asyncio.timeout(min(_SILENCE, place.deadline - time.monotonic())):
                 outputs = await stream.next()
         except TimeoutError:
+            if time.monotonic() >= place.deadline:
+                raise too_late() from None
             yield None, None
             continue
         if not outputs:
             return
-        for output in outputs:
+        for number, output in enumerate(outputs, 1):
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
             choice = named[output.id]
             if choice.finish is None:
                 yield choice, output
                 if choice.finish is not None and output.finish is None:
-                    loop.cancel(stream, only=choice.name)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+                    place.admission.loop.cancel(stream, only=choice.name)
 
 
 def usage(choices: Iterable[Choice]) -> dict[str, Any]:
@@ -201,14 +233,13 @@ def choices_of(
     return choices
 
 
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"
 
 
 def _no_answer(finish: str) -> ApiError:
     if finish == "deadline":
-        # The same again would take as long: the client should not simply repeat it.
-        return server_error(504, "the request took longer than this server allows", "deadline_exceeded", retry=False)
+        return too_late()
     if finish == "abort":
         return server_error(503, "the request was cancelled", "cancelled")
     reason = "its logits are not finite (damaged weights, diverged training), or the schema asked for is too much work"

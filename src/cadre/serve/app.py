@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+import asyncio
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 
 from cadre.serve import page, replies
+from cadre.serve.admission import Admission, Place
 from cadre.serve.chat import converse, encode_chat
 from cadre.serve.completions import complete
 from cadre.serve.errors import ApiError, ErrorReply, install_handlers
 from cadre.serve.gate import Gate
 from cadre.serve.loop import EngineLoop
 from cadre.serve.metrics import CONTENT_TYPE, Metrics
+from cadre.serve.pieces import dumps, written
 from cadre.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cadre.serve.service import Card, Service
 from cadre.serve.tokens import TokenTexts
@@ -48,23 +51,25 @@ def create_app(
 
     The engine belongs to the application from its start to its end: nothing else may touch it in between. `max_batch`: as
     the engine's; `max_queue`: sequences that may wait beyond it. `timeout`: seconds for a request in all. For `hosts`
-    and `local` see `Gate`. `app.state.loop` is the `EngineLoop`.
+    and `local` see `Gate`. `app.state` has the `loop` and the
+    `admission`.
     """
     metrics = Metrics(engine)
-    loop = EngineLoop(engine, metrics, max_batch=max_batch, max_queue=max_queue)
-    service = Service(card, tokenizer, template, TokenTexts(tokenizer), loop, timeout)
+    loop = EngineLoop(engine, metrics)
+    admission = Admission(loop, max_batch=max_batch, max_queue=max_queue, timeout=timeout)
+    service = Service(card, tokenizer, template, TokenTexts(tokenizer), admission)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop.start()
         yield
-        await loop.stop()
+        await admission.stop()
 
     app = FastAPI(title="Cadre", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.loop = loop
+    app.state.loop, app.state.admission = loop, admission
     install_handlers(app)
     _add_api(app, service)
-    _add_operations(app, loop, metrics)
+    _add_operations(app, admission, metrics)
     pages = _add_page(app)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     app.add_middleware(
@@ -101,30 +106,44 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def embeddings() -> Response:
         raise ApiError(404, "embeddings are not offered: this server has a model that generates text", code="not_offered")
 
-    @app.post("/tokenize", response_model=replies.Tokens, responses=_errors(400, 401, 403, 404, 413))
-    async def tokenize(body: TokenizeRequest) -> Any:
+    @app.post("/tokenize", response_model=replies.Tokens, responses=_errors(*_GENERATION))
+    async def tokenize(request: Request, body: TokenizeRequest) -> Any:
         service.check_model(body.model)
-        if body.messages is not None:
-            ids: Any = (await encode_chat(service, body.messages)).ids
-        else:
-            ids = await service.tokenize(body.prompt or "", body.add_special_tokens)
-        return JSONResponse({"count": len(ids), "max_model_len": service.context, "tokens": ids})
 
-    @app.post("/detokenize", response_model=replies.Detokenized, responses=_errors(400, 401, 403, 404, 413))
-    async def detokenize(body: DetokenizeRequest) -> Any:
+        async def work(_: Place) -> Response:
+            if body.messages is not None:
+                ids: Sequence[int] = (await encode_chat(service, body.messages)).ids
+            else:
+                ids = await service.tokenize(body.prompt or "", body.add_special_tokens)
+            return _json(await written({"count": len(ids), "max_model_len": service.context, "tokens": iter(ids)}))
+
+        return await service.admission.serve(request, 1, work)
+
+    @app.post("/detokenize", response_model=replies.Detokenized, responses=_errors(*_GENERATION))
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Any:
         service.check_model(body.model)
-        return JSONResponse({"prompt": service.decode(body.tokens, "tokens").text})
+        service.check_ids(body.tokens, "tokens")
+
+        async def work(_: Place) -> Response:
+            return _json(dumps({"prompt": await service.decode(body.tokens)}))
+
+        return await service.admission.serve(request, 1, work)
 
 
-def _add_operations(app: FastAPI, loop: EngineLoop, metrics: Metrics) -> None:
+def _json(text: str) -> Response:
+    return Response(text, media_type="application/json")
+
+
+def _add_operations(app: FastAPI, admission: Admission, metrics: Metrics) -> None:
     @app.get("/health", response_model=replies.Health, responses=_errors(403, 503))
     async def health() -> Any:
-        loop.check(0)
+        admission.check(0)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics", response_class=Response, responses=_errors(401, 403) | {200: {"content": {"text/plain": {}}}})
     async def prometheus() -> Response:
-        return Response(metrics.text(), headers={"content-type": CONTENT_TYPE})
+        text = await asyncio.to_thread(metrics.text)  # with many experts a long one
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
 def _add_page(app: FastAPI) -> list[str]:

@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from cadre.serve.answer import Choice, EventStream, choices_of, route_report, usage, whole
+from cadre.serve.answer import Choice, Shape, answer, choices_of
 from cadre.serve.schema import ChatRequest, Message
-from cadre.serve.service import Prompt, Service, check_logprobs, new_name
+from cadre.serve.service import Prompt, Service, check_logprobs
 from cadre.serve.template import AnswerLine, transcript
 
 if TYPE_CHECKING:
     from cadre.infer.engine import Output
     from cadre.infer.sampling import TokenOut
+    from cadre.serve.admission import Place
 
 
 async def converse(service: Service, request: Request, body: ChatRequest) -> Response:
     service.check_model(body.model)
-    service.loop.check(body.n or 1)
-    prompt = await encode_chat(service, body.messages)
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, param = body.max_tokens, "max_tokens"
-    shape = ChatShape(service, body)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    new_tokens = [service.new_tokens(prompt, asked, param)]
-    check_logprobs(logprobs, new_tokens[0] * (body.n or 1))
-    sequences = await service.sequences(shape.name, body, [prompt], new_tokens, logprobs=logprobs)
-    choices = choices_of(service, sequences, [prompt], keep=not body.stream)
-    if service.template is None:
-        for choice in choices:
-            choice.line = AnswerLine()
-    stream = service.loop.submit(sequences)
-    if body.stream:
-        return EventStream(service.loop, stream, choices, shape)
-    await whole(request, service.loop, stream, choices)
-    return JSONResponse(shape.whole(choices))
+
+    async def work(place: Place) -> Response:
+        prompt = await encode_chat(service, body.messages)
+        new_tokens = service.new_tokens(prompt, asked, param)
+        check_logprobs(logprobs, new_tokens * (body.n or 1))
+        shape = ChatShape(service, body)
+        requests = await service.sequences(place, shape.name, body, [prompt], [new_tokens], logprobs=logprobs)
+        choices = choices_of(service, requests, [prompt], keep=not body.stream)
+        if service.template is None:
+            for choice in choices:
+                choice.line = AnswerLine()
+        return await answer(place, choices, requests, shape, bool(body.stream))
+
+    return await service.admission.serve(request, body.n or 1, work)
 
 
 async def encode_chat(service: Service, messages: Sequence[Message]) -> Prompt:
@@ -56,69 +55,41 @@ def _plain(message: Message) -> dict[str, str]:
     return plain if message.name is None else plain | {"name": message.name}
 
 
-class ChatShape:
+class ChatShape(Shape):
     """OpenAI's `chat.completion` objects and their chunks."""
 
+    PREFIX, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
     def __init__(self, service: Service, body: ChatRequest) -> None:
-        self.service, self.body = service, body
-        self.name = new_name("chatcmpl")
-        self.created = int(time.time())
-        self.routes = body.cadre is not None and body.cadre.routes
+        super().__init__(service, body)
+        self.logprobs_wanted = bool(body.logprobs)
 
-    @property
-    def usage_wanted(self) -> bool:
-        return self.body.stream_options is not None and self.body.stream_options.include_usage
-
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        entries = [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-                "logprobs": self._logprobs(choice.tokens),
-                "finish_reason": choice.finish,
-            }
-            for choice in choices
-        ]
-        return self._object("chat.completion", entries) | {"usage": usage(choices)}
-
-    def chunks(self, choice: Choice, piece: str, output: Output, *, first: bool) -> list[dict[str, Any]]:
-        chunks = [self._chunk(choice, {"role": "assistant", "content": ""}, None, None)] if first else []
-        logprobs = self._logprobs(output.tokens)
-        if piece or logprobs is not None or choice.finish is not None or (self.routes and output.tokens):
-            chunk = self._chunk(choice, {"content": piece} if piece else {}, logprobs, choice.finish)
-            if self.routes:
-                chunk["cadre"] = route_report(self.service, choice, output)
-            chunks.append(chunk)
-        return chunks
-
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        return self._object("chat.completion.chunk", []) | {"usage": usage}
-
-    def _chunk(self, choice: Choice, delta: dict[str, str], logprobs: Any, finish: str | None) -> dict[str, Any]:
-        entry = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        chunk = self._object("chat.completion.chunk", [entry])
-        if self.usage_wanted:
-            chunk["usage"] = None
-        return chunk
-
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def entry(self, choice: Choice) -> dict[str, Any]:
         return {
-            "id": self.name,
-            "object": kind,
-            "created": self.created,
-            "model": self.service.card.name,
-            "choices": choices,
+            "index": choice.index,
+            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "logprobs": self._logprobs(choice.tokens),
+            "finish_reason": choice.finish,
         }
 
-    def _logprobs(self, tokens: Sequence[TokenOut]) -> dict[str, Any] | None:
-        if not self.body.logprobs:
-            return None
-        content = []
-        for token in tokens:
-            top = [self._token(other, logprob) for other, logprob in token.top]
-            content.append(self._token(token.id, token.logprob) | {"top_logprobs": top})
-        return {"content": content, "refusal": None}
+    def deltas(self, choice: Choice, piece: str, output: Output, *, first: bool) -> list[dict[str, Any]]:
+        deltas = [_delta(choice, {"role": "assistant", "content": ""}, None, None)] if first else []
+        logprobs = self._logprobs(output.tokens)
+        if piece or logprobs is not None or choice.finish is not None or (self.routes and output.tokens):
+            deltas.append(_delta(choice, {"content": piece} if piece else {}, logprobs, choice.finish))
+        return deltas
+
+    def _logprobs(self, tokens: Iterable[TokenOut]) -> dict[str, Any] | None:
+        return {"content": map(self._told, tokens), "refusal": None} if self.logprobs_wanted else None
+
+    def _told(self, token: TokenOut) -> dict[str, Any]:
+        top = [self._token(other, logprob) for other, logprob in token.top]
+        return self._token(token.id, token.logprob) | {"top_logprobs": top}
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         texts = self.service.texts
         return {"token": texts.text(token), "logprob": logprob, "bytes": list(texts.raw(token))}
+
+
+def _delta(choice: Choice, delta: dict[str, str], logprobs: Any, finish: str | None) -> dict[str, Any]:
+    return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

@@ -2,121 +2,98 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from cadre.infer.engine import end_ids
-from cadre.serve.answer import Choice, EventStream, choices_of, route_report, usage, whole
+from cadre.serve.answer import Choice, Shape, answer, choices_of
 from cadre.serve.schema import CompletionRequest
-from cadre.serve.service import Service, check_logprobs, new_name
+from cadre.serve.service import Service, check_logprobs
 
 if TYPE_CHECKING:
     from cadre.infer.engine import Output
     from cadre.infer.sampling import TokenOut
+    from cadre.serve.admission import Place
 
 _DEFAULT_TOKENS = 16
 
 
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
     service.check_model(body.model)
-    count = 1 if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else len(body.prompt)
-    service.loop.check(count * (body.n or 1))
-    prompts = await service.encode_any(body.prompt)
-    new_tokens = [service.new_tokens(prompt, body.max_tokens, "max_tokens", _DEFAULT_TOKENS) for prompt in prompts]
-    shape = CompletionShape(service, body)
+    many: Sequence[Any] = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
     told = bool(body.echo) and body.logprobs is not None
-    lengths = (most + told * len(prompt.ids) for prompt, most in zip(prompts, new_tokens, strict=True))
-    check_logprobs(body.logprobs, sum(lengths) * (body.n or 1))
     # Who scores a text (lm-eval) asks for one new token and drops the last log-probability as that token's: so it must be
     # there, also where it ends the text and the engine would not tell it.
     dropped = told and body.max_tokens == 1 and not body.ignore_eos
     # Nothing to generate is still something to score.
     options = {"prompt_logprobs": told or body.max_tokens == 0} | ({"ignore_eos": True} if dropped else {})
-    sequences = await service.sequences(shape.name, body, prompts, new_tokens, logprobs=body.logprobs, **options)
-    choices = choices_of(service, sequences, prompts, keep=not body.stream)
-    if dropped:
-        for choice in choices:
-            choice.ends = end_ids(service.card.config)
-    stream = service.loop.submit(sequences)
-    if body.stream:
-        return EventStream(service.loop, stream, choices, shape)
-    await whole(request, service.loop, stream, choices)
-    return JSONResponse(shape.whole(choices))
+
+    async def work(place: Place) -> Response:
+        prompts = [await service.encode_any(prompt, echo=bool(body.echo), told=told) for prompt in many]
+        new_tokens = [service.new_tokens(prompt, body.max_tokens, "max_tokens", _DEFAULT_TOKENS) for prompt in prompts]
+        lengths = (most + told * len(prompt.ids) for prompt, most in zip(prompts, new_tokens, strict=True))
+        check_logprobs(body.logprobs, sum(lengths) * (body.n or 1))
+        shape = CompletionShape(service, body)
+        requests = await service.sequences(place, shape.name, body, prompts, new_tokens, logprobs=body.logprobs, **options)
+        choices = choices_of(service, requests, prompts, keep=not body.stream)
+        if dropped:
+            for choice in choices:
+                choice.ends = end_ids(service.card.config)
+        return await answer(place, choices, requests, shape, bool(body.stream))
+
+    return await service.admission.serve(request, len(many) * (body.n or 1), work)
 
 
-class CompletionShape:
+class CompletionShape(Shape):
     """OpenAI's `text_completion` objects."""
 
+    PREFIX, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"
+
     def __init__(self, service: Service, body: CompletionRequest) -> None:
-        self.service, self.body = service, body
-        self.name = new_name("cmpl")
-        self.created = int(time.time())
-        self.routes = body.cadre is not None and body.cadre.routes
+        super().__init__(service, body)
+        self.echo, self.logprobs_wanted = bool(body.echo), body.logprobs is not None
 
-    @property
-    def usage_wanted(self) -> bool:
-        return self.body.stream_options is not None and self.body.stream_options.include_usage
+    def entry(self, choice: Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(choice, choice.prompt_logprobs, choice.tokens)
+        return self._entry(choice, self._echo(choice) + "".join(choice.text), logprobs)
 
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        entries = []
-        for choice in choices:
-            text = "".join(choice.text)
-            logprobs = self._logprobs(choice, choice.prompt_logprobs, choice.tokens)
-            entries.append(self._entry(choice, self._echo(choice) + text, logprobs))
-        return self._object(entries) | {"usage": usage(choices)}
-
-    def chunks(self, choice: Choice, piece: str, output: Output, *, first: bool) -> list[dict[str, Any]]:
+    def deltas(self, choice: Choice, piece: str, output: Output, *, first: bool) -> list[dict[str, Any]]:
         logprobs = self._logprobs(choice, output.prompt_logprobs or (), output.tokens)
         text = self._echo(choice) + piece if first else piece
         if not text and logprobs is None and choice.finish is None and not (self.routes and output.tokens):
             return []
-        chunk = self._object([self._entry(choice, text, logprobs)])
-        if self.usage_wanted:
-            chunk["usage"] = None
-        if self.routes:
-            chunk["cadre"] = route_report(self.service, choice, output)
-        return [chunk]
-
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        return self._object([]) | {"usage": usage}
+        return [self._entry(choice, text, logprobs)]
 
     def _echo(self, choice: Choice) -> str:
-        return choice.prompt.text if self.body.echo else ""
-
-    def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.name,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.service.card.name,
-            "choices": choices,
-        }
+        return choice.prompt.text if self.echo else ""
 
     def _entry(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
 
-    def _logprobs(
-        self, choice: Choice, prompt: Sequence[TokenOut], tokens: Sequence[TokenOut]
-    ) -> dict[str, Any] | None:
+    def _logprobs(self, choice: Choice, prompt: Sequence[TokenOut], tokens: Sequence[TokenOut]) -> dict[str, Any] | None:
         """The log-probabilities of new tokens, after those of the prompt where it is echoed."""
-        if self.body.logprobs is None:
+        if not self.logprobs_wanted:
             return None
-        told = [*prompt, *tokens] if self.body.echo else tokens
+        prompt = prompt if self.echo else ()
         texts = self.service.texts
-        offsets = []
-        for token in told:
-            offsets.append(choice.offset)
-            choice.offset += texts.begun(token.id)
+        told = [*prompt, *tokens]
         return {
-            "tokens": [texts.text(token.id) for token in told],
-            "token_logprobs": [token.logprob for token in told],
-            "top_logprobs": [self._top(token) for token in told],
-            "text_offset": offsets,
+            "tokens": (texts.text(token.id) for token in told),
+            "token_logprobs": (token.logprob for token in told),
+            "top_logprobs": map(self._top, told),
+            "text_offset": chain(choice.prompt.offsets if prompt else (), self._offsets(choice, tokens)),
         }
+
+    def _offsets(self, choice: Choice, tokens: Sequence[TokenOut]) -> Iterator[int]:
+        """Where new tokens begin in the text, after the prompt where it is echoed."""
+        start = len(self._echo(choice))
+        for token in tokens:
+            yield start + choice.offset
+            choice.offset += self.service.texts.begun(token.id)
 
     def _top(self, token: TokenOut) -> dict[str, float] | None:
         """The likeliest tokens by their text, the chosen one always among them; None for a text's first token, which

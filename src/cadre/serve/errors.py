@@ -85,6 +85,11 @@ def server_error(status: int, message: str, code: str, *, retry: bool | None = N
     return ApiError(status, message, kind="server_error", code=code, headers=headers)
 
 
+def too_late() -> ApiError:
+    # The same again would take as long: the client should not simply repeat it.
+    return server_error(504, "the request took longer than this server allows", "deadline_exceeded", retry=False)
+
+
 class ErrorResponse(JSONResponse):
     def __init__(self, error: ApiError) -> None:
         super().__init__(error, error.status, error.headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Collection
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -21,12 +22,18 @@ _TOO_LARGE = f"the request is larger than the {MAX_BODY_BYTES:,} bytes that this
 
 _MODEL = "/v1/models/{name:path}"
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+def is_loopback(name: str) -> bool:
+    """Whether this names the machine itself, and can name no other."""
+    try:
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class Gate:
     """Wraps the application. `open_paths` need no key. `hosts`: names that proxies give this server. `local`: whether it
-    listens on this machine's own address alone, and so goes by no other name than these and LOOPBACK.
+    listens on this machine's own address alone, and so goes by no other name than these and its own.
 
     Browsers send a page's origin along: a page of another site may not use the server of whoever visits it. A name that
     is not the server's own means that a foreign name was pointed at this address (DNS rebinding).
@@ -70,12 +77,14 @@ class Gate:
                 raise HTTPException(413, _TOO_LARGE)  # what FastAPI lets through while it reads a body
             return message
 
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn keeps the body back
         error = self.refusal(scope["path"], Headers(scope=scope))
         await (self.app if error is None else ErrorResponse(error))(scope, bounded, counted)
 
     def refusal(self, path: str, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
-        if self.local and _name(host) not in self.hosts.union(LOOPBACK):
+        if self.local and not (_name(host) in self.hosts or is_loopback(_name(host))):
             return ApiError(403, f"this server does not go by the name {host[:80]!r}", code="unknown_host")
         origin = headers.get("origin")
         if origin is not None and not self._own(origin, host):

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cadre.errors import UsageError
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from cadre.infer.engine import Engine, Output, Request
     from cadre.serve.metrics import Metrics
 
-# Outputs of one sequence that may wait for its reader; more means that the reader stands still.
-MAX_PENDING = 256
-
 
 class Stream:
-    """What the engine makes of one client's sequences, in order, until all have finished."""
+    """What the engine makes of one client's sequences, in order, until all have finished.
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    What a slow reader leaves unread is never more than an answer that is not streamed; one that stands still is for its
+    connection to give up, which alone knows.
+    """
+
+    def __init__(self, requests: Sequence[Request], arrived: float) -> None:
         self.running = {request.id for request in requests}
-        self.most_pending = MAX_PENDING * len(requests)
         self.pending: deque[Output] = deque()
         self.failure: ApiError | None = None
-        self.arrived = asyncio.Event()
-        self.submitted = time.monotonic()
+        self.news = asyncio.Event()
+        self.arrived = arrived
         self.last: dict[str, float] = {}
 
     async def next(self) -> list[Output]:
         """All outputs that have come since the last call, waiting for one; empty once everything has finished. Raises
         the `ApiError` that ended the stream before its time."""
         while not self.pending and self.running and self.failure is None:
-            self.arrived.clear()
-            await self.arrived.wait()
+            self.news.clear()
+            await self.news.wait()
         if self.failure is not None:
             raise self.failure
         outputs = list(self.pending)
@@ -53,27 +53,26 @@ class Stream:
         self.pending.append(output)
         if output.finish is not None:
             self.running.discard(output.id)
-        self.arrived.set()
+        self.news.set()
 
     def fail(self, failure: ApiError) -> None:
         self.failure = failure
         self.pending.clear()
         self.running.clear()
-        self.arrived.set()
+        self.news.set()
 
 
 class EngineLoop:
-    """Runs an engine and admits at most `max_batch` + `max_queue` sequences at a time.
+    """Runs an engine, for as many sequences as it is given.
 
     Made and used in one event loop, except for `_work`. `on_failure` is called when the engine has broken down; from then on
     everything is refused.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, *, max_batch: int, max_queue: int) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
-        self.max_batch, self.capacity = max_batch, max_batch + max_queue
         self.live: dict[str, Stream] = {}
-        self.draining = False
+        self.ended: Callable[[], ApiError] | None = None  # why nothing is taken any more
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
         self.seconds = 1.0  # what a sequence takes, smoothed
@@ -86,33 +85,23 @@ class EngineLoop:
         self.thread = threading.Thread(target=self._work, name="cadre-engine", daemon=True)
         self.thread.start()
 
-    async def stop(self) -> None:
-        """End the thread, after the step it is in; whatever still runs is given up."""
-        self._fail_all(_shutting_down())
+    def end(self, reason: Callable[[], ApiError]) -> None:
+        """Take nothing more; whatever still runs is given up."""
+        self.ended = self.ended or reason
+        self._fail_all(reason())
+
+    async def stop(self, reason: Callable[[], ApiError]) -> None:
+        """End the thread, after the step it is in."""
+        self.end(reason)
         self.commands.put(None)
         await asyncio.to_thread(self.thread.join)
 
-    def check(self, sequences: int) -> None:
-        """Raises `ApiError` if so many sequences cannot be taken now."""
-        if self.failure is not None:
-            raise server_error(503, "the engine has failed; the server's log says why", "engine_failed", retry=False)
-        if self.draining:
-            raise _shutting_down()
-        if sequences > self.capacity:
-            raise bad_request(f"{sequences} choices in one request; this server takes at most {self.capacity}", "n")
-        taken = len(self.live)
-        if taken + sequences > self.capacity:
-            wait = math.ceil(min(max(self.seconds * taken / self.max_batch, 1), 60))
-            raise ApiError(
-                429, f"the server is busy: {taken} sequences run or wait, of at most {self.capacity}; try again later",
-                kind="rate_limit_error", code="queue_full", headers={"retry-after": str(wait)},
-            )  # fmt: skip
-
-    def submit(self, requests: Sequence[Request]) -> Stream:
-        """Have the engine run these requests, all or none. Raises `ApiError` if there is no room for them. Should the engine
-        refuse one, the stream ends with that error."""
-        self.check(len(requests))
-        stream = Stream(requests)
+    def submit(self, requests: Sequence[Request], arrived: float) -> Stream:
+        """Have the engine run these requests, all or none, of a client that came at this time (`time.monotonic`). Raises
+        `ApiError` once nothing is taken any more. Should the engine refuse one, the stream ends with that error."""
+        if self.ended is not None:
+            raise self.ended()
+        stream = Stream(requests, arrived)
         self.live |= dict.fromkeys(stream.running, stream)
         self.commands.put(("add", tuple(requests), stream))
         return stream
@@ -122,17 +111,9 @@ class EngineLoop:
         ids = stream.running & ({only} if only is not None else stream.running)
         ids = {i for i in ids if self.live.pop(i, None) is not None}
         stream.running -= ids
-        stream.arrived.set()
+        stream.news.set()
         if ids:
             self.commands.put(("abort", ids))
-
-    async def drain(self, grace: float, hurried: Callable[[], bool]) -> None:
-        """Take nothing new, and wait until everything has finished, `grace` seconds have passed or `hurried` says so."""
-        self.draining = True
-        end = time.monotonic() + grace
-        while self.live and time.monotonic() < end and not hurried():
-            await asyncio.sleep(0.05)
-        self._fail_all(_shutting_down())
 
     def _refuse(self, stream: Stream, error: ApiError) -> None:
         self.cancel(stream)
@@ -155,17 +136,14 @@ class EngineLoop:
             stream.push(output)
             if output.finish is not None:
                 del self.live[output.id]
-                self.seconds += 0.1 * (now - stream.submitted - self.seconds)
-            elif len(stream.pending) > stream.most_pending:
-                slow = "the client does not read what it asked for"
-                self._refuse(stream, server_error(503, slow, "reader_too_slow", retry=False))
+                self.seconds += 0.1 * (now - stream.arrived - self.seconds)
 
     def _observe(self, stream: Stream, output: Output, now: float) -> None:
         if output.tokens:
             if output.id in stream.last:
                 self.metrics.between_tokens.observe((now - stream.last[output.id]) / len(output.tokens))
             else:
-                self.metrics.first_token.observe(now - stream.submitted)
+                self.metrics.first_token.observe(now - stream.arrived)
             stream.last[output.id] = now
         if output.finish is not None:
             self.metrics.finished.labels(output.finish).inc()
@@ -173,7 +151,8 @@ class EngineLoop:
     def _break_down(self, error: BaseException) -> None:
         self.failure = error
         logging.getLogger("cadre.serve").error("the engine failed", exc_info=error)
-        self._fail_all(server_error(500, "the engine has failed; the server's log says why", "engine_failed", retry=False))
+        self.ended = partial(_failed, 503)
+        self._fail_all(_failed(500))
         if self.on_failure is not None:
             self.on_failure()
 
@@ -220,5 +199,6 @@ class EngineLoop:
         else:
             running.update(added)
 
-def _shutting_down() -> ApiError:
-    return server_error(503, "the server is shutting down", "shutting_down")
+
+def _failed(status: int) -> ApiError:
+    return server_error(status, "the engine has failed; the server's log says why", "engine_failed", retry=False)

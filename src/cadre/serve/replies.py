@@ -11,6 +11,7 @@ Finish = Literal["stop", "length"]
 
 class CadreFacts(BaseModel):
     chat_template: bool
+    base_model: bool
     context: int
     cache_bytes_per_token: int
     cache_bytes_per_token_mha: int

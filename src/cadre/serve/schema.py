@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from cadre.serve.errors import unsupported
 
-MAX_BODY_BYTES = 4 << 20
+MAX_BODY_BYTES = 1 << 20  # more would hold up everybody else while it is read
 MAX_CHOICES = 128  # prompts times n
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -23,8 +23,10 @@ MAX_MESSAGES = 4096
 
 
 def _unicode(text: str) -> str:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("holds half of a surrogate pair, which is not Unicode text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is not Unicode text") from None
     return text
 
 
@@ -241,7 +243,7 @@ class TokenizeRequest(_Fields):
 
 class DetokenizeRequest(_Fields):
     model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20, fail_fast=True)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
 
 
 def _dump(schema: dict[str, Any]) -> str:

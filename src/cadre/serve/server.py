@@ -20,8 +20,10 @@ from cadre.serve.errors import bad_request
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-RECEIVE_SECONDS = 60.0  # for a request to arrive whole
-STALL_SECONDS = 30.0  # for a client to read something when its answer has piled up
+# For a request to arrive whole, and for some of an answer that has piled up to be read: who stands still longer is given up.
+STILL_SECONDS = 60.0
+# Bytes that a client may send ahead, while its request is at work.
+MOST_AHEAD = 64 << 10
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -40,12 +42,25 @@ def listen(host: str, port: int) -> socket.socket:
 def run(app: FastAPI, listener: socket.socket, *, grace: float) -> None:
     """Serve until a signal to end (SIGTERM, SIGINT), then refuse new requests, let running ones finish for `grace` seconds,
     and return. A second signal cuts that short. Raises `RunError` if the engine breaks down."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every connection is a file
+    allow_files()
     Server(app, grace).run(sockets=[listener])
     failure = app.state.loop.failure
     if failure is not None:
         raise RunError(f"the engine failed: {type(failure).__name__}: {failure}") from failure
+
+
+def allow_files() -> None:
+    """Let the process open as many files as it may: every connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS promises more than it gives: there the second is the most that it takes (OPEN_MAX).
+    for wanted in (hard, 10_240):
+        if soft == resource.RLIM_INFINITY or 0 <= wanted <= soft:
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
+        except (ValueError, OSError):
+            continue
 
 
 class Server(uvicorn.Server):
@@ -71,7 +86,7 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         self.app.state.loop.on_failure = self.stop
         await super().main_loop()
-        await self.app.state.loop.drain(self.grace, lambda: self.force_exit)
+        await self.app.state.admission.drain(self.grace, lambda: self.force_exit)
         self.force_exit = False  # all is given up now: what is left to do takes no time, and should be done
 
     def stop(self) -> None:
@@ -84,45 +99,49 @@ class Server(uvicorn.Server):
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP connection, closed when its client sends too slowly or does not read."""
+    """uvicorn's HTTP connection, closed when its client stands still: when it does not go on with its request, or does not
+    read its answer."""
 
-    receiving: asyncio.TimerHandle | None = None
-    stalled: asyncio.TimerHandle | None = None
+    patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_request()
+        self._watch()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-            self._await_request()
-        else:
-            self._forget()
+        if self.conn.their_state is not h11.MUST_CLOSE:  # what follows a last request is nothing
+            super().data_received(data)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state is h11.DONE:
+            # The next request waits in h11's buffer for its turn. uvicorn would read no more, and not see the client leave.
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > MOST_AHEAD:
+                self.transport.abort()
+        self._watch()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self.stalled is not None:
-            self.stalled.cancel()
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._forget()
-        if self.stalled is not None:
-            self.stalled.cancel()
+        if self.patience is not None:
+            self.patience.cancel()
         super().connection_lost(exc)
 
-    def _await_request(self) -> None:
-        if self.receiving is None:
-            self.receiving = self.loop.call_later(RECEIVE_SECONDS, self.transport.abort)
-
-    def _forget(self) -> None:
-        if self.receiving is not None:
-            self.receiving.cancel()
-            self.receiving = None
+    def _watch(self) -> None:
+        """Start the clock when the next move is the client's, stop it when it is not."""
+        waits = self.flow.write_paused or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if waits and self.patience is None:
+            self.patience = self.loop.call_later(STILL_SECONDS, self.transport.abort)
+        elif not waits and self.patience is not None:
+            self.patience.cancel()
+            self.patience = None
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is answered in the shape of every other error."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cadre.infer.engine import Request
@@ -17,13 +16,13 @@ from cadre.serve.schema import Generation
 from cadre.serve.tokens import TokenTexts
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
     from cadre.model.config import ModelConfig
-    from cadre.serve.loop import EngineLoop
+    from cadre.serve.admission import Admission, Place
     from cadre.serve.template import ChatTemplate, Messages
 
-_MOST_LOGPROBS = 1 << 20  # a hundred bytes each, and as many again as JSON
+_MOST_LOGPROBS = 100_000  # a hundred bytes each, and as many again as JSON
 
 # A seed of OpenAI's may be negative, one of the engine's may not.
 _SEEDS = 1 << 63
@@ -45,10 +44,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and the text they stand for."""
+    """Token ids and the text they stand for. offsets: where each token begins in it, if asked for."""
 
     ids: tuple[int, ...]
     text: str
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,12 @@ class Service:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     texts: TokenTexts
-    loop: EngineLoop
-    timeout: float  # seconds that a request may take in all
-    compiling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    admission: Admission
 
     @property
     def context(self) -> int:
         """Tokens of the longest sequence, prompt and continuation: the model's context, or what the cache holds if less."""
-        return self.loop.engine.max_length
+        return self.admission.loop.engine.max_length
 
     def model_object(self) -> dict[str, Any]:
         """The model as `/v1/models` describes it; what is under `cadre` is for the chat page."""
@@ -92,34 +90,56 @@ class Service:
             message = f"the model {name[:80]!r} is not here: this server has {self.card.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str) -> Prompt:
-        """A prompt's ids as the tokenizer writes them, its own special tokens included. In a thread: a long text takes
-        a while."""
-        return Prompt(tuple(await asyncio.to_thread(encode_prompt, self.card.config, self.tokenizer, text)), text)
+    async def encode(self, text: str, *, told: bool = False) -> Prompt:
+        """A prompt's ids as the tokenizer writes them, its own special tokens included. told: with their offsets."""
+        encoded = await self._encoded(text, True, told)
+        ids = encoded.ids or encode_prompt(self.card.config, self.tokenizer, "")
+        wanted = told and len(ids) <= self.context  # a longer one is refused next
+        return Prompt(tuple(ids), text, tuple(start for start, _ in encoded.offsets) or (0,) if wanted else ())
 
     async def encode_messages(self, messages: Messages) -> Prompt:
         """Chat messages through the model's template; the template writes special tokens itself."""
         assert self.template is not None
-        text = await asyncio.to_thread(self.template.render, messages)
-        encoded = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=False)
+        text = await self.admission.in_thread(self.admission.texts, self.template.render, messages)
+        encoded = await self._encoded(text, False)
         return Prompt(tuple(encoded.ids), text) if encoded.ids else await self.encode(text)
 
-    async def encode_any(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
-        """The prompts of a completion request, given in any of the four ways."""
-        many: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-        return [await self.encode(one) if isinstance(one, str) else self.decode(one) for one in many]
+    async def encode_any(self, prompt: str | list[int], *, echo: bool, told: bool) -> Prompt:
+        """One prompt of a completion, text or token ids; of the latter the text is needed only for an `echo`."""
+        if isinstance(prompt, str):
+            return await self.encode(prompt, told=told)
+        self.check_ids(prompt, "prompt")
+        if not echo or len(prompt) > self.context:  # which is refused next
+            return Prompt(tuple(prompt), "")
+        text = await self.decode(prompt)
+        return Prompt(tuple(prompt), text, self.texts.offsets(prompt, text) if told else ())
 
     async def tokenize(self, text: str, special: bool) -> list[int]:
         """A text's ids, as they are: of no text there are none."""
-        encoded = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=special)
-        return encoded.ids
+        return (await self._encoded(text, special)).ids
 
-    def decode(self, ids: Sequence[int], param: str = "prompt") -> Prompt:
-        words = self.card.config.vocab_size
-        wrong = next((token for token in ids if token >= words), None)
-        if wrong is not None:
-            raise bad_request(f"token id {wrong} is outside the model's vocabulary (0 to {words - 1})", param)
-        return Prompt(tuple(ids), self.tokenizer.decode(list(ids), skip_special_tokens=False))
+    async def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens written out."""
+        # Unlike `decode`, this lets other threads run meanwhile.
+        decode = partial(self.tokenizer.decode_batch, skip_special_tokens=False)
+        return (await self.admission.in_thread(self.admission.texts, decode, [ids]))[0]
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        words, most = self.card.config.vocab_size, max(ids, default=0)
+        if most >= words:
+            raise bad_request(f"token id {most} is outside the model's vocabulary (0 to {words - 1})", param)
+
+    async def _encoded(self, text: str, special: bool, offsets: bool = False) -> Encoding:
+        """Raises `ApiError` for a text that is too long whatever its tokens, before any work on it."""
+        if len(text) > self.context * self.texts.longest:
+            raise bad_request(
+                f"the prompt has {len(text):,} characters, but the context is {self.context:,} tokens"
+                f" of at most {self.texts.longest} characters", "prompt", "context_length_exceeded",
+            )  # fmt: skip
+        # Unlike `encode`, these let other threads run meanwhile; the fast one tells no offsets.
+        batch = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
+        encode = partial(batch, add_special_tokens=special)
+        return (await self.admission.in_thread(self.admission.texts, encode, [text]))[0]
 
     def new_tokens(self, prompt: Prompt, asked: int | None, param: str, default: int | None = None) -> int:
         """How many tokens to generate at most. Raises `ApiError` for a prompt that leaves no room for those asked for."""
@@ -136,20 +156,26 @@ class Service:
         return room if default is None else min(room, default)
 
     async def sequences(
-        self, name: str, body: Generation, prompts: Sequence[Prompt], new_tokens: Sequence[int], **options: Any
+        self,
+        place: Place,
+        name: str,
+        body: Generation,
+        prompts: Sequence[Prompt],
+        new_tokens: Sequence[int],
+        **options: Any,
     ) -> list[Request]:
         """What the engine is to run: `n` sequences for each prompt, in the order of the answer's choices. `options` are
         of `Request`, but for `logprobs` of `Sampling`. Raises `UsageError` for what the engine would refuse."""
         sampling = self._sampling(body, options.pop("logprobs"))
         sampling.check_vocabulary(self.card.config.vocab_size)
         if sampling.json_schema is not None or sampling.regex is not None:
-            # Compiled here, out of the engine's way, which will find it; one at a time, for each may need 100 MB.
-            async with self.compiling:
-                await asyncio.to_thread(self.loop.engine.constraints.start, sampling)
+            # Compiled here, out of the engine's way, which will find it.
+            admission = self.admission
+            await admission.in_thread(admission.grammars, admission.loop.engine.constraints.start, sampling)
         shared: dict[str, Any] = {
             "stop": body.stops,
             "ignore_eos": bool(body.ignore_eos),
-            "deadline": time.monotonic() + self.timeout,
+            "deadline": place.deadline,
             "routes": body.cadre is not None and body.cadre.routes,
         } | options
         requests: list[Request] = []
@@ -186,10 +212,6 @@ def check_logprobs(each: int | None, tokens: int) -> None:
             " that an answer may have: ask for fewer, or for fewer new tokens",
             "logprobs",
         )
-
-
-def new_name(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
 
 
 def _given(value: float | None, default: float) -> float:

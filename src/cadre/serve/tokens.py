@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ class TokenTexts:
         self.tokenizer = tokenizer
         self.special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.known: dict[int, bytes] = {}
+        # No token covers more characters of a text than its name has.
+        self.longest = max(map(len, tokenizer.get_vocab()), default=1)
         self.alphabet = _byte_alphabet() if _byte_level(json.loads(tokenizer.to_str())["decoder"]) else None
 
     def raw(self, token: int) -> bytes:
@@ -52,8 +56,19 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def begun(self, token: int) -> int:
-        """How many characters of a text begin in this token; special tokens give no text."""
-        return 0 if token in self.special else sum(byte & 0xC0 != 0x80 for byte in self.raw(token))
+        """How many characters of a generated text begin in this token; special tokens give no text there."""
+        return 0 if token in self.special else _characters(self.raw(token))
+
+    def offsets(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
+        """Where each token begins in the text that `ids` were decoded to, special tokens written out."""
+        # Some tokenizers drop the space that their first token begins with.
+        dropped = int(self.raw(ids[0]).startswith(b" ") and not text.startswith(" "))
+        starts = accumulate((_characters(self.raw(token)) for token in ids[:-1]), initial=-dropped)
+        return tuple(max(0, start) for start in starts)
+
+
+def _characters(raw: bytes) -> int:
+    return sum(byte & 0xC0 != 0x80 for byte in raw)
 
 
 def _byte_level(decoder: Any) -> bool:
