@@ -53,11 +53,12 @@ class Result:
     disturbed: int = 0
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
-    memory: list[tuple[float, int]] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
 
     def memory_at(self, start: float, stop: float) -> float:
         """Median of the resident bytes in a span of the load, given as shares of it."""
-        return statistics.median(size for at, size in self.memory if start <= at / self.seconds <= stop)
+        count = len(self.memory)
+        return statistics.median(self.memory[int(start * count) : int(stop * count)])
 
 
 def mix(count: int, context: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -168,7 +169,7 @@ async def load(
     async def watch() -> None:
         process = psutil.Process(pid)
         while True:
-            result.memory.append((time.perf_counter() - begin, process.memory_info().rss))
+            result.memory.append(process.memory_info().rss)
             await asyncio.sleep(seconds / 200)
 
     others = [watch(), *(disturb(port, number, result) for number in range(nuisances))]

@@ -75,3 +75,19 @@ def test_a_model_without_a_tokenizer(tmp_path):
     result = run(tmp_path / "m", "yes")
     assert isinstance(result.exception, UsageError)
     assert "has no tokenizer.json" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("compiles", "missing", "told"),
+    [
+        (False, None, ""),
+        (True, None, "compiling the C++ kernels for this machine, once: about half a minute\n"),
+        (False, "no compiler", "C++ kernels are missing, all is slower: no compiler\n"),
+    ],
+)
+def test_the_state_of_the_kernels_is_told_on_standard_error(model_dir, compiles, missing, told, monkeypatch):
+    monkeypatch.setattr("cadre.kernels.native.library.must_compile", lambda: compiles)
+    monkeypatch.setattr("cadre.kernels.native.library.why_missing", lambda: missing)
+    result = run(model_dir, "the", "--max-tokens", 2, "--seed", 1)
+    assert result.exit_code == 0
+    assert result.stderr == told

@@ -20,16 +20,18 @@ from tests.shapes import small
 
 @contextlib.contextmanager
 def serving(model_dir, *arguments, **environment):
-    """The process and its address, once it listens."""
+    """The process, its address once it listens, and what it has said until then."""
     command = [sys.executable, "-m", "cadre.cli.main", "serve", str(model_dir), "--port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    said, found = [], None
     try:
-        line = process.stderr.readline()
-        if line.startswith("compiling the C++ kernels"):
+        while not found:
             line = process.stderr.readline()
-        found = re.search(r"http://\S+?:\d+", line)
-        assert found, line + process.stderr.read()
-        yield process, found[0], line
+            assert line, said
+            if not line.startswith("compiling the C++ kernels"):
+                said.append(line)
+            found = re.search(r"http://\S+?:\d+", line)
+        yield process, found[0], said
     finally:
         process.kill()
         process.communicate()
@@ -40,8 +42,8 @@ def ask(url, **fields):
 
 
 def test_serves_finishes_what_runs_and_ends_well(model_dir):
-    with serving(model_dir, "--max-batch", "2", "--cache", "4MiB") as (process, url, line):
-        assert line == f"m at {url}/v1 (OpenAI's API), {url}/ (chat page)\n"
+    with serving(model_dir, "--max-batch", "2", "--cache", "4MiB") as (process, url, said):
+        assert said == [f"m at {url}/v1 (OpenAI's API), {url}/ (chat page)\n"]
         model, tokenizer = cadre.load(model_dir)
         wanted = cadre.generate(model, tokenizer, "The", max_new_tokens=9, temperature=0)
         assert ask(url).json()["choices"][0]["text"] == wanted
@@ -72,9 +74,9 @@ def test_killed_in_the_middle_and_started_again(model_dir):
 
 
 def test_key_names_and_an_interrupt(model_dir):
-    options = ["--model-name", "mine", "--allow-host", "good.example"]
-    with serving(model_dir, *options, CADRE_API_KEY="sk-1") as (process, url, line):
-        assert line.startswith("mine at ") and "sk-1" not in line
+    options = ["--model-name", "mine", "--allow-host", "good.example", "--host", "127.0.0.2"]  # this machine's own, too
+    with serving(model_dir, *options, CADRE_API_KEY="sk-1") as (process, url, said):
+        assert said[-1].startswith("mine at ") and "sk-1" not in said[-1]
         assert httpx.get(url + "/v1/models").status_code == 401
         models = httpx.get(url + "/v1/models", headers={"authorization": "Bearer sk-1"}).json()
         assert [model["id"] for model in models["data"]] == ["mine"]
@@ -84,8 +86,9 @@ def test_key_names_and_an_interrupt(model_dir):
         assert process.wait(20) == 0
 
 
-def test_open_to_all_without_a_key_is_said(model_dir):
-    with serving(model_dir, "--host", "0.0.0.0") as (process, url, _):
+def test_open_to_all_without_a_key_is_said_and_so_is_what_is_missing(model_dir):
+    with serving(model_dir, "--host", "0.0.0.0", CADRE_NATIVE="off") as (process, url, said):
+        assert said[0] == "C++ kernels are missing, all is slower: switched off by CADRE_NATIVE\n"
         assert "no --api-key: whoever reaches this address can use the model" in process.stderr.readline()
         local = url.replace("0.0.0.0", "127.0.0.1")
         assert httpx.get(local + "/health", headers={"host": "box.example"}).status_code == 200

@@ -200,3 +200,14 @@ def test_loads_and_choices_are_the_routers() -> None:
         chosen = mixture.routes.expert_TK
         assert torch.equal(native.choice_LTK[number, :20].long().sort(dim=1).values, chosen.sort(dim=1).values)
         assert torch.equal(native.load_LE[number], torch.bincount(chosen.flatten(), minlength=6))
+
+
+def test_logits_of_many_rows_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small("llama")
+    native = NativeModel.build(randomized(config, 2), pool(config, 4, 4))
+    assert native is not None
+    hidden = torch.randn(11, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    whole = native.logits(hidden)
+    monkeypatch.setattr("cadre.infer.native.NATIVE_ROWS", 4)
+    assert whole.shape == (11, config.vocab_size)
+    assert torch.equal(native.logits(hidden), whole)

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from cadre.infer.native import NATIVE_TOKENS
 from cadre.infer.pages import PagePool
-from cadre.infer.sampling import Sampling
 from cadre.infer.request import Request
+from cadre.infer.sampling import Sampling
 from cadre.infer.scheduler import Scheduler, Sequence, pick
 from tests.shapes import small
 

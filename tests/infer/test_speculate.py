@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.infer.engine import Engine, Request
+from cadre.infer.runner import Batch
 from cadre.infer.sampling import Sampling, choose_batch
 from cadre.infer.speculate import Payoff
 from cadre.model.config import ModelConfig
@@ -93,7 +95,7 @@ def test_answers_are_held_to_their_grammar(sampled: bool) -> None:
     assert re.fullmatch("(one|two|three){3,9}!", words)
 
 
-def test_who_came_while_drafting_was_off_is_not_drafted() -> None:
+def test_who_came_while_drafting_was_off_is_not_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its modules know nothing of its prompt; they do not read it then, and guesses would be noise."""
     model = model_of("deepseek_v3", 1, copying=True)
     engine = Engine(model, cache_bytes=2_000_000, speculate=1)
@@ -101,7 +103,12 @@ def test_who_came_while_drafting_was_off_is_not_drafted() -> None:
     payoff._size(1).drafting = payoff._size(2).drafting = False
     calls = []
     inner = engine.runner.draft_hidden
-    engine.runner.draft_hidden = lambda *given: calls.append(given) or inner(*given)  # type: ignore[method-assign]
+
+    def noting(depth: int, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        calls.append(depth)
+        return inner(depth, hidden_TD, batch)
+
+    monkeypatch.setattr(engine.runner, "draft_hidden", noting)
     sampling = Sampling(temperature=0.0)
     engine.add(Request("before", tuple(i % 31 for i in range(100)), 60, sampling, ignore_eos=True))
     for _ in range(3):

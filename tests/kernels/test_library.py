@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -14,15 +13,11 @@ import pytest
 from cadre.kernels.native import library
 
 COMPILER = """
-import pathlib, sys
-if "--version" in sys.argv:
-    print("stand-in 1.0")
-else:
-    if "{complaint}" and "-c" in sys.argv:
-        sys.exit("note\\n{complaint}\\nmore")
-    with open(r"{folder}/calls", "a") as calls:
-        calls.write("x")
-    pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("made")
+case "$*" in *--version*) echo stand-in 1.0; exit;; esac
+if [ -n "{complaint}" ]; then printf 'note\\n{complaint}\\nmore\\n' >&2; exit 1; fi
+while [ "$1" != -o ]; do shift; done
+printf x >> "{folder}/calls"
+printf made > "$2"
 """
 
 
@@ -31,9 +26,9 @@ class Place:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, complaint: str = "") -> None:
         self.folder, self.libraries = folder, folder / "cache" / "cadre" / "native"
-        script = folder / "compiler.py"
+        script = folder / "compiler.sh"
         script.write_text(COMPILER.format(folder=folder, complaint=complaint))
-        patch.setenv("CXX", shlex.join([sys.executable, str(script)]))
+        patch.setenv("CXX", shlex.join(["sh", str(script)]))
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.delenv("CADRE_NATIVE", raising=False)
         patch.setattr(library, "_load", functools.cache(library._load.__wrapped__))

@@ -151,6 +151,12 @@ def test_sorted_rows_equal_float64(load: list[int], hidden: int, width: int, see
     )
 
 
+def test_loads_that_are_not_the_rows_are_refused() -> None:
+    given = problem(6, 1, 2, 8, 8)
+    with pytest.raises(ValueError, match="load_E sums to 5, but there are 6 rows"):
+        rows_swiglu(given.x_TD, torch.tensor([2, 3]), given.gate_up_END, given.down_EDF)
+
+
 @given(
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=3),
     hidden=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 999),

@@ -50,6 +50,19 @@ def test_experts_are_separate_matrices():
     torch.testing.assert_close(whole, torch.stack(parts), rtol=1e-5, atol=1e-6)
 
 
+def test_fused_matrices_step_as_separate_ones():
+    whole = random(3, 8, 6)
+    parts = [half.clone() for half in (whole[:, :4], whole[:, 4:])]
+    fused = Muon([{"params": [whole], "fused": 2, "iterations": 3}], lr=0.1)
+    separate = Muon([{"params": parts, "iterations": 3}], lr=0.1)
+    whole.grad = random(3, 8, 6, seed=1) * torch.tensor([1.0] * 4 + [50.0] * 4)[None, :, None]
+    for part, gradient in zip(parts, whole.grad.split(4, dim=1), strict=True):
+        part.grad = gradient
+    fused.step()
+    separate.step()
+    torch.testing.assert_close(whole, torch.cat(parts, dim=1), rtol=1e-5, atol=1e-6)
+
+
 def test_one_step_by_hand():
     weight, gradient = random(4, 9), random(4, 9, seed=1)
     expected = weight * (1 - 0.1 * 0.5)

@@ -26,7 +26,10 @@ def routed_swiglu(
 
 
 def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor) -> Tensor:
-    """`expert_swiglu` of rows sorted by expert, where `trains` takes them all."""
+    """`expert_swiglu` of rows sorted by expert, where `trains` takes them all. Raises `ValueError` if load_E does not sum to
+    the number of rows."""
+    if int(load_E.sum()) != len(x_RD):
+        raise ValueError(f"load_E sums to {int(load_E.sum())}, but there are {len(x_RD)} rows")
     return _Experts.apply(x_RD, None, None, None, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled())
 
 

@@ -135,9 +135,7 @@ class Experts(nn.Module):
         """Rows [R, D] sorted by expert in, rows out. With a plan, where `moves_rows`: tokens [T, D] in, tokens out."""
         if plan is None:
             return expert_swiglu(x, load_E, self.gate_up_proj, self.down_proj)
-        return routed_swiglu(
-            x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, self.gate_up_proj, self.down_proj
-        )  # fmt: skip
+        return routed_swiglu(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, self.gate_up_proj, self.down_proj)
 
     def moves_rows(self, x_TD: Tensor) -> bool:
         """Whether dispatch and combine can be had as part of the experts' kernel, so that no row is ever stored."""

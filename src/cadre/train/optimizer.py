@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Optimizer:
         ]
         if matrices:
             options = {"lr": section.lr, "momentum": section.momentum, "weight_decay": decay}
-            self.parts.append(self.parallel.muon(matrices, **options))
+            self.parts.append(self.parallel.muon(_muon_groups(matrices, self.names), **options))
         self.peak = [group["lr"] for part in self.parts for group in part.param_groups]
         self.lr = section.lr
 
@@ -99,3 +100,18 @@ class Optimizer:
             parameter = parameters[name]
             device = parameter.device if value.ndim or parameter.device.type == "cuda" else value.device
             owner[parameter].state[parameter][key] = value.to(device)
+
+
+# Newton-Schulz iterations of experts: as good as 5 (docs/log.md), and with many experts most of what an update takes.
+_ITERATIONS_OF_EXPERTS = 3
+
+
+def _muon_groups(matrices: list[Tensor], names: dict[Tensor, str]) -> list[dict[str, Any]]:
+    """Matrices by themselves, and experts, whose fused gate and up are two matrices as a dense layer's are."""
+    fused = [p for p in matrices if p.ndim == 3 and names[p].endswith("gate_up_proj")]
+    groups = [
+        {"params": [p for p in matrices if p.ndim == 2]},
+        {"params": fused, "iterations": _ITERATIONS_OF_EXPERTS, "fused": 2},
+        {"params": [p for p in matrices if p.ndim == 3 and p not in set(fused)], "iterations": _ITERATIONS_OF_EXPERTS},
+    ]
+    return [group for group in groups if group["params"]]

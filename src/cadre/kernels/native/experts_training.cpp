@@ -109,10 +109,12 @@ void forward(const ExpertsTraining& e, int64_t expert, int64_t begin, int64_t en
     const float* x = e.token ? copies : e.x + begin * D;
     if (e.token) gather(e.x, e.token + begin, count, D, copies);
     const float *gate = e.gate + expert * e.further, *up = e.up + expert * e.further, *down = e.down + expert * F * D;
-    if (up == gate + F * D)
+    if (up == gate + F * D) {
         multiply(count, 2 * F, D, {x, D}, {gate, D, true}, inner, 2 * F);
-    else
-        multiply(count, F, D, {x, D}, {gate, D, true}, inner, 2 * F), multiply(count, F, D, {x, D}, {up, D, true}, inner + F, 2 * F);
+    } else {
+        multiply(count, F, D, {x, D}, {gate, D, true}, inner, 2 * F);
+        multiply(count, F, D, {x, D}, {up, D, true}, inner + F, 2 * F);
+    }
     activate(inner, count, F, h);
     multiply(count, D, F, {h, F}, {down, F, true}, (e.token ? e.y : e.out) + begin * D, D);
 }
@@ -130,11 +132,12 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
     float* d_h = d_inner + most * 2 * F;
     float* h = d_h + most * F;
     float* copies = h + most * F;
-    const float *gate = e.gate + task.expert * e.further, *up = e.up + task.expert * e.further, *down = e.down + task.expert * F * D;
+    const int64_t in = task.expert * e.further, out = task.expert * (int64_t)(F * D);
+    const float *gate = e.gate + in, *up = e.up + in, *down = e.down + out;
     const bool joined = up == gate + F * D;
     Sums to = {};
     if (task.sums) to = {task.sums, task.sums + F * D, task.sums + 2 * F * D};
-    else if (d.gate) to = {d.gate + task.expert * e.further, d.up + task.expert * e.further, d.down + task.expert * F * D};
+    else if (d.gate) to = {d.gate + in, d.up + in, d.down + out};
     const bool joined_sums = joined && to.up == to.gate + F * D;
 
     const Blocks blocks(task.begin, task.end, block);
@@ -151,17 +154,21 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
                       e.token ? d.weight_rows + e.rows + begin : nullptr);
         if (d.x) {
             float* d_x = (e.token ? d.x_rows : d.x) + begin * D;
-            if (joined) multiply(count, D, 2 * F, {d_inner, 2 * F}, {gate, D}, d_x, D);
-            else
-                multiply(count, D, F, {d_inner, 2 * F}, {gate, D}, d_x, D),
-                    multiply(count, D, F, {d_inner + F, 2 * F}, {up, D}, d_x, D, true);
+            if (joined) {
+                multiply(count, D, 2 * F, {d_inner, 2 * F}, {gate, D}, d_x, D);
+            } else {
+                multiply(count, D, F, {d_inner, 2 * F}, {gate, D}, d_x, D);
+                multiply(count, D, F, {d_inner + F, 2 * F}, {up, D}, d_x, D, true);
+            }
         }
         if (!d.gate) continue;
         multiply(D, F, count, {d_out, D, true}, {h, F}, to.down, F, i > 0);
-        if (joined_sums) multiply(2 * F, D, count, {d_inner, 2 * F, true}, {x, D}, to.gate, D, i > 0);
-        else
-            multiply(F, D, count, {d_inner, 2 * F, true}, {x, D}, to.gate, D, i > 0),
-                multiply(F, D, count, {d_inner + F, 2 * F, true}, {x, D}, to.up, D, i > 0);
+        if (joined_sums) {
+            multiply(2 * F, D, count, {d_inner, 2 * F, true}, {x, D}, to.gate, D, i > 0);
+        } else {
+            multiply(F, D, count, {d_inner, 2 * F, true}, {x, D}, to.gate, D, i > 0);
+            multiply(F, D, count, {d_inner + F, 2 * F, true}, {x, D}, to.up, D, i > 0);
+        }
     }
 }
 
@@ -196,7 +203,8 @@ std::vector<Task> slices_of(const ExpertsTraining& e, size_t& rooms) {
     rooms = 0;
     for (int64_t i = 0; i < e.experts; i++) {
         const int64_t rows = e.load[i], slices = (rows + most - 1) / most;
-        for (int64_t s = 0; s < slices; s++) tasks.push_back({i, start[i] + rows * s / slices, start[i] + rows * (s + 1) / slices, nullptr});
+        for (int64_t s = 0; s < slices; s++)
+            tasks.push_back({i, start[i] + rows * s / slices, start[i] + rows * (s + 1) / slices, nullptr});
         rooms += std::max<int64_t>(0, slices - 1);
     }
     return tasks;
@@ -207,8 +215,8 @@ std::vector<Task> slices_of(const ExpertsTraining& e, size_t& rooms) {
 extern "C" void cadre_use_sgemm(void* sgemm) { blas_sgemm = (Sgemm*)sgemm; }
 
 // Where the choices of tokens go when rows are sorted by expert, tokens in order within: row_TK, token_R and load_E.
-extern "C" void cadre_sort_choices(const int64_t* expert, int64_t tokens, int64_t choices, int64_t experts, int64_t* row, int64_t* token,
-                                   int64_t* load) {
+extern "C" void cadre_sort_choices(const int64_t* expert, int64_t tokens, int64_t choices, int64_t experts, int64_t* row,
+                                   int64_t* token, int64_t* load) {
     std::fill(load, load + experts, 0);
     for (int64_t i = 0; i < tokens * choices; i++) load[expert[i]]++;
     std::vector<int64_t> next(experts, 0);
@@ -255,7 +263,8 @@ extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, 
                 cuts.back().further++;
             }
     }
-    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.end - a.begin > b.end - b.begin; });
+    auto larger = [](const Task& a, const Task& b) { return a.end - a.begin > b.end - b.begin; };
+    std::stable_sort(tasks.begin(), tasks.end(), larger);
 
 #pragma omp parallel num_threads(e.threads)
     {

@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-typedef void Sgemm(const char* a_turned, const char* b_turned, const int32_t* m, const int32_t* n, const int32_t* k, const float* alpha,
-                   const float* a, const int32_t* a_stride, const float* b, const int32_t* b_stride, const float* beta, float* c,
-                   const int32_t* c_stride);
+typedef void Sgemm(const char* a_turned, const char* b_turned, const int32_t* m, const int32_t* n, const int32_t* k,
+                   const float* alpha, const float* a, const int32_t* a_stride, const float* b, const int32_t* b_stride,
+                   const float* beta, float* c, const int32_t* c_stride);
 
 inline Sgemm* blas_sgemm = nullptr;  // set once, right after loading
 

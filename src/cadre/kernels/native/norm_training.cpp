@@ -27,13 +27,15 @@ extern "C" void cadre_norm_training(const float* x, int64_t stride, const float*
             squares += v * v;
         });
         const float s = scale[i] = 1.0f / std::sqrt(sum(squares) / (float)width + eps);
-        by_vectors(width, [=](int64_t d, auto n) { store_some(to + d, load_some(from + d, n) * s * load_some(weight + d, n), n); });
+        by_vectors(width, [=](int64_t d, auto n) {
+            store_some(to + d, load_some(from + d, n) * s * load_some(weight + d, n), n);
+        });
     }
 }
 
 // The gradient of x [rows, width] and of weight, from that of y (rows `d_stride` apart).
-extern "C" void cadre_norm_training_gradient(const float* x, int64_t stride, const float* weight, const float* scale, const float* d_y,
-                                             int64_t d_stride, int64_t rows, int64_t width, int32_t threads, float* d_x,
+extern "C" void cadre_norm_training_gradient(const float* x, int64_t stride, const float* weight, const float* scale,
+                                             const float* d_y, int64_t d_stride, int64_t rows, int64_t width, int32_t threads, float* d_x,
                                              float* d_weight) {
     const Sizes sizes{rows, width, threads};
     std::unique_ptr<float[]> sums(new float[(size_t)threads * width]());
@@ -51,7 +53,9 @@ extern "C" void cadre_norm_training_gradient(const float* x, int64_t stride, con
             });
             const float along = sum(dots) * s * s * s / (float)width;
             float* to = d_x + i * width;
-            by_vectors(width, [=](int64_t j, auto n) { store_some(to + j, load_some(d + j, n) * load_some(weight + j, n) * s - load_some(from + j, n) * along, n); });
+            by_vectors(width, [=](int64_t j, auto n) {
+                store_some(to + j, load_some(d + j, n) * load_some(weight + j, n) * s - load_some(from + j, n) * along, n);
+            });
         }
     }
     for (int64_t j = 0; j < width; j++) {

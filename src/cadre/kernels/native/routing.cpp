@@ -57,7 +57,9 @@ int64_t best_of(const float* x, int64_t count) {
 void affinities(const Routing& r, const float* logit, float* score) {
     const int64_t E = r.experts;
     if (r.sigmoid) {
-        by_vectors(E, [=](int64_t e, auto n) { store_some(score + e, 1.0f / (1.0f + exponential(-load_some(logit + e, n))), n); });
+        by_vectors(E, [=](int64_t e, auto n) {
+            store_some(score + e, reciprocal(1.0f + exponential(-load_some(logit + e, n))), n);
+        });
         return;
     }
     const float most = *std::max_element(logit, logit + E);

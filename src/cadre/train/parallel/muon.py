@@ -27,12 +27,13 @@ class SpreadMuon(Muon):
     def matrix_shape(self, parameter: Tensor) -> tuple[int, int]:
         return self.rows.get(parameter, parameter.shape[-2]), parameter.shape[-1]
 
-    def orthogonalized(self, parameters: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+    def orthogonalized(self, parameters: list[Tensor], updates: list[Tensor], iterations: int) -> list[Tensor]:
         cut = [place for place, parameter in enumerate(parameters) if parameter in self.rows]
         whole = [place for place, parameter in enumerate(parameters) if parameter not in self.rows and len(updates[place])]
         result = list(updates)
         if whole:
-            for place, update in zip(whole, super().orthogonalized([], [updates[place] for place in whole]), strict=True):
+            done = super().orthogonalized([], [updates[place] for place in whole], iterations)
+            for place, update in zip(whole, done, strict=True):
                 result[place] = update
         if cut:
             rows = self.rows[parameters[cut[0]]]
