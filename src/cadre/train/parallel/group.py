@@ -93,7 +93,7 @@ class Parallel:
         """The norm over all processes, from this one's."""
         return norm
 
-    def muon(self, matrices: Iterable[Tensor], **options: float) -> Muon:
+    def muon(self, matrices: Iterable[Any], **options: float) -> Muon:
         return Muon(matrices, **options)
 
     # ------------------------------------------------------------------------------------------------- the disk

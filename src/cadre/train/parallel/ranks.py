@@ -147,7 +147,7 @@ class Ranks(Parallel):
         dist.all_reduce(square)
         return square.sqrt().to(norm.dtype)
 
-    def muon(self, matrices: Iterable[Tensor], **options: float) -> Muon:
+    def muon(self, matrices: Iterable[Any], **options: float) -> Muon:
         rows = {part.local: part.shape[0] for part in self.parts.values() if len(part.shape) == 2}
         return SpreadMuon(matrices, rows, self.data.get_group(), **options)
 
