@@ -35,8 +35,8 @@ extern "C" void cadre_norm_training(const float* x, int64_t stride, const float*
 
 // The gradient of x [rows, width] and of weight, from that of y (rows `d_stride` apart).
 extern "C" void cadre_norm_training_gradient(const float* x, int64_t stride, const float* weight, const float* scale,
-                                             const float* d_y, int64_t d_stride, int64_t rows, int64_t width, int32_t threads, float* d_x,
-                                             float* d_weight) {
+                                             const float* d_y, int64_t d_stride, int64_t rows, int64_t width, int32_t threads,
+                                             float* d_x, float* d_weight) {
     const Sizes sizes{rows, width, threads};
     std::unique_ptr<float[]> sums(new float[(size_t)threads * width]());
 #pragma omp parallel for num_threads(threads) schedule(static, 1)

@@ -18,6 +18,10 @@ from cadre.model.experts import MixtureOfExperts
 from cadre.model.transformer import Block, Transformer
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
 
+# A model of no more parameters is gathered whole, once a step: a gathering for each block, twice, costs more time than so
+# little memory is worth (docs/log.md).
+GATHERED_AT_ONCE = 1 << 24
+
 
 @dataclass(frozen=True)
 class Part:
@@ -50,7 +54,7 @@ def shard(
     model: Transformer, values: Iterable[tuple[str, Tensor]], data: DeviceMesh, spread: DeviceMesh, device: torch.device
 ) -> dict[str, Part]:
     """Give a model without storage its values and cut it up, block by block, so that only one block is ever whole beside
-    embedding and head. `values`: tensors by name, in the model's order; `data`, `spread`: `Layout.meshes`. Returns the parts
+    embedding and head (a small model at once). `values`: tensors by name, in the model's order; `data`, `spread`: `Layout.meshes`. Returns the parts
     by parameter name."""
     expert_ranks, replicas = spread.shape
     exchange = Exchange(spread.get_group("expert"))
@@ -66,9 +70,11 @@ def shard(
         # Experts that no two ranks share are no business of FSDP's: gathering them would copy them.
         fully_shard(module, mesh=data, ignored_params=experts if replicas == 1 else None)
 
+    blockwise = sum(parameter.numel() for parameter in model.parameters()) > GATHERED_AT_ONCE
     for name, value in values:
         _give(model, name, value.to(device))
-        part = model.get_submodule(".".join(name.split(".")[:2])) if name.startswith(("layers.", "mtp.")) else None
+        inside = blockwise and name.startswith(("layers.", "mtp."))
+        part = model.get_submodule(".".join(name.split(".")[:2])) if inside else None
         if part is not None and not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers())):
             cut(part)
     cut(model)
