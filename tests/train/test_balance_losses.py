@@ -88,6 +88,7 @@ def test_the_choices_that_count_are_of_the_bare_affinities():
     heard = hear("deepseek_v3", 1, 1, 0, **V3)
     routes = heard.routes
     routes.score_TE = torch.tensor([[0.9, 0.8, 0.1, 0.1, 0.1, 0.1]] * 3)
+    routes.logit_TE = routes.score_TE.logit()
     routes.expert_TK = torch.tensor([[0, 1], [2, 3], [4, 5]])  # as a bias might have it
     assert SequenceLoss(1.0)(heard) == pytest.approx(3 * 1.7 / 2.1)
     heard.router.config = small("deepseek_v2", **V3)

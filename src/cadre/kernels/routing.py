@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import library
+from cadre.kernels.native.library import library, trains
 from cadre.kernels.native.structs import Routing, RoutingGradient
 
 
@@ -34,6 +34,14 @@ def choose_experts(logit_TE: Tensor, correction_E: Tensor | None, rule: RoutingR
     """expert_TK: int64 choices, best first; weight_TK and score_TE: float32 weights of the choices, affinities of all experts.
     correction_E is added to affinities for the choice only. logit_TE: float32 on a CPU, where the native library is."""
     return _Choose.apply(logit_TE, correction_E, rule)
+
+
+def greatest(logit_TE: Tensor, count: int) -> Tensor:
+    """The so many experts of greatest affinity of each token, int64 [T, K] in any order; no gradient."""
+    logit_TE = logit_TE.detach()
+    if trains(logit_TE):
+        return choose_experts(logit_TE, None, RoutingRule(count, 1, 1, sigmoid=True, normed=False, scaling=1.0))[0]
+    return logit_TE.topk(count, dim=-1, sorted=False).indices
 
 
 class _Choose(torch.autograd.Function):

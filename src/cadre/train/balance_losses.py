@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cadre.kernels.routing import greatest
 from cadre.model.experts import Router, Routes
 
 
@@ -44,12 +45,11 @@ class BalanceLoss(Protocol):
 
 def counted_loads(heard: Heard, stretches: int) -> Tensor:
     """How often each expert counts as chosen in each of equal stretches of tokens: float32 [B, E]."""
-    routes, config = heard.routes, heard.router.config
-    score_TE, expert_TK = routes.score_TE.detach(), routes.expert_TK
-    if config.scoring_func == "sigmoid":
-        expert_TK = score_TE.topk(expert_TK.shape[1], dim=-1, sorted=False).indices
+    routes, expert_TK = heard.routes, heard.routes.expert_TK
+    if heard.router.config.scoring_func == "sigmoid":
+        expert_TK = greatest(routes.logit_TE, expert_TK.shape[1])
     expert_BR = expert_TK.reshape(stretches, -1)
-    load_BE = score_TE.new_zeros(stretches, score_TE.shape[1])
+    load_BE = routes.score_TE.detach().new_zeros(stretches, routes.score_TE.shape[1])
     return load_BE.scatter_add_(1, expert_BR, torch.ones_like(expert_BR, dtype=load_BE.dtype))
 
 

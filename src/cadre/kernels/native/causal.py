@@ -94,13 +94,14 @@ class LatentCausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, k = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors  # once: recomputing activations allows no second look
+        q, kv, k = saved[:3]
         B, S, H = kv.shape[:3]
         N, R = q.shape[-1] - k.shape[-1], k.shape[-1]
         grad = _ready(grad_BTHV)
         grad_q, grad_kv, grad_k = torch.empty(q.shape), torch.empty(kv.shape), torch.empty(B, S, H, R)
         gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_kv), _heads(grad_kv, N), _heads(grad_k))
-        _library().cadre_causal_attention_gradient(byref(_latent(ctx, *ctx.saved_tensors)), byref(gradient))
+        _library().cadre_causal_attention_gradient(byref(_latent(ctx, *saved)), byref(gradient))
         return grad_q, grad_kv, grad_k.sum(dim=2), None, None, None, None
 
 
@@ -131,11 +132,12 @@ class GroupedCausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors
+        q, k, v = saved[:3]
         grad = _ready(grad_BTHV)
         grad_q, grad_k, grad_v = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
         gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_k), _heads(grad_v), _Heads())
-        _library().cadre_causal_attention_gradient(byref(_grouped(ctx, *ctx.saved_tensors)), byref(gradient))
+        _library().cadre_causal_attention_gradient(byref(_grouped(ctx, *saved)), byref(gradient))
         return grad_q, grad_k, grad_v, None, None
 
 

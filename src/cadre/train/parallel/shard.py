@@ -54,8 +54,8 @@ def shard(
     model: Transformer, values: Iterable[tuple[str, Tensor]], data: DeviceMesh, spread: DeviceMesh, device: torch.device
 ) -> dict[str, Part]:
     """Give a model without storage its values and cut it up, block by block, so that only one block is ever whole beside
-    embedding and head (a small model at once). `values`: tensors by name, in the model's order; `data`, `spread`: `Layout.meshes`. Returns the parts
-    by parameter name."""
+    embedding and head (a small model at once). `values`: tensors by name, in the model's order; `data`, `spread`:
+    `Layout.meshes`. Returns the parts by parameter name."""
     expert_ranks, replicas = spread.shape
     exchange = Exchange(spread.get_group("expert"))
     experts: set[nn.Parameter] = set()
