@@ -139,3 +139,17 @@ def test_a_batch_takes_under_5_ms(length):
         next(batches)
         times.append(time.perf_counter() - begin)
     assert min(times) < 0.005
+
+
+@given(cases(), st.integers(1, 4), st.booleans())
+def test_parts_are_the_whole_dealt_out_row_by_row(case, parts, documents):
+    tokens, sizes = case
+    whole = Batches(tokens, **sizes, separate_documents=documents)
+    shares = [Batches(tokens, **sizes, separate_documents=documents, part=(part, parts)) for part in range(parts)]
+    for _ in range(3):
+        if sizes["batch"] < parts:  # some would have nothing, which no run allows
+            return
+        batch, dealt = next(whole), [next(share) for share in shares]
+        for part, its in enumerate(dealt):
+            assert same(its, Batch(batch.ids[part::parts], None if batch.documents is None else batch.documents[part::parts]))
+        assert all(share.state() == whole.state() for share in shares)

@@ -16,9 +16,9 @@ CONFIG = small("deepseek_v3", n_routed_experts=8, num_experts_per_tok=3)
 WIDTH = CONFIG.hidden_size
 
 
-def mixture() -> MixtureOfExperts:
+def mixture(experts: int = 8) -> MixtureOfExperts:
     generator = torch.Generator().manual_seed(0)
-    made = MixtureOfExperts(CONFIG)
+    made = MixtureOfExperts(CONFIG.model_copy(update={"n_routed_experts": experts}))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(std=0.3, generator=generator)
@@ -37,9 +37,9 @@ def run(layer: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, dict[str, T
     return y.detach(), x.grad, {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
-def spread_run(ranks, counts: list[int], dtype: torch.dtype) -> dict:
+def spread_run(ranks, counts: list[int], dtype: torch.dtype, experts: int = 8) -> dict:
     exchange = Exchange(dist.group.WORLD)
-    layer = SpreadMixture(mixture(), exchange)
+    layer = SpreadMixture(mixture(experts), exchange)
     x = tokens(counts[ranks.rank], ranks.rank, dtype)
     with torch.no_grad():
         layer(x)

@@ -11,6 +11,7 @@ from tests.parallel.world import world
 # Rows that divide and do not, fewer rows than ranks, tall and wide; experts, of which a rank may have none.
 SHAPES = [(8, 5), (8, 5), (8, 5), (7, 3), (2, 6), (1, 4), (4, 8, 5), (0, 3, 2)]
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}
+ITERATIONS = 3
 
 
 def weights(seed: int) -> list[torch.Tensor]:
@@ -24,6 +25,7 @@ def rows(shape: tuple[int, ...], rank: int, ranks: int) -> slice:
 
 
 def steps(optimizer: Muon, parameters: list[torch.Tensor], cut) -> None:
+    optimizer.param_groups[0]["iterations"] = ITERATIONS
     for seed in (1, 2, 3):
         for parameter, shape, gradient in zip(parameters, SHAPES, weights(seed), strict=True):
             parameter.grad = gradient[cut(shape)].clone()

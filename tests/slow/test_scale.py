@@ -12,11 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cadre.train.checkpoint import checkpoints
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.group import Parallel
 from tests.parallel.test_equal import EVERYTHING, PLAIN, assert_same_run, recipe, several, train
+from tests.parallel.test_exchange import CONFIG, spread_run
 from tests.parallel.world import world
 
 __all__ = ["recipe"]
@@ -122,3 +124,11 @@ def test_torchrun_starts_it_too(tmp_path, recipe):
     ended = subprocess.run([*command, str(recipe), "--out", str(out), "--steps", "4"], capture_output=True, timeout=PATIENCE)
     assert ended.returncode == 0, ended.stderr.decode()
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "finished"
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_process_sends_no_more_however_many_there_are(tmp_path, size):
+    """Weak scaling of the dispatch: as many tokens each, so as many bytes each, to ever more processes."""
+    answers = world(size, spread_run, [6] * size, torch.float32, size)
+    formula = 6 * CONFIG.num_experts_per_tok * CONFIG.hidden_size * (4 + 4)
+    assert sum(answer["forward"] for answer in answers) == size * formula

@@ -20,6 +20,6 @@ def test_every_arm_is_timed_at_every_point_beyond_its_own_context():
 
 
 def test_a_point_that_does_not_fit_says_so(monkeypatch):
-    monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 1000)
     (row,) = decode_rates({"latent": small("deepseek_v3")}, Decode(contexts=[8], batches=[1]), lambda text: None)
     assert "tokens_per_second" not in row and "GiB are free" in row["reason"]

@@ -69,11 +69,31 @@ class NativeModel:
             for index, stage in enumerate(stages)
         ]
 
+    @property
+    def narrow(self) -> bool:
+        """Whether weights are kept narrower than float32: a product in torch would first widen the whole matrix."""
+        weight = weight_of(self.model.layers[0].self_attn.o_proj)  # type: ignore[union-attr, arg-type]
+        return not isinstance(weight, Tensor) or weight.dtype != torch.float32
+
+    def embedded(self, ids_T: Tensor) -> Tensor:
+        """The residual stream [T, D] at its beginning, float32."""
+        return F.embedding(ids_T, self.model.embed_tokens.weight).float()
+
+    def feed_forward(self, layer: int, x_TD: Tensor) -> None:
+        """The second half of a block, added to the residual stream in place."""
+        self._make_room(len(x_TD))
+        step = Step(x=x_TD.data_ptr(), tokens=len(x_TD), width=x_TD.shape[1], threads=self.threads)
+        self.blocks[layer][1](ctypes.byref(step))
+
+    def normed(self, x_TD: Tensor) -> Tensor:
+        """The final norm."""
+        return self._normed(self.norm, x_TD)
+
     def hidden(self, batch: Batch) -> Tensor:
         """Normed hidden states [T, D], float32."""
-        x_TD = F.embedding(batch.ids_T, self.model.embed_tokens.weight).float()
+        x_TD = self.embedded(batch.ids_T)
         self._run(x_TD, batch, self.blocks)
-        return self._normed(self.norm, x_TD)
+        return self.normed(x_TD)
 
     def choices(self, tokens: int) -> list[Tensor]:
         """The experts of the last pass's tokens, of each sparse layer: int64 [T, K]."""
@@ -82,7 +102,7 @@ class NativeModel:
     def draft_hidden(self, depth: int, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """Hidden states [T, D] of multi-token prediction module `depth`: see `Transformer.further_hidden`."""
         enorm, hnorm, joining, block, norm = self.stages[depth]
-        next_TD = F.embedding(batch.ids_T, self.model.embed_tokens.weight).float()
+        next_TD = self.embedded(batch.ids_T)
         joined = torch.cat((self._normed(enorm, next_TD), self._normed(hnorm, hidden_TD.float().contiguous())), dim=1)
         x_TD = self._linear(joining, joined)
         self._run(x_TD, batch, [block])
@@ -95,8 +115,7 @@ class NativeModel:
 
     def _run(self, x_TD: Tensor, batch: Batch, blocks: list[list[Part]]) -> None:
         sequences = len(batch.count_B)
-        if self.choice_LTK.shape[1] < len(x_TD):
-            self.choice_LTK = self.choice_LTK.new_empty(len(self.load_LE), len(x_TD), self.choice_LTK.shape[2])
+        self._make_room(len(x_TD))
         turn_TR = self.model.rotary(0, int(batch.position_T.max()) + 1, x_TD.device)
         numbers = ctypes.c_int32 * sequences
         count, start = numbers(*batch.count_B), numbers(*batch.start_B)
@@ -117,6 +136,10 @@ class NativeModel:
         for block in blocks:
             for part in block:
                 part(given)
+
+    def _make_room(self, tokens: int) -> None:
+        if self.choice_LTK.shape[1] < tokens:
+            self.choice_LTK = self.choice_LTK.new_empty(len(self.load_LE), tokens, self.choice_LTK.shape[2])
 
     def _normed(self, norm: tuple[int, float], x_TD: Tensor) -> Tensor:
         y_TD = torch.empty_like(x_TD)

@@ -8,12 +8,12 @@ expert choices, R choices of several passes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,7 +24,7 @@ from cadre.infer.native import NATIVE_ROWS, NATIVE_TOKENS, NativeModel
 from cadre.infer.pages import PagePool
 from cadre.kernels.limits import best_dtype
 from cadre.model.experts import Routes
-from cadre.model.transformer import Transformer
+from cadre.model.transformer import Block, Transformer
 
 if TYPE_CHECKING:
     from cadre.infer.scheduler import Sequence
@@ -198,6 +198,8 @@ class Runner:
                 self.model.compute_dtype = own
 
     def _torch_hidden(self, batch: Batch) -> Tensor:
+        if self.native is not None and self.dtype == torch.float32 and self.native.narrow:
+            return self._mixed_hidden(self.native, batch)
         cache = PagedCache(self.pool, batch)
         ids_1T = batch.ids_T.to(cache.position_T.device)[None]
         chosen: list[Tensor] = []
@@ -219,6 +221,20 @@ class Runner:
             if len(self._uncounted) >= _COUNT_EVERY:
                 self.load()
         return hidden_1TD[0]
+
+
+    def _mixed_hidden(self, native: NativeModel, batch: Batch) -> Tensor:
+        """Attention in torch, which expands the latents; feed-forward natively, which widens weights as it multiplies: most
+        weights are there, and to widen them all for one chunk takes a quarter of its time."""
+        cache = PagedCache(self.pool, batch)
+        turn_TR = self.model.rotary.at(cache.position_T, cache.stop)
+        x_TD = native.embedded(batch.ids_T)
+        for layer, block in enumerate(cast(Iterable[Block], self.model.layers)):
+            x_TD += block.self_attn(block.input_layernorm(x_TD[None]), turn_TR, cache.layer(layer))[0]
+            native.feed_forward(layer, x_TD)
+        if batch.experts is not None:
+            batch.experts.extend(native.choices(len(x_TD))[: len(self._routers)])
+        return native.normed(x_TD)
 
 
 def _torch_dtype(model: Transformer) -> torch.dtype:

@@ -37,7 +37,8 @@ class SpreadMuon(Muon):
                 result[place] = update
         if cut:
             rows = self.rows[parameters[cut[0]]]
-            for place, update in zip(cut, self._exchanged([updates[place][0] for place in cut], rows), strict=True):
+            done = self._exchanged([updates[place][0] for place in cut], rows, iterations)
+            for place, update in zip(cut, done, strict=True):
                 result[place] = update[None]
         return result
 
@@ -45,7 +46,7 @@ class SpreadMuon(Muon):
         self.turn = 0
         super().step()
 
-    def _exchanged(self, mine: list[Tensor], rows: int) -> list[Tensor]:
+    def _exchanged(self, mine: list[Tensor], rows: int, iterations: int) -> list[Tensor]:
         """This rank's rows of equally shaped matrices, orthogonalised as wholes."""
         ranks, rank, columns = self.group.size(), self.group.rank(), mine[0].shape[1]
         step = -(-rows // ranks)
@@ -60,7 +61,7 @@ class SpreadMuon(Muon):
         dist.all_to_all_single(gathered, out, here, there, group=self.group)
         if dealt[rank]:
             runs = [run.view(len(dealt[rank]), -1, columns) for run in gathered.split(here)]
-            done = orthogonalize(torch.cat(runs, dim=1)).split(held, dim=1)
+            done = orthogonalize(torch.cat(runs, dim=1), iterations).split(held, dim=1)
             gathered = torch.cat([run.flatten() for run in done])
         dist.all_to_all_single(out, gathered, there, here, group=self.group)
         back = dict(zip(order, out.view(len(mine), -1, columns), strict=True))

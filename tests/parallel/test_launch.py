@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cadre.errors import RunError, UsageError
+from cadre.train.parallel.launch import _cause, joined
+from cadre.train.parallel.ranks import Ranks
+from tests.parallel.world import world
+
+
+def failure(exitcode: int, told: str = "<NONE>", timestamp: int = 100) -> Any:
+    name = signal.Signals(-exitcode).name if exitcode < 0 else "<N/A>"
+    return SimpleNamespace(
+        exitcode=exitcode, timestamp=timestamp, error_file_data={"message": told}, signal_name=lambda: name
+    )
+
+
+LOST = "rank 0 lost the other processes: Connection closed by peer"
+
+
+@pytest.mark.parametrize("failures, kind, message", [
+    # Killed; the other noticed at once, and may be found first.
+    ({0: failure(75, LOST), 1: failure(-9)}, RunError, "rank 1 was ended by SIGKILL"),
+    ({0: failure(-11), 1: failure(75, LOST)}, RunError, "rank 0 was ended by SIGSEGV"),
+    # An error of one, after which the agent ended the other.
+    ({0: failure(2, "train.batch is 3"), 1: failure(-15)}, UsageError, "train.batch is 3"),
+    ({0: failure(-15, timestamp=101), 1: failure(1, "rank 1: the disk is full")}, RunError, "rank 1: the disk is full"),
+    ({0: failure(130), 1: failure(3)}, RunError, "rank 1 ended with status 3; what it printed is in logs"),
+    # One hung: the other gave up, and long after the agent had to kill it.
+    ({0: failure(75, LOST), 1: failure(-9, timestamp=130)}, RunError, f"rank 1 did not answer any more ({LOST})"),
+    ({0: failure(75, LOST)}, RunError, LOST),
+])  # fmt: skip
+def test_the_cause_is_the_failure_that_the_others_followed_from(failures, kind, message):
+    cause = _cause(SimpleNamespace(failures=failures), Path("logs"))  # type: ignore[arg-type]
+    assert (type(cause), str(cause)) == (kind, message)
+
+
+def test_a_process_that_nobody_started_is_alone(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined(1.0) as (parallel, device):
+        assert (parallel.rank, parallel.size, parallel.main, device.type) == (0, 1, True, torch.device(device).type)
+        assert parallel.agree(2.5) == 2.5 and parallel.anyone(True) and not parallel.anyone(False)
+
+
+def in_turn(ranks: Ranks, folder: Path) -> str:
+    try:
+        with ranks.in_turn():
+            if ranks.main:
+                raise UsageError("no such text")
+            return "went on"
+    except (UsageError, RunError) as error:
+        return str(error)
+
+
+def test_what_the_first_cannot_prepare_ends_all(tmp_path):
+    assert world(2, in_turn, tmp_path) == ["no such text", "the first process could not prepare the run"]
+
+
+def sums(ranks: Ranks) -> tuple:
+    counts, scale = torch.tensor([[1, 2], [3, 2**40]]), torch.tensor(0.5)
+    ranks.add(counts, scale)
+    first, any_one = ranks.agree(float(ranks.rank + 7)), ranks.anyone(ranks.rank == 1)
+    return counts.tolist(), float(scale), first, any_one, list(ranks.share("abcde"))
+
+
+def test_sums_and_agreements():
+    common = ([[2, 4], [6, 2**41]], 1.0, 7.0, True)
+    assert world(2, sums) == [(*common, ["a", "c", "e"]), (*common, ["b", "d"])]
