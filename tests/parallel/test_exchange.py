@@ -73,3 +73,11 @@ def test_the_bytes_sent_are_those_of_the_formula(dtype, size):
     formula = sum(counts) * CONFIG.num_experts_per_tok * WIDTH * (size + size)
     assert sum(answer["forward"] for answer in answers) == formula
     assert sum(answer["both"] for answer in answers) == 2 * formula
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_process_sends_no_more_however_many_there_are(size):
+    """Weak scaling of the dispatch: as many tokens each, so as many bytes each, to ever more processes."""
+    answers = world(size, spread_run, [6] * size, torch.float32, size)
+    formula = 6 * CONFIG.num_experts_per_tok * WIDTH * (4 + 4)
+    assert sum(answer["forward"] for answer in answers) == size * formula

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,13 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from cadre.train.checkpoint import checkpoints
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.group import Parallel
 from tests.parallel.test_equal import EVERYTHING, PLAIN, assert_same_run, recipe, several, train
-from tests.parallel.test_exchange import CONFIG, spread_run
 from tests.parallel.world import world
 
 __all__ = ["recipe"]
@@ -126,9 +125,16 @@ def test_torchrun_starts_it_too(tmp_path, recipe):
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "finished"
 
 
-@pytest.mark.parametrize("size", [8, 16])
-def test_a_process_sends_no_more_however_many_there_are(tmp_path, size):
-    """Weak scaling of the dispatch: as many tokens each, so as many bytes each, to ever more processes."""
-    answers = world(size, spread_run, [6] * size, torch.float32, size)
-    formula = 6 * CONFIG.num_experts_per_tok * CONFIG.hidden_size * (4 + 4)
-    assert sum(answer["forward"] for answer in answers) == size * formula
+def test_two_machines(tmp_path, recipe):
+    """Two agents that find each other, as on two machines that share a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]  # fmt: skip
+    work = ["-m", "cadre", "train", str(recipe), "--out", str(out), "--steps", "4", "--set", "parallel.expert=2"]
+    machines = [subprocess.Popen([*agent, *work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    said = [machine.communicate(timeout=PATIENCE)[0].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert sorted("step 3/4" in text for text in said) == [False, True]
