@@ -38,7 +38,7 @@ def save_parts(ranks: Ranks, run_dir: Path, tensors: dict[str, Tensor], state: d
     partial = run_dir / "checkpoints" / ".partial-parts"
     try:
         ranks.together(lambda: begin(partial) if ranks.main else None)
-        ranks.together(lambda: _write(tensors, partial, ranks.patient))
+        ranks.together(lambda: _write(tensors, partial, ranks.words))
         ranks.together(lambda: publish(partial, final, state, keep) if ranks.main else None)
     except RunError as error:
         if ranks.main:

@@ -77,18 +77,18 @@ def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path |
         local_addr="localhost",
         logs_specs=DefaultLogsSpecs(str(folder), redirects={rank: Std.ALL for rank in range(1, processes)}),
     )
-    failed = False
+    telling = False
     try:
         elastic_launch(config, sys.executable)("-m", "cadre", *arguments)
     except ChildFailedError as error:
-        failed = True
+        telling = any(file.stat().st_size for file in folder.rglob("std*.log"))
         raise _cause(error, folder) from None
     except SignalException as ended:
         # The processes were told, and have saved and ended: Ctrl-C asks no more.
         if ended.sigval not in (signal.SIGINT, signal.SIGTERM):
             raise RunError(f"stopped by {ended.sigval.name}") from None
     finally:
-        if logs is None and not failed:
+        if logs is None and not telling:
             shutil.rmtree(folder, ignore_errors=True)
 
 

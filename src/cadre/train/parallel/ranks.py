@@ -50,6 +50,7 @@ class Ranks(Parallel):
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
         self.device = device
+        self.words = dist.new_group(timeout=wait, backend="gloo")  # for what is no tensor
         self.patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
         self.parent = os.getppid()
         self.parts: dict[str, Part] = {}
@@ -92,7 +93,7 @@ class Ranks(Parallel):
         except (RunError, UsageError) as caught:
             error = RunError(str(caught))
         told: list[tuple[type[RunError], str] | None] = [None] * self.size
-        dist.all_gather_object(told, None if error is None else (type(error), str(error)), group=self.patient)
+        dist.all_gather_object(told, None if error is None else (type(error), str(error)), group=self.words)
         for kind, message in filter(None, told):
             raise kind(message)
 
@@ -160,7 +161,7 @@ class Ranks(Parallel):
         return save_parts(self, run_dir, {**self._weights(model), **moments}, state, keep)
 
     def load_checkpoint(self, path: Path, model: Transformer, optimizer: Optimizer) -> None:
-        load_parts(path, self._weights(model), optimizer, self._part, self.patient)
+        load_parts(path, self._weights(model), optimizer, self._part, self.words)
 
     def save_model(self, model: Transformer, path: Path, tokenizer: Any, dtype: torch.dtype) -> None:
         gather = Gather(self.parts, dict(model.named_buffers()), dtype)

@@ -18,8 +18,8 @@ from cadre.model.experts import MixtureOfExperts
 from cadre.model.transformer import Block, Transformer
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
 
-# A model of no more parameters is gathered whole, once a step: a gathering for each block, twice, costs more time than so
-# little memory is worth (docs/log.md).
+# A model of no more parameters is gathered whole, once a pass: a gathering for each block, twice, costs more time than so
+# little memory is worth.
 GATHERED_AT_ONCE = 1 << 24
 
 
