@@ -148,7 +148,7 @@ class NativeModel:
         return y_TD
 
     def _linear(self, matrix: Any, x_ND: Tensor) -> Tensor:
-        y_NM = torch.empty(len(x_ND), matrix.rows)
+        y_NM = x_ND.new_empty(len(x_ND), matrix.rows)
         self.kernels.cadre_linear(ctypes.byref(matrix), x_ND.data_ptr(), len(x_ND), self.threads, y_NM.data_ptr())
         return y_NM
 

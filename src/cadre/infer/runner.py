@@ -222,7 +222,6 @@ class Runner:
                 self.load()
         return hidden_1TD[0]
 
-
     def _mixed_hidden(self, native: NativeModel, batch: Batch) -> Tensor:
         """Attention in torch, which expands the latents; feed-forward natively, which widens weights as it multiplies: most
         weights are there, and to widen them all for one chunk takes a quarter of its time."""

@@ -53,7 +53,7 @@ def causal_attention(
     unfused path torch would fall back to.
     """
     if takes(q_BTHK, k_BSGK, v_BSGV):
-        first_BT = None if document_BT is None else first_seen(document_BT)
+        first_BT = None if document_BT is None else first_seen(document_BT.expand(len(q_BTHK), -1))
         return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT)
     K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
     if V < K:
@@ -87,7 +87,7 @@ def latent_attention(
 ) -> Tensor:  # fmt: skip
     """As the reference. Our kernel turns and joins the parts as it reads them."""
     if takes(q_BTHK, kv_BSHX, k_BSR):
-        first_BT = None if document_BT is None else first_seen(document_BT)
+        first_BT = None if document_BT is None else first_seen(document_BT.expand(len(q_BTHK), -1))
         return LatentCausalAttention.apply(q_BTHK, kv_BSHX, k_BSR, turn_SR, scale, not interleaved, first_BT)
     return causal_attention(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BT)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cadre.kernels.native.library import library, trains
 
@@ -27,11 +28,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are taken while a chunk's logits are at hand, so nothing of vocabulary width is kept or recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor, keeps: bool) -> Tensor:
         dtype = hidden_ND.dtype
         head = head_WD.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        needs_hidden, needs_head = (needs and keeps for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_head = torch.zeros_like(head_WD, dtype=torch.float32) if needs_head else None
         rows = max(64, _CHUNK_ELEMENTS // len(head_WD))
@@ -54,13 +55,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_head is not None:
             grad_head = (grad_head * grad_total).to(ctx.head_dtype)
-        return grad_hidden, grad_head, None, None
+        return grad_hidden, grad_head, None, None, None
 
 
 def _cross_entropy(logit_NW: Tensor, target_N: Tensor, weight_N: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -89,4 +91,6 @@ def _cross_entropy(logit_NW: Tensor, target_N: Tensor, weight_N: Tensor, wants_g
 
 def linear_cross_entropy(hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:
     """As the reference, in chunks. weight_N: float32, 0 for positions that do not count; it gets no gradient."""
-    return _LinearCrossEntropy.apply(hidden_ND, head_WD, target_N, weight_N)
+    weight_N = weight_N.expand(target_N.shape)
+    # Within `no_grad` a function is told of needs all the same.
+    return _LinearCrossEntropy.apply(hidden_ND, head_WD, target_N, weight_N, torch.is_grad_enabled())

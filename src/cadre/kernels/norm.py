@@ -58,7 +58,7 @@ class _NativeRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight, scale_N = ctx.saved_tensors
-        grad_ND = _rows(grad)
+        grad_ND = _rows(grad.resolve_neg())
         grad_x, grad_weight = grad.new_empty(grad.shape), weight.new_empty(weight.shape)
         native = library()
         assert native is not None
@@ -85,6 +85,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As the reference; float32 activations take the closed form, on a CPU in C++."""
+    if weight_D.shape != x.shape[-1:]:
+        raise ValueError(f"a norm of {len(weight_D)} cannot take {tuple(x.shape)}")
     if x.dtype == torch.float32 and weight_D.dtype == torch.float32 and x.ndim > 1:
         if trains(x, weight_D):
             return _NativeRMSNorm.apply(x, weight_D, eps)

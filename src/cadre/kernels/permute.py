@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadre.kernels.native.library import library
+from cadre.kernels.native.library import library, plain
 
 
 class _GatherRows(torch.autograd.Function):
@@ -55,9 +55,11 @@ def sort_choices_reference(expert_TK: Tensor, experts: int) -> tuple[Tensor, Ten
 
 def sort_choices(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference; on a CPU by counting, in C++."""
-    native = library() if expert_TK.device.type == "cpu" else None
+    native = library() if plain(expert_TK, dtype=torch.int64) else None
     if native is None:
         return sort_choices_reference(expert_TK, experts)
+    if expert_TK.numel() and not 0 <= int(expert_TK.min()) <= int(expert_TK.max()) < experts:
+        raise ValueError(f"a choice is not one of the {experts} experts")
     choice_TK = expert_TK.contiguous()
     row_TK, token_R = torch.empty_like(choice_TK), choice_TK.new_empty(choice_TK.numel())
     load_E = choice_TK.new_empty(experts)

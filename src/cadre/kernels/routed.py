@@ -22,6 +22,10 @@ def routed_swiglu(
 ) -> Tensor:
     """sum_k weight_TK[t, k] * expert_swiglu(x_TD[token_R])[row_TK[t, k]], [T, D], where `trains` takes them all. Rows of one
     expert are adjacent, experts in order; load_E: rows per expert, sums to R."""
+    fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_TD.shape[1])
+    fits &= weight_TK.shape == row_TK.shape and len(row_TK) == len(x_TD) and token_R.numel() == row_TK.numel()
+    fits &= row_TK.dtype == token_R.dtype == torch.int64
+    _check(x_TD, down_EDF, fits, load_E)
     return _Experts.apply(x_TD, weight_TK, row_TK, token_R, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled())
 
 
@@ -30,14 +34,23 @@ def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Ten
     the number of rows."""
     if int(load_E.sum()) != len(x_RD):
         raise ValueError(f"load_E sums to {int(load_E.sum())}, but there are {len(x_RD)} rows")
+    _check(x_RD, down_EDF, gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_RD.shape[1]), load_E)
     return _Experts.apply(x_RD, None, None, None, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled())
 
 
 def dense_swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
     """down(silu(gate x) * up x) of every position [..., D], where `trains` takes them all."""
     x_TD = x.reshape(-1, x.shape[-1])
+    if gate_FD.shape != up_FD.shape or gate_FD.shape != down_DF.mT.shape or x_TD.shape[1] != gate_FD.shape[1]:
+        raise ValueError(f"rows {tuple(x.shape)} do not fit gate and up {tuple(gate_FD.shape)} and down {tuple(down_DF.shape)}")
     load_E = torch.tensor([len(x_TD)], device="cpu")
     return _Experts.apply(x_TD, None, None, None, load_E, gate_FD, up_FD, down_DF, torch.is_grad_enabled()).view(x.shape)
+
+
+def _check(x: Tensor, down_EDF: Tensor, fits: bool, load_E: Tensor) -> None:
+    """What the kernel would otherwise find out by writing elsewhere."""
+    if not fits or load_E.dtype != torch.int64 or down_EDF.shape[:2] != (len(load_E), x.shape[1]):
+        raise ValueError(f"rows {tuple(x.shape)} do not fit {len(load_E)} experts of down {tuple(down_EDF.shape)}")
 
 
 class _Experts(torch.autograd.Function):

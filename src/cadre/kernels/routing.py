@@ -40,7 +40,8 @@ def greatest(logit_TE: Tensor, count: int) -> Tensor:
     """The so many experts of greatest affinity of each token, int64 [T, K] in any order; no gradient."""
     logit_TE = logit_TE.detach()
     if trains(logit_TE):
-        return choose_experts(logit_TE, None, RoutingRule(count, 1, 1, sigmoid=True, normed=False, scaling=1.0))[0]
+        # By softmax: a sigmoid is 1 for large logits, whichever is larger.
+        return choose_experts(logit_TE, None, RoutingRule(count, 1, 1, sigmoid=False, normed=False, scaling=1.0))[0]
     return logit_TE.topk(count, dim=-1, sorted=False).indices
 
 

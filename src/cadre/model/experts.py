@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +157,10 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
         self.keeps_routes = True
         self.routes: Routes | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no part in the graph that the last pass's routes hang on."""
+        return {**self.__dict__, "routes": None}
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_TD = x_BTD.flatten(0, -2)

@@ -48,8 +48,10 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.gate_proj, Linear):
-            weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        parts = self.gate_proj, self.up_proj, self.down_proj
+        # Parts of another kind (quantized, adapted) or watched by hooks have to be called.
+        if all(type(part) is Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts):
+            weights = tuple(part.weight for part in parts)
             if trains(x, *weights):
                 return dense_swiglu(x, *weights)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -249,7 +249,7 @@ void forward(const Shape& s, int b, int g) {
                         most = v > most ? v : most;
                     }
                     const float now = largest(most);
-                    if (now == -INFINITY) {  // nothing seen yet
+                    if (now == -INFINITY && low >= high) {  // nothing seen yet
                         std::fill(w, w + reach, 0.0f);
                         continue;
                     }

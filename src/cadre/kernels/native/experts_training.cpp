@@ -65,11 +65,16 @@ void gather(const float* x, const int64_t* token, int64_t count, size_t D, float
     }
 }
 
+floats sigmoid(floats x) {
+    const floats s = reciprocal(1.0f + exponential(-x));
+    return x < all(-87.0f) ? floats{} : s;  // e^87 is as large as `exponential` gets, and times -1e38 not small
+}
+
 void activate(const float* inner, int64_t count, size_t F, float* h) {
     for (int64_t i = 0; i < count; i++, inner += 2 * F, h += F)
         by_vectors(F, [=](size_t f, auto n) {
             floats g = load_some(inner + f, n), u = load_some(inner + F + f, n);
-            store_some(h + f, g * reciprocal(1.0f + exponential(-g)) * u, n);
+            store_some(h + f, g * sigmoid(g) * u, n);
         });
 }
 
@@ -82,7 +87,7 @@ void activate_back(const float* inner, const float* d_h, const float* weight, in
         floats sums = {};
         by_vectors(F, [&](size_t f, auto n) {
             floats g = load_some(inner + f, n), u = load_some(inner + F + f, n), d = load_some(d_h + f, n);
-            floats s = reciprocal(1.0f + exponential(-g)), silu = g * s, a = silu * u;
+            floats s = sigmoid(g), silu = g * s, a = silu * u;
             sums += a * d;
             d *= w;
             store_some(h + f, a * w, n);

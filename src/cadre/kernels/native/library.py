@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from cadre.kernels.native.structs import declare
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SOURCES = (
@@ -64,12 +65,23 @@ def training_library() -> ctypes.CDLL | None:
 
 
 def trains(*tensors: Tensor) -> bool:
-    """Whether the training kernels take these: plain float32 tensors on a CPU, and the kernels can be had."""
-    import torch
+    """Whether the training kernels take these: `plain` tensors, and the kernels can be had."""
+    return plain(*tensors) and training_library() is not None
 
-    plain = (torch.Tensor, torch.nn.Parameter)  # a distributed tensor, for one, holds its elements elsewhere
-    fit = all(x.device.type == "cpu" and x.dtype == torch.float32 and type(x) in plain for x in tensors)
-    return fit and not torch.is_autocast_enabled("cpu") and training_library() is not None
+
+def plain(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether all are tensors of a dtype (float32) on a CPU whose elements lie where they say, computed now, not traced."""
+    import torch
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if _get_current_dispatch_mode() is not None:  # it must see every operation, and may give tensors without elements
+        return False
+    kinds = (torch.Tensor, torch.nn.Parameter)  # a distributed tensor, for one, holds its elements elsewhere
+    dtype = dtype or torch.float32
+    fit = all(x.device.type == "cpu" and x.dtype == dtype and type(x) in kinds for x in tensors)
+    return fit and all(x.layout == torch.strided and not x.is_neg() for x in tensors)
 
 
 def why_missing() -> str | None:

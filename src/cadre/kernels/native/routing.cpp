@@ -104,6 +104,9 @@ void route(const Routing& r, int64_t t) {
         floats v = load_some(score + e, n);
         store_some(wanted + e, r.correction ? v + load_some(r.correction + e, n) : v, n);
     });
+    floats sums = {};
+    by_vectors(E, [&](int64_t e, auto n) { sums += load_some(score + e, n); });
+    const float all_of_them = sum(sums);  // NaN if any is: no comparison would choose that one, and the loss must tell
     if (r.groups > 1 && r.top_groups < r.groups) close_groups(r, wanted, wanted + count * LANES);
     float total = 0.0f;
     for (int k = 0; k < r.top_k; k++) {
@@ -113,7 +116,7 @@ void route(const Routing& r, int64_t t) {
         r.expert[t * r.top_k + k] = e;
         total += r.weight[t * r.top_k + k] = score[e];
     }
-    const float factor = r.normed ? r.scaling / (total + NOTHING) : r.scaling;
+    const float factor = all_of_them != all_of_them ? all_of_them : r.normed ? r.scaling / (total + NOTHING) : r.scaling;
     for (int k = 0; k < r.top_k; k++) r.weight[t * r.top_k + k] *= factor;
 }
 
