@@ -38,8 +38,8 @@ def compiling(monkeypatch):
 
 
 def guided(server, **fields):
-    connection = server.connect(http("/v1/completions", json.dumps(GUIDED | fields).encode()))
     before = server.admission.taken
+    connection = server.connect(http("/v1/completions", json.dumps(GUIDED | fields).encode()))
     server.until(lambda: server.admission.taken > before)
     return connection
 
