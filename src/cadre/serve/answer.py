@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -72,7 +73,7 @@ class Choice:
         return piece
 
 
-class Shape:
+class Shape(ABC):
     """How one kind of completion is written down. Lists that may be long are iterators (see `pieces`)."""
 
     PREFIX: ClassVar[str]
@@ -86,13 +87,13 @@ class Shape:
         self.routes = body.cadre is not None and body.cadre.routes
         self.usage_wanted = body.stream_options is not None and body.stream_options.include_usage
 
+    @abstractmethod
     def entry(self, choice: Choice) -> dict[str, Any]:
         """A choice that has taken all its outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def deltas(self, choice: Choice, piece: str, output: Output, *, first: bool) -> list[dict[str, Any]]:
         """What there is to tell of a piece of text that a choice has taken from an output."""
-        raise NotImplementedError
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         return self._object(self.WHOLE, [self.entry(choice) for choice in choices]) | {"usage": usage(choices)}

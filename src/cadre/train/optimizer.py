@@ -108,10 +108,11 @@ _ITERATIONS_OF_EXPERTS = 3
 
 def _muon_groups(matrices: list[Tensor], names: dict[Tensor, str]) -> list[dict[str, Any]]:
     """Matrices by themselves, and experts, whose fused gate and up are two matrices as a dense layer's are."""
-    fused = [p for p in matrices if p.ndim == 3 and names[p].endswith("gate_up_proj")]
+    experts = [p for p in matrices if p.ndim == 3]
+    fused = {p for p in experts if names[p].endswith("gate_up_proj")}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in matrices if p.ndim == 2]},
-        {"params": fused, "iterations": _ITERATIONS_OF_EXPERTS, "fused": 2},
-        {"params": [p for p in matrices if p.ndim == 3 and p not in set(fused)], "iterations": _ITERATIONS_OF_EXPERTS},
+        {"params": [p for p in experts if p in fused], "iterations": _ITERATIONS_OF_EXPERTS, "fused": 2},
+        {"params": [p for p in experts if p not in fused], "iterations": _ITERATIONS_OF_EXPERTS},
     ]
     return [group for group in groups if group["params"]]
