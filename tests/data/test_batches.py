@@ -39,7 +39,6 @@ def test_each_window_comes_exactly_once_an_epoch(case):
     tokens, sizes = case
     batches = Batches(tokens, **sizes)
     n, seq_len, length = len(tokens) // sizes["seq_len"], sizes["seq_len"], sizes["seq_len"] + sizes["extra"]
-    assert batches.batches_per_epoch == n // sizes["batch"] >= 1
     rows = [row for batch in islice(batches, 3 * n // sizes["batch"] + 3) for row in batch.ids]
     for row in rows:
         np.testing.assert_array_equal(row, (row[0] + np.arange(length)) % len(tokens))
@@ -153,3 +152,106 @@ def test_parts_are_the_whole_dealt_out_row_by_row(case, parts, documents):
         for part, its in enumerate(dealt):
             assert same(its, Batch(batch.ids[part::parts], None if batch.documents is None else batch.documents[part::parts]))
         assert all(share.state() == whole.state() for share in shares)
+
+
+# ------------------------------------------------------------------------------------------------- mixtures
+
+
+@st.composite
+def mixtures(draw):
+    """(streams, weights, sizes): stream k's ids are k * 1000 and on."""
+    sizes = {"batch": draw(st.integers(1, 5)), "seq_len": draw(st.integers(1, 12)), "seed": draw(st.integers(0, 2**40))}
+    count, least = draw(st.integers(2, 4)), sizes["batch"] * sizes["seq_len"]
+    streams = []
+    for number in range(count):
+        length = draw(st.integers(least, least + 100))
+        ids = np.arange(1000 * number, 1000 * number + length, dtype=np.uint16)
+        streams.append(Tokens([ids], np.array([0], dtype=np.int64)))
+    weights = draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    return streams, weights, {**sizes, "extra": draw(st.integers(0, 3))}
+
+
+def drawn(batches: Batches, count: int) -> list[np.ndarray]:
+    return [row for batch in islice(batches, count) for row in batch.ids]
+
+
+@given(mixtures(), st.integers(1, 40))
+def test_streams_are_mixed_by_weight(case, count):
+    streams, weights, sizes = case
+    rows = drawn(Batches(*streams, weights=weights, **sizes), count)
+    for number, weight in enumerate(weights):
+        share = sum(row[0] // 1000 == number for row in rows)
+        assert abs(share - len(rows) * weight / sum(weights)) <= 2
+
+
+@given(mixtures())
+def test_each_stream_of_a_mixture_is_gone_through_before_it_repeats(case):
+    streams, weights, sizes = case
+    rows = drawn(Batches(*streams, weights=weights, **sizes), 60)
+    for number, stream in enumerate(streams):
+        n, seq_len = len(stream) // sizes["seq_len"], sizes["seq_len"]
+        starts = [int(row[0]) - 1000 * number for row in rows if row[0] // 1000 == number]
+        whole = len(starts) // n
+        assert all(np.array_equal(row, 1000 * number + (row[0] - 1000 * number + np.arange(len(row))) % len(stream))
+                   for row in rows if row[0] // 1000 == number)  # fmt: skip
+        if sizes["batch"] == 1:  # within a batch the order is another
+            for epoch in range(whole):
+                places = sorted(starts[epoch * n : (epoch + 1) * n])
+                assert places == [places[0] + i * seq_len for i in range(n)] and 0 <= places[0] < seq_len
+
+
+@given(mixtures(), st.integers(0, 20), st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(lambda w: w[0] + w[1]))
+def test_a_mixture_goes_on_where_it_was_with_other_weights_too(case, taken, others):
+    streams, weights, sizes = case
+    batches = Batches(*streams, weights=weights, **sizes, separate_documents=True)
+    before = drawn(batches, taken)
+    state = json.loads(json.dumps(batches.state()))
+    resumed = Batches(*streams, weights=weights, **sizes, separate_documents=True)
+    resumed.restore(state)
+    for left, right in islice(zip(batches, resumed, strict=True), 6):
+        assert same(left, right)
+    changed = Batches(*streams, weights=others[: len(streams)], **sizes)
+    changed.restore(state)
+    assert changed.state() == state
+    rows = before + drawn(changed, 20)
+    for number, stream in enumerate(streams):
+        windows = changed.state()["windows"][number]
+        mine = [row for row in rows if row[0] // 1000 == number]
+        assert len(mine) == windows and (others[number] or windows == state["windows"][number])
+        # Over both weights a window comes once in an epoch, whole epochs of it being together.
+        n = len(stream) // sizes["seq_len"]
+        if sizes["batch"] == 1:
+            for epoch in range(windows // n):
+                assert len({int(row[0]) for row in mine[epoch * n : (epoch + 1) * n]}) == n
+
+
+@given(mixtures(), st.integers(1, 4))
+def test_a_mixture_is_dealt_out_row_by_row(case, parts):
+    streams, weights, sizes = case
+    sizes["batch"] *= parts
+    if min(map(len, streams)) < sizes["seq_len"] or sum(map(len, streams)) < sizes["batch"] * sizes["seq_len"]:
+        return
+    whole = Batches(*streams, weights=weights, **sizes)
+    shares = [Batches(*streams, weights=weights, **sizes, part=(part, parts)) for part in range(parts)]
+    for _ in range(3):
+        batch = next(whole)
+        for part, share in enumerate(shares):
+            assert np.array_equal(next(share).ids, batch.ids[part::parts])
+            assert share.state() == whole.state()
+
+
+def test_no_process_always_gets_the_same_stream():
+    streams = [Tokens([np.full(400, number, dtype=np.uint16)], np.array([0])) for number in range(2)]
+    first = Batches(*streams, batch=2, seq_len=8, part=(0, 2))
+    assert {int(batch.ids[0, 0]) for batch in islice(first, 20)} == {0, 1}
+
+
+def test_a_stream_shorter_than_a_sequence_is_refused_by_its_place():
+    with pytest.raises(UsageError, match=r"source 2 of 2 has 7 tokens of training text; a sequence needs 8"):
+        Batches(counting(100), counting(7), batch=2, seq_len=8)
+
+
+def test_a_mixture_of_other_streams_is_refused():
+    state = Batches(counting(100), counting(90), batch=2, seq_len=8).state()
+    with pytest.raises(UsageError, match=r"tokens \[100, 90\] then, 100 now; streams 2 then, 1 now"):
+        Batches(counting(100), batch=2, seq_len=8).restore(state)

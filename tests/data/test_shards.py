@@ -14,6 +14,7 @@ from cadre.data import shards
 from cadre.data.shards import TokenData, Tokens, prepare
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
+from cadre.files import stamp
 from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 
 TEXTS = [f"Document {i} says that {i * i} is the square of {i}.\n\nAnd {'so ' * i}on." for i in range(20)]
@@ -276,7 +277,7 @@ def test_a_large_file_is_checked_at_both_ends(tmp_path):
         if place is not None:
             content[place] ^= 1
         file.write_bytes(bytes(content))
-        stamps.append(tuple(shards._stamp(file).values()))
+        stamps.append(tuple(stamp(file).values()))
     assert len(set(stamps)) == 5
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from cadre.errors import DiskFullError, UsageError
-from cadre.train.checkpoint import checkpoints
+from cadre.train.checkpoint import checkpoints, read_state
+from cadre.train.parallel import checkpoint
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
-from cadre.train.run import resume
+from cadre.train.run import resume, start
 from cadre.train.trainer import Trainer
 from tests.parallel.test_equal import EVERYTHING, Nobody, assert_same_run, recipe, several, train
 from tests.parallel.world import world
@@ -33,9 +35,9 @@ def go_on(parallel: Parallel, path: Path, expert: int) -> None:
 
 def forget(path: Path, step: int) -> None:
     """As if the run had been killed just after the checkpoint of that step."""
-    for checkpoint in checkpoints(path):
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
+    for saved in checkpoints(path):
+        if int(saved.name.removeprefix("step-")) > step:
+            shutil.rmtree(saved)
 
 
 def test_a_run_goes_on_with_fewer_and_with_more_processes(tmp_path, recipe):
@@ -52,18 +54,15 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(tmp_path, recipe):
     assert_same_run(tmp_path / "run", tmp_path / "more")
 
 
-class Full(dcp.HuggingFaceStorageWriter):
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
 def disk_full_on_one(ranks: Parallel, recipe: Path, out: Path) -> str:
-    real = dcp.HuggingFaceStorageWriter
+    real = checkpoint.save_file
 
-    def writer(path, **options):
-        return (Full if ranks.rank == 1 and out.joinpath("checkpoints/step-00000003").exists() else real)(path, **options)
+    def save_file(*arguments: Any, **options: Any) -> None:
+        if ranks.rank == 1 and out.joinpath("checkpoints/step-00000003").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments, **options)
 
-    dcp.HuggingFaceStorageWriter = writer
+    checkpoint.save_file = save_file
     with pytest.raises(DiskFullError) as caught:
         train(ranks, recipe, out, SETTINGS)
     return str(caught.value)
@@ -80,6 +79,32 @@ def test_a_full_disk_on_one_of_them_ends_all_and_harms_nothing(tmp_path, recipe)
     assert_same_run(tmp_path / "alone", out)
 
 
+def slow_disk_on_one(ranks: Parallel, recipe: Path, out: Path) -> None:
+    real, two_steps_on = checkpoint.save_file, threading.Event()
+
+    class Watcher(Nobody):
+        def record(self, record, total_steps):
+            if record["step"] == 5:
+                two_steps_on.set()
+
+    def save_file(*arguments: Any, **options: Any) -> None:
+        assert ranks.rank == 0 or two_steps_on.wait(60)
+        real(*arguments, **options)
+
+    checkpoint.save_file = save_file
+    run = start(read_recipe(str(recipe), list(SETTINGS)), out, torch.device("cpu"), lambda line: None, ranks)
+    Trainer(run, Watcher()).train()
+
+
+def test_steps_go_on_while_one_of_them_writes(tmp_path, recipe):
+    world(2, slow_disk_on_one, recipe, tmp_path / "run")
+    train(Parallel(), recipe, tmp_path / "alone", SETTINGS)
+    for name in ("run", "alone"):
+        forget(tmp_path / name, 3)
+        go_on(Parallel(), tmp_path / name, 1)
+    assert_same_run(tmp_path / "alone", tmp_path / "run")
+
+
 @pytest.mark.parametrize("harm", ["missing", "truncated", "another model"])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, recipe, harm):
     run = tmp_path / "run"
@@ -91,11 +116,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, recipe, harm):
         files[0].unlink()
     elif harm == "truncated":
         files[1].write_bytes(files[1].read_bytes()[:1000])
-    message = r"step-00000003: damaged checkpoint .*; delete this folder"
     wanted = read_recipe(str(run / "recipe.toml"), [])
-    opened = resume(run, wanted, torch.device("cpu"), lambda line: None)
     if harm == "another model":
+        opened = resume(run, wanted, torch.device("cpu"), lambda line: None)
         opened.model.norm.weight = torch.nn.Parameter(torch.ones(5))
         message = r"step-00000003: its weights are not those of the model in recipe\.toml"
-    with pytest.raises(UsageError, match=message):
-        Trainer(opened, Nobody())
+        with pytest.raises(UsageError, match=message):
+            Trainer(opened, Nobody())
+        return
+    with pytest.raises(UsageError, match=r"step-00000003: damaged checkpoint \(shard-.*\); delete this folder"):
+        resume(run, wanted, torch.device("cpu"), lambda line: None)
+    state = newest / "state.json"
+    state.write_text(json.dumps({key: value for key, value in read_state(newest).items() if key != "files"}))
+    # Without stamps the reader finds it.
+    with pytest.raises(UsageError, match=r"step-00000003: damaged checkpoint .*; delete this folder"):
+        Trainer(resume(run, wanted, torch.device("cpu"), lambda line: None), Nobody())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ EVERYTHING = (
     "balance.global_weight=0.01", "balance.z_weight=0.001", "data.separate_documents=true", "train.log_every=1",
 )  # fmt: skip
 PLAIN = ("train.batch=4", "train.log_every=1")
+LAYOUTS_OF_2 = {"data": 1, "expert": 2}
+LAYOUTS_OF_4: dict[str, Any] = {"both": 2, "replicas": {"replicas": 2, "expert": 2}}
 CLOCK = {"seconds", "tokens_per_second", "mfu", "seconds_per_step", "eval_seconds"}
 
 
@@ -40,9 +43,11 @@ def train(parallel: Parallel, recipe: Path, out: Path, settings: tuple[str, ...]
     Trainer(run, Nobody()).train()
 
 
-def several(ranks: Parallel, recipe: Path, folder: Path, layouts: dict[str, int], settings: tuple[str, ...]) -> None:
-    for name, expert in layouts.items():
-        train(ranks, recipe, folder / name, (*settings, f"parallel.expert={expert}"))
+def several(ranks: Parallel, recipe: Path, folder: Path, layouts: dict[str, Any], settings: tuple[str, ...]) -> None:
+    """A run for each layout: the degree of `expert`, or keys of `[parallel]`."""
+    for name, layout in layouts.items():
+        keys = {"expert": layout} if isinstance(layout, int) else layout
+        train(ranks, recipe, folder / name, (*settings, *(f"parallel.{key}={value}" for key, value in keys.items())))
 
 
 @pytest.fixture
@@ -70,7 +75,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [PLAIN, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("size, layouts", [(2, {"data": 1, "expert": 2}), (4, {"both": 2})], ids=["2", "4"])
+@pytest.mark.parametrize("size, layouts", [(2, LAYOUTS_OF_2), (4, LAYOUTS_OF_4)], ids=["2", "4"])
 def test_a_layout_changes_no_number(tmp_path, recipe, monkeypatch, settings, size, layouts):
     if size == 4:  # as a large model is cut
         monkeypatch.setattr(shard, "GATHERED_AT_ONCE", 0)

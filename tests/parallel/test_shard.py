@@ -15,6 +15,7 @@ from cadre.model.transformer import Transformer
 from cadre.train.parallel import shard
 from cadre.train.parallel.layout import Layout
 from cadre.train.parallel.ranks import Ranks
+from cadre.train.saving import local
 from tests.parallel.world import world
 from tests.shapes import small
 
@@ -26,28 +27,29 @@ MODELS = {
 }
 
 
-def write(ranks: Ranks, config: ModelConfig, expert: int, folder: Path) -> dict:
+def write(ranks: Ranks, config: ModelConfig, layout: Layout, folder: Path) -> dict:
     device = torch.device("cpu")
-    ranks.layout = Layout(ranks.size, expert)
+    ranks.layout = layout
     model = ranks.build(config, device, seed=3)
-    ranks.save_model(model, folder / "drawn", None, torch.bfloat16)
+    ranks.save_model(model, local(ranks._weights(model)), folder / "drawn", None, torch.bfloat16)
     held = {name: (part.rows(ranks.rank), part.local.shape) for name, part in ranks.parts.items()}
     model = ranks.build(config, device, None, folder / "whole")
-    ranks.save_model(model, folder / "read", None, torch.float32)
+    ranks.save_model(model, local(ranks._weights(model)), folder / "read", None, torch.float32)
     return held
 
 
-@pytest.mark.parametrize("size, expert, name", [
-    (2, 1, "llama"), (2, 2, "deepseek_v3"), (4, 2, "deepseek_v3"), (4, 4, "deepseek_v2"), (3, 1, "glm4_moe"),
-])  # fmt: skip
-def test_the_parts_are_the_whole(tmp_path, monkeypatch, size, expert, name):
-    if size > 2:  # as a large model is cut
+@pytest.mark.parametrize("layout, name", [
+    (Layout(2), "llama"), (Layout(2, 2), "deepseek_v3"), (Layout(4, 2), "deepseek_v3"), (Layout(4, 4), "deepseek_v2"),
+    (Layout(3), "glm4_moe"), (Layout(4, 2, 2), "deepseek_v3"), (Layout(2, 1, 2), "llama"),
+], ids=str)  # fmt: skip
+def test_the_parts_are_the_whole(tmp_path, monkeypatch, layout, name):
+    if layout.data > 2:  # as a large model is cut
         monkeypatch.setattr(shard, "GATHERED_AT_ONCE", 0)
     config = MODELS[name]
     whole = Transformer(config).initialize(3)
     save(whole, tmp_path / "whole")
     save(whole, tmp_path / "rounded", dtype=torch.bfloat16)
-    held = world(size, write, config, expert, tmp_path)
+    held = world(layout.data, write, config, layout, tmp_path)
     for made, wanted in (("drawn", "rounded"), ("read", "whole")):
         tensors, others = (load_file(tmp_path / folder / "model.safetensors") for folder in (made, wanted))
         assert tensors.keys() == others.keys()
@@ -57,5 +59,6 @@ def test_the_parts_are_the_whole(tmp_path, monkeypatch, size, expert, name):
     load(tmp_path / "read")
     for key, parameter in whole.named_parameters():
         runs = [rows[key] for rows in held]
-        assert sorted(row for rows, _ in runs for row in range(rows.start, rows.stop)) == list(range(len(parameter)))
+        rows = [row for rows, _ in runs for row in range(rows.start, rows.stop)]
+        assert sorted(rows) == sorted([*range(len(parameter))] * layout.replicas)
         assert all(shape == (rows.stop - rows.start, *parameter.shape[1:]) for rows, shape in runs)

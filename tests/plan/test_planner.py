@@ -141,10 +141,10 @@ def test_numbers_out_of_range_are_refused_by_name(choices, line):
 
 def test_a_layout_in_words():
     plain = dict(data=1, expert=1, pipeline=1, tensor=1, schedule="none", chunks=1, micro_batch=1, recompute="none",
-                 sharded=False, devices=1)  # fmt: skip
+                 sharded=False, replicas=1, devices=1)  # fmt: skip
     assert describe(plain) == "one device"
     rich = dict(plain, data=8, expert=4, pipeline=2, devices=16, schedule="interleaved", chunks=2, recompute="full")
     assert describe(rich) == "data 8, expert 4, pipeline 2, tensor 1, interleaved 1F1B x2, full recomputation"
-    assert describe(dict(plain, data=2, devices=2, sharded=True, micro_batch=4)) == (
-        "data 2, expert 1, pipeline 1, tensor 1, weights sharded, micro-batch 4"
+    assert describe(dict(plain, data=4, devices=4, sharded=True, replicas=2, micro_batch=4)) == (
+        "data 4, expert 1, pipeline 1, tensor 1, replicas 2, weights sharded, micro-batch 4"
     )

@@ -28,7 +28,9 @@ PATIENCE = 240
 def test_fifty_steps_are_the_same_in_every_layout(tmp_path, recipe, settings):
     settings = (*settings, "train.steps=50", "eval.every=25", "checkpoint.every=100")
     train(Parallel(), recipe, tmp_path / "alone", settings)
-    layouts = {2: {"2": 1, "2, expert 2": 2}, 4: {"4": 1, "4, expert 2": 2, "4, expert 4": 4}}
+    twice = {"4, replicas 2": {"replicas": 2}, "4, replicas 2, expert 2": {"replicas": 2, "expert": 2}}
+    layouts = {2: {"2": 1, "2, expert 2": 2, "2, replicas 2": {"replicas": 2}},
+               4: {"4": 1, "4, expert 2": 2, "4, expert 4": 4, **twice}}  # fmt: skip
     for size, names in layouts.items():
         world(size, several, recipe, tmp_path, names, settings)
         for name in names:

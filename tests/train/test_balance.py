@@ -158,6 +158,17 @@ def test_a_bias_moves_once_a_step_towards_the_idle(model, micro_batches, rule, m
     assert after[1].tolist() == [0] * 6
 
 
+def test_biases_slow_down_with_the_learning_rate(model):
+    moved = []
+    for factor in (1.0, 0.25):
+        balance = Balance(model, section(bias_speed=0.25))
+        before = biases(balance)
+        balance.load_LE.copy_(torch.tensor([[9, 1, 4, 4, 6, 0], [2, 2, 2, 2, 2, 2]]))
+        balance.update(factor)
+        moved.append((biases(balance)[0] - before[0]).tolist())
+    assert moved[0] != [0] * 6 and moved[1] == pytest.approx([step / 4 for step in moved[0]], abs=1e-6)
+
+
 def test_speed_zero_and_routers_without_bias_stay_as_they_are(model):
     still = Balance(model, section(bias_speed=0.0))
     forward(model, still, 0)

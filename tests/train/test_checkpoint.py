@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors import SafetensorError
 from cadre.errors import RunError, UsageError
 from cadre.model.transformer import Transformer
 from cadre.train import checkpoint as module
-from cadre.train.checkpoint import checkpoints, load_checkpoint, model_tensors, read_state, save_checkpoint
+from cadre.train.checkpoint import Tensors, checkpoints, load_checkpoint, model_tensors, read_state
 from cadre.train.optimizer import Optimizer
 from cadre.train.recipe import OptimizerSection
 from tests.shapes import small
@@ -31,6 +32,10 @@ def step(model: Transformer, optimizer: Optimizer, seed: int) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.step(1.0)
+
+
+def save_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, state: dict, keep: int) -> Path:
+    return module.save_checkpoint(folder, Tensors(model_tensors(model), optimizer.tensors()), state, keep)
 
 
 def state(step: int) -> dict:
@@ -59,7 +64,8 @@ def test_comes_back_bit_for_bit(tmp_path, name, kind, changes):
     load_checkpoint(path, other, other_optimizer)
     assert_same(everything(other, other_optimizer), everything(model, optimizer))
     assert (other.lm_head.weight is other.embed_tokens.weight) == (kind == "llama")
-    assert read_state(path) == state(7)
+    read = read_state(path)
+    assert read.pop("files").keys() == {"optimizer.safetensors", "weights.safetensors"} and read == state(7)
 
 
 def test_before_the_first_step_there_is_no_optimizer_state(tmp_path):
@@ -216,4 +222,38 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
 
 def test_state_is_plain_json(tmp_path):
     path = save_checkpoint(tmp_path, *build(1), state(1), keep=1)
-    assert json.loads((path / "state.json").read_text()) == state(1)
+    assert json.loads((path / "state.json").read_text()) == {**state(1), "files": read_state(path)["files"]}
+
+
+def three(folder: Path) -> list[Path]:
+    model, optimizer = build(1)
+    for number in (1, 2, 3):
+        save_checkpoint(folder, model, optimizer, state(number), keep=3)
+    return checkpoints(folder)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda path: (path / "state.json").write_text("{"),
+    lambda path: (path / "optimizer.safetensors").unlink(),
+    lambda path: (path / "weights.safetensors").write_bytes((path / "weights.safetensors").read_bytes()[:-1]),
+    lambda path: (path / "weights.safetensors").write_bytes(b"x" + (path / "weights.safetensors").read_bytes()[1:]),
+])  # fmt: skip
+def test_damaged_ones_are_set_aside_and_the_newest_whole_one_counts(tmp_path, harm):
+    found, notes = three(tmp_path), []
+    module.set_aside_damaged(tmp_path, notes.append)
+    assert checkpoints(tmp_path) == found and not notes
+    for path in found[1:]:
+        harm(path)
+    for _ in range(2):
+        module.set_aside_damaged(tmp_path, notes.append)
+    assert checkpoints(tmp_path) == found[:1] and len(notes) == 2
+    assert "step-00000003: damaged checkpoint (" in notes[0]
+    assert notes[0].endswith("): set aside as damaged-step-00000003, going on from step-00000001")
+    harm(found[0])
+    with pytest.raises(UsageError, match=r"step-00000001: damaged checkpoint .*; delete this folder to go on without it"):
+        module.set_aside_damaged(tmp_path, notes.append)
+    assert checkpoints(tmp_path) == found[:1]
+
+
+def test_no_checkpoint_is_no_damage(tmp_path):
+    module.set_aside_damaged(tmp_path, lambda note: pytest.fail(note))

@@ -128,7 +128,7 @@ def test_top_k_above_what_the_groups_allow_is_refused():
     ("[model", "not valid TOML"), ("", "model is missing"), ("model = 3", "model is 3"),
     ("[model]\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1", "model."),
     ("[model]\nfrom = 3\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1.0", "model.from is 3"),
-    (TEXT.replace("steps = 12\n", ""), "train.steps is missing"),
+    (TEXT.replace("steps = 12\n", ""), "steps or minutes must say where the run ends"),
     ("data = 3\n" + TEXT.replace("[data]", "[eval.x]"), "data is 3"),
 ])  # fmt: skip
 def test_a_text_that_is_no_recipe_is_refused(text, wanted):

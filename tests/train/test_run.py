@@ -6,6 +6,7 @@ import shutil
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from cadre.data.tokenizer import train_tokenizer
@@ -14,6 +15,7 @@ from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
+from cadre.train.checkpoint import checkpoints
 from cadre.train.recipe import read_recipe
 from cadre.train.run import check_memory, held_recipe, only_writer
 from tests.runs import write_corpus
@@ -279,12 +281,21 @@ def test_an_end_that_was_cut_off_is_made_up_for(lab, stopped):
     assert [json.loads(line).get("event") for line in metrics.read_text().splitlines()][-3:] == ["resumed", None, "finished"]
 
 
-def test_the_newest_checkpoint_counts_and_a_damaged_one_is_named(lab, stopped):
-    newest = stopped / "checkpoints" / "step-00000004"
-    assert lab.resume("run", "train.steps=9").checkpoint == newest
-    (newest / "state.json").write_text("{")
-    with pytest.raises(UsageError, match="step-00000004: damaged checkpoint"):
-        lab.resume("run", "train.steps=9")
+def test_the_newest_checkpoint_counts_and_a_damaged_one_is_passed_over(lab):
+    lab.train(lab.start("run"))
+    older, newest = checkpoints(lab.folder / "run")
+    assert lab.resume("run").checkpoint == newest
+    lab.train(lab.start("whole"))
+    (newest / "weights.safetensors").write_bytes(b"")
+    run = lab.resume("run")
+    assert run.checkpoint == older
+    lab.train(run)
+    ends = [load_file(checkpoints(lab.folder / name)[-1] / "weights.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    for path in checkpoints(run.path):
+        (path / "state.json").write_text("{")
+    with pytest.raises(UsageError, match="step-00000012: damaged checkpoint"):
+        lab.resume("run")
 
 
 def test_a_model_larger_than_the_machine_is_refused_with_numbers(monkeypatch):

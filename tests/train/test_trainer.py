@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cadre.errors import RunError
 from cadre.hub.load import load
 from cadre.train import checkpoint as checkpoint_module
-from cadre.train import collapse
+from cadre.train import collapse, objective
 from cadre.train import trainer as module
 from cadre.train.checkpoint import checkpoints, read_state
 from cadre.train.metrics import read_metrics
@@ -180,9 +180,11 @@ def test_an_alarm_counts_on_over_an_interruption(lab, monkeypatch):
 
 
 def test_the_balance_may_change_on_resume_also_between_logged_steps(lab, monkeypatch):
-    real, calls = module.losses, []
+    real, calls = objective.losses, []
     with monkeypatch.context() as patch:
-        patch.setattr(module, "losses", lambda *a, **k: (calls.append(1), len(calls) == 5 and interrupt()(), real(*a, **k))[2])
+        patch.setattr(
+            objective, "losses", lambda *a, **k: (calls.append(1), len(calls) == 5 and interrupt()(), real(*a, **k))[2]
+        )
         lab.train(lab.start("run", "train.steps=9", "train.log_every=3"))
     assert read_state(checkpoints(lab.folder / "run")[-1])["window"]
     lab.train(lab.resume("run", "balance.sequence_weight=0", "balance.z_weight=0.01", "balance.bias_update=proportional"))
@@ -194,8 +196,8 @@ def test_the_balance_may_change_on_resume_also_between_logged_steps(lab, monkeyp
 
 def test_the_last_third_has_its_own_multi_token_weight(lab, monkeypatch):
     seen = []
-    real = module.losses
-    monkeypatch.setattr(module, "losses", lambda *a, **k: (seen.append(k["mtp_weight"]), real(*a, **k))[1])
+    real = objective.losses
+    monkeypatch.setattr(objective, "losses", lambda *a, **k: (seen.append(k["mtp_weight"]), real(*a, **k))[1])
     lab.train(lab.start("run", "train.steps=6", "train.mtp_weight=0.3", "train.mtp_weight_final=0.1"))
     assert seen == [0.3] * 4 + [0.1] * 2
 
@@ -242,7 +244,7 @@ def test_an_interrupt_between_logged_steps_loses_no_loss(lab, monkeypatch):
     """The losses since the last logged step are part of the checkpoint."""
     options = ["train.steps=9", "train.log_every=9", "eval.every=100"]
     lab.train(lab.start("whole", *options))
-    real, calls = module.losses, []
+    real, calls = objective.losses, []
 
     def stops_in_the_fifth(*arguments, **settings):
         calls.append(1)
@@ -251,7 +253,7 @@ def test_an_interrupt_between_logged_steps_loses_no_loss(lab, monkeypatch):
         return real(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "losses", stops_in_the_fifth)
+        patch.setattr(objective, "losses", stops_in_the_fifth)
         result, _ = lab.train(lab.start("parts", *options))
     assert (result.steps, result.loss) == (5, None)
     lab.train(lab.resume("parts"))
@@ -294,7 +296,7 @@ def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back(lab):
 
 def broken(monkeypatch, steps: set[int], part: str):
     """Makes the loss or the gradient of the given steps (from 1) not a number."""
-    real, calls = module.losses, []
+    real, calls = objective.losses, []
 
     def losses(*arguments, **settings):
         calls.append(1)
@@ -306,7 +308,7 @@ def broken(monkeypatch, steps: set[int], part: str):
                 found.total = found.total * math.inf
         return found
 
-    monkeypatch.setattr(module, "losses", losses)
+    monkeypatch.setattr(objective, "losses", losses)
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
@@ -394,8 +396,11 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(lab, monkeypatch):
 # ------------------------------------------------------------------------------------------------- the clock
 
 
-def test_minutes_end_the_run_in_time_and_the_schedule_with_it(lab):
-    run = lab.start("run", "train.minutes=0.04", "train.steps=1000000", "schedule.decay_share=0.5", "schedule.final=0.0",
+@pytest.mark.parametrize("steps", [1000000, None])
+def test_minutes_end_the_run_in_time_and_the_schedule_with_it(lab, steps):
+    given = "" if steps is None else f"steps = {steps}\n"
+    lab.recipe.write_text(lab.recipe.read_text().replace("steps = 12\n", given))
+    run = lab.start("run", "train.minutes=0.04", "schedule.decay_share=0.5", "schedule.final=0.0",
                     "checkpoint.every=100000", "eval.every=100000")  # fmt: skip
     start = time.perf_counter()
     result, watcher = lab.train(run)
@@ -406,7 +411,7 @@ def test_minutes_end_the_run_in_time_and_the_schedule_with_it(lab):
     rates = [record["learning_rate"] for record in watcher.records if "learning_rate" in record]
     assert rates[-1] < 0.3 * max(rates)
     kept = read_state(checkpoints(run.path)[-1])
-    assert (kept["total_steps"], kept["length"]) == (result.steps, [1000000, 0.04])
+    assert (kept["total_steps"], kept["length"]) == (result.steps, [steps, 0.04])
 
 
 def test_steps_the_clock_has_room_for_are_all_made(lab):
@@ -415,8 +420,8 @@ def test_steps_the_clock_has_room_for_are_all_made(lab):
 
 
 def test_steps_longer_than_the_budget_end_after_few(lab, monkeypatch):
-    real = module.losses
-    monkeypatch.setattr(module, "losses", lambda *a, **k: (time.sleep(0.15), real(*a, **k))[1])
+    real = objective.losses
+    monkeypatch.setattr(objective, "losses", lambda *a, **k: (time.sleep(0.15), real(*a, **k))[1])
     result, _ = lab.train(lab.start("run", "train.minutes=0.01", "train.log_every=100"))
     assert 1 <= result.steps <= 5
 

@@ -66,7 +66,8 @@ def plan(
         devices=_first(devices, 1 if recipe and not hardware else None),
         precision=precision,
         batch=_first(batch, recipe.train.batch if recipe else None),
-        micro_batch=(recipe.train.micro_batch or recipe.train.batch) if recipe else None,
+        micro_batch=recipe.train.micro_batch if recipe else None,
+        degrees=recipe.parallel.degrees() if recipe else None,
         optimizer=_first(optimizer, recipe.optimizer.name if recipe else None, "adamw"),
         tokens=_tokens(tokens) if tokens else _recipe_tokens(recipe),
         mfu=mfu,
@@ -199,7 +200,9 @@ def vocabulary(recipe: Recipe) -> int:
 
 
 def _recipe_tokens(recipe: Recipe | None) -> float | None:
-    return recipe.train.steps * recipe.train.batch * recipe.data.seq_len if recipe else None
+    if recipe is None or recipe.train.steps is None:
+        return None
+    return recipe.train.steps * recipe.train.batch * recipe.data.seq_len
 
 
 def _tokens(text: str) -> float:

@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-# More than any budget has room for: the trainer cuts them to what the clock allows.
-STEPS_OF_A_BUDGET = 10**9
+from cadre.train.recipe import UNTIMED
 
 
 class TrainingLine:
@@ -37,8 +36,8 @@ class TrainingLine:
             kind = "held-out, all of it" if record.get("final") else "held-out"
             self.note(f"step {record['step']}: {record['bits_per_byte']:.4f} bits per byte ({kind})")
             return
-        # Under a budget the steps are known once the clock has told how long one takes.
-        known = total_steps < STEPS_OF_A_BUDGET
+        # Where only the clock ends a run, the steps are known once the clock has told how long one takes.
+        known = total_steps < UNTIMED
         left = _clock((total_steps - record["step"]) * record["seconds_per_step"]) if known else "?"
         line = (
             f"step {record['step']}/{total_steps if known else '?'}  loss {record.get('loss', float('nan')):.3f}  "

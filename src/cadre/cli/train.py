@@ -137,7 +137,7 @@ def _predict(run: Run, note: Any) -> None:
     from cadre.train.calibrate import predict_run
 
     train = run.recipe.train
-    if run.parallel.size > 1 or train.steps < _LEAST_STEPS or (train.minutes is not None and train.minutes < _LEAST_MINUTES):
+    if run.parallel.size > 1 or train.most_steps < _LEAST_STEPS or (train.minutes is not None and train.minutes < _LEAST_MINUTES):
         return
     try:
         predicted = predict_run(run)
@@ -156,13 +156,12 @@ def _with_length(
     """The recipe with the length that the command line asks for, if it does, instead of its own."""
     from cadre.cli.choose import money_flops, steps_within
     from cadre.cli.plan import vocabulary
-    from cadre.cli.progress import STEPS_OF_A_BUDGET
 
     length: dict[str, float | None]
     if budget is not None:
         spent, device = _budget(budget, hardware)
         if spent.seconds is not None:
-            length = {"steps": STEPS_OF_A_BUDGET, "minutes": spent.seconds / 60}
+            length = {"steps": None, "minutes": spent.seconds / 60}
         else:
             words = recipe.model.get("vocab_size") or vocabulary(recipe)
             flops = spent.flops

@@ -8,6 +8,8 @@ A folder of token data holds
     held_out.jsonl          the held-out documents' names and raw text, which bits per byte are measured on
     tokenizer.json, tokenizer_config.json
     manifest.json           what this was made from, counts, and every file's size and checksum
+
+The training documents lie in the order of the source's entries, so each entry's are a run of the stream.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import json
 import os
 import shutil
 import uuid
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from cadre.data.sources import Document, read_documents
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from cadre.errors import UsageError, write_error
-from cadre.files import sync
+from cadre.files import stamp, sync
 from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 
 FORMAT = 1
@@ -58,6 +59,16 @@ class Tokens:
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
+
+    def part(self, start: int, stop: int) -> Tokens:
+        """The documents that lie from position `start`, where one begins, to `stop`, where one ends; nothing is copied."""
+        shards = []
+        for shard, first in zip(self._shards, self._bounds, strict=False):
+            low, high = max(start - int(first), 0), min(stop - int(first), len(shard))
+            if low < high:
+                shards.append(shard[low:high])
+        inside = (self.document_starts >= start) & (self.document_starts < stop)
+        return Tokens(shards, self.document_starts[inside] - start)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the ids at positions start to stop - 1. Raises IndexError outside the stream."""
@@ -91,6 +102,11 @@ class TokenData:
         """One more than the tokenizer's greatest id."""
         return int(self.manifest["vocab_size"])
 
+    def train_of_each(self) -> list[Tokens]:
+        """The training text of each entry of the source, in turn."""
+        ends = np.cumsum(self.manifest["train"]["entries"]).tolist()
+        return [self.train.part(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
     @classmethod
     def open(cls, path: str | Path) -> TokenData:
         """Open a folder that `prepare` wrote.
@@ -103,7 +119,7 @@ class TokenData:
             file = path / name
             if not file.is_file():
                 raise UsageError(f"{path}: damaged token data, {name} is missing: delete the folder and prepare again")
-            if _stamp(file) != expected:
+            if stamp(file) != expected:
                 raise UsageError(
                     f"{path}: damaged token data, {name} is not as it was written: delete the folder and prepare again"
                 )
@@ -152,6 +168,8 @@ def prepare(
         "tokenizer": f"trained to {size:,} entries" if given is None else tokenizer_hash(given),
         "held_out": held_out,
     }
+    if len(names) > 1:
+        inputs["documents"] = [split.entries[number] for number in range(len(names))]
     key = hashlib.sha256(json.dumps([FORMAT, inputs], sort_keys=True).encode()).hexdigest()[:32]
     folder = _cache() / key if out is None else Path(out).resolve()
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -166,7 +184,7 @@ def prepare(
             given = train_tokenizer(texts, size)
         say(f"tokenising {len(split.digests):,} documents")
         manifest = {"format": FORMAT, "key": key, "inputs": inputs, "source": names}
-        _write(temporary, manifest, given, split, read_documents(source))
+        _write(temporary, manifest, given, split, read_documents(source), len(names))
         _publish(temporary, folder, inputs)
         return TokenData.open(folder)
     except OSError as error:
@@ -226,18 +244,21 @@ def _find(folder: Path, inputs: dict[str, Any], *, cached: bool) -> TokenData | 
 class _Writer:
     """Appends documents' tokens to the shards of one part."""
 
-    def __init__(self, folder: Path, part: str, dtype: np.dtype) -> None:
+    def __init__(self, folder: Path, part: str, dtype: np.dtype, entries: int) -> None:
         self._folder, self._part, self._dtype = folder, part, dtype
+        self._entry, self._entries = 0, [0] * entries
         self._file: IO[bytes] | None = None
         self._starts: list[int] = []
         self.tokens = self.bytes = self.shards = 0
 
     def start_document(self, document: Document) -> None:
         self._starts.append(self.tokens)
+        self._entry = document.entry
         self.bytes += len(document.text.encode("utf-8"))
 
     def add(self, ids: list[int]) -> None:
         array = np.array(ids, dtype=self._dtype)
+        self._entries[self._entry] += len(array)
         while len(array):
             room = -self.tokens % SHARD_TOKENS
             if room == 0:
@@ -250,11 +271,11 @@ class _Writer:
             self.tokens += len(array[:room])
             array = array[room:]
 
-    def finish(self) -> dict[str, int]:
+    def finish(self) -> dict[str, Any]:
         self._close()
         (self._folder / f"{self._part}.idx").write_bytes(np.array(self._starts, dtype=np.int64).tobytes())
         counts = {"documents": len(self._starts), "tokens": self.tokens, "bytes": self.bytes}
-        return {**counts, "shards": self.shards}
+        return {**counts, "shards": self.shards, "entries": self._entries}
 
     def _close(self) -> None:
         if self._file is not None:
@@ -262,7 +283,7 @@ class _Writer:
 
 
 def _write(
-    folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer, split: Split, documents: Iterable[Document]
+    folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer, split: Split, documents: Iterable[Document], entries: int
 ) -> None:
     """Fill a new folder: tokens, held-out text, tokenizer, and the manifest last."""
     size = vocabulary_size(tokenizer)
@@ -271,7 +292,7 @@ def _write(
     # "<|eos|>" written out in a document is text, not the document's end.
     encoder = Tokenizer.from_str(tokenizer.to_str())
     encoder.encode_special_tokens = True
-    train, held = (_Writer(folder, part, dtype) for part in _PARTS)
+    train, held = (_Writer(folder, part, dtype, entries) for part in _PARTS)
     waiting: list[tuple[_Writer, Document | None, bool, str]] = []
 
     def flush() -> None:
@@ -312,7 +333,7 @@ def _write(
         "dtype": dtype.name,
         **counts,
         "bytes_per_token": round(train.bytes / train.tokens, 4),
-        "files": {file.name: _stamp(file) for file in files},
+        "files": {file.name: stamp(file) for file in files},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(folder / _MANIFEST)
@@ -349,13 +370,3 @@ def _open_tokens(path: Path, part: str, manifest: dict[str, Any]) -> Tokens:
     names = [f"{part}-{number:05}.bin" for number in range(manifest[part]["shards"])]
     shards: list[np.ndarray] = [np.memmap(path / name, dtype=manifest["dtype"], mode="r") for name in names]
     return Tokens(shards, np.fromfile(path / f"{part}.idx", dtype=np.int64))
-
-
-def _stamp(file: Path) -> dict[str, Any]:
-    """Size, and CRC-32 of the first and last MiB, where a torn write shows: constant time whatever the size."""
-    size, edge = file.stat().st_size, 2**20
-    with file.open("rb") as stream:
-        crc = zlib.crc32(stream.read(edge))
-        stream.seek(max(edge, size - edge))
-        crc = zlib.crc32(stream.read(), crc)
-    return {"bytes": size, "crc32": f"{crc:08x}"}

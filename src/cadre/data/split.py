@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cadre.data.sources import Document
 from cadre.errors import RunError, UsageError
@@ -21,11 +22,13 @@ class Split:
     """A corpus divided into training and held-out text.
 
     digests: the documents' SHA-256, in the order they are read. held_out: the digests that are held out, so copies
-    of a held-out document are held out too. tail: for a corpus of one document, the share of its end held out.
+    of a held-out document are held out too. entries: how many documents each entry of the source has. tail: for a
+    corpus of one document, the share of its end held out.
     """
 
     digests: list[bytes]
     held_out: frozenset[bytes]
+    entries: Counter[int]
     tail: float = 0.0
 
     @property
@@ -42,8 +45,8 @@ class Split:
                 raise RunError(f"{document.name}: the text changed while it was being prepared; run it again")
             if self.tail:
                 cut = _cut_tail(document.text, self.tail)
-                yield False, Document(document.name, document.text[:cut])
-                yield True, Document(document.name, document.text[cut:])
+                yield False, replace(document, text=document.text[:cut])
+                yield True, replace(document, text=document.text[cut:])
             else:
                 yield digest in self.held_out, document
         if count != len(self.digests):
@@ -60,14 +63,18 @@ def split_documents(documents: Iterable[Document], held_out: float) -> Split:
     """
     if not 0 <= held_out < 1:
         raise UsageError(f"held_out {held_out} is out of range: a share of the documents, from 0 up to but not 1")
-    digests = [_digest(document) for document in documents]
+    digests: list[bytes] = []
+    entries: Counter[int] = Counter()
+    for document in documents:
+        digests.append(_digest(document))
+        entries[document.entry] += 1
     ranked = sorted(set(digests))
     if not held_out:
-        return Split(digests, frozenset())
+        return Split(digests, frozenset(), entries)
     if len(ranked) == 1:
-        return Split(digests, frozenset(), tail=held_out)
+        return Split(digests, frozenset(), entries, tail=held_out)
     count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
-    return Split(digests, frozenset(ranked[:count]))
+    return Split(digests, frozenset(ranked[:count]), entries)
 
 
 def pieces(text: str, limit: int) -> Iterator[str]:

@@ -17,34 +17,39 @@ from cadre.kernels.rotary import rotate_halves, rotate_pairs
 
 def attention_mask(length: int, document_BT: Tensor | None, device: torch.device) -> Tensor:
     """What each position may see: itself and earlier ones, of its own document if documents are given. bool [B|1, T, T]."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
-    if document_BT is None:
+    return _seen(length, length, document_BT, device)
+
+
+def _seen(queries: int, positions: int, document_BS: Tensor | None, device: torch.device) -> Tensor:
+    """The same for the last T of S positions. bool [B|1, T, S]."""
+    causal = torch.ones(queries, positions, dtype=torch.bool, device=device).tril(positions - queries)[None]
+    if document_BS is None:
         return causal
-    return causal & (document_BT[:, :, None] == document_BT[:, None, :])
+    return causal & (document_BS[:, -queries:, None] == document_BS[:, None, :])
 
 
-def _seen(queries: int, positions: int, document_BT: Tensor | None, device: torch.device) -> Tensor:
-    """bool [B|1, T, S]."""
-    if document_BT is None:
-        return torch.ones(queries, positions, dtype=torch.bool, device=device).tril(positions - queries)[None]
-    return attention_mask(positions, document_BT, device)
+def _first_seen(q_BTHK: Tensor, document_BS: Tensor | None) -> Tensor | None:
+    """What the kernel knows documents by: int32 [B, T]."""
+    if document_BS is None:
+        return None
+    return first_seen(document_BS.expand(len(q_BTHK), -1))[:, -q_BTHK.shape[1] :].contiguous()
 
 
 def causal_attention_reference(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BT: Tensor | None = None
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BS: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale q k^T, causal) v written out; [B, T, H, V] in v's dtype, softmax in float32. With documents, T is S."""
+    """softmax(scale q k^T, causal) v written out; [B, T, H, V] in v's dtype, softmax in float32."""
     repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
     k_BSHK = k_BSGK.repeat_interleave(repeat, dim=2)
     v_BSHV = v_BSGV.repeat_interleave(repeat, dim=2)
     score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK).float() * scale
-    mask = _seen(q_BTHK.shape[1], k_BSGK.shape[1], document_BT, q_BTHK.device)
+    mask = _seen(q_BTHK.shape[1], k_BSGK.shape[1], document_BS, q_BTHK.device)
     weight_BHTS = score_BHTS.masked_fill(~mask[:, None], float("-inf")).softmax(dim=-1)
     return torch.einsum("bhts,bshv->bthv", weight_BHTS.to(v_BSHV.dtype), v_BSHV)
 
 
 def causal_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BT: Tensor | None = None
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BS: Tensor | None = None
 ) -> Tensor:
     """As the reference: our kernel in float32 on a CPU, torch's fused attention elsewhere. Documents are stretches: positions
     of one are adjacent.
@@ -53,24 +58,24 @@ def causal_attention(
     unfused path torch would fall back to.
     """
     if takes(q_BTHK, k_BSGK, v_BSGV):
-        first_BT = None if document_BT is None else first_seen(document_BT.expand(len(q_BTHK), -1))
+        first_BT = _first_seen(q_BTHK, document_BS)
         return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT)
     K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
     if V < K:
         v_BSGV = F.pad(v_BSGV, (0, K - V))
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
     grouped = q.shape[1] != k.shape[1]
-    if document_BT is None and q.shape[2] == k.shape[2]:
+    if document_BS is None and q.shape[2] == k.shape[2]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
-        mask = _seen(q.shape[2], k.shape[2], document_BT, q.device)[:, None]
+        mask = _seen(q.shape[2], k.shape[2], document_BS, q.device)[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)[..., :V]
 
 
 def latent_attention_reference(
     q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, scale: float, interleaved: bool,
-    document_BT: Tensor | None = None,
+    document_BS: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of latent attention's expanded heads (DeepSeek-V2 report, equations 14-18): [B, T, H, V].
 
@@ -78,18 +83,18 @@ def latent_attention_reference(
     [S, R/2] of `RotaryTable`, by which it and the last R columns of q_BTHK are to be turned; None if they are. interleaved:
     pairs are (2i, 2i+1), not (i, i + R/2).
     """
-    return causal_attention_reference(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BT)
+    return causal_attention_reference(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BS)
 
 
 def latent_attention(
     q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, scale: float, interleaved: bool,
-    document_BT: Tensor | None = None,
+    document_BS: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As the reference. Our kernel turns and joins the parts as it reads them."""
     if takes(q_BTHK, kv_BSHX, k_BSR):
-        first_BT = None if document_BT is None else first_seen(document_BT.expand(len(q_BTHK), -1))
+        first_BT = _first_seen(q_BTHK, document_BS)
         return LatentCausalAttention.apply(q_BTHK, kv_BSHX, k_BSR, turn_SR, scale, not interleaved, first_BT)
-    return causal_attention(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BT)
+    return causal_attention(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BS)
 
 
 def _joined(

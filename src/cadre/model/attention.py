@@ -171,18 +171,22 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, x_BTD: Tensor, turn_TR: Tensor, cache: LayerCache | None = None, document_BT: Tensor | None = None
     ) -> Tensor:
-        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, -1))
-        k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.groups, -1))
-        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.groups, -1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q_BTHK, k_BTGK = self.turned(q_BTHK, turn_TR), self.turned(k_BTGK, turn_TR)
+        q_BTHK, k_BTGK, v_BTGK = self.projected(x_BTD, turn_TR)
         if cache is None:
             out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT)
         else:
             sequences = cache.append(k_BTGK[0], v_BTGK[0])
             out_BTHK = torch.cat([self.continued(q_BTHK[:, rows], k[None], v[None]) for rows, k, v in sequences], dim=1)
         return self.o_proj(out_BTHK.flatten(-2))
+
+    def projected(self, x_BTD: Tensor, turn_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, K] and keys [B, T, G, K], turned, and values [B, T, G, K]."""
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, -1))
+        k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.groups, -1))
+        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.groups, -1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        return self.turned(q_BTHK, turn_TR), self.turned(k_BTGK, turn_TR), v_BTGK
 
     def turned(self, x_BTHK: Tensor, turn_TR: Tensor) -> Tensor:
         if self.rotary == x_BTHK.shape[-1]:

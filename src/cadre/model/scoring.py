@@ -191,7 +191,7 @@ def _nats(
 ) -> list[Tensor]:
     """`token_nats` of several documents at once."""
     model.eval()
-    device = model.embed_tokens.weight.device
+    device = model.device
     nats = [torch.empty(len(ids), dtype=torch.float32) for ids in documents]
     inputs = [torch.cat((torch.tensor([first]), ids[:-1])) for ids in documents]
     windows = [w for number, ids in enumerate(documents) for w in _windows(number, len(ids), context, stride)]

@@ -18,6 +18,10 @@ from cadre.model.experts import MixtureOfExperts, Router
 from cadre.model.layers import Linear, RMSNorm, SwiGLU
 from cadre.model.rope import RotaryTable
 
+# Which positions of its sequences a process computes: int64 numbers, where others compute the rest (train/parallel/context.py).
+Positions = Tensor | slice
+EVERY = slice(None)
+
 
 class Cache(Protocol):
     """What the model asks of a cache for one forward pass over new tokens [1, T] of one or several sequences, one after
@@ -102,25 +106,35 @@ class Transformer(nn.Module):
     def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         return self.lm_head(self.hidden(ids_BT, cache))
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are, but for those without storage."""
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
+
     def embed(self, ids_BT: Tensor) -> Tensor:
         embedded = F.embedding(ids_BT, self.embed_tokens.weight)
         return embedded if self.compute_dtype is None else embedded.to(self.compute_dtype)
 
-    def hidden(self, ids_BT: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, ids_BT: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None, own_T: Positions = EVERY
+    ) -> Tensor:
         """Normed hidden states [B, T, D], what the head reads. With a cache, ids [1, T] continue the sequences it holds.
-        With documents (int [B, T]), attention stays within equal numbers."""
+        With documents (int [B, T]), attention stays within equal numbers. `own_T`: the positions to compute, if other
+        processes compute the rest."""
         turn_TR = self._turn(ids_BT, cache)
-        x_BTD = self.embed(ids_BT)
+        x_BTD = self.embed(ids_BT[:, own_T])
         for block in self.layers:
             x_BTD = block(x_BTD, turn_TR, cache, document_BT)
         return self.norm(x_BTD)
 
     def further_hidden(
-        self, hidden_BTD: Tensor, ids_BT: Tensor, depth: int, cache: Cache | None = None, document_BT: Tensor | None = None
-    ) -> Tensor:
+        self, hidden_BTD: Tensor, ids_BT: Tensor, depth: int, cache: Cache | None = None, document_BT: Tensor | None = None,
+        own_T: Positions = EVERY,
+    ) -> Tensor:  # fmt: skip
         """Hidden states of multi-token prediction module `depth` (from 0), given those of the stage before at positions
-        t and the ids at positions t + depth + 1. Position t then predicts the token at t + depth + 2."""
-        return self.mtp[depth](hidden_BTD, self.embed(ids_BT), self._turn(ids_BT, cache), cache, document_BT)
+        t and the ids at positions t + depth + 1. Position t then predicts the token at t + depth + 2. `own_T`: as in
+        `hidden`, of which the hidden states given are."""
+        return self.mtp[depth](hidden_BTD, self.embed(ids_BT[:, own_T]), self._turn(ids_BT, cache), cache, document_BT)
 
     def _turn(self, ids_BT: Tensor, cache: Cache | None) -> Tensor:
         if cache is None:

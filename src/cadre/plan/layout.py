@@ -9,10 +9,11 @@ parallelism (arXiv 2412.19437, section 3.2) or Megatron's parallel folding (arXi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from cadre.plan.count import count
 from cadre.plan.hardware import Device
 from cadre.plan.memory import (
     GRADIENT_BYTES,
@@ -32,8 +33,24 @@ Schedule = Literal["none", "1f1b", "interleaved", "dualpipe"]
 
 
 @dataclass(frozen=True)
+class Degrees:
+    """What a recipe's `[parallel]` says of its layout; None leaves a degree to the search. two_stages: the schedule holds two
+    stages of a pipeline in each of its places, and is counted as interleaved."""
+
+    expert: int | None = 1
+    replicas: int | None = 1
+    pipeline: int = 1
+    two_stages: bool = False
+
+
+@dataclass(frozen=True)
 class Workload:
-    """What is to be trained on what: `batch` sequences of `context` tokens a step; `micro_batch` sequences at once, if set."""
+    """What is to be trained on what: `batch` sequences of `context` tokens a step; `micro_batch` sequences at once, if set.
+
+    degrees: if set, the run is one of `cadre train`: spread in the ways that it knows, with weights held and gathered in
+    float32, and their casts to a shorter precision kept until the backward pass. Else any layout, with weights held and
+    gathered in the precision of computing beside a float32 master copy.
+    """
 
     shape: Shape
     device: Device
@@ -42,6 +59,23 @@ class Workload:
     batch: int
     optimizer: str = "adamw"
     micro_batch: int | None = None
+    degrees: Degrees | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of a weight as it is held and gathered."""
+        return weight_bytes(self.precision if self.degrees is None else "fp32")
+
+    @property
+    def cast_bytes(self) -> int:
+        """Of a weight's cast for computing, kept beside it."""
+        wide = weight_bytes(self.precision)
+        return wide if wide < self.held_bytes else 0
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer's state of a parameter."""
+        return optimizer_bytes(self.optimizer, self.precision if self.degrees is None else "fp32")
 
     def flops(self, block: Block) -> float:
         """Forward FLOPs of a block for one token, those of routed experts weighted by how much slower narrow ones run."""
@@ -65,7 +99,8 @@ class Layout:
     """One way to spread a run: the degrees multiply to the devices but for `expert`, which divides data x tensor.
 
     chunks: pieces of the model that an interleaved rank holds. sharded: weights and gradients are spread over the data ranks
-    too and gathered block by block (ZeRO stage 3, FSDP); else only optimizer states are (stage 1).
+    too and gathered block by block (ZeRO stage 3, FSDP); else only optimizer states are (stage 1). replicas: groups of data
+    ranks that hold everything each, spread over the group alone (hybrid sharding).
     """
 
     data: int
@@ -77,6 +112,17 @@ class Layout:
     micro_batch: int
     recompute: Recompute
     sharded: bool
+    replicas: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Data ranks that a replica's parameters are spread over."""
+        return self.data // self.replicas
+
+    @property
+    def copies(self) -> int:
+        """Data and tensor ranks of a replica that hold the same experts, and spread their states."""
+        return self.shards * self.tensor // self.expert
 
     @property
     def devices(self) -> int:
@@ -138,24 +184,42 @@ def cut(work: Workload, pipeline: int) -> Pipeline:
     blocks = work.shape.blocks
     costs = [work.flops(block) for block in blocks]
     costs[-1] += work.head_flops
+    stages = [
+        Stage(work.shape, blocks[run.start : run.stop], first=run.start == 0, last=run.stop == len(blocks))
+        for run in even_runs(costs, pipeline)
+    ]
+    return Pipeline(work, stages)
+
+
+def stage_blocks(shape: Shape, context: int, stages: int) -> list[range]:
+    """The blocks of each of `stages` pipeline stages, by the FLOPs of a token in sequences of `context` tokens as `count` has
+    them: a block's own, and after the last block those of the head and of the multi-token prediction modules, each with one
+    more head. The embedding is looked up and costs none."""
+
+    def forward(blocks: tuple[Block, ...], extra: tuple[Block, ...] = ()) -> float:
+        return count(replace(shape, blocks=blocks, extra=extra), context=context).training_flops_per_token / 3
+
+    head = forward(())
+    costs = [forward((block,)) - head for block in shape.blocks]
+    costs[-1] += forward((), shape.extra)
+    return even_runs(costs, stages)
+
+
+def even_runs(costs: list[float], runs: int) -> list[range]:
+    """Cut parts in a row, no fewer than `runs`, into runs of which the dearest is as cheap as can be and none is empty."""
     low, high = max(costs), sum(costs)
     for _ in range(40):
         middle = (low + high) / 2
-        if len(_greedy(costs, middle)) <= pipeline:
+        if len(_greedy(costs, middle)) <= runs:
             high = middle
         else:
             low = middle
     bounds = _greedy(costs, high)
-    while len(bounds) < pipeline:  # a cut more costs nothing, and every rank needs a block
+    while len(bounds) < runs:  # a cut more costs nothing
         widest = max(range(len(bounds)), key=lambda i: bounds[i] - (bounds[i - 1] if i else 0))
         start = bounds[widest - 1] if widest else 0
         bounds.insert(widest, (start + bounds[widest]) // 2)
-    starts = [0, *bounds[:-1]]
-    stages = [
-        Stage(work.shape, blocks[start:end], first=start == 0, last=end == len(blocks))
-        for start, end in zip(starts, bounds, strict=True)
-    ]
-    return Pipeline(work, stages)
+    return [range(start, end) for start, end in zip([0, *bounds[:-1]], bounds, strict=True)]
 
 
 def _greedy(costs: list[float], most: float) -> list[int]:
@@ -171,8 +235,11 @@ def _greedy(costs: list[float], most: float) -> list[int]:
 
 def layouts(work: Workload, devices: int) -> Iterator[tuple[Pipeline, Layout]]:
     """Every layout of the search, whether it fits or not."""
+    if work.degrees is not None:
+        yield from _of_trainer(work, devices, work.degrees)
+        return
     shape, node = work.shape, work.device.node_size
-    routed = shape.experts.n_routed_experts if shape.sparse_blocks and shape.experts else 1
+    routed = _routed(shape)
     for pipeline in _divisors(devices, len(shape.blocks)):
         cuts = cut(work, pipeline)
         for tensor in _divisors(devices // pipeline, node):
@@ -183,6 +250,32 @@ def layouts(work: Workload, devices: int) -> Iterator[tuple[Pipeline, Layout]]:
                 if (data * tensor) % expert == 0:
                     for rest in _ways(work, pipeline, data):
                         yield cuts, Layout(data, expert, pipeline, tensor, *rest)
+
+
+def _of_trainer(work: Workload, devices: int, degrees: Degrees) -> Iterator[tuple[Pipeline, Layout]]:
+    """Those that `cadre train` can be told: everything sharded within replicas, experts spread within those too. A pipeline's
+    stages stay gathered for a whole step."""
+    data = devices // degrees.pipeline
+    if devices % degrees.pipeline or degrees.pipeline > len(work.shape.blocks) or work.batch % data:
+        return
+    share = work.batch // data
+    micro_batch = min(work.micro_batch or share, share)
+    if share % micro_batch:
+        return
+    routed, cuts = _routed(work.shape), cut(work, degrees.pipeline)
+    schedule: Schedule = "none" if degrees.pipeline == 1 else "interleaved" if degrees.two_stages else "1f1b"
+    chunks, sharded = 2 if schedule == "interleaved" else 1, data > 1 and schedule == "none"
+    for replicas in _divisors(data, data):
+        for expert in _divisors(routed, data // replicas):
+            fits = data // replicas % expert == 0
+            if fits and degrees.replicas in (None, replicas) and degrees.expert in (None, expert):
+                yield cuts, Layout(
+                    data, expert, degrees.pipeline, 1, schedule, chunks, micro_batch, "none", sharded, replicas
+                )
+
+
+def _routed(shape: Shape) -> int:
+    return shape.experts.n_routed_experts if shape.sparse_blocks and shape.experts else 1
 
 
 def _ways(work: Workload, pipeline: int, data: int) -> Iterator[tuple[Schedule, int, int, Recompute, bool]]:
@@ -210,22 +303,23 @@ def _ways(work: Workload, pipeline: int, data: int) -> Iterator[tuple[Schedule, 
 def memory(cuts: Pipeline, layout: Layout) -> Memory:
     """Bytes on the fullest device, by part."""
     work = cuts.work
-    ranks = layout.data * layout.tensor
-    wide, state = weight_bytes(work.precision), optimizer_bytes(work.optimizer, work.precision)
+    wide = work.held_bytes
     tokens = layout.micro_batch * work.context / layout.tensor
     again = cuts.fullest_block * tokens if layout.recompute == "full" else 0.0
     fixed = RESERVE * work.device.memory_bytes + _exchange(work, layout, tokens)
     found: list[Memory] = []
     for common, expert, kept, last in _held(cuts, layout):
-        held = common / layout.tensor + expert / layout.expert
-        local = common / layout.tensor / layout.data + expert / ranks
+        held = whole = common / layout.tensor + expert / layout.expert
+        local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
         buffers = fixed + (loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0)
         if layout.sharded:
             buffers += 2 * wide * _gathered(work.shape, layout)
             held = local
+        buffers += work.cast_bytes * whole
         # Both copies that a DualPipe rank holds are updated by two ranks together.
         shared = 2 if layout.schedule == "dualpipe" else 1
-        found.append(Memory(wide * held, GRADIENT_BYTES * held, state * local / shared, kept * tokens + again, buffers))
+        state = work.state_bytes * local / shared
+        found.append(Memory(wide * held, GRADIENT_BYTES * held, state, kept * tokens + again, buffers))
     return max(found, key=lambda memory: memory.total)
 
 

@@ -10,7 +10,7 @@ from cadre.plan import step as steps
 from cadre.plan.count import Count, count
 from cadre.plan.decode import CACHE_BYTES, serving
 from cadre.plan.hardware import LINK_EFFICIENCY, LINK_EFFICIENCY_SOURCE, Device
-from cadre.plan.layout import Layout, Workload
+from cadre.plan.layout import Degrees, Layout, Workload
 from cadre.plan.memory import OPTIMIZERS, RESERVE, Memory
 from cadre.plan.shape import Shape
 
@@ -29,7 +29,7 @@ EXCLUDED = (
 @dataclass(frozen=True)
 class Request:
     """What to plan. None leaves a choice to the planner: devices, the fewest that training fits on; batch, sequences a step;
-    tokens, no cost; mfu, what the layout model predicts; rent, the catalogue's."""
+    tokens, no cost; mfu, what the layout model predicts; rent, the catalogue's; degrees, any layout, not `cadre train`'s."""
 
     name: str
     source: str
@@ -44,6 +44,7 @@ class Request:
     tokens: float | None = None
     mfu: float | None = None
     rent: float | None = None
+    degrees: Degrees | None = None
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -128,7 +129,7 @@ def _work(request: Request, precision: str, devices: int) -> Workload:
     if batch is None:
         batch = max(1, min(_SEQUENCES_A_DEVICE * devices, _LARGEST_BATCH_TOKENS // request.context))
     micro = min(request.micro_batch, batch) if request.micro_batch else None
-    return Workload(request.shape, request.device, precision, request.context, batch, request.optimizer, micro)
+    return Workload(request.shape, request.device, precision, request.context, batch, request.optimizer, micro, request.degrees)
 
 
 def _enough(request: Request, precision: str) -> int:
@@ -145,6 +146,8 @@ def _why_not(request: Request, work: Workload, devices: int, leanest: steps.Pred
         return (f"training at a context of {work.context:,} fits on no number of {work.device.name}, with the {work.batch} "
                 "sequences a step that the default allows")  # fmt: skip
     if leanest is None:
+        if request.degrees is not None:
+            return f"this recipe cannot be spread over {devices} devices: see batch, micro_batch and [parallel]"
         return f"no layout gives each of {devices} devices work: a batch of {work.batch} sequences is too small"
     need = f"the leanest layout needs {leanest.memory.total / 1e9:,.1f} GB a device of {room}"
     if request.devices is None:

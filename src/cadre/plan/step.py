@@ -12,7 +12,7 @@ from itertools import chain
 from cadre.plan.count import count
 from cadre.plan.hardware import LINK_EFFICIENCY
 from cadre.plan.layout import Layout, Pipeline, Workload, cut, layouts, memory
-from cadre.plan.memory import GRADIENT_BYTES, RECOMPUTE, Memory, optimizer_bytes, weight_bytes
+from cadre.plan.memory import GRADIENT_BYTES, RECOMPUTE, Memory, weight_bytes
 from cadre.plan.shape import Latent, Shape
 
 
@@ -39,13 +39,13 @@ class Prediction:
 def search(work: Workload, devices: int, keep: int = 10) -> list[Prediction]:
     """The `keep` fastest layouts on `devices` or a few less that fit in memory, the fastest first; empty when none fits.
 
-    Degrees divide devices, so an odd number of them may do better if some stay idle. A pair that differs only in what
-    costs no time is decided by memory.
+    Degrees divide devices, so an odd number of them may do better if some stay idle; a recipe's processes all take part. A
+    pair that differs only in what costs no time is decided by memory.
     """
-    room = work.device.memory_bytes
+    room, counts = work.device.memory_bytes, _rounder(devices) if work.degrees is None else [devices]
     found: list[tuple[float, float, Pipeline, Layout, Memory]] = []
     worst = float("inf")
-    for cuts, layout in chain.from_iterable(layouts(work, used) for used in _rounder(devices)):
+    for cuts, layout in chain.from_iterable(layouts(work, used) for used in counts):
         held = memory(cuts, layout)
         if held.total > room:
             continue
@@ -83,7 +83,7 @@ def smallest(work: Workload, devices: int) -> Prediction | None:
 
 def fits(work: Workload, devices: int) -> bool:
     """Whether any layout on `devices` fits in memory."""
-    each = weight_bytes(work.precision) + GRADIENT_BYTES + optimizer_bytes(work.optimizer, work.precision)
+    each = work.held_bytes + GRADIENT_BYTES + work.state_bytes
     if count(work.shape).total_parameters * each > devices * work.device.memory_bytes:
         return False  # not even spread with nothing twice
     return any(memory(cuts, layout).total <= work.device.memory_bytes for cuts, layout in layouts(work, devices))
@@ -228,9 +228,8 @@ def _gradients(cuts: Pipeline, layout: Layout, forward: float) -> tuple[float, f
     backward pass, the gather of weights behind the first one's forward pass."""
     work = cuts.work
     common, expert = _parameters(cuts, layout)
-    copies = layout.data * layout.tensor // layout.expert
     scatter = _spread(work, layout.data, layout.tensor, common * GRADIENT_BYTES)
-    scatter += _spread(work, copies, layout.expert, expert * GRADIENT_BYTES)
+    scatter += _spread(work, layout.copies, layout.expert, expert * GRADIENT_BYTES)
     gather = scatter * weight_bytes(work.precision) / GRADIENT_BYTES
     exposed = max(0.0, scatter - 2 * forward) + max(0.0, gather - forward)
     return exposed, scatter + gather - exposed
@@ -238,12 +237,15 @@ def _gradients(cuts: Pipeline, layout: Layout, forward: float) -> tuple[float, f
 
 def _gathering(cuts: Pipeline, layout: Layout, compute: float, micro_batches: int) -> tuple[float, float]:
     """The same for sharded weights: gathered for the forward and again for the backward pass of every micro-batch, and
-    gradients scattered after it, block by block behind the computation (arXiv 2304.11277, section 3.3)."""
+    gradients scattered after it, block by block behind the computation (arXiv 2304.11277, section 3.3). Replicas add up their
+    shares of the gradients as well: a scatter and a gather."""
     work = cuts.work
     common, expert = _parameters(cuts, layout)
-    copies = layout.data * layout.tensor // layout.expert
-    wide = 2 * weight_bytes(work.precision) + GRADIENT_BYTES
-    each = _spread(work, layout.data, layout.tensor, common * wide) + _spread(work, copies, layout.expert, expert * wide)
+    shards, copies = layout.shards, layout.copies
+    wide = 2 * work.held_bytes + GRADIENT_BYTES
+    each = _spread(work, shards, layout.tensor, common * wide) + _spread(work, copies, layout.expert, expert * wide)
+    shares = (common / shards + expert / copies) * GRADIENT_BYTES
+    each += 2 * _spread(work, layout.replicas, shards * layout.tensor, shares)
     exposed = micro_batches * max(0.0, each - compute)
     return exposed, micro_batches * each - exposed
 
@@ -252,8 +254,7 @@ def _update(cuts: Pipeline, layout: Layout) -> float:
     """Seconds to read and write the states of the parameters that one device updates."""
     work = cuts.work
     common, expert = _parameters(cuts, layout)
-    ranks = layout.data * layout.tensor // layout.expert
     shared = 2 if layout.schedule == "dualpipe" else 1
-    own = (common / layout.data + expert / ranks) / shared
-    moved = 2 * optimizer_bytes(work.optimizer, work.precision) + GRADIENT_BYTES + weight_bytes(work.precision)
+    own = (common / layout.shards + expert / layout.copies) / shared
+    moved = 2 * work.state_bytes + GRADIENT_BYTES + work.held_bytes
     return own * moved / work.device.memory_bandwidth

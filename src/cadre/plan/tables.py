@@ -115,6 +115,8 @@ def describe(layout: dict[str, Any]) -> str:
     """A layout in a few words: degrees, schedule, and what else differs from the plainest."""
     degrees = ", ".join(f"{name} {layout[name]}" for name in ("data", "expert", "pipeline", "tensor"))
     words = [degrees if layout["devices"] > 1 else "one device"]
+    if layout["replicas"] > 1:
+        words.append(f"replicas {layout['replicas']}")
     if layout["schedule"] != "none":
         chunks = f" x{layout['chunks']}" if layout["chunks"] > 1 else ""
         words.append(_SCHEDULES[layout["schedule"]] + chunks)

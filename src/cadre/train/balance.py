@@ -15,6 +15,7 @@ from cadre.model.experts import MixtureOfExperts
 from cadre.model.transformer import Transformer
 from cadre.train.balance_losses import BalanceLoss, BatchLoss, GlobalLoss, Heard, RouterZLoss, SequenceLoss
 from cadre.train.loads import dead_experts, evenness, max_violation
+from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import BalanceSection
 
 
@@ -37,18 +38,18 @@ class Balance:
     not heard. The window is all that was counted since `close_window`; it is in `state()`, the rest lasts one step.
     """
 
-    def __init__(self, model: Transformer, section: BalanceSection) -> None:
+    def __init__(self, model: Transformer, section: BalanceSection, parallel: Parallel | None = None) -> None:
         self.section = section
         self.layers: list[tuple[int, MixtureOfExperts]] = model.sparse_layers()
         experts = (model.config.n_routed_experts or 0) if self.layers else 0
-        device = model.embed_tokens.weight.device
+        device = model.device
         self.load_LE = torch.zeros(len(self.layers), experts, dtype=torch.int64, device=device)
         self.window_LE = torch.zeros_like(self.load_LE)
         self.window_steps = 0
         self.logit_squares_L = torch.zeros(len(self.layers), device=device)
         self.choices = model.config.num_experts_per_tok or 1
         self.modules_from = model.config.num_hidden_layers
-        self.losses = _losses(section, len(self.layers)) if self.layers else []
+        self.losses = _losses(section, len(self.layers), parallel or Parallel()) if self.layers else []
         self.globals = [loss for loss in self.losses if isinstance(loss, GlobalLoss)]
 
     def reset(self) -> None:
@@ -116,8 +117,10 @@ class Balance:
     # ------------------------------------------------------------------------------------------------- one optimizer step
 
     @torch.no_grad()
-    def update(self) -> None:
-        """End an optimizer step: move the biases by its loads, once, and take them into the window."""
+    def update(self, factor: float = 1.0) -> None:
+        """End an optimizer step: move the biases by its loads, once, and take them into the window. `factor`: the share of the
+        peak learning rate that this step is made with; biases that go on at full speed while the weights settle keep sending
+        tokens to experts that have not learned them (V3 stops them for its last 500B tokens, section 4.2)."""
         if not self.layers:
             return
         self.window_LE += self.load_LE
@@ -125,7 +128,7 @@ class Balance:
         section = self.section
         if section.bias_update == "none" or not section.bias_speed:
             return
-        step_LE = section.bias_speed * bias_step(section.bias_update, self.load_LE)
+        step_LE = section.bias_speed * factor * bias_step(section.bias_update, self.load_LE)
         for (_, layer), step_E in zip(self.layers, step_LE, strict=True):
             bias = layer.gate.e_score_correction_bias
             if bias is not None:
@@ -167,10 +170,10 @@ class Balance:
         self.window_LE.copy_(torch.tensor(state["window"], dtype=torch.int64).view_as(self.window_LE))
 
 
-def _losses(section: BalanceSection, layers: int) -> list[BalanceLoss]:
+def _losses(section: BalanceSection, layers: int, parallel: Parallel) -> list[BalanceLoss]:
     every: list[BalanceLoss] = [
-        SequenceLoss(section.sequence_weight),
-        BatchLoss(section.batch_weight),
+        SequenceLoss(section.sequence_weight, parallel.add_shared),
+        BatchLoss(section.batch_weight, parallel.add_shared),
         GlobalLoss(section.global_weight, layers),
         RouterZLoss(section.z_weight),
     ]

@@ -11,6 +11,7 @@ Letters in names: B stretch, T token, E expert, K choices, L sparse layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,15 +64,21 @@ def balance_loss(score_TE: Tensor, load_BE: Tensor) -> Tensor:
     return (frequency_BE * affinity_BE).sum(dim=-1).mean()
 
 
+def _whole(load_BE: Tensor) -> Tensor:
+    return load_BE
+
+
 @dataclass
 class SequenceLoss:
-    """Every sequence on its own (V3 report, equations 17-20)."""
+    """Every sequence on its own (V3 report, equations 17-20). `total` adds up the counts of the processes that share these
+    sequences; the mean of their losses is then that of whole sequences."""
 
     weight: float
+    total: Callable[[Tensor], Tensor] = _whole
     key: str = "balance_loss"
 
     def __call__(self, heard: Heard) -> Tensor:
-        return balance_loss(heard.routes.score_TE, counted_loads(heard, heard.sequences))
+        return balance_loss(heard.routes.score_TE, self.total(counted_loads(heard, heard.sequences)))
 
 
 @dataclass
@@ -79,10 +86,11 @@ class BatchLoss:
     """All that is computed at once: a micro-batch (as in Switch Transformers, arXiv 2101.03961, section 2.2)."""
 
     weight: float
+    total: Callable[[Tensor], Tensor] = _whole
     key: str = "batch_balance_loss"
 
     def __call__(self, heard: Heard) -> Tensor:
-        return balance_loss(heard.routes.score_TE, counted_loads(heard, 1))
+        return balance_loss(heard.routes.score_TE, self.total(counted_loads(heard, 1)))
 
 
 class GlobalLoss:

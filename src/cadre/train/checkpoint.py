@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/weights.safetensors     float32 masters and router biases
                               optimizer.safetensors   moments by parameter name
-                              state.json              step, data position, schedule, identity of model and data
+                              state.json              step, data position, schedule, identity of model and data, file stamps
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cadre.errors import UsageError, write_error
-from cadre.files import sync
+from cadre.files import stamp, sync
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -32,12 +33,21 @@ _STATE = {"step", "total_steps", "length", "identity"}
 _NAME = re.compile(r"step-(\d{8})")
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """What a checkpoint holds beside plain values, by name: `weights`, parameters and router biases, a shared one once;
+    `moments`, the optimizer's state. Of several processes each has its part."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name))
 
 
-def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(run_dir: Path, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint for `state["step"]` beside the others, unless it is there, then drop all but the newest `keep`.
 
     Raises `RunError` when the disk is full; the previous checkpoints stay as they were.
@@ -48,8 +58,8 @@ def save_checkpoint(run_dir: Path, model: Transformer, optimizer: Optimizer, sta
         return final  # a step has one state
     with _whole(folder / f".partial-{os.getpid()}", final) as partial:
         begin(partial)
-        _write_tensors(model_tensors(model), partial / "weights.safetensors")
-        _write_tensors(optimizer.tensors(), partial / "optimizer.safetensors")
+        _write_tensors(tensors.weights, partial / "weights.safetensors")
+        _write_tensors(tensors.moments, partial / "optimizer.safetensors")
         publish(partial, final, state, keep)
     return final
 
@@ -77,8 +87,9 @@ def begin(partial: Path) -> None:
 
 def publish(partial: Path, final: Path, state: dict[str, Any], keep: int) -> None:
     """Complete a checkpoint whose tensors are written, give it its name, and drop older ones. Raises OSError."""
+    files = {file.name: stamp(file) for file in sorted(partial.iterdir())}
     with (partial / "state.json").open("w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
+        json.dump({**state, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync(partial)
@@ -98,7 +109,38 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError("state.json lacks parts of a checkpoint's state")
         return state
     except (OSError, ValueError) as error:
-        raise damaged(path, error) from None
+        raise DamagedError(path, error) from None
+
+
+def set_aside_damaged(run_dir: Path, note: Callable[[str], None]) -> None:
+    """Make the newest checkpoint one that is whole: give those that have been damaged since they were written another name,
+    `damaged-step-...`. Raises `UsageError` if none is whole."""
+    found, damages = checkpoints(run_dir), []
+    while found:
+        try:
+            _check_files(found[-1])
+            break
+        except DamagedError as error:
+            damages.append((found.pop(), error))
+    if damages and not found:
+        raise damages[0][1]
+    for path, error in damages:
+        aside = path.with_name(f"damaged-{path.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        except OSError as refused:
+            raise write_error(f"{path}: damaged, and cannot be set aside", refused) from None
+        note(f"{error.what}: set aside as {aside.name}, going on from {found[-1].name}")
+
+
+def _check_files(path: Path) -> None:
+    for name, written in read_state(path).get("files", {}).items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedError(path, f"{name} is missing")
+        if stamp(file) != written:
+            raise DamagedError(path, f"{name} is not as it was written")
 
 
 def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> None:
@@ -113,7 +155,7 @@ def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> Non
         weights = load_file(path / "weights.safetensors")
         moments = load_file(path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise damaged(path, error) from None
+        raise DamagedError(path, error) from None
     own = model_tensors(model)
     if weights.keys() != own.keys() or any(weights[k].shape != own[k].shape for k in own):
         raise UsageError(f"{path}: its weights are not those of the model in recipe.toml")
@@ -134,8 +176,12 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
-def damaged(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"{path}: damaged checkpoint ({error}); delete this folder to resume from an earlier one")
+class DamagedError(UsageError):
+    """`what`: the message without the advice."""
+
+    def __init__(self, path: Path, reason: object) -> None:
+        self.what = f"{path}: damaged checkpoint ({reason})"
+        super().__init__(f"{self.what}; delete this folder to go on without it")
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

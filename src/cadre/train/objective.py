@@ -6,13 +6,13 @@ Letters in names: B sequence, T position, N = B*T, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cadre.kernels.loss import linear_cross_entropy
-from cadre.model.transformer import Transformer
+from cadre.model.transformer import EVERY, Positions, Transformer
 from cadre.train.balance import Balance
 
 
@@ -27,6 +27,59 @@ class Losses:
     balance: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """int64 ids [B, T + 1 + modules] and, unless None, their documents, alike: inputs are the first T, targets reach one
+    further per module. `mtp_rows`: how many of its first sequences train the multi-token prediction modules. `joined`: the
+    modules are passed through even with none, because other processes, which have some, cannot do without this one. `own_T`:
+    of sequences that several processes share, the positions that this one computes, and whose losses are its own."""
+
+    ids_BT: Tensor
+    document_BT: Tensor | None
+    mtp_rows: int
+    joined: bool = False
+    own_T: Positions = field(default_factory=lambda: EVERY)
+
+    def inputs(self, model: Transformer) -> tuple[Tensor, Tensor | None]:
+        """ids and documents that the main model reads: [B, T]."""
+        length = self.ids_BT.shape[1] - 1 - model.config.num_nextn_predict_layers
+        return self.ids_BT[:, :length], None if self.document_BT is None else self.document_BT[:, :length]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The work of one optimizer step: micro-batches, each `share` of the whole batch. `mtp_weight`: of the multi-token
+    losses; `mtp_share`: what part of all sequences they are taken on, in whichever micro-batch."""
+
+    micro_batches: list[MicroBatch]
+    balance: Balance
+    share: float
+    mtp_weight: float
+    mtp_share: float
+
+    def backward(self, model: Transformer) -> Tensor:
+        """Add the gradients of all micro-batches. Returns their part of the batch's losses, float64 [1 + modules + balance
+        losses in use], in the order of `Losses`."""
+        sums: Tensor | float = 0.0
+        for micro in self.micro_batches:
+            loss = losses(
+                model, micro.ids_BT, micro.document_BT, self.balance, mtp_weight=self.mtp_weight, mtp_rows=micro.mtp_rows,
+                mtp_share=self.mtp_share, joined=micro.joined, own_T=micro.own_T,
+            )  # fmt: skip
+            (loss.total * self.share).backward()
+            sums = sums + torch.stack([loss.main, *loss.further, *loss.balance.values()]).double() * self.share
+        assert isinstance(sums, Tensor)
+        return sums
+
+    def survey(self, model: Transformer) -> None:
+        """Let the global balance loss see all micro-batches before the first one is trained."""
+        for micro in self.micro_batches:
+            survey(
+                model, micro.ids_BT, micro.document_BT, self.balance, mtp_rows=micro.mtp_rows, joined=micro.joined,
+                own_T=micro.own_T,
+            )  # fmt: skip
+
+
 def losses(
     model: Transformer,
     ids_BT: Tensor,
@@ -37,57 +90,75 @@ def losses(
     mtp_rows: int | None = None,
     mtp_share: float = 1.0,
     joined: bool = False,
+    own_T: Positions = EVERY,
 ) -> Losses:
-    """Losses of a batch of int64 ids [B, T + 1 + modules]: inputs are the first T, targets reach one further per stage.
+    """Losses of a micro-batch, which the arguments describe as in `MicroBatch`.
 
     The multi-token losses are averaged over modules and weighted (V3 report, equation 25); they are taken on the first
     `mtp_rows` sequences (all of them if None) and divided by `mtp_share`, the share of the whole batch that these rows and
-    those of its other micro-batches make up. `joined`: the modules are passed through even with no rows, because other
-    processes, which have some, cannot do without this one. With documents, attention and the targets of the modules stay
-    inside a document; the first token of the next document remains the main head's.
+    those of its other micro-batches make up. With documents, attention and the targets of the modules stay inside a document;
+    the first token of the next document remains the main head's.
     Every loss is divided by all N positions (as equation 24 has it), so that micro-batches add up to their batch.
     The balance losses are summed over layers; the step's loads are counted on the way.
     """
-    depth = len(model.mtp)
-    length = ids_BT.shape[1] - 1 - depth
-    inside = None if document_BT is None else document_BT[:, :length]
-    positions = ids_BT.shape[0] * length
-    mean_N = torch.full((positions,), 1 / positions, device=ids_BT.device)
-
-    rows = len(ids_BT) if mtp_rows is None else mtp_rows
+    micro = MicroBatch(ids_BT, document_BT, len(ids_BT) if mtp_rows is None else mtp_rows, joined, own_T)
     balance.listen()
-    stages = _stages(model, ids_BT, inside, rows, joined)
-    hidden = next(stages)
-    head = model.lm_head.weight
-    main = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, 1 : length + 1].flatten(), mean_N)
-    total = main
-    further = []
-    module_part = rows / (len(ids_BT) * mtp_share)
+    ids, documents = micro.inputs(model)
+    hidden = model.hidden(ids, document_BT=documents, own_T=micro.own_T)
+    total, main, further = token_losses(model, hidden, micro, mtp_weight, mtp_share)
+    uneven, even = balance_losses(balance, micro, hidden.shape[1], mtp_share)
+    return Losses(total + uneven, main, further, even)
+
+
+def token_losses(
+    model: Transformer, hidden_BTD: Tensor, micro: MicroBatch, mtp_weight: float, mtp_share: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`Losses.total` without balance, `main` and `further` of a micro-batch, from the main model's normed hidden states of its
+    own positions."""
+    depth, length = len(model.mtp), hidden_BTD.shape[1]
+    ids, inside = micro.inputs(model)
+    every = ids.shape[1]
+    mean_N = torch.full((len(ids) * length,), 1 / (len(ids) * length), device=ids.device)
+
+    def mean_loss(hidden_BTD: Tensor, ahead: int, weight_N: Tensor) -> Tensor:
+        """Of the tokens that lie so far ahead of the first rows' positions."""
+        target_BT = micro.ids_BT[: len(hidden_BTD), ahead : every + ahead][:, micro.own_T]
+        return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.lm_head.weight, target_BT.flatten(), weight_N)
+
+    total = mean_loss(hidden_BTD, 1, mean_N)
+    main = total.detach()
+    rows = micro.mtp_rows
+    modules = further_hidden(model, hidden_BTD, micro)
     mean_N = mean_N[: rows * length] / mtp_share
-    ids_BT = ids_BT[:rows]
-    if document_BT is not None and inside is not None:
-        document_BT, inside = document_BT[:rows], inside[:rows]
-    for stage in range(depth):
-        if not rows and not joined:
+    further = []
+    for ahead in range(2, depth + 2):
+        if not rows and not micro.joined:
             further.append(torch.zeros_like(main))
             continue
-        hidden = next(stages)
-        reach = slice(stage + 2, length + stage + 2)
         weight_N = mean_N
-        if document_BT is not None and inside is not None:
-            weight_N = mean_N * (document_BT[:, reach] == inside).flatten()
-        loss = linear_cross_entropy(hidden.flatten(0, 1), head, ids_BT[:, reach].flatten(), weight_N)
+        if micro.document_BT is not None and inside is not None:
+            stays_BT = micro.document_BT[:rows, ahead : every + ahead] == inside[:rows]
+            weight_N = mean_N * stays_BT[:, micro.own_T].flatten()
+        loss = mean_loss(next(modules), ahead, weight_N)
         further.append(loss.detach())
         if mtp_weight:
             total = total + loss * (mtp_weight / depth)
+    return total, main, further
 
-    heard = balance.hear(length, module_part)
+
+def balance_losses(
+    balance: Balance, micro: MicroBatch, length: int, mtp_share: float
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """The weighted sum of the balance losses of what `balance` has heard since it listened, `length` positions of each
+    sequence, and `Losses.balance`. Counts the loads."""
+    heard = balance.hear(length, micro.mtp_rows / (len(micro.ids_BT) * mtp_share))
     balance.count(heard)
+    total: Tensor | float = 0.0
     even = {}
     for key, weight, value in balance.weighted(heard):
         total = total + weight * value
         even[key] = value.detach() / len(balance.layers)
-    return Losses(total, main.detach(), further, even)
+    return total, even
 
 
 @torch.no_grad()
@@ -99,29 +170,27 @@ def survey(
     *,
     mtp_rows: int | None = None,
     joined: bool = False,
+    own_T: Positions = EVERY,
 ) -> None:
     """Let the global balance loss see a micro-batch before the first one of the step is trained: a forward pass without
     head, for what `losses` will be given."""
-    length = ids_BT.shape[1] - 1 - len(model.mtp)
-    inside = None if document_BT is None else document_BT[:, :length]
+    micro = MicroBatch(ids_BT, document_BT, len(ids_BT) if mtp_rows is None else mtp_rows, joined, own_T)
     balance.listen()
-    for _ in _stages(model, ids_BT, inside, len(ids_BT) if mtp_rows is None else mtp_rows, joined):
+    ids, documents = micro.inputs(model)
+    hidden = model.hidden(ids, document_BT=documents, own_T=micro.own_T)
+    for _ in further_hidden(model, hidden, micro):
         pass
-    balance.survey(balance.hear(length))
+    balance.survey(balance.hear(hidden.shape[1]))
 
 
-def _stages(
-    model: Transformer, ids_BT: Tensor, inside_BT: Tensor | None, rows: int, joined: bool
-) -> Iterator[Tensor]:
-    """Normed hidden states of the main model, then, of the first `rows` sequences, those of each further module."""
-    length = ids_BT.shape[1] - 1 - len(model.mtp)
-    hidden = model.hidden(ids_BT[:, :length], document_BT=inside_BT)
-    yield hidden
-    if not rows and not joined:
+def further_hidden(model: Transformer, hidden_BTD: Tensor, micro: MicroBatch) -> Iterator[Tensor]:
+    """Normed hidden states of each further module, of the sequences that train them."""
+    if not micro.mtp_rows and not micro.joined:
         return
-    hidden, ids_BT = hidden[:rows], ids_BT[:rows]
-    inside_BT = None if inside_BT is None else inside_BT[:rows]
-    for stage in range(len(model.mtp)):
-        following_BT = ids_BT[:, stage + 1 : length + stage + 1]
-        hidden = model.further_hidden(hidden, following_BT, stage, document_BT=inside_BT)
-        yield hidden
+    rows, (ids, inside) = micro.mtp_rows, micro.inputs(model)
+    hidden_BTD = hidden_BTD[:rows]
+    inside = None if inside is None else inside[:rows]
+    for depth in range(len(model.mtp)):
+        following_BT = micro.ids_BT[:rows, depth + 1 : ids.shape[1] + depth + 1]
+        hidden_BTD = model.further_hidden(hidden_BTD, following_BT, depth, document_BT=inside, own_T=micro.own_T)
+        yield hidden_BTD

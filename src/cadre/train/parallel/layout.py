@@ -1,12 +1,18 @@
 """Which process does what: the one place where the dimensions of `[parallel]` are put together.
 
-Every process is a data rank: it takes its share of each batch's sequences. `expert` neighbouring ones share a copy of the
-experts, each holding an equal run of them, and send one another tokens; the data ranks that hold the same experts share
-those out among themselves, as all data ranks do with everything else (FSDP):
+Every process is a data rank: it takes its share of each batch's sequences. Neighbouring ones form a replica, over which
+everything is cut up (FSDP); between replicas only gradients travel (hybrid sharding). Within a replica `expert` neighbouring
+ranks share a copy of the experts, each holding an equal run of them, and send one another tokens; the ranks that hold the same
+experts share those out among themselves. 8 processes with `replicas` 2 and `expert` 2, a mesh [replica 2, expert 2, copy 2]:
 
-                    expert rank 0          expert rank 1         of a mesh [expert 2, replica 2] on 4 processes
-    replica 0    rank 0: experts 0..E/2   rank 1: experts E/2..E
-    replica 1    rank 2: experts 0..E/2   rank 3: experts E/2..E
+                               expert rank 0          expert rank 1
+    replica 0    copy 0    rank 0: experts 0..E/2   rank 1: experts E/2..E
+                 copy 1    rank 2: experts 0..E/2   rank 3: experts E/2..E
+    replica 1    copy 0    rank 4: experts 0..E/2   rank 5: experts E/2..E
+                 copy 1    rank 6: experts 0..E/2   rank 7: experts E/2..E
+
+With `context` above 1 so many neighbouring ranks take the same sequences, and each a part of their positions
+(`cadre.train.parallel.context`); weights, gradients and experts are spread as ever.
 
 Expert parallelism within data parallelism costs no process of its own: DeepSeek-V3 report, section 3.2. A node's ranks are
 numbered one after the other, so experts that are grouped for routing lie on neighbouring ranks, and a router that is limited
@@ -20,6 +26,8 @@ from typing import TYPE_CHECKING
 
 from cadre.errors import UsageError
 from cadre.model.config import ModelConfig
+from cadre.plan.layout import stage_blocks
+from cadre.plan.shape import Shape
 from cadre.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,54 +37,129 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees: `data` ranks in all, `expert` of them to a copy of the experts."""
+    """Degrees: `data` ranks in all, in `replicas` that each hold everything, of which `expert` share a copy of the experts. Of
+    a pipeline so many to each of its `pipeline` places, and the blocks of every stage in `stages`."""
 
     data: int
-    expert: int
+    expert: int = 1
+    replicas: int = 1
+    context: int = 1
+    pipeline: int = 1
+    schedule: str = "1f1b"
+    stages: tuple[range, ...] = ()
 
     @property
-    def replicas(self) -> int:
-        """Copies of the experts, each spread over the ranks that hold the same ones."""
-        return self.data // self.expert
+    def readers(self) -> int:
+        """Parts that the sequences of a batch are dealt out in, each to `context` neighbouring ranks that cut them up."""
+        return self.data // self.context
 
-    def meshes(self, device: torch.device) -> tuple[DeviceMesh, DeviceMesh]:
-        """The data ranks [data], and the same ranks as [expert, replica]. Every process must call it."""
+    @property
+    def shards(self) -> int:
+        """Ranks of a replica."""
+        return self.data // self.replicas
+
+    @property
+    def copies(self) -> int:
+        """Copies of the experts in a replica, each spread over the ranks that hold the same ones."""
+        return self.shards // self.expert
+
+    @property
+    def places(self) -> list[int]:
+        """The place in the pipeline that holds each stage: in turn, or there and back for the schedules that are named for it,
+        which have the first stage and the last in one place."""
+        back = self.schedule in _V_SHAPED
+        turn = [*range(self.pipeline), *(reversed(range(self.pipeline)) if back else range(self.pipeline))]
+        return turn[: len(self.stages)]
+
+    def meshes(self, device: torch.device, place: int = 0) -> tuple[DeviceMesh, DeviceMesh]:
+        """The data ranks of a place in the pipeline as [replica, shard], and the same ranks as [replica, expert, copy]. Every
+        process must call it, for every place."""
         import torch
         from torch.distributed.device_mesh import DeviceMesh
 
-        ranks = torch.arange(self.data)
-        data = DeviceMesh(device.type, ranks, mesh_dim_names=("data",))
-        # In this order a tensor cut by expert and then by replica is cut from left to right.
-        spread = ranks.view(self.replicas, self.expert).T.contiguous()
-        return data, DeviceMesh(device.type, spread, mesh_dim_names=("expert", "replica"))
+        ranks = torch.arange(place * self.data, (place + 1) * self.data).view(self.replicas, self.shards)
+        data = DeviceMesh(device.type, ranks, mesh_dim_names=("replica", "shard"))
+        # In this order a tensor cut by expert and then by copy is cut from left to right.
+        spread = ranks.view(self.replicas, self.copies, self.expert).transpose(1, 2).contiguous()
+        return data, DeviceMesh(device.type, spread, mesh_dim_names=("replica", "expert", "copy"))
 
 
 def compose(recipe: Recipe, config: ModelConfig, processes: int) -> Layout:
-    """The layout of a recipe on so many processes. Raises `UsageError` naming the first thing that does not fit."""
+    """The layout of a recipe, its "auto" degrees chosen, on so many processes. Raises `UsageError` naming the first thing
+    that does not fit."""
     section, batch, micro = recipe.parallel, recipe.train.batch, recipe.train.micro_batch
-    data = processes if section.data == "auto" else section.data
-    if data != processes:
+    pipeline = section.pipeline
+    _divides("pipeline", pipeline, processes, f"run's {_several(processes)}")
+    data = processes // pipeline if section.data == "auto" else section.data
+    if data * pipeline != processes:
+        staged, wanted = "" if pipeline == 1 else f" and parallel.pipeline is {pipeline}", data * pipeline
         raise UsageError(
-            f'parallel.data is {data}, but the run has {_several(processes)}: start {data} (--nproc {data}), or set "auto"'
+            f"parallel.data is {data}{staged}, but the run has {_several(processes)}: start {wanted} (--nproc {wanted}), "
+            'or set "auto"'
         )
-    expert, experts = section.expert, config.n_routed_experts if config.has_experts else None
-    if data % expert:
-        raise UsageError(
-            f"parallel.expert is {expert}, which does not divide the run's {_several(data)}: choose one of {_divisors(data)}"
-        )
+    replicas, expert, experts = section.replicas, section.expert, config.n_routed_experts if config.has_experts else None
+    assert replicas != "auto" and expert != "auto"
+    run = f"run's {_several(data)}" if pipeline == 1 else f"{_several(data)} of each of {pipeline} stages"
+    _divides("replicas", replicas, data, run)
+    shards = data // replicas
+    _divides("expert", expert, shards, run if replicas == 1 else f"{_several(shards)} of each of {replicas} replicas")
     if expert > 1 and not experts:
         raise UsageError(f"parallel.expert is {expert}, but the model has no experts to spread: set 1")
     if experts and experts % expert:
         raise UsageError(f"parallel.expert is {expert}, which does not divide the {experts} experts: choose another")
-    if batch % data:
-        raise UsageError(f"train.batch is {batch}, which {data} processes cannot share equally: choose a multiple of {data}")
-    share = batch // data
+    context, seq_len = section.context, recipe.data.seq_len
+    _divides("context", context, data, run)
+    if context > 1 and seq_len % (2 * context):
+        raise UsageError(
+            f"parallel.context is {context}, which cuts sequences into {2 * context} equal chunks, but data.seq_len is "
+            f"{seq_len}: choose a multiple of {2 * context}"
+        )
+    readers = data // context
+    takers = f"{readers} processes" if context * pipeline == 1 else f"{readers} groups of {context * pipeline} processes"
+    if batch % readers:
+        raise UsageError(f"train.batch is {batch}, which {takers} cannot share equally: choose a multiple of {readers}")
+    share = batch // readers
     if micro and micro < share and share % micro:
         raise UsageError(
-            f"train.micro_batch is {micro}, which does not divide the {share} sequences that each of {data} processes takes: "
+            f"train.micro_batch is {micro}, which does not divide the {share} sequences that each of {takers} takes: "
             f"choose one of {_divisors(share)}"
         )
-    return Layout(data, expert)
+    stages = _stages(recipe, config, share // min(micro or share, share)) if pipeline > 1 else ()
+    return Layout(data, expert, replicas, context, pipeline, section.schedule, stages)
+
+
+# Schedules that hold two stages in every place, and of these the ones whose stages go there and back.
+_TWO_STAGES = ("interleaved", "zbv", "dualpipev")
+_V_SHAPED = ("zbv", "dualpipev")
+
+
+def _stages(recipe: Recipe, config: ModelConfig, micro_batches: int) -> tuple[range, ...]:
+    """The blocks of each stage of a pipeline."""
+    section, blocks = recipe.parallel, config.num_hidden_layers
+    pipeline, schedule = section.pipeline, section.schedule
+    stages = 2 * pipeline if schedule in _TWO_STAGES else pipeline
+    if section.context > 1:
+        raise UsageError("parallel.pipeline and parallel.context cannot be combined: set one of them to 1")
+    if stages > blocks:
+        raise UsageError(
+            f'parallel.pipeline is {pipeline}, with schedule "{schedule}" {stages} stages, but the model has only {blocks} '
+            "blocks: choose fewer"
+        )
+    least = stages if schedule == "dualpipev" else pipeline
+    if micro_batches < least or (schedule == "interleaved" and micro_batches % pipeline):
+        wanted = f"a multiple of {pipeline}" if schedule == "interleaved" else f"at least {least}"
+        raise UsageError(
+            f'parallel.pipeline is {pipeline}, with schedule "{schedule}" for {wanted} micro-batches of a process, but '
+            f"train.batch and train.micro_batch make {micro_batches}: choose a smaller micro_batch"
+        )
+    return tuple(stage_blocks(Shape.from_config(config), recipe.data.seq_len, stages))
+
+
+def _divides(name: str, degree: int, ranks: int, those: str) -> None:
+    if ranks % degree:
+        raise UsageError(
+            f"parallel.{name} is {degree}, which does not divide the {those}: choose one of {_divisors(ranks)}"
+        )
 
 
 def _several(processes: int) -> str:

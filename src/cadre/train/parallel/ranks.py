@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,19 @@ from cadre.hub.names import skeleton
 from cadre.hub.save import save
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import Score, Text, score_each
-from cadre.model.transformer import Transformer
+from cadre.model.transformer import Positions, Transformer
+from cadre.train.checkpoint import Tensors
 from cadre.train.muon import Muon
 from cadre.train.parallel.checkpoint import load_parts, save_parts
+from cadre.train.parallel.context import Context, cut_attention
 from cadre.train.parallel.gather import Gather
 from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.muon import SpreadMuon
-from cadre.train.parallel.shard import Part, shard
+from cadre.train.parallel.pipeline import Pipeline
+from cadre.train.parallel.shard import Part, far_part, shard
 
 if TYPE_CHECKING:
+    from cadre.train.objective import Step
     from cadre.train.optimizer import Optimizer
 
 # How long the others wait while one prepares the text, which may take hours of a large corpus.
@@ -44,16 +49,20 @@ class Ranks(Parallel):
 
     def __init__(self, device: torch.device, timeout: float) -> None:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        wait = timedelta(minutes=timeout)
+        self.wait = wait = timedelta(minutes=timeout)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=wait))
         # The elastic agent may keep its store over a restart, and with it the addresses of processes that are gone.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
         self.device = device
-        self.words = dist.new_group(timeout=wait, backend="gloo")  # for what is no tensor
+        # For the disk, whose thread has it to itself once the training has begun.
+        self.words = dist.new_group(timeout=wait, backend="gloo")
         self.patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
         self.parent = os.getppid()
         self.parts: dict[str, Part] = {}
+        self.elsewhere: dict[str, Part] = {}
+        self.context: Context | None = None
+        self.pipeline: Pipeline | None = None
 
     @property
     def abandoned(self) -> bool:  # type: ignore[override]
@@ -106,11 +115,42 @@ class Ranks(Parallel):
             values = like.initial_values(seed)
         else:
             values = ((name, torch.empty_like(tensor, device="cpu")) for name, tensor in like.state_dict().items())
-        self.data, self.spread = self.layout.meshes(device)
-        self.parts = shard(model, values, self.data, self.spread, device)
+        self.context, self.pipeline, self.elsewhere = None, None, {}
+        if self.layout.context > 1:
+            self.context = Context(dist.new_subgroups(self.layout.context, timeout=self.wait)[0])
+            cut_attention(model, self.context)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        meshes = [self.layout.meshes(device, place) for place in range(self.layout.pipeline)]
+        self.data, self.spread = meshes[self.rank // self.layout.data]
+        if self.layout.pipeline == 1:
+            self.parts = shard(model, values, self.data, self.spread, device)
+            return model
+        self.pipeline = Pipeline(model, self.layout, self.rank, device, self.wait)
+        self.parts = shard(model, values, self.data, self.spread, device, list(self.pipeline.stages.values()))
+        self.pipeline.bind(self.parts)
+        self.elsewhere = {
+            name: far_part(name, shape, *meshes[self.pipeline.place_of(name)])
+            for name, shape in shapes.items()
+            if name not in self.parts
+        }
         return model
 
     # ------------------------------------------------------------------------------------------------- a step
+
+    def own(self, length: int) -> Positions:
+        return super().own(length) if self.context is None else self.context.own(length, self.device)
+
+    def add_shared(self, count: Tensor) -> Tensor:
+        return count if self.context is None else self.context.add(count)
+
+    def survey(self, model: Transformer, work: Step) -> None:
+        if self.pipeline is None:
+            super().survey(model, work)
+        else:
+            self.pipeline.survey(work)
+
+    def backward(self, model: Transformer, work: Step) -> Tensor:
+        return super().backward(model, work) if self.pipeline is None else self.pipeline.backward(work)
 
     def add(self, *tensors: Tensor) -> None:
         # One message, and exact: counts stay far below 2^53.
@@ -125,8 +165,11 @@ class Ranks(Parallel):
         return float(said)
 
     def anyone(self, flag: bool) -> bool:
+        return self._any(flag, None)
+
+    def _any(self, flag: bool, group: dist.ProcessGroup | None) -> bool:
         said = torch.tensor([float(flag)])
-        dist.all_reduce(said)
+        dist.all_reduce(said, group=group)
         return bool(said)
 
     # ------------------------------------------------------------------------------------------------- the optimizer
@@ -138,6 +181,8 @@ class Ranks(Parallel):
         for part in self.parts.values():
             gradient = part.parameter.grad
             part.local.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        if self.pipeline is not None:
+            self.pipeline.hand_back()
 
     def drop_gradients(self) -> None:
         for part in self.parts.values():
@@ -145,26 +190,33 @@ class Ranks(Parallel):
 
     def norm(self, norm: Tensor) -> Tensor:
         square = norm.double().square()
-        dist.all_reduce(square)
-        return square.sqrt().to(norm.dtype)
+        dist.all_reduce(square)  # over the replicas too, so that all have the same to the last bit
+        return (square / self.layout.replicas).sqrt().to(norm.dtype)
 
     def muon(self, matrices: Iterable[Any], **options: float) -> Muon:
         rows = {part.local: part.shape[0] for part in self.parts.values() if len(part.shape) == 2}
-        return SpreadMuon(matrices, rows, self.data.get_group(), **options)
+        return SpreadMuon(matrices, rows, self.data.get_group("shard"), **options)
 
     # ------------------------------------------------------------------------------------------------- the disk
 
-    def save_checkpoint(
-        self, run_dir: Path, model: Transformer, optimizer: Optimizer, state: dict[str, Any], keep: int
-    ) -> Path:
+    def tensors(self, model: Transformer, optimizer: Optimizer) -> Tensors:
         moments = {name: self._part(name, tensor) for name, tensor in optimizer.tensors().items()}
-        return save_parts(self, run_dir, {**self._weights(model), **moments}, state, keep)
+        return Tensors(self._weights(model), moments)
+
+    def save_checkpoint(self, run_dir: Path, tensors: Tensors, copies: Tensors, state: dict[str, Any], keep: int) -> None:
+        save_parts(
+            self, run_dir, {**tensors.weights, **tensors.moments}, {**copies.weights, **copies.moments}, state, keep
+        )
 
     def load_checkpoint(self, path: Path, model: Transformer, optimizer: Optimizer) -> None:
-        load_parts(path, self._weights(model), optimizer, self._part, self.words)
+        load_parts(path, self._weights(model), optimizer, self._part, self.words, self.elsewhere.keys())
 
-    def save_model(self, model: Transformer, path: Path, tokenizer: Any, dtype: torch.dtype) -> None:
-        gather = Gather(self.parts, dict(model.named_buffers()), dtype)
+    def save_model(
+        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype
+    ) -> None:
+        parts = {name: replace(part, local=weights[name]) for name, part in self.parts.items()}
+        kept = {name: weights[name] for name in weights.keys() - parts.keys()}
+        gather = Gather({**parts, **self.elsewhere}, kept, dtype, self.words)
         if not self.main:
             gather.serve()
         self.together(lambda: self._write_model(gather, model, path, tokenizer, dtype) if self.main else None)
@@ -186,17 +238,28 @@ class Ranks(Parallel):
     def score(self, model: Transformer, tokenizer: Any, documents: Sequence[Text], *, context: int, stride: int) -> Score:
         """A forward pass needs all processes, and some have more to score than others: those that are done join in with
         nothing until all are."""
-        mine = self.share(documents)
-        scores = score_each(model, tokenizer, mine, context=context, stride=stride, progress=self._still_scoring)
-        total = sum(scores, Score(0.0, 0, 0))
-        nothing = torch.zeros(0, context, dtype=torch.int64, device=self.device)
-        with torch.inference_mode():
-            model.hidden(nothing)  # the others expect a pass after one that was not the last
-            while self.anyone(False):
-                model.hidden(nothing)
+        total = Score(0.0, 0, 0)
+        if self.pipeline is not None and not self.pipeline.ahead:
+            self.pipeline.follow()
+        else:
+            data = self.layout.data
+            mine = documents[self.rank % data :: data]
+            scored = model if self.pipeline is None else self.pipeline.scored()
+            scores = score_each(scored, tokenizer, mine, context=context, stride=stride, progress=self._still_scoring)
+            total = sum(scores, total)
+            nothing = torch.zeros(0, context, dtype=torch.int64, device=self.device)
+            with torch.inference_mode():
+                scored.hidden(nothing)  # the others expect a pass after one that was not the last
+                while self._any_scores(False):
+                    scored.hidden(nothing)
+            if self.pipeline is not None:
+                self.pipeline.done()
         sums = torch.tensor([total.nats, total.tokens, total.bytes], dtype=torch.float64)
         dist.all_reduce(sums)
         return Score(float(sums[0]), int(sums[1]), int(sums[2]))
 
     def _still_scoring(self, tokens: int) -> None:
-        self.anyone(True)
+        self._any_scores(True)
+
+    def _any_scores(self, flag: bool) -> bool:
+        return self._any(flag, None if self.pipeline is None else self.pipeline.alike)

@@ -1,18 +1,18 @@
-"""A model cut up over ranks: everything by FSDP over the data ranks, experts over their own mesh first.
+"""A model cut up over ranks: everything by FSDP over the ranks of a replica, experts over their own mesh first.
 
 Gradients are added, never averaged: a rank's loss already is its share of the batch's mean, as a micro-batch's is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from cadre.model.experts import MixtureOfExperts
 from cadre.model.transformer import Block, Transformer
@@ -26,19 +26,24 @@ GATHERED_AT_ONCE = 1 << 24
 @dataclass(frozen=True)
 class Part:
     """This rank's run of a parameter's rows (of its experts, if they are experts'). `local`: the rows themselves, in the
-    memory that the model computes with. `shape`: of the whole. `mesh`: the ranks that it is cut over, along its first
-    dimension by each dimension of the mesh from left to right."""
+    memory that the model computes with. `shape`: of the whole. `mesh`: the ranks that hold it, whole on each place of the
+    mesh's first dimension (replicas), and there cut along its own first dimension by each of the others, from left to right."""
 
     parameter: nn.Parameter
     local: Tensor
     shape: torch.Size
     mesh: DeviceMesh
 
+    @property
+    def holders(self) -> list[int]:
+        """Ranks that hold each row once: those of the first replica."""
+        return self.mesh.mesh[0].flatten().tolist()
+
     def rows(self, rank: int) -> slice:
         """Which rows a rank holds, cut as `torch.chunk` does: the last ranks may hold fewer or none."""
         start, stop = 0, self.shape[0]
-        places = (self.mesh.mesh == rank).nonzero()[0].tolist()
-        for ranks, place in zip(self.mesh.shape, places, strict=True):
+        _, *places = (self.mesh.mesh == rank).nonzero()[0].tolist()
+        for ranks, place in zip(self.mesh.shape[1:], places, strict=True):
             step = -(-(stop - start) // ranks)
             start, stop = min(start + place * step, stop), min(start + (place + 1) * step, stop)
         return slice(start, stop)
@@ -46,49 +51,67 @@ class Part:
     def as_dtensor(self, local: Tensor) -> DTensor:
         """A tensor that is cut up like the parameter, such as its momentum."""
         stride = torch.empty(self.shape, device="meta").stride()
-        cuts = [Shard(0)] * self.mesh.ndim
+        cuts: list[Placement] = [Replicate(), *[Shard(0)] * (self.mesh.ndim - 1)]
         return DTensor.from_local(local, self.mesh, cuts, run_check=False, shape=self.shape, stride=stride)
 
 
 def shard(
-    model: Transformer, values: Iterable[tuple[str, Tensor]], data: DeviceMesh, spread: DeviceMesh, device: torch.device
+    model: Transformer,
+    values: Iterable[tuple[str, Tensor]],
+    data: DeviceMesh,
+    spread: DeviceMesh,
+    device: torch.device,
+    stages: Sequence[nn.Module] = (),
 ) -> dict[str, Part]:
     """Give a model without storage its values and cut it up, block by block, so that only one block is ever whole beside
     embedding and head (a small model at once). `values`: tensors by name, in the model's order; `data`, `spread`:
-    `Layout.meshes`. Returns the parts by parameter name."""
-    expert_ranks, replicas = spread.shape
+    `Layout.meshes`; `stages`: those of a pipeline that this process holds, so that of the rest only router biases get storage.
+    Returns the parts by parameter name."""
+    roots = stages or [model]
+    here = {module for root in roots for module in root.modules()}
+    replicas, expert_ranks, _ = spread.shape
     exchange = Exchange(spread.get_group("expert"))
     experts: set[nn.Parameter] = set()
+    # In a mesh of two dimensions FSDP adds gradients up over the first one, which is no use for one replica.
+    alike = spread["replica", "copy"] if replicas > 1 else spread["copy"]
+    every = data if replicas > 1 else data["shard"]
 
     def cut(module: nn.Module) -> None:
         for block in [block for block in module.modules() if isinstance(block, Block) and expert_ranks > 1]:
             if isinstance(block.mlp, MixtureOfExperts) and not isinstance(block.mlp, SpreadMixture):
                 block.mlp = SpreadMixture(block.mlp, exchange)
-                if replicas > 1:
-                    fully_shard(block.mlp.experts, mesh=spread["replica"])
+                if alike.size() > 1:
+                    fully_shard(block.mlp.experts, mesh=alike)
                 experts.update(block.mlp.experts.parameters())
         # Experts that no two ranks share are no business of FSDP's: gathering them would copy them.
-        fully_shard(module, mesh=data, ignored_params=experts if replicas == 1 else None)
+        # A stage is passed by many micro-batches before its gradients are added up: it stays gathered so long.
+        again = False if stages else None
+        ignored = experts if alike.size() == 1 else None
+        fully_shard(module, mesh=every, ignored_params=ignored, reshard_after_forward=again)
 
-    blockwise = sum(parameter.numel() for parameter in model.parameters()) > GATHERED_AT_ONCE
+    blockwise = sum(parameter.numel() for root in roots for parameter in root.parameters()) > GATHERED_AT_ONCE
     for name, value in values:
-        _give(model, name, value.to(device))
+        _give(model, name, value, device, here)
         inside = blockwise and name.startswith(("layers.", "mtp."))
         part = model.get_submodule(".".join(name.split(".")[:2])) if inside else None
         if part is not None and not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers())):
             cut(part)
-    cut(model)
-    for module in model.modules():
+    for root in roots:
+        cut(root)
+    for module in here:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     # Training calls the parts of the model one by one: this one gathers embedding, last norm and head, and the end of the
     # backward pass lets go of them.
-    register_fsdp_forward_method(model, "hidden")
+    for root in roots:
+        register_fsdp_forward_method(root, "hidden")
     parts = {}
     spread_names = {name for name, parameter in model.named_parameters() if parameter in experts}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.is_meta:
+                continue
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
             shape, mesh = parameter.shape, data
             if name in spread_names:
@@ -97,12 +120,22 @@ def shard(
     return parts
 
 
-def _give(model: Transformer, name: str, value: Tensor) -> None:
+def far_part(name: str, shape: torch.Size, data: DeviceMesh, spread: DeviceMesh) -> Part:
+    """A parameter that only ranks of other meshes hold, those given, none of which is this one."""
+    nothing = torch.empty(0)
+    spreads = ".experts." in name and spread.shape[1] > 1
+    return Part(nn.Parameter(nothing), nothing, shape, spread if spreads else data)
+
+
+def _give(model: Transformer, name: str, value: Tensor, device: torch.device, here: set[nn.Module]) -> None:
+    """A parameter to the modules of `here` that have it, a buffer to all."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._buffers:
-        setattr(module, leaf, value)
+        setattr(module, leaf, value.to(device))
         return
-    setattr(module, leaf, nn.Parameter(value))
-    if model.config.tie_word_embeddings and path in ("embed_tokens", "lm_head"):
-        model.embed_tokens.weight = model.lm_head.weight = module.get_parameter(leaf)
+    tied = model.config.tie_word_embeddings and path in ("embed_tokens", "lm_head")
+    owners = here & ({model.embed_tokens, model.lm_head} if tied else {module})
+    parameter = nn.Parameter(value.to(device)) if owners else None
+    for owner in owners:
+        setattr(owner, leaf, parameter)

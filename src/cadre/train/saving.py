@@ -1,0 +1,82 @@
+"""Saving beside the training: it waits for a copy of what it is about to change, not for the disk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cadre.train.checkpoint import Tensors
+
+
+class Saver:
+    """Writes copies of a run's tensors in a thread, one checkpoint at a time.
+
+    The copies lie in host memory (pinned, of an accelerator's tensors) and take as much of it as what this process holds of
+    weights and optimizer state; they are made at the first save and used again by the next. `note` hears of it if they do not
+    fit: then the training waits for the disk.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
+        """Have `write` called with a copy of this process's part of each tensor, as it is now. Waits for the save before, and
+        raises what that raised."""
+        self.wait()
+        here = Tensors(local(tensors.weights), local(tensors.moments))
+        if not self._fits({**here.weights, **here.moments}):
+            write(here)
+            return
+        copies = Tensors(self._copied(here.weights), self._copied(here.moments))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        # Of a process that ends for another reason the thread must not delay the end.
+        self._thread = threading.Thread(target=self._work, args=(write, copies), name="saver", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what the last save raised, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _work(self, write: Callable[[Tensors], None], copies: Tensors) -> None:
+        try:
+            write(copies)
+        except BaseException as error:  # whatever it is, the training has to hear of it
+            self._error = error
+
+    def _fits(self, tensors: dict[str, Tensor]) -> bool:
+        wanted = sum(tensor.nbytes for name, tensor in tensors.items() if name not in self._copies)
+        if any(tensor.is_cuda for tensor in tensors.values()) or wanted <= psutil.virtual_memory().available:
+            return True
+        self._note(f"no room for a copy of {wanted / 2**30:.1f} GiB: the training waits while a checkpoint is written")
+        return False
+
+    @torch.no_grad()
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(
+                    tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=tensor.is_cuda
+                )
+            self._copies[name].copy_(tensor, non_blocking=True)
+        return {name: self._copies[name] for name in tensors}
+
+
+def local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's part of each."""
+    return {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for name, tensor in tensors.items()
+    }
