@@ -23,6 +23,7 @@ from cadre.plan.here import Forecast
 from cadre.train import calibrate, checkpoint, trainer
 from cadre.train import run as run_module
 from cadre.train.metrics import read_metrics
+from cadre.train.parallel import launch as launching
 from cadre.train.recipe import read_recipe
 from tests.runs import write_recipe
 
@@ -160,6 +161,24 @@ def test_time_goes_on_while_a_model_is_chosen(recipe, monkeypatch, capsys):
     assert time.monotonic() - start < 15
     assert read_recipe("run/recipe.toml").train.minutes == pytest.approx(5 / 60)
     capsys.readouterr()
+
+
+def test_several_processes_train_the_model_that_one_has_chosen(recipe, monkeypatch, capsys):
+    """They are given it as a recipe beside the run, with a batch that they can share and the time that is left."""
+    machine, launched = Machine((Rung(64, 1e11, 1e-8),), 24e9), []
+    monkeypatch.setattr(choose, "measure_machine", lambda *_: (time.sleep(1.0), (machine, 1e11))[1])
+    monkeypatch.setattr(launching, "launch", lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(budget_module, "CALIBRATION_SECONDS", 1)
+    monkeypatch.setattr(budget_module, "FEWEST_STEPS", 1)
+    source = ["--set", "data.source=corpus", "--set", "data.vocab_size=300"]
+    assert train(monkeypatch, "--budget", "6s", "--nproc", "3", "--out", "run", *source) == 0
+    assert launched == [(3, ["train", "run.toml", "--out", "run"], 0, None)]
+    kept = read_recipe("run.toml")
+    assert kept.name == "budget" and 0 < kept.train.minutes < 5 / 60 and kept.data.vocab_size == 300
+    assert kept.train.batch % 3 == 0 and (kept.train.batch // 3) % kept.train.micro_batch == 0
+    assert_refused(capsys, train(monkeypatch, "--budget", "6s", "--nproc", "3", "--out", "run", *source), "run.toml.* is there")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(capsys, train(monkeypatch, "--budget", "6s", "--out", "other", *source), "use --nproc, or name a recipe")
 
 
 @pytest.mark.parametrize("arguments, wanted", [

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -323,3 +324,50 @@ def test_the_whole_sotu_corpus_in_seconds(cache):
     text = data.held_out_documents()[0].text
     stop = int(data.held_out.document_starts[1]) - 1
     assert data.tokenizer.decode(data.held_out.tokens(0, stop), skip_special_tokens=False) == text
+
+
+# ------------------------------------------------------------------------------------------------- entries of a source
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    for name, word in (("a", "alpha"), ("b", "beta")):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            (tmp_path / name / f"{number}.txt").write_text(f"{word} {number} " * 20)
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_each_entry_of_a_source_is_a_stream(two_sources):
+    data = prepare(two_sources, vocab_size=270, held_out=0.2)
+    streams = data.train_of_each()
+    assert sum(map(len, streams)) == len(data.train) and sum(data.manifest["inputs"]["documents"]) == 12
+    for stream, word in zip(streams, ("alpha", "beta"), strict=True):
+        text = data.tokenizer.decode(stream.tokens(0, len(stream)).tolist())
+        assert word in text and not {"alpha", "beta"} - {word} & set(text.split())
+        ends = [*stream.document_starts[1:].tolist(), len(stream)]
+        assert stream.document_starts[0] == 0
+        for start, end in zip(stream.document_starts.tolist(), ends, strict=True):
+            assert data.tokenizer.decode(stream.tokens(start, end).tolist()).startswith(word)
+
+
+def test_the_same_text_in_other_entries_is_other_data(two_sources):
+    together, apart = prepare([*two_sources[:1], two_sources[1]], vocab_size=270), prepare(two_sources[::-1], vocab_size=270)
+    files = [f"{two_sources[0]}/{number}.txt" for number in range(6)]
+    moved = prepare([*files, two_sources[1]], vocab_size=270)
+    assert len({data.path for data in (together, apart, moved)}) == 3
+    assert together.manifest["inputs"]["text"] == moved.manifest["inputs"]["text"]
+    assert len(moved.train_of_each()) == 7
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.data())
+def test_a_part_of_a_stream_is_a_stream(lengths, data):
+    ids = np.arange(sum(lengths), dtype=np.uint16)
+    bounds = np.cumsum([0, *lengths]).tolist()
+    starts = sorted(data.draw(st.sets(st.integers(0, max(len(ids) - 1, 0)))))
+    whole = Tokens([ids[a:b] for a, b in pairwise(bounds)], np.array(starts, dtype=np.int64))
+    start = data.draw(st.integers(0, len(ids)))
+    stop = data.draw(st.integers(start, len(ids)))
+    part = whole.part(start, stop)
+    assert part.tokens(0, len(part)).tolist() == list(range(start, stop))
+    assert part.document_starts.tolist() == [place - start for place in starts if start <= place < stop]

@@ -171,3 +171,72 @@ def test_truncated_and_damaged_gzip_is_refused(tmp_path):
         file.write_bytes(raw)
         message = refusal(file)
         assert str(file) in message and wrong in message
+
+
+# ------------------------------------------------------------------------------------------------- patterns and stores
+
+
+def test_a_pattern_stands_for_the_files_it_matches(tmp_path):
+    for name in ("b.txt", "a.txt", "c.md", "d.zip", "deep/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    read = [document.text for document in read_documents(f"{tmp_path}/*.txt")]
+    assert read == ["text of a.txt", "text of b.txt"]
+    assert len(list(read_documents(f"{tmp_path}/**/*.txt"))) == 3
+    with pytest.raises(UsageError, match=r"\*\.jsonl: the pattern matches no file that can be read"):
+        read_documents(f"{tmp_path}/*.jsonl")
+    (tmp_path / "[draft].txt").write_text("no pattern")
+    assert [document.text for document in read_documents(str(tmp_path / "[draft].txt"))] == ["no pattern"]
+
+
+@pytest.fixture
+def store():
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/a/one.txt", b"first text\r\n")
+    memory.pipe("/corpus/a/two.jsonl.gz", gzip.compress(b'{"text": "x y"}\n{"text": "z"}\n'))
+    memory.pipe("/corpus/a/.hidden.txt", b"not this")
+    memory.pipe("/corpus/b/three.md", b"third")
+    yield memory
+    memory.rm("/corpus", recursive=True)
+
+
+@pytest.mark.parametrize("source, texts", [
+    ("memory://corpus", ["first text\r\n", "x y", "z", "third"]),
+    ("memory://corpus/a", ["first text\r\n", "x y", "z"]),
+    ("memory://corpus/a/one.txt", ["first text\r\n"]),
+    ("memory://corpus/*/*.md", ["third"]),
+    ("simplecache::memory://corpus/a/two.jsonl.gz", ["x y", "z"]),
+    (["memory://corpus/b", "memory://corpus"], ["third", "first text\r\n", "x y", "z"]),
+])  # fmt: skip
+def test_a_store_is_read_as_a_folder_is(store, source, texts):
+    documents = list(read_documents(source))
+    assert [document.text for document in documents] == texts
+    assert all("memory://" in document.name for document in documents)
+    if isinstance(source, list):  # a file named twice is the first entry's
+        assert [document.entry for document in documents] == [0, 1, 1, 1]
+
+
+def test_parquet_from_a_store(store, tmp_path):
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "x.parquet")
+    store.pipe("/corpus/c/x.parquet", (tmp_path / "x.parquet").read_bytes())
+    assert [(d.name, d.text) for d in read_documents("memory://corpus/c")] == [
+        ("memory:///corpus/c/x.parquet:1", "one"), ("memory:///corpus/c/x.parquet:2", "two"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("source, message", [
+    ("memory://corpus/none", "memory://corpus/none: no such file or folder in the store"),
+    ("memory://corpus/b/*.txt", "no such file or folder in the store"),
+    ("memory://corpus/bad", "bad/x.txt: a binary file"),
+    ("memory://corpus/zip", "holds no file that can be read; wanted .txt"),
+    ("gs://bucket/x.txt", r"reading gs:// needs a package: pip install gcsfs"),
+    ("nosuch://bucket/x.txt", "nosuch://bucket/x.txt: cannot be read .*nosuch"),
+])  # fmt: skip
+def test_what_a_store_cannot_give_is_refused(store, source, message, monkeypatch):
+    store.pipe("/corpus/bad/x.txt", b"\0")
+    store.pipe("/corpus/zip/x.zip", b"PK")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    with pytest.raises(UsageError, match=message):
+        list(read_documents(source))

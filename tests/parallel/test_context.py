@@ -69,7 +69,7 @@ problems = st.tuples(st.integers(0, len(CONFIGS) - 1), st.integers(1, 40), st.bo
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@settings(max_examples=3, deadline=None, phases=[Phase.generate])  # many problems in each of a few worlds
+@settings(max_examples=2, deadline=None, phases=[Phase.generate])  # many problems in each of a few worlds
 @given(drawn=st.lists(problems, min_size=8, max_size=8))
 def test_attention_of_a_cut_sequence_is_that_of_the_whole(size, drawn):
     answers = world(size, cut_runs, drawn)

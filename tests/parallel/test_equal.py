@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from cadre.train import trainer
@@ -50,6 +51,17 @@ def several(ranks: Parallel, recipe: Path, folder: Path, layouts: dict[str, Any]
         train(ranks, recipe, folder / name, (*settings, *(f"parallel.{key}={value}" for key, value in keys.items())))
 
 
+def sums(ranks: Parallel, recipe: Path, out: Path, micro_batch: int) -> int:
+    """How often the processes add something up in a step."""
+    settings = ["train.batch=8", f"train.micro_batch={micro_batch}", "parallel.replicas=2"]
+    run = start(read_recipe(str(recipe), settings), out, torch.device("cpu"), lambda line: None, ranks)
+    trainer, calls, real = Trainer(run, Nobody()), [], dist.all_reduce
+    trainer.began = 0.0
+    dist.all_reduce = lambda *given, **options: calls.append(0) or real(*given, **options)
+    trainer._step(next(run.batches))
+    return len(calls)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CADRE_CACHE", str(tmp_path / "cache"))
@@ -85,3 +97,8 @@ def test_a_layout_changes_no_number(tmp_path, recipe, monkeypatch, settings, siz
     for name in layouts:
         assert_same_run(tmp_path / "alone", tmp_path / name)
         assert json.loads((tmp_path / name / "model" / "config.json").read_text())["n_routed_experts"] == 4
+
+
+def test_replicas_add_up_once_a_step_however_many_micro_batches(tmp_path, recipe):
+    one, four = (world(2, sums, recipe, tmp_path / str(micro), micro) for micro in (4, 1))
+    assert one == four

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cadre.model.experts import MixtureOfExperts
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
+from cadre.train.parallel.fp8 import packed_width
 from tests.parallel.world import world
 from tests.shapes import small
 
@@ -37,16 +38,19 @@ def run(layer: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, dict[str, T
     return y.detach(), x.grad, {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
-def spread_run(ranks, counts: list[int], dtype: torch.dtype, experts: int = 8) -> dict:
-    exchange = Exchange(dist.group.WORLD)
+def spread_run(ranks, counts: list[int], dtype: torch.dtype, experts: int = 8, fp8: bool = False) -> dict:
+    exchange = Exchange(dist.group.WORLD, fp8)
     layer = SpreadMixture(mixture(experts), exchange)
+    journeys = []
+    send = dist.all_to_all_single
+    dist.all_to_all_single = lambda *given, **options: journeys.append(0) or send(*given, **options)
     x = tokens(counts[ranks.rank], ranks.rank, dtype)
     with torch.no_grad():
         layer(x)
     forward_bytes, exchange.sent_bytes = exchange.sent_bytes, 0
     y, x_grad, grads = run(layer, x)
     return {"y": y, "x": x_grad, "grads": grads, "forward": forward_bytes, "both": exchange.sent_bytes,
-            "routed": len(layer.routes.expert_TK)}  # fmt: skip
+            "routed": len(layer.routes.expert_TK), "journeys": len(journeys)}  # fmt: skip
 
 
 @pytest.mark.parametrize("counts", [[5, 9], [6, 0], [4, 7, 1, 11]], ids=str)
@@ -65,6 +69,28 @@ def test_experts_elsewhere_compute_the_same(counts):
         torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_rows_in_8_bits_are_near_and_so_are_their_gradients():
+    counts = [5, 9]
+    answers = world(2, spread_run, counts, torch.float32, 8, True)
+    at_home, summed = mixture(), {}
+    for rank, answer in enumerate(answers):
+        y, x_grad, summed = run(at_home, tokens(counts[rank], rank))
+        assert 0 < (answer["y"] - y).norm() < 0.06 * y.norm()
+        assert 0 < (answer["x"] - x_grad).norm() < 0.12 * x_grad.norm()  # of the square's gradient: two roundings
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        got = torch.cat([answer["grads"][name] for answer in answers])
+        assert 0 < (got - summed[name]).norm() < 0.12 * summed[name].norm(), name
+
+
+def test_the_bytes_of_rows_in_8_bits():
+    """A byte an element and one for each run of 128 on the way to the experts, the compute dtype on the way home."""
+    counts = [5, 9]
+    answers = world(2, spread_run, counts, torch.bfloat16, 8, True)
+    formula = sum(counts) * CONFIG.num_experts_per_tok * (packed_width(WIDTH) + 2 * WIDTH)
+    assert sum(answer["forward"] for answer in answers) == formula
+    assert sum(answer["both"] for answer in answers) == 2 * formula
+
+
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
 def test_the_bytes_sent_are_those_of_the_formula(dtype, size):
     """k x hidden x (dispatch + combine bytes) a token and layer, shared/FIGURES.md; the gradients take as many back."""
@@ -77,7 +103,9 @@ def test_the_bytes_sent_are_those_of_the_formula(dtype, size):
 
 @pytest.mark.parametrize("size", [8, 16])
 def test_a_process_sends_no_more_however_many_there_are(size):
-    """Weak scaling of the dispatch: as many tokens each, so as many bytes each, to ever more processes."""
+    """Weak scaling of the dispatch: as many tokens each, so as many bytes each, to ever more processes. Twice forward, with the
+    counts first, rows out and rows home, and once backward: one message to every other process each time."""
     answers = world(size, spread_run, [6] * size, torch.float32, size)
     formula = 6 * CONFIG.num_experts_per_tok * WIDTH * (4 + 4)
     assert sum(answer["forward"] for answer in answers) == size * formula
+    assert [answer["journeys"] for answer in answers] == [2 * 3 + 2] * size

@@ -39,6 +39,7 @@ def test_a_layout_is_whole_or_refused(processes, replicas, expert, experts):
     (10, ["parallel.context=2"], r"train\.batch is 24, which 5 groups of 2 processes cannot share equally: .* multiple of 5"),
     (1, ["parallel.expert=2"], r"does not divide the run's 1 process: choose one of 1"),
     (4, ["parallel.expert=4"], r"does not divide the 6 experts"),
+    (4, ["parallel.rows=fp8"], r"parallel\.rows is \"fp8\", but with parallel\.expert 1 no rows travel: set \"compute\""),
     (4, ["parallel.replicas=3"], r"parallel\.replicas is 3, which does not divide the run's 4 processes: choose"),
     (6, ["parallel.replicas=3", "parallel.expert=3"],
      r"parallel\.expert is 3, which does not divide the 2 processes of each of 3 replicas: choose one of 1, 2"),

@@ -61,8 +61,7 @@ def held(config: ModelConfig, layout: Layout, rank: int) -> int:
     return sum(part.local.numel() for part in parts.values())
 
 
-@pytest.mark.parametrize("name", ["node", "v2-lite"])
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name, ranks", [("node", 8), *(("v2-lite", ranks) for ranks in RANKS)])
 def test_a_rank_of_every_size_is_built_and_holds_what_is_counted(name, ranks):
     recipe, config = read(name)
     settled = settle(recipe, config, ranks, H100, lambda line: None)
@@ -79,7 +78,9 @@ def test_the_plan_prints_the_memory_of_a_rank_in_the_layout_that_training_choose
     recipe, config = read(name)
     for ranks in RANKS:
         plan = planned(name, "--hardware", "h100", "--devices", ranks)
-        chosen = settle(recipe, config, ranks, H100, lambda line: None).parallel
+        settled = settle(recipe, config, ranks, H100, lambda line: None)
+        chosen = settled.parallel
+        assert compose(settled, config, ranks).data == ranks
         assert plan["fits"] and (plan["batch"], plan["context"]) == (recipe.train.batch, recipe.data.seq_len)
         assert (plan["layout"]["expert"], plan["layout"]["replicas"]) == (chosen.expert, chosen.replicas)
         memory, share = plan["memory_per_device_bytes"], plan["total_parameters"] * chosen.replicas / ranks

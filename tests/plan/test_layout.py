@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware
-from cadre.plan.layout import Workload, cut, layouts
+from cadre.plan.layout import Degrees, Workload, cut, layouts, memory
 from cadre.plan.shape import Block
 
 
@@ -74,3 +74,30 @@ def test_weighted_flops_are_the_counted_ones_when_nothing_slows_experts():
     slower = sum(map(task.flops, task.shape.blocks)) + task.head_flops
     routed = 32 * 2 * task.shape.active_routed
     assert slower - flops == pytest.approx(routed * 2500 / 14336)
+
+
+@given(st.integers(1, 64), st.sampled_from([None, 1, 4]), st.sampled_from([None, 1, 2]), st.sampled_from([1, 2, 3]))
+def test_a_recipe_is_spread_as_training_can_be_told(devices, expert, replicas, pipeline):
+    degrees = Degrees(expert, replicas, pipeline)
+    task = work("deepseek-v2-lite", batch=devices * 6, micro_batch=2, degrees=degrees)
+    seen = [one for _, one in layouts(task, devices)]
+    for one in seen:
+        assert one.devices == devices and one.tensor == 1 and one.recompute == "none" and one.pipeline == pipeline
+        assert one.data == one.replicas * one.copies * one.expert and one.shards * one.replicas == one.data
+        assert one.expert in (expert, one.expert if expert is None else None)
+        assert one.replicas in (replicas, one.replicas if replicas is None else None)
+        assert one.sharded == (one.data > 1 and pipeline == 1) and one.micro_batch == 2
+    assert len(set(seen)) == len(seen)
+    data = devices // pipeline
+    possible = devices % pipeline == 0 and data % (replicas or 1) == 0 and data // (replicas or 1) % (expert or 1) == 0
+    assert bool(seen) == possible
+
+
+def test_a_recipe_holds_float32_and_casts():
+    """Weights 4 bytes, their cast 2 where computing is in bf16; one device holds as much as with 2 and a 4-byte master copy."""
+    plain = work("llama-3.1-8b", batch=8, micro_batch=1)
+    trained = replace(plain, degrees=Degrees())
+    held, other = (memory(*next(layouts(task, 1))) for task in (trained, plain))
+    parameters = count(plain.shape).total_parameters
+    assert (held.weights, held.optimizer) == (4 * parameters, 8 * parameters)
+    assert held.buffers - other.buffers == 2 * parameters and held.total == pytest.approx(other.total)

@@ -80,12 +80,27 @@ def test_tensor_ranks_split_all_but_experts_and_activations():
 
 
 def test_sharding_spreads_weights_and_gradients():
-    """ZeRO stage 3: all of it over the data ranks, but for the two blocks that are gathered."""
+    """ZeRO stage 3: all of it over the data ranks, but for what is gathered: embedding and head, two blocks and gradients."""
     plain, sharded = (memory(pipeline(EVEN, 1), layout(data=8, sharded=s)) for s in (False, True))
     assert sharded.weights == plain.weights / 8
     assert sharded.gradients == plain.gradients / 8
     assert sharded.optimizer == plain.optimizer
-    assert sharded.buffers - plain.buffers == 2 * 2 * (EVEN.every_token(Block(True)) + EVEN.routed)
+    blocks = 2 * (2 + 4) * (EVEN.every_token(Block(True)) + EVEN.routed)
+    assert sharded.buffers - plain.buffers == 2 * 2 * EVEN.matrix + blocks
+
+
+def test_replicas_hold_everything_again():
+    whole, twice = (memory(pipeline(EVEN, 1), layout(data=8, sharded=True, replicas=r)) for r in (1, 2))
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(twice, part) == 2 * getattr(whole, part)
+
+
+def test_spread_experts_are_gathered_alone_and_only_if_others_hold_them_too():
+    buffers = [memory(pipeline(EVEN, 1), layout(data=8, sharded=True, expert=e)).buffers for e in (2, 4, 8)]
+    sent = memory(pipeline(EVEN, 1), layout(data=8, expert=8)).buffers
+    common = EVEN.every_token(Block(True))
+    assert buffers[2] - sent == 2 * 2 * EVEN.matrix + 2 * (2 + 4) * common
+    assert buffers[0] - buffers[1] == (2 + 2 * 4) * EVEN.routed / 4
 
 
 def test_micro_batches_alive_on_the_first_rank():

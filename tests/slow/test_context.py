@@ -27,16 +27,18 @@ intermediate_size = 48
 FIFTY = ("train.steps=50", "eval.every=25", "checkpoint.every=100")
 
 
-@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+# One sequence trains the module, so that a group has none where two groups share the batch.
+MORE = (*EVERYTHING, "train.micro_batch=4", "train.mtp_share=0.125")
+
+
+@pytest.mark.parametrize("settings", [PLAIN, MORE], ids=["plain", "everything"])
 def test_fifty_steps_are_the_same_however_sequences_are_cut(tmp_path, recipe, settings):
     settings = (*settings, *FIFTY)
     train(Parallel(), recipe, tmp_path / "alone", settings)
-    beside = {"data 2": {"context": 2}, "data 2, expert 2": {"context": 2, "expert": 2}}
-    layouts = {2: {"2": {"context": 2}}, 4: {"4": {"context": 4}, "expert 4": {"context": 2, "expert": 4}, **beside}}
-    for size, names in layouts.items():
-        world(size, several, recipe, tmp_path, names, settings)
-        for name in names:
-            assert_same_run(tmp_path / "alone", tmp_path / name)
+    for size, context, expert in ((2, 2, 1), (4, 4, 1), (4, 2, 1), (4, 2, 2), (4, 2, 4)):
+        name = f"{size} processes, context {context}, expert {expert}"
+        world(size, several, recipe, tmp_path, {name: {"context": context, "expert": expert}}, settings)
+        assert_same_run(tmp_path / "alone", tmp_path / name)
 
 
 def test_fifty_steps_of_grouped_queries(tmp_path, recipe):

@@ -53,11 +53,12 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
 def test_a_disk_that_fills_up_ends_the_run_which_goes_on_when_there_is_room(tmp_path, recipe):
     with small_disk(tmp_path / "disk", 4):
         job = Job(recipe, tmp_path / "disk" / "run", 100000)
-        job.until(7)
+        while not checkpoints(job.out):
+            job.until(job.step() + 1)
         ballast = tmp_path / "disk" / "ballast"
         ballast.write_bytes(bytes(shutil.disk_usage(ballast.parent).free - 2**14))
         assert job.end() == 2, job.said()
-        assert "the disk is full" in job.said() and "; continue with: cadre train --resume" in job.said()
+        assert "rank " in job.said() and "the disk is full" in job.said()
         saved = checkpoints(job.out)
         assert saved and not list((job.out / "checkpoints").glob(".partial-*"))
         ballast.unlink()
@@ -86,7 +87,7 @@ class Host:
         return ["nsenter", f"--net=/proc/{self.keeper.pid}/ns/net", *command]
 
     def run(self, command: str) -> None:
-        subprocess.run(self.command(*command.split()), check=True)
+        subprocess.run(self.command("sh", "-c", command), check=True)
 
 
 @contextmanager
@@ -98,6 +99,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             host.run(f"ip addr add {host.address}/24 dev card")
             host.run("ip link set card up")
             host.run("ip link set lo up")
+            # torchrun's agent waits for its store until the kernel gives the connection up: 15 minutes by default.
+            host.run("echo 5 > /proc/sys/net/ipv4/tcp_retries2")
         yield hosts
     finally:
         for host in hosts:
@@ -115,7 +118,7 @@ def test_a_host_cut_off_from_the_network_ends_the_run_on_both(tmp_path, recipe):
         agents, logs = [], [tmp_path / f"host{number}.log" for number in range(2)]
         for host, log in zip(hosts, logs, strict=True):
             # Which of them has the address is found out by the name of the machine, which both share here.
-            conf = f"is_host={host is hosts[0]},read_timeout=15"
+            conf = f"is_host={host is hosts[0]}"
             agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
                      "c10d", "--rdzv-endpoint", f"{hosts[0].address}:29400", "--local-addr", host.address,
                      "--rdzv-conf", conf]  # fmt: skip

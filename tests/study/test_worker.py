@@ -36,7 +36,7 @@ def recipes(tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_its_times_curve_and_result(recipes, tmp_path, capsys):
-    assert worker.main([str(recipes["experts"]), str(tmp_path / "run"), "run"]) == 0
+    assert worker.main([str(recipes["experts"]), str(tmp_path / "run"), "run", "1"]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["steps"], result["timed_steps"], result["diverged"]) == (40, 40, None)
     curve = read_curve(tmp_path / "run")
@@ -55,44 +55,44 @@ def test_a_run_leaves_its_times_curve_and_result(recipes, tmp_path, capsys):
 
 
 def test_a_sweeps_run_ends_with_the_short_evaluation(recipes, tmp_path):
-    assert worker.main([str(recipes["dense"]), str(tmp_path / "run"), "sweep"]) == 0
+    assert worker.main([str(recipes["dense"]), str(tmp_path / "run"), "sweep", "1"]) == 0
     assert not any(record.get("final") for record in read_metrics(tmp_path / "run"))
     assert read_curve(tmp_path / "run")[-1][0] == 40
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(recipes, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert worker.main([str(recipes["dense"]), str(whole), "run"]) == 0
-    command = [sys.executable, "-m", "cadre.study.worker", str(recipes["dense"]), str(broken), "run"]
+    assert worker.main([str(recipes["dense"]), str(whole), "run", "1"]) == 0
+    command = [sys.executable, "-m", "cadre.study.worker", str(recipes["dense"]), str(broken), "run", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(broken.glob("checkpoints/step-*")):
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert not (broken / "result.json").exists()
-    assert worker.main([str(recipes["dense"]), str(broken), "run"]) == 0
+    assert worker.main([str(recipes["dense"]), str(broken), "run", "1"]) == 0
     assert read_curve(broken) == read_curve(whole)
     assert [line["step"] for line in read_steps(broken)] == list(range(1, 41))
 
 
 def test_an_end_without_a_result_is_caught_up(recipes, tmp_path):
     run = tmp_path / "run"
-    assert worker.main([str(recipes["dense"]), str(run), "run"]) == 0
+    assert worker.main([str(recipes["dense"]), str(run), "run", "1"]) == 0
     before = json.loads((run / "result.json").read_text())
     (run / "result.json").unlink()
-    assert worker.main([str(recipes["dense"]), str(run), "run"]) == 0
+    assert worker.main([str(recipes["dense"]), str(run), "run", "1"]) == 0
     after = json.loads((run / "result.json").read_text())
     assert after["bits_per_byte"] == before["bits_per_byte"] and after["wall_seconds"] == before["wall_seconds"]
     # And one that is done is not begun again.
     stamp = (run / "result.json").stat().st_mtime_ns
-    assert worker.main([str(recipes["dense"]), str(run), "run"]) == 0
+    assert worker.main([str(recipes["dense"]), str(run), "run", "1"]) == 0
     assert (run / "result.json").stat().st_mtime_ns == stamp
 
 
 def test_leavings_of_a_start_that_died_are_cleared(recipes, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".recipe.toml.1.partial").write_text("half")
-    assert worker.main([str(recipes["dense"]), str(tmp_path / "run"), "sweep"]) == 0
+    assert worker.main([str(recipes["dense"]), str(tmp_path / "run"), "sweep", "1"]) == 0
 
 
 def test_divergence_is_a_result_and_other_failures_are_not(recipes, tmp_path, monkeypatch, capsys):
@@ -103,10 +103,10 @@ def test_divergence_is_a_result_and_other_failures_are_not(recipes, tmp_path, mo
         monkeypatch.setattr(worker.TimedTrainer, "train", train)
 
     fail("x: the loss was not finite in 5 steps in a row")
-    assert worker.main([str(recipes["dense"]), str(tmp_path / "a"), "run"]) == 0
+    assert worker.main([str(recipes["dense"]), str(tmp_path / "a"), "run", "1"]) == 0
     assert "not finite" in json.loads((tmp_path / "a" / "result.json").read_text())["diverged"]
     fail("x: the disk is full")
-    assert worker.main([str(recipes["dense"]), str(tmp_path / "b"), "run"]) == 1
+    assert worker.main([str(recipes["dense"]), str(tmp_path / "b"), "run", "1"]) == 1
     assert "the disk is full" in capsys.readouterr().err and not (tmp_path / "b" / "result.json").exists()
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cadre.errors import UsageError
 from cadre.plan.count import count
-from cadre.train.recipe import Recipe, dump_toml, parse_recipe, read_recipe, shipped
+from cadre.train.recipe import DataSection, Recipe, dump_toml, parse_recipe, read_recipe, shipped
 from tests.runs import RECIPE
 
 TEXT = RECIPE.format(source='"sotu"')
@@ -160,3 +160,19 @@ def test_the_dense_twin_has_the_active_parameters_of_pocket():
     for section in ("data", "optimizer", "schedule", "eval", "checkpoint"):
         assert getattr(pocket, section) == getattr(dense, section)
     assert (pocket.train.steps, pocket.train.batch) == (dense.train.steps, dense.train.batch)
+
+
+@pytest.mark.parametrize("data, message", [
+    ({"source": "sotu", "weights": [1.0]}, "weights has 1 numbers; it must have one for each of several entries of source"),
+    ({"source": ["a", "b"], "weights": [1, 2, 3]}, r"weights has 3 numbers; .* \(2\)"),
+    ({"source": ["a", "b"], "weights": [1, -2]}, "none may be below 0"),
+    ({"source": ["a", "b"], "weights": [0, 0]}, "one must be above"),
+])  # fmt: skip
+def test_weights_fit_the_sources(data, message):
+    with pytest.raises(ValueError, match=message):
+        DataSection(**data)
+
+
+def test_weights_are_kept():
+    section = DataSection(source=["a", "b"], weights=[1, 2.5])
+    assert section.weights == [1.0, 2.5]

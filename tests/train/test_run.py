@@ -15,9 +15,9 @@ from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
-from cadre.train.checkpoint import checkpoints
+from cadre.train.checkpoint import checkpoints, read_state
 from cadre.train.recipe import read_recipe
-from cadre.train.run import check_memory, held_recipe, only_writer
+from cadre.train.run import check_memory, held_recipe, only_writer, resume
 from tests.runs import write_corpus
 from tests.shapes import small
 
@@ -312,3 +312,24 @@ def test_a_run_has_one_writer_at_a_time(lab):
     with only_writer(run.path), pytest.raises(UsageError, match="another process is training this run"):
         lab.train(run)
     assert lab.train(run)[0].steps == run.total_steps
+
+
+def test_weights_of_sources_may_change_on_the_way(lab):
+    write_corpus(lab.folder / "more", seed=1)
+    sources = f'data.source=["{lab.folder / "corpus"}", "{lab.folder / "more"}"]'
+    lab.train(lab.start("run", sources, "data.weights=[3, 1]", "train.steps=8"))
+    windows = read_state(checkpoints(lab.folder / "run")[-1])["batches"]["windows"]
+    assert windows == [24, 8]
+    with pytest.raises(UsageError, match=r"data\.source is .*start a new run instead"):
+        lab.resume("run", 'data.source=["a", "b"]')
+    run = lab.resume("run", "data.weights=[0, 1]", "train.steps=10")
+    lab.train(run)
+    assert held_recipe(run.path).data.weights == [0.0, 1.0]
+    assert read_state(checkpoints(run.path)[-1])["batches"]["windows"] == [24, 16]
+
+
+def test_a_run_without_weights_gets_none_later(lab, stopped):
+    recipe = read_recipe(str(stopped / "recipe.toml"))
+    data = recipe.data.model_copy(update={"weights": [1.0, 2.0]})
+    with pytest.raises(UsageError, match=r"data\.weights is \[1\.0, 2\.0\], but the run began with None"):
+        resume(stopped, recipe.model_copy(update={"data": data}), torch.device("cpu"), lambda line: None)

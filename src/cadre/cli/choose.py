@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,10 +51,12 @@ def _is_here(device: Device) -> bool:
 
 
 def choose_recipe(
-    budget: Budget, device: Device | None, overrides: list[str] | None, began: float, note: Callable[[str], None]
-) -> Recipe:
+    budget: Budget, device: Device | None, overrides: list[str] | None, began: float, note: Callable[[str], None],
+    processes: int = 1,
+) -> Recipe:  # fmt: skip
     """The recipe of the best expected score within `budget`, with `overrides` over it. `began`: of time, what has gone of the
-    budget. Raises `UsageError` if the budget is below one calibration."""
+    budget. `processes`: how many will train it, each on an accelerator of its own if there are some. Raises `UsageError` if
+    the budget is below one calibration."""
     from cadre.data.shards import prepare
     from cadre.plan.budget import CALIBRATION_SECONDS, choose, sequence_length
     from cadre.train.recipe import dump_toml, parse_recipe
@@ -70,7 +71,7 @@ def choose_recipe(
         data.source, tokenizer=data.tokenizer, vocab_size=data.vocab_size, held_out=data.held_out, progress=note
     )
     note("measuring this machine")
-    machine, rate = measure_machine(_guess_flops(budget, device), text.vocab_size)
+    machine, rate = _together(*measure_machine(_guess_flops(budget, device), text.vocab_size), processes)
     left = budget
     if budget.seconds is not None:
         seconds = budget.seconds - (time.monotonic() - began)
@@ -93,10 +94,10 @@ def choose_recipe(
             "or give a time such as --budget 10m"
         )
     sections = {**chosen.recipe(), "data": {"seq_len": chosen.seq_len}}
+    sections["train"] |= _shared_out(sections["train"], processes)
     recipe = parse_recipe(dump_toml(sections), f"--budget {budget.text}", overrides, name="budget")
     if budget.seconds is not None:
-        most = most_steps(recipe, budget.seconds, text.vocab_size)
-        length: dict[str, float | None] = {"steps": most, "minutes": budget.seconds / 60}
+        length: dict[str, float | None] = {"steps": None, "minutes": budget.seconds / 60}
     else:
         cap = chosen.flops if budget.flops is None else budget.flops
         length = {"steps": steps_within(recipe, cap, text.vocab_size, budget.text), "minutes": None}
@@ -114,13 +115,28 @@ def _data_section(overrides: list[str] | None) -> DataSection:
     return parse_recipe(dump_toml(any_recipe), "--set", ours).data
 
 
-def most_steps(recipe: Recipe, seconds: float, vocab_size: int) -> int:
-    """More steps than `seconds` have room for: as many as this machine could take at its GEMM rate alone. The trainer cuts them
-    to what the clock allows."""
-    from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second
+def _together(machine: Machine, rate: float, processes: int) -> tuple[Machine, float]:
+    """The machine that one process has measured, and its rate, for several: on a processor they share its cores, but each has
+    an accelerator of its own. What they send one another is not counted."""
+    import torch
 
-    here = default_device()
-    return max(1, math.ceil(seconds * gemm_flops_per_second(best_dtype(here), here) / _step_flops(recipe, vocab_size)))
+    cards = min(processes, torch.cuda.device_count()) if torch.cuda.is_available() else 1
+    rungs = tuple(
+        dataclasses.replace(
+            rung,
+            flops_per_second=rung.flops_per_second * cards,
+            update_seconds_per_parameter=rung.update_seconds_per_parameter / cards,
+        )
+        for rung in machine.rungs
+    )
+    return dataclasses.replace(machine, rungs=rungs, memory_bytes=machine.memory_bytes * cards), rate * cards
+
+
+def _shared_out(train: dict[str, int], processes: int) -> dict[str, int]:
+    """The batch, and the micro-batches of it, that so many processes can share equally."""
+    share = -(-train["batch"] // processes)
+    micro = max(size for size in range(1, share + 1) if share % size == 0 and size <= train["micro_batch"])
+    return {"batch": share * processes, "micro_batch": micro}
 
 
 def _step_flops(recipe: Recipe, vocab_size: int) -> float:

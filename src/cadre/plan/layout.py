@@ -35,12 +35,13 @@ Schedule = Literal["none", "1f1b", "interleaved", "dualpipe"]
 @dataclass(frozen=True)
 class Degrees:
     """What a recipe's `[parallel]` says of its layout; None leaves a degree to the search. two_stages: the schedule holds two
-    stages of a pipeline in each of its places, and is counted as interleaved."""
+    stages of a pipeline in each of its places, and is counted as interleaved. fp8_rows: tokens go to experts in 8 bits."""
 
     expert: int | None = 1
     replicas: int | None = 1
     pipeline: int = 1
     two_stages: bool = False
+    fp8_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def memory(cuts: Pipeline, layout: Layout) -> Memory:
         local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
         buffers = fixed + (loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0)
         if layout.sharded:
-            buffers += 2 * wide * _gathered(work.shape, layout)
+            buffers += _gathered(work, layout)
             held = local
         buffers += work.cast_bytes * whole
         # Both copies that a DualPipe rank holds are updated by two ranks together.
@@ -348,12 +349,26 @@ def _exchange(work: Workload, layout: Layout, tokens: float) -> float:
     return 2 * tokens * experts.num_experts_per_tok * work.shape.hidden_size * weight_bytes(work.precision)
 
 
-def _gathered(shape: Shape, layout: Layout) -> float:
-    """Parameters of the largest block as a sharded rank gathers it."""
-    return max(
-        shape.every_token(block) / layout.tensor + (shape.routed / layout.expert if block.sparse else 0)
-        for block in set(shape.blocks)
-    )
+def _gathered(work: Workload, layout: Layout) -> float:
+    """Bytes of whole weights and gradients on a sharded rank (arXiv 2304.11277): embedding and head from a pass's beginning to
+    its end; the largest block and the next; gradients twice, as computed and as added up. Experts that are spread are a group
+    of their own, gathered when they compute and added up before the rest of the block."""
+    shape = work.shape
+    wide = work.held_bytes if layout.shards > 1 else 0  # what is not cut up needs no gathering
+    ends = (1 if shape.tie_word_embeddings else 2) * shape.matrix / layout.tensor
+    held = max(_block_gathered(work, layout, wide, block) for block in set(shape.blocks))
+    return wide * ends + max(held, 2 * GRADIENT_BYTES * ends)
+
+
+def _block_gathered(work: Workload, layout: Layout, wide: int, block: Block) -> float:
+    common = work.shape.every_token(block) / layout.tensor
+    experts = work.shape.routed / layout.expert if block.sparse else 0.0
+    if layout.expert == 1:
+        return 2 * (wide + GRADIENT_BYTES) * (common + experts)
+    apart = (work.held_bytes if layout.copies > 1 else 0) * experts
+    if layout.copies * layout.replicas > 1:  # what no other rank holds needs no adding up
+        apart += 2 * GRADIENT_BYTES * experts
+    return 2 * wide * common + max(2 * GRADIENT_BYTES * common, apart)
 
 
 def _divisors(number: int, most: int) -> list[int]:

@@ -172,7 +172,8 @@ def _all_to_all(work: Workload, layout: Layout) -> float:
     node = work.device.node_size
     nodes = -(-layout.expert // node)
     wide = weight_bytes(work.precision)
-    row = work.shape.hidden_size * ((1 if work.precision == "fp8" else wide) + wide)
+    narrow = work.precision == "fp8" or (work.degrees is not None and work.degrees.fp8_rows)
+    row = work.shape.hidden_size * ((1 if narrow else wide) + wide)
     sent = layout.micro_batch * work.context / layout.tensor * row / LINK_EFFICIENCY
     abroad = min(experts.num_experts_per_tok, experts.node_limit, nodes) * (1 - 1 / nodes)
     local = min(layout.expert, node)

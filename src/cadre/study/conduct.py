@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
 from cadre.study.jobs import AFTER_SECONDS, Job, amount_for, evaluating, plan_jobs, recipe_of, seconds_of
-from cadre.study.match import match
+from cadre.study.match import Matched, match
 from cadre.study.spec import Study
 from cadre.study.state import State, open_state, write_json
 from cadre.study.worker import STOPPED
@@ -39,11 +39,11 @@ class Watch(Protocol):
 
 def begin(
     study: Study, text_hash: str, path: Path, *, quick: bool, minutes: float | None, rent: float | None, cpu: str, watch: Watch,
-    source: list[str] | None = None,
+    source: list[str] | None = None, processes: int = 1,
 ) -> State:  # fmt: skip
     """Resolve a study in an empty directory: matched arms, step times, runs. `cpu`: the processor's name, for the
-    record. `source`: text in place of the study's. Raises `UsageError` for arms that cannot be
-    matched, a budget too small, and a directory that holds anything else."""
+    record. `source`: text in place of the study's. `processes`: how many train every run. Raises `UsageError` for arms that
+    cannot be matched, a budget too small, and a directory that holds anything else."""
     from cadre.data.shards import prepare
     from cadre.kernels.limits import best_dtype, default_device
     from cadre.study.turns import step_seconds
@@ -58,7 +58,8 @@ def begin(
         base = base.model_copy(update={"data": base.data.model_copy(update={"source": source})})
     # Arms that cannot be matched are refused before any text is read; the vocabulary that was asked for is what is there,
     # unless the text is too small for it.
-    match(study, base, base.model.get("vocab_size") or base.data.vocab_size or 4096)
+    for arm in match(study, base, base.model.get("vocab_size") or base.data.vocab_size or 4096):
+        _check_layout(arm, processes)
     section = base.data
     vocab_size = section.vocab_size or (None if section.tokenizer else base.model.get("vocab_size"))
     data = prepare(
@@ -75,14 +76,14 @@ def begin(
     path.mkdir(parents=True, exist_ok=True)
     probe = {a.name: recipe_of(Job("run", a.name, study.seeds[0], 1000, 1.0), a.recipe, 1.0, 10, dtype) for a in arms}
     watch.note(f"timing a step of each of {len(arms)} arms, in turn")
-    seconds = step_seconds(probe, path / ".turns", _ROUNDS_BEFORE, note=watch.moving)
+    seconds = step_seconds(probe, path / ".turns", _ROUNDS_BEFORE, processes=processes, note=watch.moving)
     amount = study.budget.amount
     if minutes is not None:
         amount = amount_for(study, arms, seconds, hourly, minutes * 60, held_out_tokens)
     jobs = plan_jobs(study, arms, seconds, hourly, amount)
     state = State(
         path, study, text_hash, quick, minutes, {arm.name: arm for arm in arms}, jobs, seconds, amount, hourly, hourly_source,
-        dtype, held_out_tokens, machine(cpu),
+        dtype, held_out_tokens, {**machine(cpu), "processes": processes},
     )  # fmt: skip
     state.save()
     return state
@@ -112,6 +113,17 @@ def conduct(state: State, watch: Watch) -> None:
         rates = decode_rates({n: a.config for n, a in state.arms.items()}, state.study.decode, watch.moving)
         write_json(state.path / "decode.json", rates)
     watch.note(f"report: {write_report(state)}")
+
+
+def _check_layout(arm: Matched, processes: int) -> None:
+    """Refuse an arm that so many processes cannot train together. Raises `UsageError`."""
+    from cadre.train.parallel.layout import compose
+
+    if processes > 1:
+        try:
+            compose(arm.recipe, arm.config, processes)
+        except UsageError as error:
+            raise UsageError(f"--nproc {processes}, arm {arm.name}: {error}") from None
 
 
 class Clock:
@@ -187,7 +199,7 @@ def _train(state: State, job: Job, number: str, clock: Clock, watch: Watch) -> N
     what = f"{job.arm}, rates x {factor:g}" + ("" if job.kind == "sweep" else f", seed {job.seed}")
     watch.note(f"[{number}] {'sweep: ' if job.kind == 'sweep' else ''}{what}, {job.steps} steps; "
                f"{duration(clock.seconds())} left in all")  # fmt: skip
-    command = [sys.executable, "-m", "cadre.study.worker", str(file), str(out), job.kind]
+    command = [sys.executable, "-m", "cadre.study.worker", str(file), str(out), job.kind, str(state.processes)]
     with (out.parent / f"{out.name}.log").open("a+b") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
@@ -255,7 +267,9 @@ def _turns(state: State, watch: Watch) -> dict[str, Any]:
             if model.is_dir():
                 models[job.arm] = model
     began = time.strftime("%Y-%m-%d %H:%M")
-    seconds = step_seconds(recipes, state.path / ".turns", _ROUNDS_AFTER, models=models, note=watch.moving)
+    seconds = step_seconds(
+        recipes, state.path / ".turns", _ROUNDS_AFTER, models=models, processes=state.processes, note=watch.moving
+    )
     return {"step_seconds": seconds, "rounds": _ROUNDS_AFTER, "measured": began}
 
 

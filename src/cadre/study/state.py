@@ -44,6 +44,11 @@ class State:
     held_out_tokens: int
     machine: dict[str, Any]
 
+    @property
+    def processes(self) -> int:
+        """How many train every run."""
+        return self.machine.get("processes", 1)
+
     def result(self, job: Job) -> dict[str, Any] | None:
         """What the run's process left when it was done; None before."""
         return read_json(self.path / job.folder / RESULT)

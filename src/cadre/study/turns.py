@@ -3,38 +3,49 @@ all of them alike; the median of many rounds is what a step of an arm takes."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cadre.files import replace_file
-from cadre.train.bench_worker import Worker, take_turns
+from cadre.train.bench_worker import Team, Worker, take_turns
 from cadre.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from cadre.train.parallel.group import Parallel
 
 
 def step_seconds(
-    recipes: dict[str, Recipe], folder: Path, rounds: int, *, models: dict[str, Path] | None = None,
+    recipes: dict[str, Recipe], folder: Path, rounds: int, *, models: dict[str, Path] | None = None, processes: int = 1,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:  # fmt: skip
-    """Median wall seconds of an optimizer step of each arm on its real batches, measured in turn. `models`: directories of
-    trained weights to continue with (routers share tokens out differently once trained); without, from initialisation.
-    `folder` is used meanwhile and removed."""
+    """Median wall seconds of an optimizer step of each arm on its real batches, by so many processes, measured in turn.
+    `models`: directories of trained weights to continue with (routers share tokens out differently once trained); without,
+    from initialisation. `folder` is used meanwhile and removed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         with ExitStack() as stack:
-            workers = []
+            teams = []
             for name, recipe in recipes.items():
                 file = folder / f"{name}.toml"
                 replace_file(file, recipe.to_toml().encode())
                 build = partial(_build, file, folder / name, None if models is None else models.get(name))
-                workers.append(stack.enter_context(Worker(f"arm {name}", build)))
-            taken = take_turns(workers, rounds, lambda turn: note(f"step times, turn {turn} of {rounds + 2}"))
+                port, team = free_port(), []
+                for rank in range(processes):
+                    worker = Worker(f"arm {name}", partial(build, rank, processes, port))
+                    team.append(stack.enter_context(worker))
+                teams.append(Team(team))
+            taken = take_turns(teams, rounds, lambda turn: note(f"step times, turn {turn} of {rounds + 2}"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return {name: statistics.median(seconds) for name, seconds in zip(recipes, taken, strict=True)}
@@ -51,19 +62,14 @@ class _Silent:
 class Stepper:
     """An arm in training on its real batches; calling it makes one step and returns its wall seconds."""
 
-    def __init__(self, recipe: Recipe, out: Path, weights: Path | None) -> None:
-        from cadre.kernels.limits import default_device
+    def __init__(self, recipe: Recipe, out: Path, weights: Path | None, parallel: Parallel, device: torch.device) -> None:
         from cadre.train.run import start
         from cadre.train.trainer import Trainer
 
         silent: Any = _Silent()
-        self.run = start(recipe, out, default_device(), silent.note)
         if weights is not None:
-            import torch
-
-            from cadre.hub.load import load
-
-            self.run.model.load_state_dict(load(weights, dtype=torch.float32)[0].state_dict())
+            recipe = recipe.model_copy(update={"model": {"from": str(weights)}})
+        self.run = start(recipe, out, device, silent.note, parallel)
         self.trainer = Trainer(self.run, silent)
         self.trainer.metrics, self.trainer.began = silent, time.perf_counter()
 
@@ -74,9 +80,24 @@ class Stepper:
         return time.perf_counter() - start
 
 
-def _build(recipe_file: Path, out: Path, weights: Path | None) -> Stepper:
+def _build(recipe_file: Path, out: Path, weights: Path | None, rank: int, processes: int, port: int) -> Stepper:
+    import torch
+
     from cadre.kernels.allocator import keep_freed_memory
+    from cadre.train.parallel.launch import joined
     from cadre.train.recipe import read_recipe
 
     keep_freed_memory()
-    return Stepper(read_recipe(str(recipe_file)), out, weights)
+    recipe = read_recipe(str(recipe_file))
+    if processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    parallel, device = joined(recipe.parallel.timeout).__enter__()  # for as long as the process lives
+    return Stepper(recipe, out, weights, parallel, device)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

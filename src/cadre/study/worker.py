@@ -1,6 +1,6 @@
 """One run of a study, in a process of its own: an ordinary training run that also keeps the time of its steps alone.
 
-    python -m cadre.study.worker RECIPE OUT KIND        progress as JSON lines on standard output
+    python -m cadre.study.worker RECIPE OUT KIND PROCESSES        progress as JSON lines on standard output
 
 Beside what every run directory holds, `steps.jsonl` has wall and process CPU seconds of every optimizer step (evaluations,
 checkpoints and the start left out), and `result.json` appears when all is done. Killed at any point, it goes on from its last
@@ -20,10 +20,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
+from cadre.hub.load import load
+from cadre.model.transformer import Transformer
 from cadre.train.metrics import read_metrics
-from cadre.train.trainer import Trainer
+from cadre.train.run import Run
+from cadre.train.trainer import Result, Trainer
 
 RESULT, STEPS = "result.json", "steps.jsonl"
 # Exit status of a run that a signal ended: it can go on.
@@ -43,14 +48,16 @@ class TimedTrainer(Trainer):
         self.short = short
         self.pending: list[dict[str, float]] = []
         self.times_file = run.path / STEPS
-        kept = [line for line in read_steps(run.path) if line["step"] <= self.progress.step]
-        _write(self.times_file, "".join(json.dumps(line) + "\n" for line in kept))
+        if run.parallel.main:
+            kept = [line for line in read_steps(run.path) if line["step"] <= self.progress.step]
+            _write(self.times_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _step(self, batch: Any) -> dict[str, Any]:
         wall, cpu = time.perf_counter(), time.process_time()
         record = super()._step(batch)
-        taken = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        self.pending.append({"step": self.progress.step, **taken})
+        taken = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+        self.parallel.add(taken)
+        self.pending.append({"step": self.progress.step, "wall": time.perf_counter() - wall, "cpu": float(taken)})
         return record
 
     def _evaluate(self, final: bool) -> None:
@@ -62,13 +69,22 @@ class TimedTrainer(Trainer):
 
     def save(self) -> None:
         # Before the checkpoint: whoever resumes from it finds the times of all its steps.
-        try:
-            with self.times_file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.pending)
-        except OSError as error:
-            raise write_error(f"{self.times_file}: cannot be written", error) from None
+        if self.parallel.main:
+            try:
+                with self.times_file.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in self.pending)
+            except OSError as error:
+                raise write_error(f"{self.times_file}: cannot be written", error) from None
         self.pending = []
         super().save()
+
+
+class _Silent:
+    """Watches a process that leaves the talking to the main one."""
+
+    def record(self, record: dict[str, Any], total_steps: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 class Speaker:
@@ -90,54 +106,68 @@ class Speaker:
             print(json.dumps(values), flush=True)
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(recipe_file: Path, out: Path, kind: str) -> int:
-    """Train the recipe in `out`, from where it stands; the exit status."""
+def train(recipe_file: Path, out: Path, kind: str) -> None:
+    """Train the recipe in `out`, from where it stands, with all processes there are; what is left there is `RESULT`, unless a
+    signal has ended it before."""
     from cadre.kernels.allocator import keep_freed_memory
-    from cadre.kernels.limits import default_device
+    from cadre.train.parallel.launch import joined
     from cadre.train.recipe import read_recipe
     from cadre.train.run import resume, start
 
-    if (out / RESULT).is_file():
-        return 0
     keep_freed_memory()
-    speaker, device, recipe = Speaker(), default_device(), read_recipe(str(recipe_file))
+    recipe = read_recipe(str(recipe_file))
+    with joined(recipe.parallel.timeout) as (parallel, device):
+        speaker: Speaker | _Silent = Speaker() if parallel.main else _Silent()
+        begun = parallel.agree(parallel.main and _begun(out))
+        if begun:
+            run = resume(out, recipe, device, speaker.note, parallel)
+        else:
+            run = start(recipe, out, device, speaker.note, parallel)
+        trainer = TimedTrainer(run, speaker, short=kind == "sweep")
+        try:
+            ended = trainer.train()
+        except RunError as error:
+            if "not finite" not in str(error):
+                raise
+            if parallel.main:
+                _write(out / RESULT, json.dumps({"diverged": str(error), "steps": trainer.progress.step}))
+            return
+        if not ended.stopped and parallel.main:
+            _finish(trainer, ended, kind)
+
+
+def _begun(out: Path) -> bool:
+    """Whether there is a run to go on with; what stands in its way, or in a new one's, is cleared away."""
     if out.is_dir():
         _wait_for(out)
     if (out / "recipe.toml").is_file():
         # A report without a result: the end fell between the two.
         (out / "report.html").unlink(missing_ok=True)
-        run = resume(out, recipe, device, speaker.note)
-    else:
-        shutil.rmtree(out, ignore_errors=True)
-        run = start(recipe, out, device, speaker.note)
-    trainer = TimedTrainer(run, speaker, short=kind == "sweep")
-    try:
-        ended = trainer.train()
-    except RunError as error:
-        if "not finite" not in str(error):
-            raise
-        _write(out / RESULT, json.dumps({"diverged": str(error), "steps": trainer.progress.step}))
-        return 0
-    if ended.stopped:
-        return STOPPED
+        return True
+    shutil.rmtree(out, ignore_errors=True)
+    return False
+
+
+def _finish(trainer: TimedTrainer, ended: Result, kind: str) -> None:
+    run, out = trainer.run, trainer.run.path
     result = {**asdict(ended), **step_times(out), "flops_per_token": trainer.flops_per_token, "diverged": None}
-    result["acceptance"] = acceptance(run) if kind == "run" and len(run.model.mtp) else []
+    # Of several processes none has the model whole, but what they have saved is.
+    whole = run.model if run.parallel.size == 1 else load(out / "model")[0]
+    result["acceptance"] = acceptance(whole, run) if kind == "run" and len(run.model.mtp) else []
     if kind == "run":
         from cadre.train.report import write_report
 
-        write_report(out, {"name": recipe.name, "config": run.config.to_hf(), "result": asdict(ended)})
+        write_report(out, {"name": run.recipe.name, "config": run.config.to_hf(), "result": asdict(ended)})
     _write(out / RESULT, json.dumps(result))
-    return 0
 
 
-def acceptance(run: Any, windows: int = 32) -> list[float]:
+def acceptance(model: Transformer, run: Run, windows: int = 32) -> list[float]:
     """Of each module of multi-token prediction, at how many of the held-out positions its first choice is the one the main
     model makes there a step later: what greedy speculation accepts, given the true text."""
-    import torch
-
-    model, depth, length = run.model, len(run.model.mtp), run.recipe.data.seq_len
+    depth, length = len(model.mtp), run.recipe.data.seq_len
     size = length + 1 + depth
     count = min(windows, len(run.data.held_out) // size)
     agreed = [0] * depth
@@ -214,8 +244,19 @@ def _write(path: Path, text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 75 stopped by a signal, 1 and 2 as `cadre`."""
+    from cadre.train.parallel.launch import launch, started
+
+    recipe, out, kind, processes = Path(arguments[0]), Path(arguments[1]), arguments[2], int(arguments[3])
     try:
-        return train(Path(arguments[0]), Path(arguments[1]), arguments[2])
+        if started():
+            train(recipe, out, kind)
+            return 0
+        if not (out / RESULT).is_file():
+            if processes > 1:
+                launch(processes, arguments, module="cadre.study.worker")
+            else:
+                train(recipe, out, kind)
+        return 0 if (out / RESULT).is_file() else STOPPED
     except (UsageError, RunError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return error.status

@@ -4,9 +4,11 @@ and each one's peak is its own."""
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -66,21 +68,57 @@ class Worker:
         return self._ask("memory")
 
     def _ask(self, what: str) -> Any:
-        try:
+        self.send(what)
+        return self.receive()
+
+    def send(self, what: str) -> None:
+        with self._alive():
             self._connection.send(what)
+
+    def receive(self) -> Any:
+        with self._alive():
             answer = self._connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
         except (EOFError, OSError):
             self._process.join(5)
             raise RunError(
                 f"{self.name}: its process died (exit status {self._process.exitcode}), most likely for want of memory: "
                 "use a smaller model, batch or sequence"
             ) from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+
+    @property
+    def connection(self) -> Connection:
+        """What becomes readable when there is something to receive."""
+        return self._connection
 
 
-def take_turns(workers: Sequence[Worker], steps: int, note: Callable[[int], None] | None = None) -> list[list[float]]:
+class Team:
+    """Workers that make every step together: processes of one run."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self.workers = workers
+
+    def step(self) -> float:
+        """Make one step; the seconds of the slowest. Raises what the first of them to fail raises, without waiting for those
+        that it leaves hanging."""
+        for worker in self.workers:
+            worker.send("step")
+        left, seconds = list(self.workers), []
+        while left:
+            ready = multiprocessing.connection.wait([worker.connection for worker in left])
+            seconds += [worker.receive() for worker in left if worker.connection in ready]
+            left = [worker for worker in left if worker.connection not in ready]
+        return max(seconds)
+
+
+def take_turns(workers: Sequence[Worker | Team], steps: int, note: Callable[[int], None] | None = None) -> list[list[float]]:
     """The seconds of `steps` steps of each worker, one of each in turn, after two of each that warm up. `note` is told how
     many rounds are done."""
     seconds: list[list[float]] = [[] for _ in workers]

@@ -152,6 +152,7 @@ class ParallelSection(_Section):
     """How a run is spread over the processes it is started with (`cadre.train.parallel.layout`). `data`: those that share
     every batch, "auto" for all there are; `replicas`: in how many groups of these each holds everything; `expert`: of a group,
     how many share one copy of the experts; these two "auto" for what `cadre.train.parallel.auto` predicts to be fastest;
+    `rows`: the precision in which tokens go to experts of other processes (`cadre.train.parallel.exchange`);
     `context`: how many share every sequence, each computing a part of its positions; `pipeline`: in how many stages the
     model's blocks are cut, each held by as many processes as `data` says, and `schedule` in what order those compute;
     `timeout`: minutes that a process waits for the others before the run ends."""
@@ -159,6 +160,7 @@ class ParallelSection(_Section):
     data: Literal["auto"] | int = "auto"
     replicas: Literal["auto"] | int = 1
     expert: Literal["auto"] | int = 1
+    rows: Literal["compute", "fp8"] = "compute"
     context: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
@@ -176,8 +178,8 @@ class ParallelSection(_Section):
     def _no_tensor_parallelism(cls, values: Any) -> Any:
         if isinstance(values, dict) and "tensor" in values:
             raise ValueError(
-                "there is no tensor parallelism: data ranks cut up weights already, and `context` a sequence's activations for a "
-                "fraction of the bytes (docs/scale.md)"
+                "there is no tensor parallelism: data ranks cut up weights already, and `context` a sequence's activations for "
+                "a fraction of the bytes (docs/scale.md)"
             )
         return values
 
@@ -189,7 +191,7 @@ class ParallelSection(_Section):
                 "parallel.expert and parallel.replicas as numbers"
             )
         open_or_set = (None if degree == "auto" else degree for degree in (self.expert, self.replicas))
-        return Degrees(*open_or_set, self.pipeline, self.schedule != "1f1b")
+        return Degrees(*open_or_set, self.pipeline, self.schedule != "1f1b", self.rows == "fp8")
 
 
 class Recipe(_Section):

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,13 @@ def start(
         if parallel.main:
             _refuse_used(path)
         words = recipe.model.get("vocab_size") or recipe.data.vocab_size
-        if words is not None:  # before text is prepared for a model that is too large
+        if words is not None and "from" not in recipe.model:  # before text is prepared for a model that is too large
             check_memory(recipe.config(words), device, parallel.size)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         data_section = recipe.data
         if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
             data_section = data_section.model_copy(update={"tokenizer": str(source)})
-        data = _prepare(data_section, recipe.model.get("vocab_size"), note)
+        data = _prepare(data_section, recipe.model.get("vocab_size"), note, parallel)
         config = _config(recipe, source, data)
         check_expressible(config)
         recipe = settle(recipe, config, parallel.size, here, note)
@@ -165,7 +166,7 @@ def resume(
             set_aside_damaged(path, note)
         data_section = held.data.model_copy(update={"weights": wanted.data.weights or held.data.weights})
         recipe = wanted.model_copy(update={"model": held.model, "data": data_section, "name": held.name})
-        data = _prepare(recipe.data, recipe.model["vocab_size"], note)
+        data = _prepare(recipe.data, recipe.model["vocab_size"], note, parallel)
         config = recipe.config(recipe.model["vocab_size"])
         check_vocabulary(data.tokenizer, config.vocab_size)
         recipe = settle(recipe, config, parallel.size, here, note)
@@ -247,11 +248,12 @@ def only_writer(path: Path, main: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def _prepare(section: DataSection, vocab_size: int | None, note: Callable[[str], None]) -> TokenData:
+def _prepare(
+    section: DataSection, vocab_size: int | None, note: Callable[[str], None], parallel: Parallel
+) -> TokenData:
     vocab_size = section.vocab_size or (None if section.tokenizer else vocab_size or DEFAULT_VOCAB_SIZE)
-    return prepare(
-        section.source, tokenizer=section.tokenizer, vocab_size=vocab_size, held_out=section.held_out, progress=note
-    )
+    make = partial(prepare, section.source, tokenizer=section.tokenizer, vocab_size=vocab_size, held_out=section.held_out)
+    return parallel.prepared(partial(make, progress=note))
 
 
 def _refuse_difference(path: Path, held: Recipe, wanted: Recipe) -> None:

@@ -3,12 +3,14 @@
 The seam is between dispatch and the experts. `dispatch` has sorted the rows by expert, so those for one rank lie together:
 
     counts      how many rows go to each expert of each rank: a few integers, and the only wait for the processor
-    rows        once, in the compute dtype; the shared experts work meanwhile
+    rows        once, in the compute dtype or in 8 bits; the shared experts work meanwhile
     experts     on what has arrived, sorted by expert again
     back        the same way, then `combine` as ever; gradients make the same two journeys in reverse
 
 A layer's forward pass sends choices x hidden x (dispatch bytes + combine bytes) for each token, what stays on its rank
-included, and the backward pass as much again. No token is dropped and none is padded.
+included, and the backward pass as much again. No token is dropped and none is padded. In 8 bits are what experts multiply, the
+rows on their way there and the gradients of what they made; the sums on their way home are not (DeepSeek-V3 report, section
+3.3.3).
 
 Letters in names: T token, D hidden, R routed row here, A row arrived from all ranks, E expert, S rank, N expert of this rank.
 """
@@ -23,13 +25,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cadre.model.experts import MixtureOfExperts, combine, dispatch
+from cadre.train.parallel.fp8 import pack, packed_width, unpack
 
 
 @dataclass
 class Exchange:
-    """The ranks that share one copy of the experts. `sent_bytes`: of rows and their gradients, by all layers so far."""
+    """The ranks that share one copy of the experts. `fp8`: whether rows go to the experts in 8 bits. `sent_bytes`: of rows and
+    their gradients, by all layers so far."""
 
     group: dist.ProcessGroup
+    fp8: bool = False
     sent_bytes: int = field(default=0, init=False)
 
     @property
@@ -57,6 +62,7 @@ class Journey:
     work: dist.Work | None = None
     leaving: Tensor | None = None
     arriving: Tensor | None = None
+    rows: Tensor | None = None
 
     @classmethod
     def plan(cls, exchange: Exchange, load_E: Tensor) -> Journey:
@@ -69,63 +75,68 @@ class Journey:
         place_A[order_A] = torch.arange(len(order_A), device=order_A.device)
         return cls(exchange, there, here, order_A, place_A, arriving_SN.sum(dim=0))
 
-    def start(self, rows: Tensor, sizes: list[int], arriving: list[int]) -> Tensor:
-        """Send rows off. What is returned is filled when `wait` returns."""
-        self.leaving = rows.contiguous()  # must outlive the sending
-        self.arriving = rows.new_empty(sum(arriving), rows.shape[1])
-        self.exchange.sent_bytes += rows.nbytes
+    def start(self, rows: Tensor, outward: bool) -> Tensor:
+        """Send rows off, to the experts or home. What is returned is filled when `wait` returns."""
+        sizes, arriving = (self.there, self.here) if outward else (self.here, self.there)
+        width, narrow = rows.shape[1], outward and self.exchange.fp8
+        self.rows = rows.new_empty(sum(arriving), width)
+        self.leaving = pack(rows) if narrow else rows.contiguous()  # must outlive the sending
+        self.arriving = self.leaving.new_empty(sum(arriving), packed_width(width)) if narrow else self.rows
+        self.exchange.sent_bytes += self.leaving.nbytes
         self.work = dist.all_to_all_single(
             self.arriving, self.leaving, arriving, sizes, group=self.exchange.group, async_op=True
         )
-        return self.arriving
+        return self.rows
 
     def wait(self) -> Tensor:
-        assert self.work is not None and self.arriving is not None
+        assert self.work is not None and self.arriving is not None and self.rows is not None
         self.work.wait()
-        arrived = self.arriving
-        self.work = self.leaving = self.arriving = None
+        arrived = self.rows
+        if self.arriving is not arrived:
+            arrived.copy_(unpack(self.arriving, arrived.shape[1], arrived.dtype))
+        self.work = self.leaving = self.arriving = self.rows = None
         return arrived
 
     def depart(self, x_RD: Tensor) -> Tensor:
-        return _Depart.apply(x_RD, self, self.there, self.here)
+        return _Depart.apply(x_RD, self, True)
 
     def arrive(self, underway_AD: Tensor) -> Tensor:
         """The rows that other ranks sent, sorted by expert: [A, D]."""
-        return _Reorder.apply(_Arrive.apply(underway_AD, self, self.there, self.here), self.order_A, self.place_A)
+        return _Reorder.apply(_Arrive.apply(underway_AD, self, True), self.order_A, self.place_A)
 
     def bring_back(self, y_AD: Tensor) -> Tensor:
         """What the experts made of them, where the rows came from and in the order in which they left: [R, D]."""
-        underway_RD = _Depart.apply(_Reorder.apply(y_AD, self.place_A, self.order_A), self, self.here, self.there)
-        return _Arrive.apply(underway_RD, self, self.here, self.there)
+        underway_RD = _Depart.apply(_Reorder.apply(y_AD, self.place_A, self.order_A), self, False)
+        return _Arrive.apply(underway_RD, self, False)
 
 
 class _Depart(torch.autograd.Function):
     """Start a journey; its gradient is one that `_Arrive` has started the other way and that arrives here."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, journey: Journey, sizes: list[int], arriving: list[int]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, journey: Journey, outward: bool) -> Tensor:
         ctx.journey = journey
-        return journey.start(rows, sizes, arriving)
+        return journey.start(rows, outward)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.journey.wait(), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.journey.wait(), None, None
 
 
 class _Arrive(torch.autograd.Function):
     """End a journey; what is computed between the two in either direction is computed while the rows travel."""
 
     @staticmethod
-    def forward(ctx: Any, underway: Tensor, journey: Journey, sizes: list[int], arriving: list[int]) -> Tensor:
-        ctx.journey, ctx.sizes, ctx.arriving = journey, sizes, arriving
+    def forward(ctx: Any, underway: Tensor, journey: Journey, outward: bool) -> Tensor:
+        ctx.journey, ctx.outward = journey, outward
         journey.wait()
         return underway.view_as(underway)  # the same memory, filled
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.journey.start(grad, ctx.arriving, ctx.sizes)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.journey.start(grad, not ctx.outward)
         # The gradient is on its way and of another shape than autograd expects: this says only that it has left.
-        return grad.new_zeros(()).expand_as(grad), None, None, None
+        return grad.new_zeros(()).expand_as(grad), None, None
 
 
 class _Reorder(torch.autograd.Function):

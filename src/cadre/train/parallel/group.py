@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cadre.data.shards import TokenData
 from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.model.config import ModelConfig
@@ -46,6 +47,10 @@ class Parallel:
     def in_turn(self) -> Iterator[None]:
         """The main process first and alone, then the others, which find what it has prepared; if it fails they end."""
         yield
+
+    def prepared(self, make: Callable[[], TokenData]) -> TokenData:
+        """Token data that one process of each machine makes, and the others there open. Raises what `make` raises."""
+        return make()
 
     def check(self, recipe: Recipe, config: ModelConfig) -> None:
         """Put the recipe's layout together. Raises `UsageError` for one that does not fit."""

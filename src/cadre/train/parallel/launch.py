@@ -49,9 +49,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path | None = None) -> None:
-    """Run `cadre ARGUMENTS` in so many processes of this machine until all are done; the first one has the terminal, what
-    the others print goes to `logs`. When one fails the others are ended, and all started again up to `restarts` times.
+def launch(
+    processes: int, arguments: list[str], restarts: int = 0, logs: Path | None = None, module: str = "cadre"
+) -> None:
+    """Run `python -m MODULE ARGUMENTS` in so many processes of this machine until all are done; the first one has the terminal,
+    what the others print goes to `logs`. When one fails the others are ended, and all started again up to `restarts` times.
 
     Raises `RunError` (or `UsageError`, as that process would have) that names the rank and the cause.
     """
@@ -79,7 +81,7 @@ def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path |
     )
     telling = False
     try:
-        elastic_launch(config, sys.executable)("-m", "cadre", *arguments)
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         telling = any(file.stat().st_size for file in folder.rglob("std*.log"))
         raise _cause(error, folder) from None

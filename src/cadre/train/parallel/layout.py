@@ -14,6 +14,9 @@ experts share those out among themselves. 8 processes with `replicas` 2 and `exp
 With `context` above 1 so many neighbouring ranks take the same sequences, and each a part of their positions
 (`cadre.train.parallel.context`); weights, gradients and experts are spread as ever.
 
+With `pipeline` above 1 all of this is there once for each of so many places, one after the other: each holds a stage of the
+model or two (`cadre.train.parallel.pipeline`) for the ranks of the same number in every place, which take the same sequences.
+
 Expert parallelism within data parallelism costs no process of its own: DeepSeek-V3 report, section 3.2. A node's ranks are
 numbered one after the other, so experts that are grouped for routing lie on neighbouring ranks, and a router that is limited
 to some groups sends to the ranks of these alone.
@@ -38,7 +41,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Layout:
     """Degrees: `data` ranks in all, in `replicas` that each hold everything, of which `expert` share a copy of the experts. Of
-    a pipeline so many to each of its `pipeline` places, and the blocks of every stage in `stages`."""
+    a pipeline so many to each of its `pipeline` places, and the blocks of every stage in `stages`. `fp8_rows`: whether tokens
+    go to experts in 8 bits."""
 
     data: int
     expert: int = 1
@@ -47,6 +51,7 @@ class Layout:
     pipeline: int = 1
     schedule: str = "1f1b"
     stages: tuple[range, ...] = ()
+    fp8_rows: bool = False
 
     @property
     def readers(self) -> int:
@@ -105,6 +110,8 @@ def compose(recipe: Recipe, config: ModelConfig, processes: int) -> Layout:
     _divides("expert", expert, shards, run if replicas == 1 else f"{_several(shards)} of each of {replicas} replicas")
     if expert > 1 and not experts:
         raise UsageError(f"parallel.expert is {expert}, but the model has no experts to spread: set 1")
+    if expert == 1 and section.rows == "fp8":
+        raise UsageError('parallel.rows is "fp8", but with parallel.expert 1 no rows travel: set "compute"')
     if experts and experts % expert:
         raise UsageError(f"parallel.expert is {expert}, which does not divide the {experts} experts: choose another")
     context, seq_len = section.context, recipe.data.seq_len
@@ -125,7 +132,7 @@ def compose(recipe: Recipe, config: ModelConfig, processes: int) -> Layout:
             f"choose one of {_divisors(share)}"
         )
     stages = _stages(recipe, config, share // min(micro or share, share)) if pipeline > 1 else ()
-    return Layout(data, expert, replicas, context, pipeline, section.schedule, stages)
+    return Layout(data, expert, replicas, context, pipeline, section.schedule, stages, section.rows == "fp8")
 
 
 # Schedules that hold two stages in every place, and of these the ones whose stages go there and back.

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from cadre.model.layers import Linear
 from cadre.model.transformer import EVERY, Cache, Positions, Transformer
-from cadre.train.objective import Step, balance_losses, further_hidden, token_losses
+from cadre.train.objective import Step, further_hidden
 from cadre.train.parallel.layout import Layout
+from cadre.train.parallel.stage import Stage, copies_embedding
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining.schedules import _PipelineSchedule
@@ -37,86 +37,10 @@ if TYPE_CHECKING:
 _TABLE = "embed_tokens.weight"
 
 
-class Stage(Transformer):
-    """A run of a model's blocks, with the embedding if it is the first one, with norm, head and multi-token prediction modules
-    if it is the last. A call is one micro-batch of a step's `work`, by its number; `sums` are its losses so far, as
-    `Step.backward` gives them."""
-
-    def __init__(self, whole: Transformer, blocks: range, device: torch.device) -> None:
-        nn.Module.__init__(self)
-        config = self.config = whole.config
-        self.compute_dtype, self.rotary = None, whole.rotary
-        self.first, self.last = blocks.start == 0, blocks.stop == len(whole.layers)
-        self.work: Step | None = None
-        self.sums: Tensor | float = 0.0
-        if self.first:
-            self.embed_tokens = whole.embed_tokens
-        elif self.last and copies_embedding(whole):
-            copy = torch.empty(config.vocab_size, config.hidden_size, device=device)
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=copy)
-        self.layers = nn.ModuleList(whole.layers[index] for index in blocks)
-        self.mtp = whole.mtp if self.last else nn.ModuleList()
-        if self.last:
-            self.norm, self.lm_head = whole.norm, whole.lm_head
-            if config.tie_word_embeddings:
-                with torch.device("meta"):
-                    self.lm_head = Linear(config.hidden_size, config.vocab_size)
-                self.lm_head.weight = self.embed_tokens.weight
-
-    def hidden(
-        self, ids_BT: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None, own_T: Positions = EVERY
-    ) -> Tensor:
-        """As a model's, but what comes in are the hidden states [B, T, D] of the stage before, unless this is the first one,
-        and what goes out is normed by the last one alone."""
-        return self._pass(ids_BT, document_BT)
-
-    def _pass(self, x: Tensor, document_BT: Tensor | None) -> Tensor:
-        turn_TR = self.rotary(0, x.shape[1], x.device)
-        if self.first:
-            x = self.embed(x)
-        for block in self.layers:
-            x = block(x, turn_TR, None, document_BT)
-        return self.norm(x) if self.last else x
-
-    def forward(self, x: Tensor, number: Tensor) -> Tensor:  # type: ignore[override]
-        """Hidden states [B, T, D] for the next stage, or the loss, a scalar. `number`: int64 [1]."""
-        work = self.work
-        assert work is not None
-        micro = work.micro_batches[int(number)]
-        ids, documents = micro.inputs(self)
-        work.balance.listen()
-        x = self._pass(ids if self.first else x, documents)
-        total, main, further = x.new_zeros(()), x.new_zeros(()), [x.new_zeros(())] * self.config.num_nextn_predict_layers
-        if self.last:
-            total, main, further = token_losses(self, x, micro, work.mtp_weight, work.mtp_share)
-        uneven, even = balance_losses(work.balance, micro, ids.shape[1], work.mtp_share)
-        self.sums = self.sums + torch.stack([loss.double() for loss in (main, *further, *even.values())]) * work.share
-        if self.last:
-            return (total + uneven) * work.share
-        return _Aside.apply(x, uneven * work.share) if isinstance(uneven, Tensor) else x
-
-
-def copies_embedding(model: Transformer) -> bool:
-    """Whether the last stage needs an embedding too."""
-    return model.config.tie_word_embeddings or model.config.num_nextn_predict_layers > 0
-
-
-class _Aside(torch.autograd.Function):
-    """Hidden states as they are, whose backward pass is one of a loss too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        return x.clone()  # no view: a schedule detaches in place what it has sent
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.ones((), device=grad.device)
-
-
 class Pipeline:
     """This process's stages, by their number, and the passages through all. `rank`: this process; `wait`: how long it waits
-    for another. Every method must be called by all processes, in the same order; `score` of a model is for the process for
-    which `ahead` holds, and the others `follow` meanwhile."""
+    for another. Processes must call the same methods in the same order; but of those for an evaluation the ones that are
+    `ahead`, with the last stage, call `scored` and `done`, and the others `follow` meanwhile."""
 
     def __init__(self, model: Transformer, layout: Layout, rank: int, device: torch.device, wait: timedelta) -> None:
         self.model, self.layout, self.device = model, layout, device
@@ -152,35 +76,35 @@ class Pipeline:
     def backward(self, work: Step) -> Tensor:
         """`Step.backward`, of the losses of this process's stages."""
         self._begin()
-        numbers = torch.arange(len(work.micro_batches))
         for stage in self.stages.values():
-            stage.work, stage.sums = work, 0.0
+            stage.begin(work)
         if self._schedule is None:
             self._schedule = self._scheduled(work)
-        given = (numbers,) if 0 in self.stages else ()
+        # Stages have their micro-batches; torch wants something to cut up all the same.
+        numbers = torch.arange(len(work.micro_batches))
         try:
-            self._schedule.step(*given, target=numbers, return_outputs=False, number=numbers)
+            self._schedule.step(*([numbers] if 0 in self.stages else []), target=numbers, return_outputs=False)
         except RuntimeError as error:  # torch tells what it was at, and what went wrong only as the cause
             raise error.__cause__ or error from None
-        return torch.stack([torch.as_tensor(stage.sums) for stage in self.stages.values()]).sum(dim=0)
+        return torch.stack([stage.sums for stage in self.stages.values()]).sum(dim=0)
 
     def _scheduled(self, work: Step) -> _PipelineSchedule:
         from torch.distributed.pipelining import PipelineStage, schedules
 
         ids, _ = work.micro_batches[0].inputs(self.model)
         dtype = self.model.compute_dtype or torch.float32
-        number = torch.empty(1, dtype=torch.int64, device="meta")
+        nothing = torch.empty(1, dtype=torch.int64, device="meta")
         x = torch.empty(*ids.shape, self.model.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
-        # Torch cannot put off the gradients of weights, as some schedules would, that a stage uses at several depths, which the
-        # last one does with the head and the copy of the embedding: there they are taken at once.
-        whole = (lambda: lambda: None) if copies_embedding(self.model) else None
+        # Some schedules put gradients of weights off, which torch cannot for weights that a stage uses at several depths, as
+        # the last one does head and embedding: there they are taken at once, and nothing is left to do.
+        at_once = (lambda: lambda: None) if copies_embedding(self.model) else None
         stages = [
             PipelineStage(
-                stage, number_, len(self.places), self.device, input_args=number if stage.first else x,
-                output_args=loss if stage.last else x, group=self.group, dw_builder=whole if stage.last else None,
+                stage, number, len(self.places), self.device, input_args=nothing if stage.first else x,
+                output_args=loss if stage.last else x, group=self.group, dw_builder=at_once if stage.last else None,
             )
-            for number_, stage in self.stages.items()
+            for number, stage in self.stages.items()
         ]  # fmt: skip
         kind = {
             "1f1b": schedules.Schedule1F1B, "interleaved": schedules.ScheduleInterleaved1F1B,
@@ -253,9 +177,8 @@ class Pipeline:
         """The copy's gradient is added to the embedding's, which is the gradient of `bind`'s local tensor by now."""
         gradient = None
         if self._copy is not None:
-            gradient = _local(self._copy if self._copy.grad is None else self._copy.grad)
-            if self._copy.grad is None:  # no sequence trained the modules
-                gradient = torch.zeros_like(gradient)
+            # No gradient: no sequence of the step has trained the modules.
+            gradient = torch.zeros_like(_local(self._copy)) if self._copy.grad is None else _local(self._copy.grad)
             self._copy.grad = None
         if self._table is not None:
             assert self._table.grad is not None

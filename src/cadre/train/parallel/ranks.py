@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cadre.data.shards import TokenData
 from cadre.errors import RunError, UsageError, write_error
 from cadre.hub.load import read_values
 from cadre.hub.names import skeleton
@@ -31,14 +33,12 @@ from cadre.train.parallel.gather import Gather
 from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.muon import SpreadMuon
 from cadre.train.parallel.pipeline import Pipeline
-from cadre.train.parallel.shard import Part, far_part, shard
+from cadre.train.parallel.shard import Part, far_part, set_adding_up, shard
+from cadre.train.parallel.turns import Turns
 
 if TYPE_CHECKING:
     from cadre.train.objective import Step
     from cadre.train.optimizer import Optimizer
-
-# How long the others wait while one prepares the text, which may take hours of a large corpus.
-_PATIENCE = timedelta(days=2)
 
 
 class Ranks(Parallel):
@@ -57,7 +57,7 @@ class Ranks(Parallel):
         self.device = device
         # For the disk, whose thread has it to itself once the training has begun.
         self.words = dist.new_group(timeout=wait, backend="gloo")
-        self.patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
+        self.turns, self.turn = Turns(store, wait), 0
         self.parent = os.getppid()
         self.parts: dict[str, Part] = {}
         self.elsewhere: dict[str, Part] = {}
@@ -75,22 +75,26 @@ class Ranks(Parallel):
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
+        self.turn += 1
         if self.main:
-            try:
+            with self.turns.working(f"turn {self.turn}"):
                 yield
-            except BaseException:
-                self._say(failed=True)
-                raise
-            self._say(failed=False)
         else:
-            if self._say(failed=False):
-                raise RunError("the first process could not prepare the run")
+            self.turns.wait(f"turn {self.turn}", 0)
             yield
 
-    def _say(self, failed: bool) -> bool:
-        said = torch.tensor([failed])
-        dist.broadcast(said, 0, group=self.patient)
-        return bool(said)
+    def prepared(self, make: Callable[[], TokenData]) -> TokenData:
+        first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
+        name = f"text {self.turn} of rank"
+        if self.rank != first:
+            return TokenData.open(json.loads(self.turns.wait(f"{name} {first}", first))["path"])
+        with self.turns.working(f"{name} {first}") as say:
+            data = make()
+            text = data.manifest["inputs"]
+            if not self.main and (other := json.loads(self.turns.wait(f"{name} 0", 0))["text"]) != text:
+                raise UsageError(f"rank {first} reads another text, or with another tokenizer, than rank 0 ({text}; {other})")
+            say(json.dumps({"path": str(data.path), "text": text}))
+        return data
 
     def together(self, work: Callable[[], None]) -> None:
         """Do what may fail on one of them; then all of them fail, with what happened where."""
@@ -123,10 +127,11 @@ class Ranks(Parallel):
         meshes = [self.layout.meshes(device, place) for place in range(self.layout.pipeline)]
         self.data, self.spread = meshes[self.rank // self.layout.data]
         if self.layout.pipeline == 1:
-            self.parts = shard(model, values, self.data, self.spread, device)
+            self.parts = shard(model, values, self.data, self.spread, device, (), self.layout.fp8_rows)
             return model
         self.pipeline = Pipeline(model, self.layout, self.rank, device, self.wait)
-        self.parts = shard(model, values, self.data, self.spread, device, list(self.pipeline.stages.values()))
+        stages = list(self.pipeline.stages.values())
+        self.parts = shard(model, values, self.data, self.spread, device, stages, self.layout.fp8_rows)
         self.pipeline.bind(self.parts)
         self.elsewhere = {
             name: far_part(name, shape, *meshes[self.pipeline.place_of(name)])
@@ -150,7 +155,15 @@ class Ranks(Parallel):
             self.pipeline.survey(work)
 
     def backward(self, model: Transformer, work: Step) -> Tensor:
-        return super().backward(model, work) if self.pipeline is None else self.pipeline.backward(work)
+        if self.pipeline is not None:
+            return self.pipeline.backward(work)
+        if self.layout.replicas == 1:
+            return super().backward(model, work)
+        sums: list[Tensor] = []
+        for micro in work.micro_batches:  # replicas add up their gradients with the last one
+            set_adding_up(model, micro is work.micro_batches[-1])
+            sums.append(replace(work, micro_batches=[micro]).backward(model))
+        return torch.stack(sums).sum(dim=0)
 
     def add(self, *tensors: Tensor) -> None:
         # One message, and exact: counts stay far below 2^53.

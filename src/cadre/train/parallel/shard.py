@@ -62,15 +62,17 @@ def shard(
     spread: DeviceMesh,
     device: torch.device,
     stages: Sequence[nn.Module] = (),
+    fp8_rows: bool = False,
 ) -> dict[str, Part]:
     """Give a model without storage its values and cut it up, block by block, so that only one block is ever whole beside
     embedding and head (a small model at once). `values`: tensors by name, in the model's order; `data`, `spread`:
-    `Layout.meshes`; `stages`: those of a pipeline that this process holds, so that of the rest only router biases get storage.
+    `Layout.meshes`; `stages`: those of a pipeline that this process holds, so that of the rest only router biases get storage;
+    `fp8_rows`: whether rows go to the experts in 8 bits.
     Returns the parts by parameter name."""
     roots = stages or [model]
     here = {module for root in roots for module in root.modules()}
     replicas, expert_ranks, _ = spread.shape
-    exchange = Exchange(spread.get_group("expert"))
+    exchange = Exchange(spread.get_group("expert"), fp8_rows)
     experts: set[nn.Parameter] = set()
     # In a mesh of two dimensions FSDP adds gradients up over the first one, which is no use for one replica.
     alike = spread["replica", "copy"] if replicas > 1 else spread["copy"]
@@ -125,6 +127,16 @@ def far_part(name: str, shape: torch.Size, data: DeviceMesh, spread: DeviceMesh)
     nothing = torch.empty(0)
     spreads = ".experts." in name and spread.shape[1] > 1
     return Part(nn.Parameter(nothing), nothing, shape, spread if spreads else data)
+
+
+def set_adding_up(model: Transformer, wanted: bool) -> None:
+    """Whether the next backward pass adds gradients up over the replicas, or leaves that to a later one of the same step. What
+    that may not pass, a prediction module that trains on few sequences, never waits."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_all_reduce(wanted)
+    for module in model.mtp:
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(True)
 
 
 def _give(model: Transformer, name: str, value: Tensor, device: torch.device, here: set[nn.Module]) -> None:
