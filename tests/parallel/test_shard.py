@@ -41,7 +41,7 @@ def write(ranks: Ranks, config: ModelConfig, layout: Layout, folder: Path) -> di
 @pytest.mark.parametrize("layout, name", [
     (Layout(2), "llama"), (Layout(2, 2), "deepseek_v3"), (Layout(4, 2), "deepseek_v3"), (Layout(4, 4), "deepseek_v2"),
     (Layout(3), "glm4_moe"), (Layout(4, 2, 2), "deepseek_v3"), (Layout(2, 1, 2), "llama"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_the_parts_are_the_whole(tmp_path, monkeypatch, layout, name):
     if layout.data > 2:  # as a large model is cut
         monkeypatch.setattr(shard, "GATHERED_AT_ONCE", 0)

@@ -117,6 +117,18 @@ def test_a_stopped_run_interrupts_and_a_failed_one_is_named(study, tmp_path, mon
         conduct(state, Notes())
 
 
+@pytest.mark.parametrize("slow, chosen", [(2.5, 1.0), (2.512, 1.0), (2.513, 3.0)])
+def test_of_rates_that_are_level_in_the_sweep_the_lowest_is_trained_with(study, tmp_path, slow, chosen):
+    state = started(study, tmp_path / "out")
+    for job in state.jobs:
+        folder = tmp_path / "out" / job.folder
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"diverged": None}))
+        score = slow if job.factor == 1.0 else 2.5
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 20, "bits_per_byte": score, "final": False}) + "\n")
+    assert state.factor(state.jobs[-1]) == chosen
+
+
 def test_a_diverged_sweep_loses_and_a_diverged_run_is_left_out(study, tmp_path):
     state = started(study, tmp_path / "out")
     for job in state.jobs:

@@ -160,7 +160,8 @@ def _predict(run: Run, note: Any) -> None:
     from cadre.train.calibrate import predict_run
 
     train = run.recipe.train
-    if run.parallel.size > 1 or train.most_steps < _LEAST_STEPS or (train.minutes is not None and train.minutes < _LEAST_MINUTES):
+    short = train.most_steps < _LEAST_STEPS or (train.minutes is not None and train.minutes < _LEAST_MINUTES)
+    if short or run.parallel.size > 1:
         return
     try:
         predicted = predict_run(run)

@@ -25,6 +25,10 @@ FILE = "study.json"
 _FORMAT = 1
 
 
+# Short runs whose final losses differ by less than half a percent are level.
+_LEVEL = 1.005
+
+
 @dataclass(frozen=True)
 class State:
     """A study in its directory. `step_seconds`: by arm, at the start. `minutes`: what the whole was fitted into, if it was."""
@@ -65,11 +69,14 @@ class State:
         return found
 
     def factor(self, job: Job) -> float:
-        """What the job's learning rates are multiplied by: its own factor, else the best of the arm's sweep."""
+        """What the job's learning rates are multiplied by: its own factor, else the best of the arm's sweep. Of those that are
+        level there the lowest: the best rate falls with the length of a run (docs/log.md), and a sweep's are short."""
         if job.factor is not None:
             return job.factor
         scores = {factor: score for factor, score in self.sweep(job.arm).items() if score is not None}
-        return min(scores, key=lambda factor: scores[factor]) if scores else min(self.sweep(job.arm), default=1.0)
+        if not scores:
+            return min(self.sweep(job.arm), default=1.0)
+        return min(factor for factor, score in scores.items() if score <= _LEVEL * min(scores.values()))
 
     def save(self) -> None:
         """Raises `RunError` if the disk refuses."""

@@ -124,14 +124,14 @@ def set_aside_damaged(run_dir: Path, note: Callable[[str], None]) -> None:
             damages.append((found.pop(), error))
     if damages and not found:
         raise damages[0][1]
-    for path, error in damages:
+    for path, damage in damages:
         aside = path.with_name(f"damaged-{path.name}")
         try:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         except OSError as refused:
             raise write_error(f"{path}: damaged, and cannot be set aside", refused) from None
-        note(f"{error.what}: set aside as {aside.name}, going on from {found[-1].name}")
+        note(f"{damage.what}: set aside as {aside.name}, going on from {found[-1].name}")
 
 
 def _check_files(path: Path) -> None:

@@ -190,8 +190,8 @@ class ParallelSection(_Section):
                 f"parallel.context is {self.context}, which the planner does not count: set 1 to plan; to train give "
                 "parallel.expert and parallel.replicas as numbers"
             )
-        open_or_set = (None if degree == "auto" else degree for degree in (self.expert, self.replicas))
-        return Degrees(*open_or_set, self.pipeline, self.schedule != "1f1b", self.rows == "fp8")
+        expert, replicas = (None if degree == "auto" else degree for degree in (self.expert, self.replicas))
+        return Degrees(expert, replicas, self.pipeline, self.schedule != "1f1b", self.rows == "fp8")
 
 
 class Recipe(_Section):
