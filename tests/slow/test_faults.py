@@ -51,14 +51,14 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
 
 
 def test_a_disk_that_fills_up_ends_the_run_which_goes_on_when_there_is_room(tmp_path, recipe):
-    with small_disk(tmp_path / "disk", 4):
-        job = Job(recipe, tmp_path / "disk" / "run", 100000)
+    with small_disk(tmp_path / "run", 4):
+        job = Job(recipe, tmp_path / "run", 100000)
         while not checkpoints(job.out):
             job.until(job.step() + 1)
-        ballast = tmp_path / "disk" / "ballast"
+        ballast = job.out / "ballast"
         ballast.write_bytes(bytes(shutil.disk_usage(ballast.parent).free - 2**14))
         assert job.end() == 2, job.said()
-        assert "rank " in job.said() and "the disk is full" in job.said()
+        assert "the disk is full" in job.said()
         saved = checkpoints(job.out)
         assert saved and not list((job.out / "checkpoints").glob(".partial-*"))
         ballast.unlink()

@@ -103,7 +103,9 @@ class Ranks(Parallel):
             work()
         except (OSError, SafetensorError) as caught:
             error = write_error(f"rank {self.rank}", caught)
-        except (RunError, UsageError) as caught:
+        except RunError as caught:
+            error = caught
+        except UsageError as caught:
             error = RunError(str(caught))
         told: list[tuple[type[RunError], str] | None] = [None] * self.size
         dist.all_gather_object(told, None if error is None else (type(error), str(error)), group=self.words)
