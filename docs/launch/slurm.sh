@@ -25,6 +25,10 @@ else
   run=("$RECIPE" --out "$RUN" --set "data.source=[\"$TEXT\"]")
 fi
 
+# Agents give their processes so many seconds to save after TERM; torchrun's default is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570
+# srun does not take over what sbatch was told.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # TERM, which Slurm sends ten minutes before the time is up, makes all of them save and end.
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$gpus" --max-restarts 3 \
   --rdzv-backend c10d --rdzv-endpoint "${nodes[0]}:29400" --rdzv-id "$SLURM_JOB_ID" \

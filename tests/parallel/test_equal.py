@@ -28,7 +28,7 @@ EVERYTHING = (
     "balance.global_weight=0.01", "balance.z_weight=0.001", "data.separate_documents=true", "train.log_every=1",
 )  # fmt: skip
 PLAIN = ("train.batch=4", "train.log_every=1")
-LAYOUTS_OF_2 = {"data": 1, "expert": 2}
+LAYOUTS_OF_2: dict[str, Any] = {"data": 1, "expert": 2, "replicas": {"replicas": 2}}
 LAYOUTS_OF_4: dict[str, Any] = {"both": 2, "replicas": {"replicas": 2, "expert": 2}}
 CLOCK = {"seconds", "tokens_per_second", "mfu", "seconds_per_step", "eval_seconds"}
 

@@ -74,7 +74,7 @@ def prepared(ranks: Ranks, corpora: list[Path], machines: int) -> Any:
     try:
         with ranks.in_turn():
             said = len(ranks.prepared(make).train)
-    except UsageError as error:
+    except (RunError, UsageError) as error:
         said = str(error)
     ranks.anyone(False)
     return said, made
@@ -87,4 +87,5 @@ def test_the_text_is_made_once_a_machine_and_the_same_on_all(tmp_path, monkeypat
     assert first == (second[0], [0]) and second[1] == []
     assert world(2, prepared, [one, one], 2) == [(first[0], [0]), (first[0], [1])]
     first, second = world(2, prepared, [one, other], 2)
-    assert first[1] == [0] and "rank 1 reads another text, or with another tokenizer, than rank 0" in second[0]
+    assert first == ("rank 1 could not prepare the run", [0])
+    assert "rank 1 reads another text, or with another tokenizer, than rank 0" in second[0]

@@ -15,6 +15,7 @@ def measured(**changes) -> Calibration:
         pass_seconds=1.0, update_seconds=0.5, block_pass_seconds={"dense": 0.2, "sparse": 0.3},
         block_update_seconds={"dense": 0.01, "sparse": 0.04}, process_bytes=1000, growth_bytes=500, kept_bytes=20,
         block_kept_bytes={"dense": 5, "sparse": 10}, block_state_bytes={"dense": 7, "sparse": 70},
+        copy_bytes=300, block_copy_bytes={"dense": 4, "sparse": 40},
     )  # fmt: skip
     return Calibration(**{**values, **changes})
 
@@ -37,9 +38,9 @@ def test_a_step_is_passes_of_all_blocks_and_one_update():
 def test_memory_is_the_process_the_measured_model_and_what_further_blocks_hold():
     made = forecast(shape(4), measured())
     kept = (8 - 4) * 20 + 2 * 8 * 10
-    assert made.peak_memory_bytes == round(1000 + 500 + 2 * 70 + HEAP_GAPS * kept)
+    assert made.peak_memory_bytes == round(1000 + 500 + 2 * 70 + 300 + 2 * 40 + HEAP_GAPS * kept)
     assert forecast(shape(4), measured(), process_bytes=3000).peak_memory_bytes == made.peak_memory_bytes + 2000
-    assert forecast(shape(4), measured(device="cuda:0")).peak_memory_bytes == 1000 + 500 + 2 * 70 + kept
+    assert forecast(shape(4), measured(device="cuda:0")).peak_memory_bytes == 1000 + 500 + 2 * 70 + 300 + 2 * 40 + kept
 
 
 @given(st.floats(0.5, 3), st.integers(2, 9))

@@ -122,11 +122,11 @@ def test_an_unfinished_study_says_so():
 
 def test_cautions_name_the_sweeps_end_divergence_and_a_busy_machine():
     found = results(dense=[1.5, 1.5], experts=[1.3, 1.3])
-    found["arms"]["experts"]["sweep"] = [{"factor": f, "bits_per_byte": 1.0} for f in (0.5, 1.0)]
+    found["arms"]["experts"]["sweep"] = [{"factor": f, "bits_per_byte": 2 - f} for f in (0.5, 1.0)]
     found["arms"]["experts"]["diverged"] = [{"seed": 2, "message": "x"}]
     found["arms"]["dense"]["wall_seconds"] = {"mean": 1500.0}
     cautions = "\n".join(verdict(found)["cautions"])
-    assert "experts: its best learning rate (x 1) is at the end of the sweep" in cautions
+    assert "experts: the best learning rate of its sweep (x 1) is at the sweep's end" in cautions
     assert "experts, seed 2: training diverged" in cautions
     assert "dense: its steps took 1,500.0 s of wall clock in the runs and 1,000.0 s by the timing in turn" in cautions
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from cadre.data.remote import Remote, is_remote, list_remote
-from cadre.errors import UsageError
+from cadre.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,7 +56,7 @@ def read_documents(source: str | list[str]) -> Iterator[Document]:
     """
     entries = [source] if isinstance(source, str) else list(source)
     if not entries:
-        raise UsageError("no text was named: give files, folders or the word sotu")
+        raise UsageError("no text was named: give files, folders or the word sotu, as in --set 'data.source=[\"FILE\"]'")
     files: dict[tuple[Path | Remote, str], int] = {}
     for number, entry in enumerate(entries):
         for file in _files(entry):
@@ -146,6 +146,12 @@ def _open(path: Path | Remote) -> Iterator[IO[bytes]]:
         raise UsageError(f"{path}: the gzip file is damaged ({error})") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (UsageError, RunError):
+        raise
+    except Exception as error:  # a store's own, such as a connection that broke off
+        if isinstance(path, Path):
+            raise
+        raise UsageError(f"{path}: cannot be read ({str(error) or type(error).__name__})") from error
 
 
 def _decode(raw: bytes, path: Path | Remote, offset: int) -> str:

@@ -27,7 +27,8 @@ class Calibration:
     forward and backward on `rows` sequences, and what follows the last backward pass (clipping, balance, optimizer).
     block_pass_seconds, block_update_seconds: the same of one block of a kind.
     process_bytes, growth_bytes: what a process holds that has loaded all that training loads, and how much more its peak is
-    after steps of the measured model. block_kept_bytes: what a block keeps from forward to backward, kept_bytes what the
+    after steps of the measured model. copy_bytes, block_copy_bytes: of the measured model and of a block, the copy in the same
+    memory that checkpoints are written from. block_kept_bytes: what a block keeps from forward to backward, kept_bytes what the
     measured model does, each for one sequence. block_state_bytes: weights, gradients and optimizer states of a block.
     decode_seconds: of one token after `decode_context` others; None if not measured.
     gemm_flops_per_second: by dtype, then size. memory_bytes_per_second: None if not measured.
@@ -49,6 +50,8 @@ class Calibration:
     kept_bytes: int
     block_kept_bytes: dict[Kind, int]
     block_state_bytes: dict[Kind, int]
+    copy_bytes: int
+    block_copy_bytes: dict[Kind, int]
     decode_seconds: float | None = None
     decode_context: int | None = None
     gemm_flops_per_second: dict[str, dict[str, float]] | None = None
@@ -92,15 +95,16 @@ def forecast(shape: Shape, measured: Calibration, process_bytes: int | None = No
     seconds = sum(terms.values())
     gaps = 1.0 if measured.device.startswith("cuda") else HEAP_GAPS
     kept = (measured.micro_batch - measured.rows) * measured.kept_bytes
-    states = 0
+    states, copies = 0, measured.copy_bytes
     for kind, count in more.items():
         kept += count * measured.micro_batch * measured.block_kept_bytes[kind]
         states += count * measured.block_state_bytes[kind]
+        copies += count * measured.block_copy_bytes[kind]
     held = measured.process_bytes if process_bytes is None else process_bytes
     return Forecast(
         seconds_per_step=seconds,
         tokens_per_second=measured.batch * measured.seq_len / seconds,
-        peak_memory_bytes=round(held + measured.growth_bytes + states + gaps * kept),
+        peak_memory_bytes=round(held + measured.growth_bytes + states + copies + gaps * kept),
         decode_tokens_per_second=None if measured.decode_seconds is None else 1 / measured.decode_seconds,
         terms=terms,
     )

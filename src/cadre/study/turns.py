@@ -9,7 +9,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,8 @@ class _Silent:
 class Stepper:
     """An arm in training on its real batches; calling it makes one step and returns its wall seconds."""
 
+    group: AbstractContextManager[Any]
+
     def __init__(self, recipe: Recipe, out: Path, weights: Path | None, parallel: Parallel, device: torch.device) -> None:
         from cadre.train.run import start
         from cadre.train.trainer import Trainer
@@ -93,8 +95,11 @@ def _build(recipe_file: Path, out: Path, weights: Path | None, rank: int, proces
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    parallel, device = joined(recipe.parallel.timeout).__enter__()  # for as long as the process lives
-    return Stepper(recipe, out, weights, parallel, device)
+    group = joined(recipe.parallel.timeout)
+    parallel, device = group.__enter__()
+    stepper = Stepper(recipe, out, weights, parallel, device)
+    stepper.group = group  # left when the process ends
+    return stepper
 
 
 def free_port() -> int:

@@ -187,10 +187,11 @@ def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
     if len(results["seeds"]) == 1:
         said.append("One seed: how far luck reaches is not known from this study.")
     for name, arm in results["arms"].items():
-        tried = [point["factor"] for point in arm["sweep"]]
-        if len(tried) > 1 and arm["learning_rate_factor"] in (min(tried), max(tried)):
-            said.append(f"{name}: its best learning rate (x {arm['learning_rate_factor']:g}) is at the end of the sweep; a "
-                        "rate beyond it may be better still.")  # fmt: skip
+        tried = {point["factor"]: point["bits_per_byte"] for point in arm["sweep"] if point["bits_per_byte"] is not None}
+        best = min(tried, key=lambda factor: tried[factor], default=None)
+        if best is not None and len(arm["sweep"]) > 1 and best in (min(tried), max(tried)):
+            said.append(f"{name}: the best learning rate of its sweep (x {best:g}) is at the sweep's end; a rate beyond it "
+                        "may be better still.")  # fmt: skip
         for run in arm["diverged"]:
             said.append(f"{name}, seed {run['seed']}: training diverged, so the run is left out.")
         drift = arm["step_seconds"] / arm["step_seconds_before"] - 1

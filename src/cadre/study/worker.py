@@ -77,6 +77,7 @@ class TimedTrainer(Trainer):
                 raise write_error(f"{self.times_file}: cannot be written", error) from None
         self.pending = []
         super().save()
+        self.saver.wait()  # what it writes must not be in the seconds of the steps
 
 
 class _Silent:

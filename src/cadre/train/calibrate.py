@@ -145,6 +145,10 @@ def measure(few: ModelConfig, step: Step, dtype: torch.dtype, device: torch.devi
     for kind, one in alone.items():
         work |= {("pass", kind): one.run_pass, ("update", kind): one.update}
     seconds = _times(work, device, effort)
+
+    def copied(module: nn.Module, optimizer: Optimizer) -> int:
+        return 0 if device.type == "cuda" else _copy_bytes(module, optimizer)  # the peak is an accelerator's own
+
     return Calibration(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -161,7 +165,9 @@ def measure(few: ModelConfig, step: Step, dtype: torch.dtype, device: torch.devi
         growth_bytes=peak - process,
         kept_bytes=kept // rows,
         block_kept_bytes={kind: _kept_bytes(one.forward, one) // rows for kind, one in alone.items()},
-        block_state_bytes={kind: one.state_bytes() for kind, one in alone.items()},
+        block_state_bytes={kind: one.weight_bytes() + _copy_bytes(one.block, one.optimizer) for kind, one in alone.items()},
+        copy_bytes=copied(trained.model, trained.optimizer),
+        block_copy_bytes={kind: copied(one.block, one.optimizer) for kind, one in alone.items()},
     )
 
 
@@ -266,10 +272,14 @@ class _Alone(nn.Module):
         torch.nn.utils.clip_grad_norm_(self.block.parameters(), 1.0)
         self.optimizer.step(1e-6)
 
-    def state_bytes(self) -> int:
-        weights = sum(tensor.nbytes for tensor in self.block.parameters())
-        states = sum(tensor.nbytes for tensor in self.optimizer.tensors().values())
-        return 2 * weights + states
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.block.parameters())
+
+
+def _copy_bytes(module: nn.Module, optimizer: Optimizer) -> int:
+    """Weights and optimizer states."""
+    tensors = (*module.parameters(), *optimizer.tensors().values())
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _times(

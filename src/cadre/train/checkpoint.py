@@ -139,7 +139,11 @@ def _check_files(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise DamagedError(path, f"{name} is missing")
-        if stamp(file) != written:
+        try:
+            intact = stamp(file) == written
+        except OSError as error:
+            raise DamagedError(path, f"{name} cannot be read: {error.strerror or error}") from None
+        if not intact:
             raise DamagedError(path, f"{name} is not as it was written")
 
 

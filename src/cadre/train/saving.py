@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -59,7 +60,8 @@ class Saver:
 
     def _fits(self, tensors: dict[str, Tensor]) -> bool:
         wanted = sum(tensor.nbytes for name, tensor in tensors.items() if name not in self._copies)
-        if any(tensor.is_cuda for tensor in tensors.values()) or wanted <= psutil.virtual_memory().available:
+        wanted *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the others of this machine want as much, at the same time
+        if wanted <= psutil.virtual_memory().available:
             return True
         self._note(f"no room for a copy of {wanted / 2**30:.1f} GiB: the training waits while a checkpoint is written")
         return False

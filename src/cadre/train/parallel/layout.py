@@ -103,7 +103,8 @@ def compose(recipe: Recipe, config: ModelConfig, processes: int) -> Layout:
             'or set "auto"'
         )
     replicas, expert, experts = section.replicas, section.expert, config.n_routed_experts if config.has_experts else None
-    assert replicas != "auto" and expert != "auto"
+    if replicas == "auto" or expert == "auto":
+        raise UsageError('parallel.expert or parallel.replicas is "auto", which only `cadre train` can choose: set a number')
     run = f"run's {_several(data)}" if pipeline == 1 else f"{_several(data)} of each of {pipeline} stages"
     _divides("replicas", replicas, data, run)
     shards = data // replicas

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from cadre.data.shards import TokenData
@@ -33,7 +34,7 @@ from cadre.train.parallel.gather import Gather
 from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.muon import SpreadMuon
 from cadre.train.parallel.pipeline import Pipeline
-from cadre.train.parallel.shard import Part, far_part, set_adding_up, shard
+from cadre.train.parallel.shard import Part, far_part, shard
 from cadre.train.parallel.turns import Turns
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Ranks(Parallel):
         # For the disk, whose thread has it to itself once the training has begun.
         self.words = dist.new_group(timeout=wait, backend="gloo")
         self.turns, self.turn = Turns(store, wait), 0
+        # In the main process: the first of each machine, which prepare the text for theirs.
+        self.preparing: set[int] = set()
         self.parent = os.getppid()
         self.parts: dict[str, Part] = {}
         self.elsewhere: dict[str, Part] = {}
@@ -76,16 +79,25 @@ class Ranks(Parallel):
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         self.turn += 1
+        name, self.preparing = f"turn {self.turn}", set()
+        self.first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))  # of this machine
+        self.turns.store.set(f"first of rank {self.rank}", str(self.first))
         if self.main:
-            with self.turns.working(f"turn {self.turn}"):
+            with self.turns.working(name):
                 yield
+            # What follows waits no longer than torch does, and other machines have only begun.
+            with self.turns.working(f"{name} everywhere"):
+                for first in sorted(self.preparing):
+                    self.turns.wait(f"text {self.turn} of rank {first}", first)
         else:
-            self.turns.wait(f"turn {self.turn}", 0)
+            self.turns.wait(name, 0)
             yield
+            self.turns.wait(f"{name} everywhere", 0)
 
     def prepared(self, make: Callable[[], TokenData]) -> TokenData:
-        first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
-        name = f"text {self.turn} of rank"
+        first, name = self.first, f"text {self.turn} of rank"
+        if self.main:
+            self.preparing = {int(self.turns.store.get(f"first of rank {rank}")) for rank in range(self.size)}
         if self.rank != first:
             return TokenData.open(json.loads(self.turns.wait(f"{name} {first}", first))["path"])
         with self.turns.working(f"{name} {first}") as say:
@@ -127,6 +139,9 @@ class Ranks(Parallel):
             cut_attention(model, self.context)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         meshes = [self.layout.meshes(device, place) for place in range(self.layout.pipeline)]
+        for mesh in (part for pair in meshes for part in pair):
+            for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else []:
+                _set_pg_timeout(self.wait, group)
         self.data, self.spread = meshes[self.rank // self.layout.data]
         if self.layout.pipeline == 1:
             self.parts = shard(model, values, self.data, self.spread, device, (), self.layout.fp8_rows)
@@ -161,9 +176,11 @@ class Ranks(Parallel):
             return self.pipeline.backward(work)
         if self.layout.replicas == 1:
             return super().backward(model, work)
+        # Replicas add up their gradients with the last micro-batch, or with each if not all train the same parameters.
+        alike = len({micro.joined for micro in work.micro_batches}) == 1
         sums: list[Tensor] = []
-        for micro in work.micro_batches:  # replicas add up their gradients with the last one
-            set_adding_up(model, micro is work.micro_batches[-1])
+        for micro in work.micro_batches:
+            model.set_requires_all_reduce(not alike or micro is work.micro_batches[-1])  # type: ignore[operator]
             sums.append(replace(work, micro_batches=[micro]).backward(model))
         return torch.stack(sums).sum(dim=0)
 

@@ -129,16 +129,6 @@ def far_part(name: str, shape: torch.Size, data: DeviceMesh, spread: DeviceMesh)
     return Part(nn.Parameter(nothing), nothing, shape, spread if spreads else data)
 
 
-def set_adding_up(model: Transformer, wanted: bool) -> None:
-    """Whether the next backward pass adds gradients up over the replicas, or leaves that to a later one of the same step. What
-    that may not pass, a prediction module that trains on few sequences, never waits."""
-    assert isinstance(model, FSDPModule)
-    model.set_requires_all_reduce(wanted)
-    for module in model.mtp:
-        if isinstance(module, FSDPModule):
-            module.set_requires_all_reduce(True)
-
-
 def _give(model: Transformer, name: str, value: Tensor, device: torch.device, here: set[nn.Module]) -> None:
     """A parameter to the modules of `here` that have it, a buffer to all."""
     path, _, leaf = name.rpartition(".")
