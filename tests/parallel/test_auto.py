@@ -77,6 +77,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_as_ever():
 def _started(ranks: Ranks, recipe: Path, out: Path) -> tuple[object, list[str]]:
     lines: list[str] = []
     run = start(read_recipe(str(recipe), list(AUTO)), out, torch.device("cpu"), lines.append, ranks)
+    ranks.anyone(False)  # nobody ends before the other has arrived
     return run.recipe.parallel, [line for line in lines if line.startswith("layout")]
 
 
