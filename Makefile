@@ -29,7 +29,8 @@ test-slow: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slow
 
 check: setup
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check --quiet src tests benchmarks
 	$(BIN)/mypy
 
 clean:

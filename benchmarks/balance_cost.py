@@ -1,6 +1,6 @@
 """What it costs to see the balance: counting loads in every step, and a record to metrics.jsonl and TensorBoard.
 
-    python benchmarks/balance_cost.py [RECIPE] [--steps N]        the recipe's shape and batch on random tokens
+python benchmarks/balance_cost.py [RECIPE] [--steps N]        the recipe's shape and batch on random tokens
 """
 
 from __future__ import annotations

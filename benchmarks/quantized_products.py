@@ -1,6 +1,6 @@
 """One product of few rows with a large matrix, by torch's kernels, torchao's (if installed) and ours: milliseconds each.
 
-    python benchmarks/quantized_products.py
+python benchmarks/quantized_products.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The pictures of the chat page in docs/images, taken from a running server:
 
-    cadre serve MODEL --model-name pocket
-    python -m tests.browser.screenshots http://127.0.0.1:8000/ docs/images
+cadre serve MODEL --model-name pocket
+python -m tests.browser.screenshots http://127.0.0.1:8000/ docs/images
 """
 
 from __future__ import annotations

@@ -136,5 +136,3 @@ def test_a_browser_that_forbids_storage_still_works(context: BrowserContext, ser
     page.wait_for_selector("#go:not([disabled])")
     say(page, "So")
     assert shown(page).startswith("So of")
-
-

@@ -111,7 +111,7 @@ def test_settings_are_kept_and_sent(page: Page, server: PageServer) -> None:
 
 
 def test_a_setting_that_is_no_number_is_not_taken(page: Page, server: PageServer) -> None:
-    page.evaluate("localStorage.setItem('cadre.settings', '{\"temperature\":\"hot\",\"top_p\":null,\"stop\":[1],\"seed\":7}')")
+    page.evaluate('localStorage.setItem(\'cadre.settings\', \'{"temperature":"hot","top_p":null,"stop":[1],"seed":7}\')')
     page.reload()
     page.wait_for_selector("#go:not([disabled])")
     page.click("#settings-open")

@@ -255,9 +255,7 @@ def damage(folder: Path, name: str) -> None:
     (folder / name).write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize(
-    "name", ["train-00000.bin", "train.idx", "held_out-00000.bin", "held_out.jsonl", "tokenizer.json"]
-)
+@pytest.mark.parametrize("name", ["train-00000.bin", "train.idx", "held_out-00000.bin", "held_out.jsonl", "tokenizer.json"])
 def test_damage_is_refused_by_name_and_the_cache_is_made_again(corpus, name):
     data = prepare(corpus, vocab_size=300)
     expected = (data.path / name).read_bytes()

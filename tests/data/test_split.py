@@ -80,9 +80,7 @@ def test_text_that_changes_meanwhile_is_noticed(changed):
 
 
 TOKENIZER = train_tokenizer(["one two three\nfour, five\n\nsix  seven 1234 don't. \n" * 5], 330)
-WORDS = st.lists(
-    st.sampled_from([*"ab1 \n\r\t.'", "  ", "\n\n", " the", "don't", "...\n", "1234", "\x1c", "\u2028", "é"])
-)
+WORDS = st.lists(st.sampled_from([*"ab1 \n\r\t.'", "  ", "\n\n", " the", "don't", "...\n", "1234", "\x1c", "\u2028", "é"]))
 
 
 def ids_of(texts: list[str]) -> list[int]:

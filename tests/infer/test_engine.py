@@ -245,9 +245,7 @@ def test_the_end_of_text_token_ends_unless_ignored():
     ids = alone(model, request(new=8))[0]
     ending = Transformer(model.config.model_copy(update={"eos_token_id": [ids[3], WORDS - 1]}))
     ending.load_state_dict(model.state_dict())
-    (stopped, _, why), (whole, _, _) = engine_for(ending).run(
-        [request(new=8), request(new=8, name="b", ignore_eos=True)]
-    )
+    (stopped, _, why), (whole, _, _) = engine_for(ending).run([request(new=8), request(new=8, name="b", ignore_eos=True)])
     assert (stopped, why) == (ids[: ids.index(ids[3])], "stop")
     assert whole == ids
 
@@ -255,7 +253,7 @@ def test_the_end_of_text_token_ends_unless_ignored():
 def test_text_and_stop_strings(model, tokenizer):
     engine = engine_for(model, pages=64, tokenizer=tokenizer)
     prompt = tuple(tokenizer.encode("The people of").ids)
-    (ids, text, _), = engine.run([request(prompt, 30, sampling=Sampling(0.8, seed=1))])
+    ((ids, text, _),) = engine.run([request(prompt, 30, sampling=Sampling(0.8, seed=1))])
     assert text == tokenizer.decode([*prompt, *ids])[len("The people of") :].rstrip("\ufffd")
     stop = text[5:8]
     others = [request(prompt, 30, name=str(n), sampling=Sampling(0.8, seed=n)) for n in range(4)]
@@ -407,10 +405,10 @@ def test_generation_ends_where_the_context_or_the_cache_does():
     small_engine = engine_for(model, pages=3, page_size=4)
     assert small_engine.max_length == 12
     assert engine_for(model, pages=100).max_length == 64
-    (ids, _, finish), = small_engine.run([request(range(8), 100)])
+    ((ids, _, finish),) = small_engine.run([request(range(8), 100)])
     assert (len(ids), finish) == (4, "length")
     assert ids == alone(model, request(range(8), 4))[0]
-    (ids, _, finish), = small_engine.run([request(range(12), 100)])
+    ((ids, _, finish),) = small_engine.run([request(range(12), 100)])
     assert (ids, finish) == ([], "length")
 
 

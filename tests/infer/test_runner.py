@@ -40,9 +40,7 @@ class Reader:
         self.model, self.seen = model, [0] * len(lengths)
         self.ids = [random_ids(model.config, length, seed + n) for n, length in enumerate(lengths)]
         needed = [-(-length // page_size) for length in lengths]
-        self.pool = PagePool(
-            model.config, pages=sum(needed) + 2, page_size=page_size, dtype=dtype, layers=layers
-        )
+        self.pool = PagePool(model.config, pages=sum(needed) + 2, page_size=page_size, dtype=dtype, layers=layers)
         # What was never written must not matter.
         self.pool.first.fill_(float("nan"))
         self.pool.second.fill_(float("nan"))

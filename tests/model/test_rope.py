@@ -87,10 +87,7 @@ def test_rotation_is_the_textbook_formula(rotate):
     freq = frequencies(config)[0].tolist()
     pairs = [(0, 1), (2, 3), (4, 5)] if rotate is rotate_pairs else [(0, 3), (1, 4), (2, 5)]
     want = torch.tensor(
-        [
-            [[plainly_rotated(head, 4 + t, freq, pairs) for head in heads] for t, heads in enumerate(row)]
-            for row in x.tolist()
-        ]
+        [[[plainly_rotated(head, 4 + t, freq, pairs) for head in heads] for t, heads in enumerate(row)] for row in x.tolist()]
     )
     assert_close(rotate(x, turn), want, atol=1e-5, rtol=1e-5)
 
@@ -104,9 +101,7 @@ def test_scores_depend_on_distance_alone(rotate, distance, start, seed):
     table = RotaryTable(config)
 
     def score(query_at: int, key_at: int) -> torch.Tensor:
-        turned = [
-            rotate(x.view(1, 1, 1, 8), table(at, at + 1, CPU)).flatten() for x, at in ((q, query_at), (k, key_at))
-        ]
+        turned = [rotate(x.view(1, 1, 1, 8), table(at, at + 1, CPU)).flatten() for x, at in ((q, query_at), (k, key_at))]
         return turned[0] @ turned[1]
 
     assert_close(score(start + distance, start), score(distance, 0), atol=1e-4, rtol=1e-4)

@@ -16,9 +16,7 @@ from tests.parallel.world import world
 
 def failure(exitcode: int, told: str = "<NONE>", timestamp: int = 100) -> Any:
     name = signal.Signals(-exitcode).name if exitcode < 0 else "<N/A>"
-    return SimpleNamespace(
-        exitcode=exitcode, timestamp=timestamp, error_file_data={"message": told}, signal_name=lambda: name
-    )
+    return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, error_file_data={"message": told}, signal_name=lambda: name)
 
 
 LOST = "rank 0 lost the other processes: Connection closed by peer"

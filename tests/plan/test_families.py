@@ -23,9 +23,7 @@ _PLAIN = dict(
     vocab_size=48, hidden_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
     max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-_LATENT = dict(
-    num_key_value_heads=4, q_lora_rank=9, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5
-)
+_LATENT = dict(num_key_value_heads=4, q_lora_rank=9, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
 _DEEPSEEK = dict(
     intermediate_size=20, first_k_dense_replace=1, n_routed_experts=6, n_shared_experts=2, num_experts_per_tok=2,
     moe_intermediate_size=7, n_group=1, topk_group=1,
@@ -145,8 +143,10 @@ def test_both_spellings_of_the_prediction_depth():
 
 def test_a_sliding_window_counts_where_it_is_switched_on():
     qwen = {"model_type": "qwen2", **SMALL["qwen2"], "sliding_window": 8, "max_window_layers": 3}
+
     def windows(**changes):
         return [block.window for block in read_shape({**qwen, **changes}).shape.blocks]
+
     assert windows() == windows(use_sliding_window=False) == [None] * 4
     assert windows(use_sliding_window=True) == [None, None, None, 8]
     types = ["sliding_attention", "full_attention"] * 2

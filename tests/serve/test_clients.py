@@ -84,9 +84,7 @@ def test_many_at_once_asynchronously(server, client):
 
 
 def test_a_stream_that_is_closed_early_is_cancelled(server, client):
-    stream = client.completions.create(
-        model="tiny", prompt="The", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
-    )
+    stream = client.completions.create(model="tiny", prompt="The", max_tokens=400, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
     server.until(server.idle, 5)

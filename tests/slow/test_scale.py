@@ -42,9 +42,7 @@ def test_rows_in_8_bits_change_the_loss_by_little(tmp_path, recipe):
     settings = (*PLAIN, "train.batch=16", "train.steps=50", "eval.every=100", "checkpoint.every=100")
     rows = {name: {"expert": 2, "rows": name} for name in ("compute", "fp8")}
     world(2, several, recipe, tmp_path, rows, settings)
-    exact, narrow = (
-        [record["loss"] for record in read_metrics(tmp_path / name) if "loss" in record] for name in rows
-    )
+    exact, narrow = ([record["loss"] for record in read_metrics(tmp_path / name) if "loss" in record] for name in rows)
     difference = [abs(a - b) / a for a, b in zip(exact, narrow, strict=True)]
     mean = sum(difference) / len(exact)
     print(f"fp8 rows over {len(exact)} steps: the loss differs by {mean:.4%} on average, by {max(difference):.4%} at most")

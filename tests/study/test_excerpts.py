@@ -113,9 +113,7 @@ def test_the_held_out_text_of_a_run_is_what_its_training_held_out(tmp_path, monk
 
 
 def excerpts(*documents: str, titles: list[str] | None = None, length: int = 10) -> list[Excerpt]:
-    return [
-        Excerpt(name, (titles or documents)[place], place * length, "x" * length) for place, name in enumerate(documents)
-    ]
+    return [Excerpt(name, (titles or documents)[place], place * length, "x" * length) for place, name in enumerate(documents)]
 
 
 @pytest.mark.parametrize("names, groups", [

@@ -86,7 +86,7 @@ def test_the_page_is_sound_self_contained_and_says_all():
 def test_without_groups_or_a_next_layer_their_sections_are_left_out():
     page = render(made_up(layers=1, groups=1))
     Nesting(page)
-    assert 'id="documents"' not in page and 'id="between"' not in page and "class=\"spark\"" not in page
+    assert 'id="documents"' not in page and 'id="between"' not in page and 'class="spark"' not in page
 
 
 def test_hostile_text_is_escaped():

@@ -112,6 +112,7 @@ def test_what_a_backward_pass_computes_again_is_not_counted_again(model):
     again = Transformer(model.config).initialize(0).train()
     computed = []
     for block in [*again.layers, again.mtp[0].block]:
+
         def recompute(*arguments, block=block, forward=block.forward):
             return checkpoint(lambda *a: (computed.append(block.index), forward(*a))[1], *arguments, use_reentrant=False)
 
@@ -209,7 +210,7 @@ def test_a_dense_model_has_nothing_to_balance():
 @pytest.mark.parametrize("rule, speed", [("sign", 0.01), ("proportional", 0.02)])
 def test_biases_even_out_a_skewed_router(rule, speed):
     model = Transformer(small("deepseek_v3", hidden_size=24)).initialize(0).train()
-    (_, layer), = model.sparse_layers()
+    ((_, layer),) = model.sparse_layers()
     torch.manual_seed(0)
     with torch.no_grad():
         layer.gate.weight.normal_(std=0.1)

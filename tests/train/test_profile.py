@@ -131,6 +131,7 @@ def test_grouped_attention_is_attention_too(monkeypatch, clock, family):
 def test_what_surrounds_the_model_is_optimizer_or_other(monkeypatch, clock):
     step = training()
     for name, method, seconds in (("update", step.update, 5), ("loss", step.loss, 3)):
+
         def later(*arguments, method=method, seconds=seconds):
             clock.now += seconds
             return method(*arguments)

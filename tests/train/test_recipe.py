@@ -23,9 +23,7 @@ def test_shipped_recipes_are_sound_and_come_back_from_toml(name):
 
 # TOML has no lone surrogates, and neither has a recipe that was read from one.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-plain = st.one_of(
-    st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False), texts
-)
+plain = st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False), texts)
 keys = st.from_regex(r"[A-Za-z0-9_-]{1,12}", fullmatch=True)
 values = st.one_of(plain, st.lists(plain, max_size=4), st.dictionaries(keys, plain, max_size=3))
 

@@ -67,9 +67,7 @@ def choose_recipe(
             f"{2 * CALIBRATION_SECONDS:.0f} s, or name a recipe"
         )
     data = _data_section(overrides)
-    text = prepare(
-        data.source, tokenizer=data.tokenizer, vocab_size=data.vocab_size, held_out=data.held_out, progress=note
-    )
+    text = prepare(data.source, tokenizer=data.tokenizer, vocab_size=data.vocab_size, held_out=data.held_out, progress=note)
     note("measuring this machine")
     machine, rate = _together(*measure_machine(_guess_flops(budget, device), text.vocab_size), processes)
     left = budget

@@ -174,9 +174,7 @@ def _predict(run: Run, note: Any) -> None:
     )
 
 
-def _with_length(
-    recipe: Recipe, steps: int | None, tokens: str | None, budget: str | None, hardware: str | None
-) -> Recipe:
+def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: str | None, hardware: str | None) -> Recipe:
     """The recipe with the length that the command line asks for, if it does, instead of its own."""
     from cadre.cli.choose import money_flops, steps_within
     from cadre.cli.plan import vocabulary

@@ -177,7 +177,6 @@ class _Window:
     start: int
 
 
-
 def _import_grain() -> Any:
     # grain warns of the absence of a profiler of jax, which Cadre has no use for.
     logger = logging.getLogger("absl")

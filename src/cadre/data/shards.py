@@ -224,9 +224,7 @@ def _find(folder: Path, inputs: dict[str, Any], *, cached: bool) -> TokenData | 
         manifest = _read_manifest(folder)
         there = manifest["inputs"]
         changed = [
-            f"{name} {there.get(name)} there, {wanted} asked"
-            for name, wanted in inputs.items()
-            if there.get(name) != wanted
+            f"{name} {there.get(name)} there, {wanted} asked" for name, wanted in inputs.items() if there.get(name) != wanted
         ]
         if changed:
             raise UsageError(

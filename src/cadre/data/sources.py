@@ -82,9 +82,7 @@ def _files(entry: str) -> list[tuple[Path | Remote, str]]:
             raise UsageError(f"{entry}: the pattern matches no file that can be read; wanted {_KINDS}")
         return [(p, str(p)) for p in matches]
     if path.is_dir():
-        inside = (
-            p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)
-        )
+        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
         below = sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
         if not below:
             raise UsageError(f"{path}: the folder holds no file that can be read; wanted {_KINDS}")

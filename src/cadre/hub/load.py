@@ -207,8 +207,7 @@ def _read(
             kept = disk_name(config, original)
             if name in stored and not torch.equal(value(name).to(dtype), value(kept).to(dtype)):
                 raise UsageError(
-                    f"{stored[name].file}: {name} differs from the model's own {original}, which multi-token prediction"
-                    " shares"
+                    f"{stored[name].file}: {name} differs from the model's own {original}, which multi-token prediction shares"
                 )
 
 

@@ -104,9 +104,7 @@ class Constraints:
         with self._lock:
             if self._vocabulary is None:
                 try:
-                    self._vocabulary = LLTokenizer(
-                        self.tokenizer.to_str(), n_vocab=self.vocab_size, eos_token=self.end_ids
-                    )
+                    self._vocabulary = LLTokenizer(self.tokenizer.to_str(), n_vocab=self.vocab_size, eos_token=self.end_ids)
                 except Exception as error:  # the library raises what its parts raise
                     raise UsageError(f"json_schema and regex cannot use this tokenizer: {_one_line(str(error))}") from error
             return self._vocabulary

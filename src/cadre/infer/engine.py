@@ -359,9 +359,7 @@ class Engine:
         else:
             self._tell(live, (token,), text, None)
 
-    def _finish(
-        self, live: _Live, finish: str, token: TokenOut | None = None, text: str = "", queued: bool = True
-    ) -> None:
+    def _finish(self, live: _Live, finish: str, token: TokenOut | None = None, text: str = "", queued: bool = True) -> None:
         del self._live[live.sequence.request.id]
         if queued:
             self.scheduler.remove(live.sequence)

@@ -188,9 +188,7 @@ def cache_dtype(model: Transformer) -> torch.dtype:
     return weight if weight == torch.bfloat16 else model.compute_dtype or weight
 
 
-def bytes_for(
-    config: ModelConfig, positions: int, dtype: torch.dtype, page_size: int = 16, layers: int | None = None
-) -> int:
+def bytes_for(config: ModelConfig, positions: int, dtype: torch.dtype, page_size: int = 16, layers: int | None = None) -> int:
     """Bytes of the pages that one sequence of so many positions needs."""
     return -(-positions // page_size) * page_size * bytes_per_position(config, dtype, layers)
 

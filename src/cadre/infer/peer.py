@@ -27,9 +27,7 @@ class PeerDecoder:
     without transformers.
     """
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, context: int, batch: int, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, context: int, batch: int, note: Callable[[str], None]) -> None:
         if importlib.util.find_spec("transformers") is None:
             raise UsageError("--peer transformers: it is not installed here: pip install 'cadre-lm[test]' brings it")
         from transformers import AutoConfig, AutoModelForCausalLM

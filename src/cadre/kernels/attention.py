@@ -48,9 +48,7 @@ def causal_attention_reference(
     return torch.einsum("bhts,bshv->bthv", weight_BHTS.to(v_BSHV.dtype), v_BSHV)
 
 
-def causal_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BS: Tensor | None = None
-) -> Tensor:
+def causal_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BS: Tensor | None = None) -> Tensor:
     """As the reference: our kernel in float32 on a CPU, torch's fused attention elsewhere. Documents are stretches: positions
     of one are adjacent.
 

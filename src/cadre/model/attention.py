@@ -87,9 +87,7 @@ class LatentAttention(nn.Module):
             out_BTHV = self.cached(q_BTHN, self.rotate(q_BTHR, turn_TR), cache.append(latent_BTC[0], k_TR))
         return self.o_proj(out_BTHV.flatten(-2))
 
-    def cached(
-        self, q_BTHN: Tensor, q_BTHR: Tensor, sequences: Iterator[tuple[slice, Tensor, Tensor]]
-    ) -> Tensor:
+    def cached(self, q_BTHN: Tensor, q_BTHR: Tensor, sequences: Iterator[tuple[slice, Tensor, Tensor]]) -> Tensor:
         """Each sequence the cheaper way. [1, T, H, V]."""
         parts = [(rows, latent_SC[None], k_SR[None]) for rows, latent_SC, k_SR in sequences]
         if not any(self.expanding_pays(rows.stop - rows.start, latent.shape[1]) for rows, latent, _ in parts):

@@ -29,6 +29,7 @@ from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
 ModelType = Literal["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"]
 
+
 class ModelConfig(BaseModel):
     """The shape of a model. Field names are Hugging Face's; every value is checked: a config that exists can be built.
 

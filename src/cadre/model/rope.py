@@ -95,4 +95,3 @@ class RotaryTable:
     def at(self, position_T: Tensor, stop: int) -> Tensor:
         """The same for any positions below `stop`, in any order: complex64 [T, R/2]."""
         return self(0, stop, position_T.device)[position_T]
-

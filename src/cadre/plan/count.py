@@ -58,9 +58,7 @@ class Count:
         return asdict(self)
 
 
-def count(
-    config: ModelConfig | Shape | dict[str, Any] | str | Path, *, context: int = 4096, cache_bytes: int = 2
-) -> Count:
+def count(config: ModelConfig | Shape | dict[str, Any] | str | Path, *, context: int = 4096, cache_bytes: int = 2) -> Count:
     """Count a model given as a config, a shape, the content of a `config.json`, its path, or the directory that holds it.
 
     context: tokens of a sequence, for the attention's FLOPs. cache_bytes: bytes of one cached element, 2 for bfloat16.

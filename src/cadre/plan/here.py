@@ -124,6 +124,4 @@ def compare(predicted: dict[str, Any], seconds_per_step: float | None, peak_memo
         ("seconds_per_step", predicted["seconds_per_step"], seconds_per_step),
         ("peak_memory_bytes", predicted["peak_memory_bytes"], peak_memory_bytes),
     ]
-    return [
-        {"name": name, "predicted": said, "measured": fact, "off": said / fact - 1} for name, said, fact in pairs if fact
-    ]
+    return [{"name": name, "predicted": said, "measured": fact, "off": said / fact - 1} for name, said, fact in pairs if fact]

@@ -270,9 +270,7 @@ def _of_trainer(work: Workload, devices: int, degrees: Degrees) -> Iterator[tupl
         for expert in _divisors(routed, data // replicas):
             fits = data // replicas % expert == 0
             if fits and degrees.replicas in (None, replicas) and degrees.expert in (None, expert):
-                yield cuts, Layout(
-                    data, expert, degrees.pipeline, 1, schedule, chunks, micro_batch, "none", sharded, replicas
-                )
+                yield cuts, Layout(data, expert, degrees.pipeline, 1, schedule, chunks, micro_batch, "none", sharded, replicas)
 
 
 def _routed(shape: Shape) -> int:

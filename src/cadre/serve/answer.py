@@ -220,9 +220,7 @@ def route_report(service: Service, choice: Choice, output: Output) -> dict[str, 
     }
 
 
-def choices_of(
-    service: Service, sequences: Sequence[Sequenced], prompts: Sequence[Prompt], *, keep: bool
-) -> list[Choice]:
+def choices_of(service: Service, sequences: Sequence[Sequenced], prompts: Sequence[Prompt], *, keep: bool) -> list[Choice]:
     """A choice for each sequence; of each prompt as many."""
     each = len(sequences) // len(prompts)
     choices = []

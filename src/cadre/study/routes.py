@@ -128,9 +128,7 @@ def gather(
     ids_N = np.concatenate([np.array(ids, dtype=np.int32) for _, ids in windows])
     excerpt_N = np.repeat(np.array([number for number, _ in windows], dtype=np.int32), np.diff(offset))
     numbers = [index for index, _ in layers]
-    return Gathered(
-        excerpts, numbers, layers[0][1].gate.weight.shape[0], ids_N, excerpt_N, expert_NLK, affinity_NLK
-    )
+    return Gathered(excerpts, numbers, layers[0][1].gate.weight.shape[0], ids_N, excerpt_N, expert_NLK, affinity_NLK)
 
 
 def study(gathered: Gathered, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """What a study's directory holds, so that it goes on where it was.
 
-    study.json       the study as resolved when it began: arms with their solved widths, counts and step times, all runs
-    sweep/, runs/    a run directory for each training run
-    turns.json, decode.json      step times and decode rates, measured with the arms in turn after their runs
-    report.html, results.json, *.png
+study.json       the study as resolved when it began: arms with their solved widths, counts and step times, all runs
+sweep/, runs/    a run directory for each training run
+turns.json, decode.json      step times and decode rates, measured with the arms in turn after their runs
+report.html, results.json, *.png
 """
 
 from __future__ import annotations

@@ -175,14 +175,10 @@ def with_limits(measured: Calibration, device: torch.device) -> Calibration:
     """The calibration with the machine's own limits beside it: products by dtype and size, and memory."""
     dtypes = (torch.float32, torch.bfloat16)
     rates = {
-        str(dtype).removeprefix("torch."): {
-            str(size): gemm_flops_per_second(dtype, device, size, 3) for size in _GEMM_SIZES
-        }
+        str(dtype).removeprefix("torch."): {str(size): gemm_flops_per_second(dtype, device, size, 3) for size in _GEMM_SIZES}
         for dtype in dtypes
     }
-    return dataclasses.replace(
-        measured, gemm_flops_per_second=rates, memory_bytes_per_second=memory_bytes_per_second(device)
-    )
+    return dataclasses.replace(measured, gemm_flops_per_second=rates, memory_bytes_per_second=memory_bytes_per_second(device))
 
 
 def predict_run(run: Run) -> Forecast:
@@ -233,9 +229,7 @@ class _Trained:
     def loss(self) -> Tensor:
         share = self.mtp_rows / self.rows
         self.balance.reset()
-        return losses(
-            self.model, self.ids, None, self.balance, mtp_weight=0.3, mtp_rows=self.mtp_rows, mtp_share=share
-        ).total
+        return losses(self.model, self.ids, None, self.balance, mtp_weight=0.3, mtp_rows=self.mtp_rows, mtp_share=share).total
 
     def run_pass(self) -> None:
         self.optimizer.zero_grad()

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to go on bit for bit, as data files that appear whole or not at all.
 
-    checkpoints/step-00000500/weights.safetensors     float32 masters and router biases
-                              optimizer.safetensors   moments by parameter name
-                              state.json              step, data position, schedule, identity of model and data, file stamps
+checkpoints/step-00000500/weights.safetensors     float32 masters and router biases
+                          optimizer.safetensors   moments by parameter name
+                          state.json              step, data position, schedule, identity of model and data, file stamps
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,16 @@ from cadre.kernels.orthogonalize import orthogonalize
 _UPDATE_RMS = 0.2
 # Newton-Schulz iterations, unless a group says otherwise.
 _ITERATIONS = 5
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Parameters of a group whose matrices all are of one `shape` [M, N], and of each the update [B, M, N]."""
+
+    group: dict[str, Any]
+    shape: tuple[int, int]
+    parameters: list[Tensor]
+    updates: list[Tensor]
 
 
 class Muon(torch.optim.Optimizer):
@@ -26,36 +38,48 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    rows, columns = self.matrix_shape(parameter)
-                    by_shape.setdefault((rows // group["fused"], columns), []).append(parameter)
-            for shape, parameters in by_shape.items():
-                self._step_alike(parameters, shape, group)
+        for alike, updates in self.orthogonalized(self._updates()):
+            group, scale = alike.group, _UPDATE_RMS * max(alike.shape) ** 0.5
+            for parameter, update in zip(alike.parameters, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
     def matrix_shape(self, parameter: Tensor) -> tuple[int, int]:
         """Rows and columns of each matrix that a parameter is or holds."""
         return parameter.shape[-2], parameter.shape[-1]
 
-    def orthogonalized(self, parameters: list[Tensor], updates: list[Tensor], iterations: int) -> list[Tensor]:
-        """The updates [B, M, N] of parameters of one matrix shape, orthogonalised together."""
-        if len(updates) == 1:
-            return [orthogonalize(updates[0], iterations)]
-        return list(orthogonalize(torch.cat(updates), iterations).split([len(update) for update in updates]))
+    def orthogonalized(self, every: Iterator[Alike]) -> Iterator[tuple[Alike, list[Tensor]]]:
+        """The updates, orthogonalised, of all that `every` gives."""
+        for alike in every:
+            yield alike, together(alike.updates, alike.group["iterations"])
 
-    def _step_alike(self, parameters: list[Tensor], shape: tuple[int, int], group: dict) -> None:
-        updates = []
-        for parameter in parameters:
-            assert parameter.grad is not None
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
-            updates.append(nesterov.reshape(len(nesterov) * group["fused"], *shape) if nesterov.ndim == 3 else nesterov[None])
-        scale = _UPDATE_RMS * max(shape) ** 0.5
-        for parameter, part in zip(parameters, self.orthogonalized(parameters, updates, group["iterations"]), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(part.reshape(parameter.shape), alpha=-group["lr"] * scale)
+    def _updates(self) -> Iterator[Alike]:
+        """Step the momentum (Nesterov's)."""
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int, int], list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    rows, columns = self.matrix_shape(parameter)
+                    by_shape.setdefault((parameter.ndim, rows // group["fused"], columns), []).append(parameter)
+            for (_, *shape), parameters in by_shape.items():
+                updates = [self._update(parameter, group["momentum"]) for parameter in parameters]
+                if parameters[0].ndim == 3:
+                    updates = [update.reshape(len(update) * group["fused"], *shape) for update in updates]
+                else:
+                    updates = [update[None] for update in updates]
+                yield Alike(group, (shape[0], shape[1]), parameters, updates)
+
+    def _update(self, parameter: Tensor, momentum: float) -> Tensor:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)
+
+
+def together(updates: list[Tensor], iterations: int) -> list[Tensor]:
+    """Batches of matrices of one shape [B, M, N], orthogonalised as one batch."""
+    if len(updates) == 1:
+        return [orthogonalize(updates[0], iterations)]
+    return list(orthogonalize(torch.cat(updates), iterations).split([len(update) for update in updates]))

@@ -150,9 +150,7 @@ def bench_peer(
     }
 
 
-def _probe(
-    config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], None]
-) -> tuple[Mode, list[dict[str, Any]]]:
+def _probe(config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], None]) -> tuple[Mode, list[dict[str, Any]]]:
     """The mode with the fastest step of two, and what each took. Each has its own process: one that dies is no loss."""
     best: Mode | None = None
     least = float("inf")

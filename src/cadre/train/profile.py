@@ -263,9 +263,7 @@ def bench_profile(
     }
 
 
-def _part(
-    name: str, seconds: float, total: float, count: tuple[str, float] | None, limits: dict[str, float]
-) -> dict[str, Any]:
+def _part(name: str, seconds: float, total: float, count: tuple[str, float] | None, limits: dict[str, float]) -> dict[str, Any]:
     part: dict[str, Any] = {"part": name, "seconds": seconds, "share": seconds / total}
     if count is None or not seconds:
         return part

@@ -1,6 +1,6 @@
 """`report.html`: a run on one self-contained page, and its two pictures on their own.
 
-    python -m cadre.train.report RUN --pictures DIR      writes DIR/training-curve.svg and DIR/expert-load.svg
+python -m cadre.train.report RUN --pictures DIR      writes DIR/training-curve.svg and DIR/expert-load.svg
 """
 
 import argparse
@@ -219,9 +219,7 @@ def _draw(name: str, title: str, draw: "Callable[[Axes], None]", small: bool) ->
 
 def _tables(summary: Summary) -> list[dict[str, Any]]:
     """Key-value tables: title, rows. Unknown values and empty tables are left out."""
-    counts, result, data, machine, cost = (
-        summary.get(key) or {} for key in ("counts", "result", "data", "machine", "cost")
-    )
+    counts, result, data, machine, cost = (summary.get(key) or {} for key in ("counts", "result", "data", "machine", "cost"))
     shows: dict[str, tuple[str, Callable[[Any], str]]] = {
         "seconds_per_step": ("Seconds a step", "{:.4g} s".format), "peak_memory_bytes": ("Peak memory", _bytes),
     }  # fmt: skip
@@ -266,8 +264,7 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
         "Config": [(key, value, _plain) for key, value in (summary.get("config") or {}).items()],
     }
     shown = {
-        title: [(label, show(value)) for label, value, show in rows if value is not None]
-        for title, rows in tables.items()
+        title: [(label, show(value)) for label, value, show in rows if value is not None] for title, rows in tables.items()
     }
     return [{"title": title, "rows": rows} for title, rows in shown.items() if rows]
 

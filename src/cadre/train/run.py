@@ -1,10 +1,10 @@
 """A run directory: what is in it, who may write to it, and whether it can go on.
 
-    recipe.toml      every choice, fully resolved
-    model/           the model so far, in the Hugging Face layout
-    checkpoints/     what `--resume` continues from
-    metrics.jsonl    one object per logged step; tensorboard/ has the same
-    report.html      the run on one page
+recipe.toml      every choice, fully resolved
+model/           the model so far, in the Hugging Face layout
+checkpoints/     what `--resume` continues from
+metrics.jsonl    one object per logged step; tensorboard/ has the same
+report.html      the run on one page
 """
 
 from __future__ import annotations
@@ -248,9 +248,7 @@ def only_writer(path: Path, main: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def _prepare(
-    section: DataSection, vocab_size: int | None, note: Callable[[str], None], parallel: Parallel
-) -> TokenData:
+def _prepare(section: DataSection, vocab_size: int | None, note: Callable[[str], None], parallel: Parallel) -> TokenData:
     vocab_size = section.vocab_size or (None if section.tokenizer else vocab_size or DEFAULT_VOCAB_SIZE)
     make = partial(prepare, section.source, tokenizer=section.tokenizer, vocab_size=vocab_size, held_out=section.held_out)
     return parallel.prepared(partial(make, progress=note))

@@ -79,6 +79,4 @@ class Saver:
 
 def local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """This process's part of each."""
-    return {
-        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for name, tensor in tensors.items()
-    }
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for name, tensor in tensors.items()}

@@ -376,5 +376,3 @@ def _first_tokens(documents: list[Document], tokens: int, bytes_per_token: float
     letters = int(tokens * bytes_per_token)
     some = documents[:: max(1, -(-len(documents) * _LEAST_LETTERS // letters))]
     return [Document(document.name, document.text[: max(1, letters // len(some))]) for document in some]
-
-

@@ -161,9 +161,7 @@ class GroupedCausalAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-def _grouped(
-    ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, first: Tensor | None
-) -> _CausalAttention:
+def _grouped(ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, first: Tensor | None) -> _CausalAttention:
     (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
     return _CausalAttention(
         _heads(q), _heads(k), _heads(v), _Heads(), _heads(out), log_sum.data_ptr(), None, _address(first),

@@ -49,9 +49,7 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def launch(
-    processes: int, arguments: list[str], restarts: int = 0, logs: Path | None = None, module: str = "cadre"
-) -> None:
+def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path | None = None, module: str = "cadre") -> None:
     """Run `python -m MODULE ARGUMENTS` in so many processes of this machine until all are done; the first one has the terminal,
     what the others print goes to `logs`. When one fails the others are ended, and all started again up to `restarts` times.
 

@@ -165,9 +165,7 @@ def _stages(recipe: Recipe, config: ModelConfig, micro_batches: int) -> tuple[ra
 
 def _divides(name: str, degree: int, ranks: int, those: str) -> None:
     if ranks % degree:
-        raise UsageError(
-            f"parallel.{name} is {degree}, which does not divide the {those}: choose one of {_divisors(ranks)}"
-        )
+        raise UsageError(f"parallel.{name} is {degree}, which does not divide the {those}: choose one of {_divisors(ranks)}")
 
 
 def _several(processes: int) -> str:

@@ -1,19 +1,19 @@
 """Muon on matrices cut into rows: Newton-Schulz needs a matrix whole. Each is gathered by one rank, which orthogonalises it
-and hands the rows back; matrices are dealt out in turn, so that no rank computes what another does.
+and hands the rows back; matrices are dealt out in turn, so that no rank computes what another does. All travel at once: one
+message to each other rank there, one back.
 
-Letters in names: L matrix, M row, N column, S rank.
+Letters in names: M row, N column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cadre.kernels.orthogonalize import orthogonalize
-from cadre.train.muon import Muon
+from cadre.train.muon import Alike, Muon, together
 
 
 class SpreadMuon(Muon):
@@ -22,47 +22,65 @@ class SpreadMuon(Muon):
 
     def __init__(self, params: Iterable, rows: dict[Tensor, int], group: dist.ProcessGroup, **options: float) -> None:
         super().__init__(params, **options)
-        self.rows, self.group, self.turn = rows, group, 0
+        self.rows, self.group = rows, group
 
     def matrix_shape(self, parameter: Tensor) -> tuple[int, int]:
         return self.rows.get(parameter, parameter.shape[-2]), parameter.shape[-1]
 
-    def orthogonalized(self, parameters: list[Tensor], updates: list[Tensor], iterations: int) -> list[Tensor]:
-        cut = [place for place, parameter in enumerate(parameters) if parameter in self.rows]
-        whole = [place for place, parameter in enumerate(parameters) if parameter not in self.rows and len(updates[place])]
-        result = list(updates)
-        if whole:
-            done = super().orthogonalized([], [updates[place] for place in whole], iterations)
-            for place, update in zip(whole, done, strict=True):
-                result[place] = update
+    def orthogonalized(self, every: Iterator[Alike]) -> Iterator[tuple[Alike, list[Tensor]]]:
+        cut = []
+        for alike in every:
+            if alike.parameters[0] in self.rows:
+                cut.append(alike)
+            else:
+                held = any(len(update) for update in alike.updates)
+                yield alike, together(alike.updates, alike.group["iterations"]) if held else alike.updates
         if cut:
-            rows = self.rows[parameters[cut[0]]]
-            done = self._exchanged([updates[place][0] for place in cut], rows, iterations)
-            for place, update in zip(cut, done, strict=True):
-                result[place] = update[None]
-        return result
+            yield from zip(cut, self._exchanged(cut), strict=True)
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.turn = 0
-        super().step()
-
-    def _exchanged(self, mine: list[Tensor], rows: int, iterations: int) -> list[Tensor]:
-        """This rank's rows of equally shaped matrices, orthogonalised as wholes."""
-        ranks, rank, columns = self.group.size(), self.group.rank(), mine[0].shape[1]
-        step = -(-rows // ranks)
-        held = [max(0, min(step, rows - place * step)) for place in range(ranks)]
-        dealt = [[place for place in range(len(mine)) if (place + self.turn) % ranks == owner] for owner in range(ranks)]
-        self.turn += len(mine)
-        order = [place for places in dealt for place in places]
-        out = torch.stack([mine[place] for place in order]).flatten()
-        there = [len(places) * held[rank] * columns for places in dealt]
-        here = [len(dealt[rank]) * height * columns for height in held]
+    def _exchanged(self, cut: list[Alike]) -> list[list[Tensor]]:
+        """This rank's rows of matrices orthogonalised as wholes."""
+        ranks, rank = self.group.size(), self.group.rank()
+        mine = [update[0] for alike in cut for update in alike.updates]
+        kinds = [(alike.shape, alike.group["iterations"]) for alike in cut for _ in alike.updates]
+        dealt = [range(owner, len(mine), ranks) for owner in range(ranks)]
+        order = [matrix for matrices in dealt for matrix in matrices]
+        # Elements of a matrix that a rank holds.
+        held = [[_rows_of(shape[0], place, ranks) * shape[1] for place in range(ranks)] for shape, _ in kinds]
+        there = [sum(held[matrix][rank] for matrix in matrices) for matrices in dealt]
+        here = [sum(held[matrix][place] for matrix in dealt[rank]) for place in range(ranks)]
+        out = torch.cat([mine[matrix].flatten() for matrix in order])
         gathered = out.new_empty(sum(here))
         dist.all_to_all_single(gathered, out, here, there, group=self.group)
         if dealt[rank]:
-            runs = [run.view(len(dealt[rank]), -1, columns) for run in gathered.split(here)]
-            done = orthogonalize(torch.cat(runs, dim=1), iterations).split(held, dim=1)
-            gathered = torch.cat([run.flatten() for run in done])
+            sizes = [held[matrix][place] for place in range(ranks) for matrix in dealt[rank]]
+            runs, count = gathered.split(sizes), len(dealt[rank])
+            whole = {
+                matrix: torch.cat([run.view(-1, kinds[matrix][0][1]) for run in runs[index::count]])
+                for index, matrix in enumerate(dealt[rank])
+            }
+            done = _orthogonalized(whole, kinds)
+            rows = {matrix: done[matrix].flatten().split(held[matrix]) for matrix in dealt[rank]}
+            gathered = torch.cat([rows[matrix][place] for place in range(ranks) for matrix in dealt[rank]])
         dist.all_to_all_single(out, gathered, there, here, group=self.group)
-        back = dict(zip(order, out.view(len(mine), -1, columns), strict=True))
-        return [back[place] for place in range(len(mine))]
+        back = dict(zip(order, out.split([held[matrix][rank] for matrix in order]), strict=True))
+        each = iter([back[matrix].view_as(mine[matrix])[None] for matrix in range(len(mine))])
+        return [[next(each) for _ in alike.updates] for alike in cut]
+
+
+def _rows_of(rows: int, place: int, ranks: int) -> int:
+    """How many of so many rows a rank holds, cut as `torch.chunk` does."""
+    step = -(-rows // ranks)
+    return max(0, min(step, rows - place * step))
+
+
+def _orthogonalized(whole: dict[int, Tensor], kinds: list[tuple[tuple[int, int], int]]) -> dict[int, Tensor]:
+    """Whole matrices [M, N] by number, those of one kind (shape, iterations) together."""
+    alike: dict[tuple[tuple[int, int], int], list[int]] = {}
+    for matrix in whole:
+        alike.setdefault(kinds[matrix], []).append(matrix)
+    done = {}
+    for (_, iterations), matrices in alike.items():
+        updates = together([whole[matrix][None] for matrix in matrices], iterations)
+        done |= {matrix: update[0] for matrix, update in zip(matrices, updates, strict=True)}
+    return done

@@ -236,9 +236,7 @@ class Ranks(Parallel):
         return Tensors(self._weights(model), moments)
 
     def save_checkpoint(self, run_dir: Path, tensors: Tensors, copies: Tensors, state: dict[str, Any], keep: int) -> None:
-        save_parts(
-            self, run_dir, {**tensors.weights, **tensors.moments}, {**copies.weights, **copies.moments}, state, keep
-        )
+        save_parts(self, run_dir, {**tensors.weights, **tensors.moments}, {**copies.weights, **copies.moments}, state, keep)
 
     def load_checkpoint(self, path: Path, model: Transformer, optimizer: Optimizer) -> None:
         load_parts(path, self._weights(model), optimizer, self._part, self.words, self.elsewhere.keys())
