@@ -79,7 +79,7 @@ def _orthogonalized(whole: dict[int, Tensor], kinds: list[tuple[tuple[int, int],
     alike: dict[tuple[tuple[int, int], int], list[int]] = {}
     for matrix in whole:
         alike.setdefault(kinds[matrix], []).append(matrix)
-    done = {}
+    done: dict[int, Tensor] = {}
     for (_, iterations), matrices in alike.items():
         updates = together([whole[matrix][None] for matrix in matrices], iterations)
         done |= {matrix: update[0] for matrix, update in zip(matrices, updates, strict=True)}
