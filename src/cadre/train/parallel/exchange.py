@@ -4,7 +4,7 @@ The seam is between dispatch and the experts. `dispatch` has sorted the rows by 
 
     counts      how many rows go to each expert of each rank: a few integers, and the only wait for the processor
     rows        once, in the compute dtype or in 8 bits; the shared experts work meanwhile
-    experts     on what has arrived, sorted by expert again
+    experts     on what has arrived, sorted by expert again (by the experts' kernel itself, where there is one)
     back        the same way, then `combine` as ever; gradients make the same two journeys in reverse
 
 A layer's forward pass sends choices x hidden x (dispatch bytes + combine bytes) for each token, what stays on its rank
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cadre.model.experts import MixtureOfExperts, combine, dispatch
+from cadre.model.experts import Experts, MixtureOfExperts, Plan, combine, dispatch
 from cadre.train.parallel.fp8 import pack, packed_width, unpack
 
 
@@ -101,13 +101,20 @@ class Journey:
         return _Depart.apply(x_RD, self, True)
 
     def arrive(self, underway_AD: Tensor) -> Tensor:
-        """The rows that other ranks sent, sorted by expert: [A, D]."""
-        return _Reorder.apply(_Arrive.apply(underway_AD, self, True), self.order_A, self.place_A)
+        """The rows that other ranks sent, in the order of these: [A, D]."""
+        return _Arrive.apply(underway_AD, self, True)
+
+    def pass_through(self, experts: nn.Module, x_AD: Tensor) -> Tensor:
+        """What the experts make of rows in the order of arrival: [A, D]."""
+        if isinstance(experts, Experts) and experts.moves_rows(x_AD):
+            once_A1 = x_AD.new_ones(len(x_AD), 1)
+            return experts(x_AD, self.load_N, Plan(self.place_A[:, None], self.order_A, self.load_N, once_A1))
+        sorted_AD = _Reorder.apply(x_AD, self.order_A, self.place_A)
+        return _Reorder.apply(experts(sorted_AD, self.load_N), self.place_A, self.order_A)
 
     def bring_back(self, y_AD: Tensor) -> Tensor:
-        """What the experts made of them, where the rows came from and in the order in which they left: [R, D]."""
-        underway_RD = _Depart.apply(_Reorder.apply(y_AD, self.place_A, self.order_A), self, False)
-        return _Arrive.apply(underway_RD, self, False)
+        """Rows where they came from and in the order in which they left: [R, D]."""
+        return _Arrive.apply(_Depart.apply(y_AD, self, False), self, False)
 
 
 class _Depart(torch.autograd.Function):
@@ -173,7 +180,7 @@ class SpreadMixture(MixtureOfExperts):
         journey = Journey.plan(self.exchange, plan.load_E)
         underway_AD = journey.depart(x_RD)
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
-        y_AD = self.experts(journey.arrive(underway_AD), journey.load_N)
+        y_AD = journey.pass_through(self.experts, journey.arrive(underway_AD))
         y_TD = combine(journey.bring_back(y_AD), plan)
         if self.training and self.keeps_routes:
             self.routes = routes

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from cadre.model.experts import MixtureOfExperts
 from cadre.model.transformer import Block, Transformer
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
+from cadre.train.parallel.reduce import ReduceByExchange
 
 # A model of no more parameters is gathered whole, once a pass: a gathering for each block, twice, costs more time than so
 # little memory is worth.
@@ -104,6 +105,8 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if device.type == "cpu":
+                module.set_custom_reduce_scatter(ReduceByExchange())  # type: ignore[arg-type]  # no public base class
     # Training calls the parts of the model one by one: this one gathers embedding, last norm and head, and the end of the
     # backward pass lets go of them.
     for root in roots:
