@@ -7,13 +7,14 @@ The rule. M is a model's training FLOPs a token without embedding and head, D th
 alpha, beta: their ratio is that of DeepSeek LLM's optimal allocation, M = 0.1715 C^0.5243 and D = 5.8316 C^0.4757 for
 C = M D FLOPs (arXiv 2401.02954, equation 4); their sum that of Chinchilla's fit, 0.34 + 0.28 (arXiv 2203.15556, appendix D.2,
 equation 10; a fit to the same data with its errors mended has 0.348 + 0.366, arXiv 2404.10102).
-A follows from B by the same allocation. E and B are ours: fitted to two runs of `pocket` (docs/log.md), on the default corpus.
+A follows from B by the same allocation. E and B are ours: fitted to two runs (docs/log.md) on the default corpus of a shape of
+this family, the anchor: width 128, 16 experts, top 2. The recipe `pocket` was that shape then.
 S: parameters over active parameters, both without embeddings. s is ours: 0.44, which gives 64 experts, top 6, the 2.5 times
 fewer FLOPs to a loss that were seen at 1e16.
 D': tokens, of which repeated ones count less and less (arXiv 2305.16264, equation 5, with R* = 15.387756 of its appendix A).
 
 Batch and rates follow DeepSeek LLM's B = 0.2920 C^0.3271 tokens and 0.3118 C^-0.1250 (arXiv 2401.02954, equation 1), both
-scaled (ours) so that `pocket` comes out at its own 4,096 tokens and rates. Its laws were fitted from 1e17 FLOPs up, with
+scaled (ours) so that the anchor comes out at its own 4,096 tokens and rates. Its laws were fitted from 1e17 FLOPs up, with
 attention counted whole in M (its equation 2); below that, and with the causal half that is counted here, they are extrapolated.
 """
 
@@ -38,8 +39,8 @@ FLOOR = 0.635
 SPARSITY_GAIN = 0.44
 REPEATS_WORTH = 15.387756
 
-# `pocket`, by which the published rules for AdamW at larger scale are scaled: its FLOPs, tokens a step, rates.
-_POCKET_FLOPS, _POCKET_BATCH, _POCKET_MUON, _POCKET_ADAMW = 4.5e13, 4096, 0.01, 0.005
+# The anchor, by which the published rules for AdamW at larger scale are scaled: its FLOPs, tokens a step, rates.
+_ANCHOR_FLOPS, _ANCHOR_BATCH, _ANCHOR_MUON, _ANCHOR_ADAMW = 4.5e13, 4096, 0.01, 0.005
 
 # A command that chooses a shape measures this machine first, which takes up to this long.
 CALIBRATION_SECONDS = 30.0
@@ -186,7 +187,7 @@ def expert_width(hidden: int, top_k: int) -> int:
 
 
 def shape(hidden: int, experts: int, top_k: int, vocab_size: int, seq_len: int) -> ModelConfig:
-    """The family of shapes, in `pocket`'s proportions: a block for every 32 of width, heads of 64, one latent of 3/8, one
+    """The family of shapes, in the anchor's proportions: a block for every 32 of width, heads of 64, one latent of 3/8, one
     dense block, and half as many shared experts as routed ones a token."""
     return ModelConfig.from_dict(dict(
         model_type="deepseek_v3", vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=max(3, round(hidden / 32)),
@@ -218,13 +219,13 @@ def expected_score(candidate: Candidate, tokens: float, unique_tokens: float) ->
 
 def batch_tokens(flops: float) -> float:
     """Tokens a step."""
-    return _POCKET_BATCH * (flops / _POCKET_FLOPS) ** 0.3271
+    return _ANCHOR_BATCH * (flops / _ANCHOR_FLOPS) ** 0.3271
 
 
 def rates(flops: float) -> tuple[float, float]:
     """Peak rates of Muon and of AdamW beside it."""
-    factor = (flops / _POCKET_FLOPS) ** -0.125
-    return float(f"{_POCKET_MUON * factor:.3g}"), float(f"{_POCKET_ADAMW * factor:.3g}")
+    factor = (flops / _ANCHOR_FLOPS) ** -0.125
+    return float(f"{_ANCHOR_MUON * factor:.3g}"), float(f"{_ANCHOR_ADAMW * factor:.3g}")
 
 
 def sequence_length(flops: float) -> int:
