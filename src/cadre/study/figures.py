@@ -73,6 +73,7 @@ def decode_figure(results: dict[str, Any], width: float = 440, height: float = 2
         axes.set_xticks(range(len(points)), [f"{context:,} x {batch}" for context, batch in points])
         axes.set_xlabel("context x batch")
         axes.set_ylabel("tokens/s")
+        axes.legend(loc="upper right", fontsize=9)
     return figure
 
 
