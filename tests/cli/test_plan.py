@@ -12,6 +12,7 @@ from cadre.cli import main as module
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware_names
+from cadre.train.recipe import read_recipe
 from tests import published
 from tests.runs import write_corpus, write_recipe
 from tests.shapes import small
@@ -108,10 +109,11 @@ def test_families_that_cadre_does_not_run(planned, tmp_path, name):
 
 
 def test_a_shipped_recipe_brings_its_own_numbers(planned):
-    made = planned("pocket")
+    made, recipe = planned("pocket"), read_recipe("pocket")
+    assert recipe.train.steps is not None
     assert (made["hardware"], made["devices"], made["precision"]) == ("cpu-2core", 1, "fp32")
-    assert (made["context"], made["batch"], made["tokens"]) == (256, 16, 1150 * 16 * 256)
-    assert made["parameters"]["embedding"] == 4096 * 128
+    assert (made["context"], made["batch"], made["tokens"]) == (256, 16, recipe.train.steps * 16 * 256)
+    assert made["parameters"]["embedding"] == 4096 * recipe.model["hidden_size"]
     assert made["layout"]["micro_batch"] == 16
     assert {one["name"]: one["value"] for one in made["assumptions"]}["optimizer"] == "muon"
     assert any("this recipe trains it on 25%" in note for note in made["notes"])
