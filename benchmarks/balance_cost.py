@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cadre.kernels.limits import best_dtype
+from cadre.kernels.limits import training_dtype
 from cadre.model.transformer import Transformer
 from cadre.train.balance import Balance
 from cadre.train.collapse import CollapseAlarm
@@ -42,7 +42,7 @@ def main() -> None:
     config = recipe.config(recipe.data.vocab_size or 32768)
     train, seq_len = recipe.train, recipe.data.seq_len
     model = Transformer(config).initialize(0).train()
-    model.compute_dtype = best_dtype(torch.device("cpu"))
+    model.compute_in(training_dtype(torch.device("cpu")))
     optimizer, balance = Optimizer(model, recipe.optimizer), Balance(model, recipe.balance)
     rows, length = max(1, round(train.batch * train.mtp_share)), seq_len + 1 + len(model.mtp)
     ids = torch.randint(config.vocab_size, (train.batch, length))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from cadre.kernels.native.library import multiplies
 from cadre.model.config import ModelConfig
 from cadre.model.layers import RMSNorm
 from cadre.model.transformer import Transformer
@@ -190,3 +191,29 @@ def test_sparse_layers_are_those_the_config_says(config: ModelConfig):
     want = [layer for layer in range(config.total_layers) if config.is_sparse(layer)]
     assert [layer for layer, _ in model.sparse_layers()] == want
     assert config.has_experts == bool(want)
+
+
+@pytest.mark.skipif(not multiplies(narrow=True), reason="the processor has no products of bfloat16")
+@pytest.mark.parametrize("config", KINDS, ids=FAMILIES)
+def test_on_a_cpu_with_products_of_bfloat16_only_factors_are_rounded(config):
+    def run(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        model = Transformer(config).initialize(0)
+        model.compute_in(dtype)
+        logits = model(ids_for(config, 40))
+        logits.float().logsumexp(-1).sum().backward()
+        return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    (exact, exact_grads), (rounded, grads) = run(torch.float32), run(torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+    assert grads.keys() == exact_grads.keys()
+    for name, grad in grads.items():
+        if ".gate." not in name:  # a choice that rounding changes moves the router's by much
+            assert (grad - exact_grads[name]).norm() < 0.1 * exact_grads[name].norm() + 1e-6, name
+
+
+def test_elsewhere_all_that_flows_is_bfloat16(monkeypatch):
+    monkeypatch.setattr("cadre.model.transformer.multiplies", lambda narrow: False)
+    model = Transformer(small("deepseek_v3")).initialize(0)
+    model.compute_in(torch.bfloat16)
+    assert model(ids_for(model.config, 9)).dtype == torch.bfloat16

@@ -176,11 +176,11 @@ def _config(recipe: Recipe, vocab_size: int) -> ModelConfig:
 def _guess_flops(budget: Budget, device: Device | None) -> float:
     import torch
 
-    from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second
+    from cadre.kernels.limits import default_device, gemm_flops_per_second, training_dtype
 
     here = default_device()
     size = 512 if here == torch.device("cpu") else 8192
-    return _flops(budget, device, 0.35 * gemm_flops_per_second(best_dtype(here), here, size, 3))
+    return _flops(budget, device, 0.35 * gemm_flops_per_second(training_dtype(here), here, size, 3))
 
 
 def _flops(budget: Budget, device: Device | None, rate: float) -> float:
@@ -199,7 +199,7 @@ def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
     import psutil
     import torch
 
-    from cadre.kernels.limits import best_dtype, default_device
+    from cadre.kernels.limits import default_device, training_dtype
     from cadre.plan.budget import Candidate, Machine, Rung, rates, sequence_length, shape, width_for
     from cadre.plan.count import count
     from cadre.plan.here import forecast
@@ -208,7 +208,7 @@ def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
     from cadre.train.recipe import OptimizerSection
 
     here = default_device()
-    dtype, seq_len, width = best_dtype(here), sequence_length(flops), width_for(flops)
+    dtype, seq_len, width = training_dtype(here), sequence_length(flops), width_for(flops)
     muon, adamw = rates(flops)
     step = Step(16, 16, seq_len, 1.0, OptimizerSection(name="muon", lr=muon, adamw_lr=adamw))
     rungs = []

@@ -30,7 +30,7 @@ def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> d
     """
     import torch
 
-    from cadre.kernels.limits import best_dtype, default_device
+    from cadre.kernels.limits import default_device, training_dtype
     from cadre.plan.count import count
     from cadre.plan.here import forecast
     from cadre.train.calibrate import calibrate
@@ -42,7 +42,7 @@ def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> d
     wanted = recipe.train.dtype if recipe else request.precision and _DTYPES.get(request.precision)
     if request.precision is not None and request.precision not in _DTYPES:
         raise UsageError(f"--precision {request.precision}: --here measures fp32 and bf16, in which Cadre trains")
-    dtype = best_dtype(device) if wanted in (None, "auto") else getattr(torch, str(wanted))
+    dtype = training_dtype(device) if wanted in (None, "auto") else getattr(torch, str(wanted))
     measured = calibrate(config, step, dtype=dtype, limits=True)
     context = min(_DECODE_CONTEXT, config.max_position_embeddings - _DECODE_STEPS)
     if context > 0:

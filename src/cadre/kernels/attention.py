@@ -48,16 +48,18 @@ def causal_attention_reference(
     return torch.einsum("bhts,bshv->bthv", weight_BHTS.to(v_BSHV.dtype), v_BSHV)
 
 
-def causal_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BS: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BS: Tensor | None = None, narrow: bool = False
+) -> Tensor:
     """As the reference: our kernel in float32 on a CPU, torch's fused attention elsewhere. Documents are stretches: positions
-    of one are adjacent.
+    of one are adjacent. `narrow`, for our kernel: as in `kernels.linear`.
 
     torch's fused CPU kernel takes equal widths only, so a narrower value is padded with zeros, which costs less than the
     unfused path torch would fall back to.
     """
     if takes(q_BTHK, k_BSGK, v_BSGV):
         first_BT = _first_seen(q_BTHK, document_BS)
-        return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT)
+        return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT, narrow)
     K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
     if V < K:
         v_BSGV = F.pad(v_BSGV, (0, K - V))
@@ -86,12 +88,12 @@ def latent_attention_reference(
 
 def latent_attention(
     q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, scale: float, interleaved: bool,
-    document_BS: Tensor | None = None,
+    document_BS: Tensor | None = None, narrow: bool = False,
 ) -> Tensor:  # fmt: skip
     """As the reference. Our kernel turns and joins the parts as it reads them."""
     if takes(q_BTHK, kv_BSHX, k_BSR):
         first_BT = _first_seen(q_BTHK, document_BS)
-        return LatentCausalAttention.apply(q_BTHK, kv_BSHX, k_BSR, turn_SR, scale, not interleaved, first_BT)
+        return LatentCausalAttention.apply(q_BTHK, kv_BSHX, k_BSR, turn_SR, scale, not interleaved, first_BT, narrow)
     return causal_attention(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BS)
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from cadre.kernels.linear import product
+from cadre.kernels.native.library import multiplies, training_library
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -26,13 +29,16 @@ def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 
         size = max(size, 8192)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.mm(a, b)
+    # Of float32 also ours, where that is the faster one.
+    ways = (torch.mm, product) if device.type == "cpu" and dtype == torch.float32 else (torch.mm,)
     seconds = []
     for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        for multiply in ways:
+            synchronize(device)
+            start = time.perf_counter()
+            multiply(a, b, out=out)
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
 
@@ -58,6 +64,14 @@ def best_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16
     rate = {dtype: gemm_flops_per_second(dtype, device, 768, 3) for dtype in (torch.bfloat16, torch.float32)}
     return torch.bfloat16 if rate[torch.bfloat16] > 1.2 * rate[torch.float32] else torch.float32
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What to train in: on a CPU with kernels of ours bfloat16 if they multiply it, else float32, which is all that they take
+    otherwise; without them what is `best_dtype`."""
+    if device.type == "cuda" or training_library() is None:
+        return best_dtype(device)
+    return torch.bfloat16 if multiplies(narrow=True) else torch.float32
 
 
 def memory_bytes_per_second(device: torch.device, size: int | None = None, repeats: int = 5) -> float:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cadre.kernels.linear import product
 from cadre.kernels.native.library import library, trains
 
 # Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products.
@@ -28,7 +29,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are taken while a chunk's logits are at hand, so nothing of vocabulary width is kept or recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor, keeps: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor, keeps: bool, narrow: bool
+    ) -> Tensor:
         dtype = hidden_ND.dtype
         head = head_WD.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
@@ -39,15 +42,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
             hidden = hidden_ND[part]
-            loss, grad = _cross_entropy(F.linear(hidden, head), target_N[part], weight_N[part], needs_hidden or needs_head)
+            loss, grad = _cross_entropy(
+                product(hidden, head.t(), narrow=narrow), target_N[part], weight_N[part], needs_hidden or needs_head
+            )
             total += loss
             if grad is None:
                 continue
             if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[part])
+                product(grad, head, grad_hidden[part], narrow=narrow)
             if grad_head is not None:
                 if dtype == torch.float32:
-                    grad_head.addmm_(grad.t(), hidden)
+                    product(grad.t(), hidden, grad_head, add=True, narrow=narrow)
                 else:
                     grad_head += grad.t() @ hidden
         ctx.save_for_backward(grad_hidden, grad_head)
@@ -56,13 +61,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_head is not None:
             grad_head = (grad_head * grad_total).to(ctx.head_dtype)
-        return grad_hidden, grad_head, None, None, None
+        return grad_hidden, grad_head, None, None, None, None
 
 
 def _cross_entropy(logit_NW: Tensor, target_N: Tensor, weight_N: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -89,8 +94,11 @@ def _cross_entropy(logit_NW: Tensor, target_N: Tensor, weight_N: Tensor, wants_g
     return loss, grad.to(logit_NW.dtype)
 
 
-def linear_cross_entropy(hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:
-    """As the reference, in chunks. weight_N: float32, 0 for positions that do not count; it gets no gradient."""
+def linear_cross_entropy(
+    hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor, narrow: bool = False
+) -> Tensor:
+    """As the reference, in chunks. weight_N: float32, 0 for positions that do not count; it gets no gradient. `narrow`: as in
+    `kernels.linear`."""
     weight_N = weight_N.expand(target_N.shape)
     # Within `no_grad` a function is told of needs all the same.
-    return _LinearCrossEntropy.apply(hidden_ND, head_WD, target_N, weight_N, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden_ND, head_WD, target_N, weight_N, torch.is_grad_enabled(), narrow)

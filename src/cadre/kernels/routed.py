@@ -18,33 +18,40 @@ from cadre.kernels.native.structs import ExpertsGradient, ExpertsTraining
 
 
 def routed_swiglu(
-    x_TD: Tensor, weight_TK: Tensor, row_TK: Tensor, token_R: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor
-) -> Tensor:
+    x_TD: Tensor, weight_TK: Tensor, row_TK: Tensor, token_R: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor,
+    narrow: bool = False,
+) -> Tensor:  # fmt: skip
     """sum_k weight_TK[t, k] * expert_swiglu(x_TD[token_R])[row_TK[t, k]], [T, D], where `trains` takes them all. Rows of one
-    expert are adjacent, experts in order; load_E: rows per expert, sums to R."""
+    expert are adjacent, experts in order; load_E: rows per expert, sums to R.
+
+    `narrow`, here and below: as in `kernels.linear`."""
     fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_TD.shape[1])
     fits &= weight_TK.shape == row_TK.shape and len(row_TK) == len(x_TD) and token_R.numel() == row_TK.numel()
     fits &= row_TK.dtype == token_R.dtype == torch.int64
     _check(x_TD, down_EDF, fits, load_E)
-    return _Experts.apply(x_TD, weight_TK, row_TK, token_R, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled())
+    return _Experts.apply(
+        x_TD, weight_TK, row_TK, token_R, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled(), narrow
+    )
 
 
-def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor) -> Tensor:
+def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor, narrow: bool = False) -> Tensor:
     """`expert_swiglu` of rows sorted by expert, where `trains` takes them all. Raises `ValueError` if load_E does not sum to
     the number of rows."""
     if int(load_E.sum()) != len(x_RD):
         raise ValueError(f"load_E sums to {int(load_E.sum())}, but there are {len(x_RD)} rows")
     _check(x_RD, down_EDF, gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_RD.shape[1]), load_E)
-    return _Experts.apply(x_RD, None, None, None, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled())
+    return _Experts.apply(x_RD, None, None, None, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled(), narrow)
 
 
-def dense_swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+def dense_swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, narrow: bool = False) -> Tensor:
     """down(silu(gate x) * up x) of every position [..., D], where `trains` takes them all."""
     x_TD = x.reshape(-1, x.shape[-1])
     if gate_FD.shape != up_FD.shape or gate_FD.shape != down_DF.mT.shape or x_TD.shape[1] != gate_FD.shape[1]:
         raise ValueError(f"rows {tuple(x.shape)} do not fit gate and up {tuple(gate_FD.shape)} and down {tuple(down_DF.shape)}")
     load_E = torch.tensor([len(x_TD)], device="cpu")
-    return _Experts.apply(x_TD, None, None, None, load_E, gate_FD, up_FD, down_DF, torch.is_grad_enabled()).view(x.shape)
+    return _Experts.apply(x_TD, None, None, None, load_E, gate_FD, up_FD, down_DF, torch.is_grad_enabled(), narrow).view(
+        x.shape
+    )
 
 
 def _check(x: Tensor, down_EDF: Tensor, fits: bool, load_E: Tensor) -> None:
@@ -59,7 +66,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, weight_TK: Tensor | None, row_TK: Tensor | None, token_R: Tensor | None, load_E: Tensor,
-        gate: Tensor, up: Tensor | None, down: Tensor, keeps: bool,
+        gate: Tensor, up: Tensor | None, down: Tensor, keeps: bool, narrow: bool,
     ) -> Tensor:  # fmt: skip
         x, gate, up, down = x_TD.contiguous(), gate.contiguous(), up if up is None else up.contiguous(), down.contiguous()
         load, weight = load_E.contiguous(), None if weight_TK is None else weight_TK.contiguous()
@@ -68,7 +75,8 @@ class _Experts(torch.autograd.Function):
         inner = x.new_empty(rows, 2 * down.shape[-1]) if keeps and any(ctx.needs_input_grad) else None
         y = None if token is None else x.new_empty(rows, x.shape[1])
         out = torch.empty_like(x)
-        _run(x, weight, row, token, load, gate, up, down, inner, y, out)
+        ctx.narrow = narrow
+        _run(narrow, x, weight, row, token, load, gate, up, down, inner, y, out)
         ctx.save_for_backward(x, weight, row, token, load, gate, up, down, inner)
         return out
 
@@ -88,15 +96,16 @@ class _Experts(torch.autograd.Function):
             torch.empty_like(of) if needs_matrices and of is not None else None for of in (gate, up, down)
         )
         _run(
-            x, weight, row, token, load, gate, up, down, inner, None, None,
+            ctx.narrow, x, weight, row, token, load, gate, up, down, inner, None, None,
             (grad, grad_x, grad_weight, grad_gate, grad_up, grad_down, x_rows, weight_rows),
         )  # fmt: skip
-        return grad_x, grad_weight if needs_weight else None, None, None, None, grad_gate, grad_up, grad_down, None
+        return grad_x, grad_weight if needs_weight else None, None, None, None, grad_gate, grad_up, grad_down, None, None
 
 
 def _run(
-    x: Tensor, weight: Tensor | None, row: Tensor | None, token: Tensor | None, load: Tensor, gate: Tensor, up: Tensor | None,
-    down: Tensor, inner: Tensor | None, y: Tensor | None, out: Tensor | None, gradient: tuple[Tensor | None, ...] | None = None,
+    narrow: bool, x: Tensor, weight: Tensor | None, row: Tensor | None, token: Tensor | None, load: Tensor, gate: Tensor,
+    up: Tensor | None, down: Tensor, inner: Tensor | None, y: Tensor | None, out: Tensor | None,
+    gradient: tuple[Tensor | None, ...] | None = None,
 ) -> None:  # fmt: skip
     """One pass of the kernel: forward, or with `gradient` (as `ExpertsGradient`, without up where gate holds both) backward."""
     hidden, width = down.shape[-2:]
@@ -106,7 +115,8 @@ def _run(
         *(_at(tensor) for tensor in (x, token, row, load, weight, gate)),
         gate.data_ptr() + half if up is None else _at(up),
         *(_at(tensor) for tensor in (down, inner, y, out)),
-        tokens, rows, hidden, width, len(load), 1 if row is None else row.shape[1], 2 * hidden * width, torch.get_num_threads(),
+        tokens, rows, hidden, width, len(load), 1 if row is None else row.shape[1], 2 * hidden * width, narrow,
+        torch.get_num_threads(),
     )  # fmt: skip
     library = training_library()
     assert library is not None

@@ -44,6 +44,7 @@ class LatentAttention(nn.Module):
         self.latent = config.kv_lora_rank or 0
         self.scale = softmax_scale(config)
         self.interleaved = config.rope_interleave
+        self.narrow = False
         hidden, bias = config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, self.heads * config.qk_head_dim)
@@ -80,7 +81,7 @@ class LatentAttention(nn.Module):
         q_BTHK = self.queries(x_BTD)
         if cache is None:
             kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
-            out_BTHV = latent_attention(q_BTHK, kv_BTHX, k_BTR, turn_TR, self.scale, self.interleaved, document_BT)
+            out_BTHV = latent_attention(q_BTHK, kv_BTHX, k_BTR, turn_TR, self.scale, self.interleaved, document_BT, self.narrow)
         else:
             q_BTHN, q_BTHR = q_BTHK.split((self.nope, self.rotary), dim=-1)
             k_TR = self.rotate(k_BTR[:, :, None], turn_TR)[0, :, 0]
@@ -157,6 +158,7 @@ class GroupedQueryAttention(nn.Module):
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads or 1
         self.rotary = config.rotary_dim
         self.scale = softmax_scale(config)
+        self.narrow = False
         width, bias = config.head_dim or 0, config.attention_bias
         self.q_proj = Linear(config.hidden_size, self.heads * width, bias=bias)
         self.k_proj = Linear(config.hidden_size, self.groups * width, bias=bias)
@@ -171,7 +173,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         q_BTHK, k_BTGK, v_BTGK = self.projected(x_BTD, turn_TR)
         if cache is None:
-            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT)
+            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT, self.narrow)
         else:
             sequences = cache.append(k_BTGK[0], v_BTGK[0])
             out_BTHK = torch.cat([self.continued(q_BTHK[:, rows], k[None], v[None]) for rows, k, v in sequences], dim=1)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadre.kernels.grouped import expert_swiglu
+from cadre.kernels.linear import linear
 from cadre.kernels.native.library import trains
 from cadre.kernels.permute import gather_rows, sort_choices, sum_choices
 from cadre.kernels.routed import routed_swiglu
@@ -69,7 +69,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routes:
         config = self.config
-        logit_TE = F.linear(x_TD.float(), self.weight.float())
+        logit_TE = linear(x_TD.float(), self.weight.float())
         if trains(logit_TE):
             return Routes(*choose_experts(logit_TE, self.e_score_correction_bias, self.rule), logit_TE)
         score_TE = logit_TE.sigmoid() if config.scoring_func == "sigmoid" else logit_TE.softmax(dim=-1)
@@ -130,12 +130,14 @@ class Experts(nn.Module):
         experts, hidden, width = config.n_routed_experts or 0, config.hidden_size, config.moe_intermediate_size or 0
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.narrow = False
 
     def forward(self, x: Tensor, load_E: Tensor, plan: Plan | None = None) -> Tensor:
         """Rows [R, D] sorted by expert in, rows out. With a plan, where `moves_rows`: tokens [T, D] in, tokens out."""
         if plan is None:
-            return expert_swiglu(x, load_E, self.gate_up_proj, self.down_proj)
-        return routed_swiglu(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, self.gate_up_proj, self.down_proj)
+            return expert_swiglu(x, load_E, self.gate_up_proj, self.down_proj, self.narrow)
+        matrices = self.gate_up_proj, self.down_proj
+        return routed_swiglu(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, *matrices, narrow=self.narrow)
 
     def moves_rows(self, x_TD: Tensor) -> bool:
         """Whether dispatch and combine can be had as part of the experts' kernel, so that no row is ever stored."""

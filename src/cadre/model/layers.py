@@ -8,22 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadre.kernels.linear import linear
 from cadre.kernels.native.library import trains
 from cadre.kernels.norm import rms_norm
 from cadre.kernels.routed import dense_swiglu
 
 
 class Linear(nn.Linear):
-    """`y = x W^T + b` in x's dtype; W is [out, in]. Left uninitialised: `initialize` or a checkpoint fills it."""
+    """`y = x W^T + b` in x's dtype; W is [out, in]. Left uninitialised: `initialize` or a checkpoint fills it.
+
+    `narrow`, of this and other parts: whether products are of factors rounded to bfloat16 (`Transformer.compute_in`)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
+        self.narrow = False
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias, self.narrow)
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +55,7 @@ class SwiGLU(nn.Module):
         parts = self.gate_proj, self.up_proj, self.down_proj
         # Parts of another kind (quantized, adapted) or watched by hooks have to be called.
         if all(type(part) is Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts):
-            weights = tuple(part.weight for part in parts)
-            if trains(x, *weights):
-                return dense_swiglu(x, *weights)
+            gate, up, down = (part.weight for part in parts)
+            if trains(x, gate, up, down):
+                return dense_swiglu(x, gate, up, down, self.gate_proj.narrow)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadre.kernels.native.library import multiplies
 from cadre.model.attention import GroupedQueryAttention, LatentAttention, LayerCache
 from cadre.model.config import ModelConfig
-from cadre.model.experts import MixtureOfExperts, Router
+from cadre.model.experts import Experts, MixtureOfExperts, Router
 from cadre.model.layers import Linear, RMSNorm, SwiGLU
 from cadre.model.rope import RotaryTable
 
@@ -110,6 +111,15 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         """Where its parameters are, but for those without storage."""
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Train in bfloat16 or float32, with weights of float32. On a CPU with our own products of bfloat16, bfloat16 means
+        those: what lies between products stays float32."""
+        narrow = dtype == torch.bfloat16 and self.device.type == "cpu" and multiplies(narrow=True)
+        self.compute_dtype = torch.float32 if narrow else dtype
+        for module in self.modules():
+            if isinstance(module, (Linear, Experts, LatentAttention, GroupedQueryAttention)):
+                module.narrow = narrow
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         embedded = F.embedding(ids_BT, self.embed_tokens.weight)

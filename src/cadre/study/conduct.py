@@ -45,7 +45,7 @@ def begin(
     record. `source`: text in place of the study's. `processes`: how many train every run. Raises `UsageError` for arms that
     cannot be matched, a budget too small, and a directory that holds anything else."""
     from cadre.data.shards import prepare
-    from cadre.kernels.limits import best_dtype, default_device
+    from cadre.kernels.limits import default_device, training_dtype
     from cadre.study.turns import step_seconds
 
     try:
@@ -71,7 +71,7 @@ def begin(
     arms = match(study, base, data.vocab_size)
     dtype: str = base.train.dtype
     if dtype == "auto":  # once for all: each run would measure anew, and might choose differently
-        dtype = str(best_dtype(default_device())).removeprefix("torch.")
+        dtype = str(training_dtype(default_device())).removeprefix("torch.")
     hourly, hourly_source = rent_of(study, rent)
     path.mkdir(parents=True, exist_ok=True)
     probe = {a.name: recipe_of(Job("run", a.name, study.seeds[0], 1000, 1.0), a.recipe, 1.0, 10, dtype) for a in arms}

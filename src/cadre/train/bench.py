@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cadre.errors import UsageError
-from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second, peak_memory_bytes, synchronize
+from cadre.kernels.limits import default_device, gemm_flops_per_second, peak_memory_bytes, synchronize, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
@@ -40,7 +40,7 @@ class TrainingStep:
         torch.manual_seed(0)
         self.batch, self.seq_len, self.device = batch, seq_len, device
         self.model = Transformer(config).initialize(0).to(device)
-        self.model.compute_dtype = dtype
+        self.model.compute_in(dtype)
         self.model.train()
         self.optimizer = Optimizer(self.model, ADAMW)
         self.balance = Balance(self.model, BalanceSection())
@@ -116,7 +116,7 @@ def bench_train(config: ModelConfig, *, batch: int, seq_len: int, steps: int, dt
     FLOP/s to it, and the peak memory of the process in bytes.
     """
     device = default_device()
-    dtype = dtype or best_dtype(device)
+    dtype = dtype or training_dtype(device)
     step = TrainingStep(config, batch=batch, seq_len=seq_len, dtype=dtype, device=device)
     gemm = gemm_flops_per_second(dtype, device)
     seconds = [step() for _ in range(WARM_UP + steps)][WARM_UP:]

@@ -217,7 +217,7 @@ class _Trained:
     def __init__(self, config: ModelConfig, step: Step, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.step, self.rows, self.dtype, self.device = step, rows, dtype, device
         self.model = Transformer(config).initialize(0).to(device)
-        self.model.compute_dtype = dtype
+        self.model.compute_in(dtype)
         self.model.train()
         self.optimizer = Optimizer(self.model, step.optimizer)
         self.balance = Balance(self.model, Recipe.model_fields["balance"].default)

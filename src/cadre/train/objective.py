@@ -123,7 +123,8 @@ def token_losses(
     def mean_loss(hidden_BTD: Tensor, ahead: int, weight_N: Tensor) -> Tensor:
         """Of the tokens that lie so far ahead of the first rows' positions."""
         target_BT = micro.ids_BT[: len(hidden_BTD), ahead : every + ahead][:, micro.own_T]
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.lm_head.weight, target_BT.flatten(), weight_N)
+        head = model.lm_head
+        return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, target_BT.flatten(), weight_N, head.narrow)
 
     total = mean_loss(hidden_BTD, 1, mean_N)
     main = total.detach()

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from cadre.errors import RunError, UsageError
-from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second, synchronize
+from cadre.kernels.limits import default_device, gemm_flops_per_second, synchronize, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.train.bench import ADAMW, WARM_UP, changed, check_length, circumstances
 from cadre.train.bench_worker import Build, Worker, ours, result, take_turns
@@ -123,7 +123,7 @@ def bench_peer(
     check_length(config, seq_len)
     device = default_device()
     check_memory(config, device)
-    dtype = dtype or best_dtype(device)
+    dtype = dtype or training_dtype(device)
     best, probes = _probe(config, batch, seq_len, note)
     gemm = gemm_flops_per_second(dtype, device)
     shape = {"batch": batch, "seq_len": seq_len}

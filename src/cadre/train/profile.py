@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadre.kernels.limits import best_dtype, default_device, gemm_flops_per_second, memory_bytes_per_second, synchronize
+from cadre.kernels.limits import default_device, gemm_flops_per_second, memory_bytes_per_second, synchronize, training_dtype
 from cadre.model.attention import GroupedQueryAttention, LatentAttention
 from cadre.model.config import ModelConfig
 from cadre.model.experts import Experts, MixtureOfExperts, Router
@@ -233,7 +233,7 @@ def bench_profile(
     unwatched step's, as a share of it, `distorted` whether that is more than 5%.
     """
     device = default_device()
-    dtype = dtype or best_dtype(device)
+    dtype = dtype or training_dtype(device)
     step = TrainingStep(config, batch=batch, seq_len=seq_len, dtype=dtype, device=device)
     limits = {"flops": gemm_flops_per_second(dtype, device), "bytes": memory_bytes_per_second(device)}
     for _ in range(WARM_UP):

@@ -28,7 +28,7 @@ from cadre.files import replace_file
 from cadre.hub.directory import load_config, model_directory
 from cadre.hub.save import check_expressible
 from cadre.hub.tokenizer import check_vocabulary, special_ids, tokenizer_hash
-from cadre.kernels.limits import best_dtype
+from cadre.kernels.limits import training_dtype
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import document_start
 from cadre.model.transformer import Transformer
@@ -213,7 +213,7 @@ def _check_samples(recipe: Recipe, config: ModelConfig, data: TokenData) -> None
 def _dtype(choice: str, device: torch.device, parallel: Parallel) -> torch.dtype:
     if choice != "auto":
         return getattr(torch, choice)
-    narrow = parallel.agree(parallel.main and best_dtype(device) == torch.bfloat16)
+    narrow = parallel.agree(parallel.main and training_dtype(device) == torch.bfloat16)
     return torch.bfloat16 if narrow else torch.float32
 
 

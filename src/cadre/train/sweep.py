@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cadre.errors import RunError, UsageError
-from cadre.kernels.limits import best_dtype, default_device
+from cadre.kernels.limits import default_device, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.plan.count import count
 from cadre.train.bench import changed, circumstances
@@ -120,7 +120,7 @@ def bench_sweep(
     one could not run) and what `growth` says of them.
     """
     device = default_device()
-    dtype = dtype or best_dtype(device)
+    dtype = dtype or training_dtype(device)
     every = points(config, batch, seq_len, quick)
     work = {point.key: point.flops for point in every}
     left = TimeLeft(sum(work.values()))

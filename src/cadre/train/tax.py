@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cadre.errors import UsageError
-from cadre.kernels.limits import best_dtype, default_device
+from cadre.kernels.limits import default_device, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.plan.count import count
 from cadre.train.bench import changed, check_length, circumstances
@@ -74,7 +74,7 @@ def bench_tax(
         raise UsageError("--tax: the config has no experts; give one with experts, its dense twin is made from it")
     check_length(config, seq_len)
     device = default_device()
-    dtype = dtype or best_dtype(device)
+    dtype = dtype or training_dtype(device)
     shapes = [(experts, top_k) for top_k in TOP_K for experts in (QUICK_EXPERTS if quick else EXPERTS)]
     for experts, top_k in shapes:
         check_memory(variant(config, experts, top_k), device)

@@ -86,7 +86,7 @@ class Trainer:
         self.run, self.observer, self.parallel = run, observer, run.parallel
         self.recipe, self.model = run.recipe, run.model
         self.device = self.model.device
-        self.model.compute_dtype = run.dtype
+        self.model.compute_in(run.dtype)
         self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.parallel)
         self.balance = Balance(self.model, self.recipe.balance, self.parallel)
         layers = [index for index, _ in self.balance.layers]

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "step.h"
+#include "words.h"
 
 // [batch, positions, heads, width] seen through element strides; the batch stride is positions * token.
 struct Heads {
@@ -20,7 +21,9 @@ struct CausalAttention {
     const float* turn;     // cosine and sine by position and rotary pair, or null
     const int32_t* first;  // [batch, queries] the first position that one sees; null: position 0
     float scale;
-    int32_t batch, queries, length, heads, groups, nope, rotary, value, split, threads;
+    int32_t batch, queries, length, heads, groups, nope, rotary, value, split;
+    Factors factors;
+    int32_t threads;
 };
 
 // As its operands; k_rotary: [batch, length, groups, rotary], to be summed over groups.
@@ -39,20 +42,20 @@ constexpr size_t LINE = 16;  // floats of a cache line
 
 size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// c[m][n] (+)= sum_k a[m * a_row + k * a_col] * b[k * b_row + n] for ROWS_AT_ONCE rows and WIDE vectors.
-template <int WIDE>
-__attribute__((noinline)) void tile(const float* a, size_t a_row, size_t a_col, size_t depth, const float* b, size_t b_row, float* c,
+// c[m][n] (+)= sum_k a[m * a_row + k * a_col] * b[k * b_row + n] for ROWS_AT_ONCE rows and WIDE vectors, k counting words.
+template <class Kind, int WIDE, class Word = typename Kind::word>
+__attribute__((noinline)) void tile(const Word* a, size_t a_row, size_t a_col, size_t depth, const Word* b, size_t b_row, float* c,
                                     size_t c_row, bool add) {
     floats sum[ROWS_AT_ONCE][WIDE] = {};
     for (size_t k = 0; k < depth; k++, a += a_col, b += b_row) {
-        floats with[WIDE];
+        typename Kind::words with[WIDE];
 #pragma GCC unroll 2
-        for (int n = 0; n < WIDE; n++) with[n] = load(b + n * LANES);
+        for (int n = 0; n < WIDE; n++) with[n] = Kind::load(b + n * LANES);
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS_AT_ONCE; m++) {
-            floats row = all(a[m * a_row]);
+            const Word row = a[m * a_row];
 #pragma GCC unroll 2
-            for (int n = 0; n < WIDE; n++) sum[m][n] += row * with[n];
+            for (int n = 0; n < WIDE; n++) sum[m][n] = Kind::add_product(sum[m][n], row, with[n]);
         }
     }
 #pragma GCC unroll 8
@@ -67,11 +70,12 @@ __attribute__((noinline)) void tile(const float* a, size_t a_row, size_t a_col, 
 // A block of weights: query i sees the keys up to i + ahead. Whole tiles of what none sees are passed over.
 //
 // c[i][j] = <a[i], b[j]> for `rows` queries and `cols` keys; b in panels of PANEL keys, each [depth, PANEL].
-void scores(const float* a, size_t a_row, size_t rows, size_t depth, const float* b, size_t cols, int64_t ahead, float* c) {
+template <class Kind, class Word = typename Kind::word>
+void scores(const Word* a, size_t a_row, size_t rows, size_t depth, const Word* b, size_t cols, int64_t ahead, float* c) {
     for (size_t n = 0; n < cols; n += PANEL, b += depth * PANEL)
         for (size_t m = 0; m < rows; m += ROWS_AT_ONCE)
             if ((int64_t)n < (int64_t)(m + ROWS_AT_ONCE) + ahead)
-                tile<2>(a + m * a_row, a_row, 1, depth, b, PANEL, c + m * cols + n, cols, false);
+                tile<Kind, 2>(a + m * a_row, a_row, 1, depth, b, PANEL, c + m * cols + n, cols, false);
 }
 
 // How many of `keys` keys the products of query i's tile look at, in whole vectors.
@@ -89,20 +93,52 @@ void by_columns(size_t cols, size_t rows, Add add) {
         }
 }
 
-// c[i] += sum_j weight[i][j] * b[j] over the keys that query i sees.
-void gather(const float* weight, size_t queries, size_t keys, int64_t ahead, const float* b, size_t width, float* c) {
+// c[i] += sum_j weight[i][j] * b[j] over the keys that query i sees: words along j in both.
+template <class Kind, class Word = typename Kind::word>
+void gather(const Word* weight, size_t queries, size_t keys, int64_t ahead, const Word* b, size_t width, float* c) {
+    constexpr size_t F = Kind::FACTORS;
     by_columns(width, queries, [=](auto wide, size_t m, size_t n) {
         const int64_t depth = std::min((int64_t)keys, (int64_t)(m + ROWS_AT_ONCE) + ahead);
-        if (depth > 0) tile<wide>(weight + m * keys, keys, 1, depth, b + n, width, c + m * width + n, width, true);
+        if (depth > 0)
+            tile<Kind, wide>(weight + m * (keys / F), keys / F, 1, up((size_t)depth, F) / F, b + n, width, c + m * width + n, width, true);
     });
 }
 
-// c[j] += sum_i weight[i][j] * b[i] over the queries that see key j.
-void scatter(const float* weight, size_t queries, size_t keys, int64_t ahead, const float* b, size_t width, float* c) {
+// c[j] += sum_i weight[i][j] * b[i] over the queries that see key j: words along i in both.
+template <class Kind, class Word = typename Kind::word>
+void scatter(const Word* weight, size_t queries, size_t keys, int64_t ahead, const Word* b, size_t width, float* c) {
+    constexpr size_t F = Kind::FACTORS;
     by_columns(width, keys, [=](auto wide, size_t m, size_t n) {
-        const size_t i = (size_t)std::max((int64_t)0, (int64_t)m - ahead);
-        if (i < queries) tile<wide>(weight + i * keys + m, 1, keys, queries - i, b + i * width + n, width, c + m * width + n, width, true);
+        const size_t i = (size_t)std::max((int64_t)0, (int64_t)m - ahead) / F;
+        if (i < queries / F)
+            tile<Kind, wide>(weight + i * keys + m, 1, keys, queries / F - i, b + i * width + n, width, c + m * width + n, width, true);
     });
+}
+
+// The words of whole vectors along rows: n floats, a multiple of two vectors. `to` may be `from` itself where words are floats.
+template <class Kind, class Word = typename Kind::word>
+void into_words(const float* from, size_t n, Word* to) {
+    if constexpr (Kind::FACTORS > 1)
+        for (size_t i = 0; i < n; i += 2 * LANES, to += LANES) Kind::store(to, Kind::join(load(from + i), load(from + i + LANES)));
+}
+
+// The words down columns: of rows [count, wide], whole vectors, to [count / FACTORS, wide].
+template <class Kind, class Word = typename Kind::word>
+void into_columns(const float* from, size_t count, size_t wide, Word* to) {
+    if constexpr (Kind::FACTORS > 1)
+        for (size_t t = 0; t < count; t += 2, from += 2 * wide)
+            for (size_t k = 0; k < wide; k += LANES, to += LANES) Kind::store(to, Kind::zip(load(from + k), load(from + wide + k)));
+}
+
+// Room for the words of `n` floats: there where the floats are, or at `room`, which then begins behind it.
+template <class Kind, class Word = typename Kind::word>
+Word* words_of(float* floats_there, size_t n, float*& room) {
+    if constexpr (Kind::FACTORS == 1) return floats_there;
+    else {
+        Word* words = (Word*)room;
+        room += n / Kind::FACTORS;
+        return words;
+    }
 }
 
 // `from` is padded to whole vectors, `to` is not.
@@ -184,8 +220,9 @@ struct Shape {
     }
 };
 
-// Rows [count, wide] (column `width` and further unused) into panels [count / PANEL][width][PANEL].
-void into_panels(const float* rows, size_t count, size_t wide, size_t width, float* to) {
+// Rows of words [count, wide] (column `width` and further unused) into panels [count / PANEL][width][PANEL].
+template <class Word>
+void into_panels(const Word* rows, size_t count, size_t wide, size_t width, Word* to) {
     for (size_t t = 0; t < count; t += PANEL, to += width * PANEL)
         for (size_t j = 0; j < PANEL; j++)
             for (size_t k = 0; k < width; k++) to[k * PANEL + j] = rows[(t + j) * wide + k];
@@ -209,26 +246,37 @@ void hide(float* row, int n, int low, int high, float hidden) {
     }
 }
 
+template <class Kind>
 void forward(const Shape& s, int b, int g) {
+    typedef typename Kind::word Word;
+    constexpr size_t F = Kind::FACTORS;
     static thread_local Scratch<> memory;
     const CausalAttention& c = s.c;
-    float* rows = memory.of(s.padded * (2 * s.wide_k + s.wide_v) + QUERIES * (s.wide_k + KEYS + s.wide_v + 2));
-    float* panels = rows + s.padded * s.wide_k;
-    float* values = panels + s.padded * s.wide_k;
-    float* q = values + s.padded * s.wide_v;
+    const size_t all_k = s.padded * s.wide_k, all_v = s.padded * s.wide_v, deep_k = (s.K + F - 1) / F;
+    float* rows = memory.of(3 * all_k + 2 * all_v + QUERIES * (2 * s.wide_k + 2 * KEYS + s.wide_v + 2));
+    Word* panels = (Word*)(rows + all_k);
+    float* values = rows + 2 * all_k;
+    float* q = values + all_v;
     float* weight = q + QUERIES * s.wide_k;
     float* out = weight + QUERIES * KEYS;
-    float *top = out + QUERIES * s.wide_v, *total = top + QUERIES;
+    float *top = out + QUERIES * s.wide_v, *total = top + QUERIES, *room = total + QUERIES;
+    Word* key_words = words_of<Kind>(rows, all_k, room);
+    Word* value_words = words_of<Kind>(values, all_v, room);
+    Word* q_words = words_of<Kind>(q, QUERIES * s.wide_k, room);
+    Word* weight_words = words_of<Kind>(weight, QUERIES * KEYS, room);
 
     s.keys(b, g, rows);
-    into_panels(rows, s.padded, s.wide_k, s.K, panels);
+    into_words<Kind>(rows, all_k, key_words);
+    into_panels(key_words, s.padded, s.wide_k / F, deep_k, panels);
     s.values(b, g, values);
+    into_columns<Kind>(values, s.padded, s.wide_v, value_words);
     const int per_group = c.heads / c.groups;
     for (int h = g * per_group; h < (g + 1) * per_group; h++)
         for (size_t from = 0; from < s.queries; from += QUERIES) {
             const size_t count = std::min((size_t)QUERIES, s.queries - from), stop = s.past + from + count;
             const size_t tall = up(count, ROWS_AT_ONCE);
             s.block(b, h, from, q);
+            into_words<Kind>(q, QUERIES * s.wide_k, q_words);
             std::fill(out, out + QUERIES * s.wide_v, 0.0f);
             std::fill(top, top + QUERIES, -INFINITY);
             std::fill(total, total + QUERIES, 0.0f);
@@ -236,9 +284,10 @@ void forward(const Shape& s, int b, int g) {
                 // Whole panels up to the last query's own position.
                 const size_t keys = std::min((size_t)KEYS, up(stop - begin, PANEL));
                 const int64_t ahead = (int64_t)(s.past + from) - (int64_t)begin;
-                scores(q, s.wide_k, tall, s.K, panels + begin * s.K, keys, ahead, weight);
+                scores<Kind>(q_words, s.wide_k / F, tall, deep_k, panels + begin * deep_k, keys, ahead, weight);
                 for (size_t i = 0; i < tall; i++) {
                     float* w = weight + i * keys;
+                    Word* words = weight_words + i * (keys / F);
                     const int reach = reach_of(i, ahead, keys);
                     int low, high;
                     s.seen(b, from + i, begin, reach, low, high);
@@ -250,13 +299,13 @@ void forward(const Shape& s, int b, int g) {
                     }
                     const float now = largest(most);
                     if (now == -INFINITY && low >= high) {  // nothing seen yet
-                        std::fill(w, w + reach, 0.0f);
+                        std::fill(words, words + reach / F, Word{});
                         continue;
                     }
                     floats sums = {};
                     for (int j = 0; j < reach; j += LANES) {
                         floats p = exponential(load(w + j) - now);
-                        store(w + j, p);
+                        Kind::store_along(words + j / F, p);
                         sums += p;
                     }
                     if (now > top[i]) {
@@ -270,7 +319,7 @@ void forward(const Shape& s, int b, int g) {
                     }
                     total[i] += sum(sums);
                 }
-                gather(weight, tall, keys, ahead, values + begin * s.wide_v, s.wide_v, out);
+                gather<Kind>(weight_words, tall, keys, ahead, value_words + begin / F * s.wide_v, s.wide_v, out);
             }
             for (size_t i = 0; i < count; i++) {
                 float* to = c.out.data + ((size_t)b * s.queries + from + i) * c.out.token + h * c.out.head;
@@ -281,27 +330,44 @@ void forward(const Shape& s, int b, int g) {
         }
 }
 
+template <class Kind>
 void backward(const Shape& s, CausalGradient& d, int b, int g) {
+    typedef typename Kind::word Word;
+    constexpr size_t F = Kind::FACTORS;
     static thread_local Scratch<> memory;
     const CausalAttention& c = s.c;
     constexpr size_t KEYS = KEYS_BACK;
-    const size_t all_k = s.padded * s.wide_k, all_v = s.padded * s.wide_v;
-    float* keys_rows = memory.of(3 * all_k + 2 * all_v + QUERIES * (2 * s.wide_k + s.wide_v + 2 * KEYS + 1));
-    float* key_panels = keys_rows + all_k;
-    float* d_keys = key_panels + all_k;
-    float* value_panels = d_keys + all_k;
-    float* d_values = value_panels + all_v;
-    float* q = d_values + all_v;
+    const size_t all_k = s.padded * s.wide_k, all_v = s.padded * s.wide_v, deep_k = (s.K + F - 1) / F, deep_v = (s.V + F - 1) / F;
+    float* keys_rows = memory.of(4 * all_k + 3 * all_v + QUERIES * (4 * s.wide_k + 3 * s.wide_v + 4 * KEYS + 1));
+    float* d_keys = keys_rows + all_k;
+    Word* key_panels = (Word*)(d_keys + all_k);
+    float* d_values = keys_rows + 3 * all_k;
+    Word* value_panels = (Word*)(d_values + all_v);
+    float* q = d_values + 2 * all_v;
     float* d_q = q + QUERIES * s.wide_k;
     float* d_out = d_q + QUERIES * s.wide_k;
     float* weight = d_out + QUERIES * s.wide_v;
     float* d_weight = weight + QUERIES * KEYS;
     float* along = d_weight + QUERIES * KEYS;  // of each query, <d_out, out>
+    float* room = along + QUERIES;
+    // Along the columns of a row for scores, down the columns of a matrix for sums over its rows.
+    Word* key_words = words_of<Kind>(keys_rows, all_k, room);
+    Word* value_words = words_of<Kind>(d_values, all_v, room);
+    Word* q_words = words_of<Kind>(q, QUERIES * s.wide_k, room);
+    Word* q_columns = words_of<Kind>(q, QUERIES * s.wide_k, room);
+    Word* d_out_words = words_of<Kind>(d_out, QUERIES * s.wide_v, room);
+    Word* d_out_columns = words_of<Kind>(d_out, QUERIES * s.wide_v, room);
+    Word* weight_columns = words_of<Kind>(weight, QUERIES * KEYS, room);
+    Word* d_weight_words = words_of<Kind>(d_weight, QUERIES * KEYS, room);
+    Word* d_weight_columns = words_of<Kind>(d_weight, QUERIES * KEYS, room);
 
     s.values(b, g, d_values);
-    into_panels(d_values, s.padded, s.wide_v, s.V, value_panels);
+    into_words<Kind>(d_values, all_v, value_words);
+    into_panels(value_words, s.padded, s.wide_v / F, deep_v, value_panels);
     s.keys(b, g, keys_rows);
-    into_panels(keys_rows, s.padded, s.wide_k, s.K, key_panels);
+    into_words<Kind>(keys_rows, all_k, key_words);
+    into_panels(key_words, s.padded, s.wide_k / F, deep_k, key_panels);
+    into_columns<Kind>(keys_rows, s.padded, s.wide_k, key_words);
     std::fill(d_keys, d_keys + all_k, 0.0f);
     std::fill(d_values, d_values + all_v, 0.0f);
     const int per_group = c.heads / c.groups;
@@ -311,7 +377,11 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
             const size_t tall = up(count, ROWS_AT_ONCE);
             const float* log_sum = c.log_sum + ((size_t)b * c.heads + h) * s.queries + from;
             s.block(b, h, from, q);
+            into_words<Kind>(q, QUERIES * s.wide_k, q_words);
+            into_columns<Kind>(q, QUERIES, s.wide_k, q_columns);
             s.rows(d.out, s.queries, b, h, from, QUERIES, s.V, s.wide_v, d_out);
+            into_words<Kind>(d_out, QUERIES * s.wide_v, d_out_words);
+            into_columns<Kind>(d_out, QUERIES, s.wide_v, d_out_columns);
             for (size_t i = 0; i < count; i++) {
                 const float* out = c.out.data + ((size_t)b * s.queries + from + i) * c.out.token + h * c.out.head;
                 floats dot = {};
@@ -322,8 +392,8 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
             for (size_t begin = s.first_key(b, from, KEYS); begin < stop; begin += KEYS) {
                 const size_t keys = std::min(KEYS, up(stop - begin, PANEL));
                 const int64_t ahead = (int64_t)(s.past + from) - (int64_t)begin;
-                scores(q, s.wide_k, tall, s.K, key_panels + begin * s.K, keys, ahead, weight);
-                scores(d_out, s.wide_v, tall, s.V, value_panels + begin * s.V, keys, ahead, d_weight);
+                scores<Kind>(q_words, s.wide_k / F, tall, deep_k, key_panels + begin * deep_k, keys, ahead, weight);
+                scores<Kind>(d_out_words, s.wide_v / F, tall, deep_v, value_panels + begin * deep_v, keys, ahead, d_weight);
                 for (size_t i = 0; i < tall; i++) {
                     float *w = weight + i * keys, *dw = d_weight + i * keys;
                     if (i >= count) {
@@ -340,10 +410,14 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
                         store(dw + j, p * (load(dw + j) - mean));
                     }
                     if (low > 0 || high < reach) hide(w, reach, low, high, 0.0f), hide(dw, reach, low, high, 0.0f);
+                    if (F > 1) std::fill(w + reach, w + keys, 0.0f), std::fill(dw + reach, dw + keys, 0.0f);
                 }
-                scatter(weight, tall, keys, ahead, d_out, s.wide_v, d_values + begin * s.wide_v);
-                scatter(d_weight, tall, keys, ahead, q, s.wide_k, d_keys + begin * s.wide_k);
-                gather(d_weight, tall, keys, ahead, keys_rows + begin * s.wide_k, s.wide_k, d_q);
+                into_columns<Kind>(weight, tall, keys, weight_columns);
+                into_columns<Kind>(d_weight, tall, keys, d_weight_columns);
+                into_words<Kind>(d_weight, tall * keys, d_weight_words);
+                scatter<Kind>(weight_columns, tall, keys, ahead, d_out_columns, s.wide_v, d_values + begin * s.wide_v);
+                scatter<Kind>(d_weight_columns, tall, keys, ahead, q_columns, s.wide_k, d_keys + begin * s.wide_k);
+                gather<Kind>(d_weight_words, tall, keys, ahead, key_words + begin / F * s.wide_k, s.wide_k, d_q);
             }
             for (size_t i = 0; i < count; i++) {
                 float* from_row = d_q + i * s.wide_k;
@@ -364,16 +438,29 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
 
 }  // namespace
 
+// f(a Kind) for the factors asked for.
+template <class F>
+void of_factors(Factors factors, F f) {
+#if defined(CADRE_BFLOAT16)
+    if (factors == Factors::BFLOAT16) return f(Bfloat16Words());
+#endif
+    f(FloatWords());
+}
+
 extern "C" void cadre_causal_attention(const CausalAttention* attention) {
     const Shape shape(*attention);
     const int groups = attention->groups, tasks = attention->batch * groups;
+    of_factors(attention->factors, [&](auto kind) {
 #pragma omp parallel for num_threads(attention->threads) schedule(dynamic)
-    for (int task = 0; task < tasks; task++) forward(shape, task / groups, task % groups);
+        for (int task = 0; task < tasks; task++) forward<decltype(kind)>(shape, task / groups, task % groups);
+    });
 }
 
 extern "C" void cadre_causal_attention_gradient(const CausalAttention* attention, CausalGradient* gradient) {
     const Shape shape(*attention);
     const int groups = attention->groups, tasks = attention->batch * groups;
+    of_factors(attention->factors, [&](auto kind) {
 #pragma omp parallel for num_threads(attention->threads) schedule(dynamic)
-    for (int task = 0; task < tasks; task++) backward(shape, *gradient, task / groups, task % groups);
+        for (int task = 0; task < tasks; task++) backward<decltype(kind)>(shape, *gradient, task / groups, task % groups);
+    });
 }

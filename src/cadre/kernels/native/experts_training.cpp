@@ -18,6 +18,7 @@ struct ExpertsTraining {
     float* out;                       // [tokens, hidden]
     int64_t tokens, rows, hidden, width, experts, choices;
     int64_t further;                  // floats from one expert's gate (and up) to the next one's
+    Factors factors;
     int32_t threads;
 };
 
@@ -106,6 +107,7 @@ std::vector<int64_t> starts_of(const ExpertsTraining& e) {
 
 void forward(const ExpertsTraining& e, int64_t expert, int64_t begin, int64_t end) {
     static thread_local Scratch<> memory;
+    const Multiply multiply{e.factors};
     const size_t D = e.hidden, F = e.width, count = end - begin;
     constexpr size_t most = Blocks::most(BLOCK);
     float* h = memory.of(most * (F + (e.inner ? 0 : 2 * F) + (e.token ? D : 0)));
@@ -130,6 +132,7 @@ struct Sums {
 
 void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& task) {
     static thread_local Scratch<> memory;
+    const Multiply multiply{e.factors};
     const size_t D = e.hidden, F = e.width;
     const int64_t block = block_back(D, F);
     const size_t most = Blocks::most(block);

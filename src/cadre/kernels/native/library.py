@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCES = (
-    *("attention.cpp", "feed_forward.cpp", "causal_attention.cpp"),
+    *("attention.cpp", "feed_forward.cpp", "causal_attention.cpp", "gemm.cpp"),
     *("experts_training.cpp", "norm_training.cpp", "routing.cpp", "cross_entropy.cpp", "newton_schulz.cpp"),
 )
-HEADERS = ("vector.h", "matrix.h", "step.h", "gemm.h")
+HEADERS = ("vector.h", "words.h", "matrix.h", "step.h", "gemm.h")
 _HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Libraries that nobody has loaded for so long are removed: of other versions, compilers and processors.
@@ -62,6 +62,14 @@ def training_library() -> ctypes.CDLL | None:
         return None
     loaded.cadre_use_sgemm(ctypes.cast(sgemm, ctypes.c_void_p))
     return loaded
+
+
+@functools.cache
+def multiplies(narrow: bool) -> bool:
+    """Whether our own products are faster here than torch's of float32: of factors rounded to bfloat16 (`narrow`) where the
+    processor multiplies those itself, of float32 where torch's BLAS leaves it half idle."""
+    loaded = training_library()
+    return loaded is not None and bool(loaded.cadre_multiplies(narrow))
 
 
 def trains(*tensors: Tensor) -> bool:

@@ -8,6 +8,8 @@
 
 namespace {
 
+const Multiply multiply;
+
 // to [cols, rows] = the transpose of from [rows, cols].
 void transpose(const float* from, size_t rows, size_t cols, float* to) {
     constexpr size_t TILE = 16;

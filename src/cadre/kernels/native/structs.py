@@ -65,7 +65,7 @@ class ExpertsTraining(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "token", "row", "load", "weight", "gate", "up", "down", "inner", "y", "out")),
         *((name, c_int64) for name in ("tokens", "rows", "hidden", "width", "experts", "choices", "further")),
-        ("threads", c_int32),
+        *((name, c_int32) for name in ("factors", "threads")),
     )
 
 
@@ -139,6 +139,9 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_norm.argtypes = (c_void_p, c_float, POINTER(Step), c_void_p)
     library.cadre_linear.argtypes = (POINTER(Matrix), c_void_p, c_int64, c_int32, c_void_p)
     library.cadre_use_sgemm.argtypes = (c_void_p,)
+    library.cadre_product.argtypes = (
+        *(c_void_p, c_int64, c_int32) * 2, *(c_int64,) * 3, c_float, c_int32, c_int32, c_void_p, c_int64,
+    )  # fmt: skip
     library.cadre_sort_choices.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
     library.cadre_routing.argtypes = (POINTER(Routing),)
     library.cadre_routing_gradient.argtypes = (POINTER(Routing), POINTER(RoutingGradient))
@@ -149,8 +152,10 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_experts_training.argtypes = (POINTER(ExpertsTraining),)
     library.cadre_experts_training_gradient.argtypes = (POINTER(ExpertsTraining), POINTER(ExpertsGradient))
     library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_void_p)
+    library.cadre_multiplies.argtypes, library.cadre_multiplies.restype = (c_int32,), c_int32
     for name in (
         *("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear", "use_sgemm", "sort_choices"),
+        *("product",),
         *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
         *("routing_gradient", "cross_entropy", "orthogonalize"),
     ):

@@ -1,0 +1,212 @@
+// Products by packed panels (Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, 2008): both operands are
+// copied, rounded on the way if asked to, into the order in which a tile of c reads them. Elements of c are summed in the same
+// order whatever is computed beside them.
+#include "gemm.h"
+
+#include <cstdlib>
+
+#if defined(__AVX512BW__)
+
+namespace {
+
+constexpr size_t ROWS = 8;    // of a tile: ROWS x WIDEST sums and what they meet fit the registers
+constexpr size_t WIDEST = 3;  // vectors of a tile's row
+constexpr size_t DEPTH = 256;  // words of a panel's row
+constexpr size_t TALL = 256, BROAD = 512;  // rows of a and columns of b packed at a time: both stay in the second-level cache
+constexpr size_t APART = 16;  // words between the rows of a packed a beyond their length: rows must not share cache sets
+
+// Transposes 16 vectors of 16 words.
+template <class V>
+void turn(V (&v)[16]) {
+    __m512i x[16];
+    for (int i = 0; i < 16; i++) x[i] = (__m512i)v[i];
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+        const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+        y[i] = _mm512_unpacklo_epi64(a, c), y[i + 1] = _mm512_unpackhi_epi64(a, c);
+        y[i + 2] = _mm512_unpacklo_epi64(b, d), y[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512i a = _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88), b = _mm512_shuffle_i32x4(y[i], y[i + 4], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0x88), d = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0xdd);
+        x[i] = _mm512_shuffle_i32x4(a, c, 0x88), x[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        x[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) v[i] = (V)x[i];
+}
+
+// Of `rows` rows that lie one after the other along K, `factors` factors from `from` on: to[row][word], rows `stride` words apart.
+template <class Kind>
+void pack_along(const float* from, size_t from_stride, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
+    constexpr size_t STEP = 16 * Kind::FACTORS;
+    for (size_t r = 0; r < rows; r++)
+        for (size_t k = 0; k < factors; k += STEP)
+            Kind::store(to + r * stride + k / Kind::FACTORS, Kind::along(from + r * from_stride + k, factors - k));
+}
+
+// The same of rows that lie side by side: to[word][row], words `stride` apart, whole vectors of rows.
+template <class Kind>
+void pack_across(const float* from, size_t from_stride, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
+    for (size_t k = 0; k < factors; k += Kind::FACTORS, to += stride, from += Kind::FACTORS * from_stride)
+        for (size_t r = 0; r < rows; r += 16)
+            Kind::store(to + r, Kind::across(from + r, from_stride, rows - r, k + 1 == factors));
+}
+
+// The same of rows that lie one after the other along K.
+template <class Kind>
+void pack_turned(const float* from, size_t from_stride, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
+    constexpr size_t STEP = 16 * Kind::FACTORS;
+    const size_t words = (factors + Kind::FACTORS - 1) / Kind::FACTORS;
+    for (size_t r = 0; r < rows; r += 16)
+        for (size_t k = 0; k < factors; k += STEP) {
+            typename Kind::words x[16];
+            for (size_t i = 0; i < 16; i++)
+                x[i] = r + i < rows ? Kind::along(from + (r + i) * from_stride + k, factors - k) : typename Kind::words{};
+            turn(x);
+            const size_t first = k / Kind::FACTORS, count = std::min<size_t>(16, words - first);
+            for (size_t i = 0; i < count; i++) Kind::store(to + (first + i) * stride + r, x[i]);
+        }
+}
+
+// c's tile of HIGH rows and WIDE vectors, of which the last has `tail` columns. a[row][word] (or [word][row] if ACROSS) and
+// b[word][column].
+template <class Kind, int HIGH, int WIDE, bool ACROSS>
+void tile(const typename Kind::word* a, size_t a_stride, const typename Kind::word* b, size_t words, float* c, size_t c_stride, int tail, float keep, float scale) {
+    floats sum[HIGH][WIDE] = {};
+    for (size_t k = 0; k < words; k++, b += WIDE * 16) {
+        typename Kind::words with[WIDE];
+#pragma GCC unroll 3
+        for (int n = 0; n < WIDE; n++) with[n] = Kind::load(b + n * 16);
+#pragma GCC unroll 8
+        for (int m = 0; m < HIGH; m++) {
+            const typename Kind::word x = ACROSS ? a[k * a_stride + m] : a[m * a_stride + k];
+#pragma GCC unroll 3
+            for (int n = 0; n < WIDE; n++) sum[m][n] = Kind::add_product(sum[m][n], x, with[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < HIGH; m++)
+#pragma GCC unroll 3
+        for (int n = 0; n < WIDE; n++) {
+            const int some = n + 1 < WIDE ? LANES : tail;
+            float* to = c + m * c_stride + n * 16;
+            floats value = scale == 1.0f ? sum[m][n] : sum[m][n] * scale;
+            if (keep != 0.0f) value += keep * load_some(to, some);
+            store_some(to, value, some);
+        }
+}
+
+template <class Kind, int WIDE, bool ACROSS>
+void column_of_tiles(size_t rows, const typename Kind::word* a, size_t a_stride, const typename Kind::word* b, size_t words, float* c, size_t c_stride, int tail,
+                     float keep, float scale) {
+    const size_t step = ACROSS ? 1 : a_stride;
+    size_t m = 0;
+    auto tiles = [&](auto high) {
+        for (; m + high <= rows; m += high)
+            tile<Kind, high, WIDE, ACROSS>(a + m * step, a_stride, b, words, c + m * c_stride, c_stride, tail, keep, scale);
+    };
+    tiles(std::integral_constant<int, ROWS>());
+    tiles(std::integral_constant<int, 4>());
+    tiles(std::integral_constant<int, 2>());
+    tiles(std::integral_constant<int, 1>());
+}
+
+// How many vectors the next of b's panels has, if `left` are left: no lone one beside full ones, whose sums would wait for each
+// other.
+size_t panel_width(size_t left) { return left == 4 ? 2 : std::min(left, WIDEST); }
+
+template <class Kind>
+void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* c, size_t c_stride, float keep, float scale) {
+    static thread_local Scratch<typename Kind::word> memory;
+    constexpr size_t FACTORS = DEPTH * Kind::FACTORS, STRIDE = std::max(DEPTH, TALL) + APART;
+    typename Kind::word* a_packed = memory.of(TALL * STRIDE + BROAD * DEPTH + 16 * DEPTH);
+    typename Kind::word* b_packed = a_packed + TALL * STRIDE;
+    if (K == 0)
+        for (size_t m = 0; m < M; m++)
+            for (size_t n = 0; n < N; n++) c[m * c_stride + n] = keep == 0.0f ? 0.0f : keep * c[m * c_stride + n];
+    for (size_t k = 0; k < K; k += FACTORS, keep = 1.0f) {
+        const size_t factors = std::min(FACTORS, K - k), words = (factors + Kind::FACTORS - 1) / Kind::FACTORS;
+        for (size_t n = 0; n < N; n += BROAD) {
+            const size_t columns = std::min(BROAD, N - n), vectors = (columns + 15) / 16;
+            typename Kind::word* panel = b_packed;
+            for (size_t v = 0, wide; v < vectors; v += wide, panel += wide * 16 * words) {
+                wide = panel_width(vectors - v);
+                const size_t first = n + v * 16, count = std::min(wide * 16, N - first);
+                if (b.turned) pack_turned<Kind>(b.data + first * b.stride + k, b.stride, count, factors, panel, wide * 16);
+                else pack_across<Kind>(b.data + k * b.stride + first, b.stride, count, factors, panel, wide * 16);
+            }
+            for (size_t m = 0; m < M; m += TALL) {
+                const size_t rows = std::min(TALL, M - m);
+                const size_t stride = a.turned ? TALL + APART : (words + 15) / 16 * 16 + APART;
+                if (a.turned) pack_across<Kind>(a.data + k * a.stride + m, a.stride, rows, factors, a_packed, stride);
+                else pack_along<Kind>(a.data + m * a.stride + k, a.stride, rows, factors, a_packed, stride);
+                panel = b_packed;
+                for (size_t v = 0, wide; v < vectors; v += wide, panel += wide * 16 * words) {
+                    wide = panel_width(vectors - v);
+                    const size_t first = n + v * 16;
+                    const int tail = (int)(std::min(wide * 16, N - first) - (wide - 1) * 16);
+                    auto tiles = [&](auto width, auto across) {
+                        column_of_tiles<Kind, width, across>(rows, a_packed, stride, panel, words, c + m * c_stride + first, c_stride, tail,
+                                                             keep, scale);
+                    };
+                    auto of_width = [&](auto width) { a.turned ? tiles(width, std::true_type()) : tiles(width, std::false_type()); };
+                    if (wide == 3) of_width(std::integral_constant<int, 3>());
+                    else if (wide == 2) of_width(std::integral_constant<int, 2>());
+                    else of_width(std::integral_constant<int, 1>());
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+bool ours(Factors factors) {
+    // The BLAS of torch's x86 builds (MKL) takes its AVX-512 paths on Intel's processors only.
+    static const bool slow_blas = __builtin_cpu_is("amd");
+    if (factors == Factors::FLOAT32) return slow_blas;
+#if defined(CADRE_BFLOAT16)
+    return true;
+#else
+    return false;
+#endif
+}
+
+void multiply_ours(size_t M, size_t N, size_t K, Operand a, Operand b, float* c, size_t c_stride, float keep, float scale,
+                   Factors factors) {
+#if defined(CADRE_BFLOAT16)
+    if (factors == Factors::BFLOAT16) return multiply_packed<Bfloat16Words>(M, N, K, a, b, c, c_stride, keep, scale);
+#endif
+    multiply_packed<FloatWords>(M, N, K, a, b, c, c_stride, keep, scale);
+}
+
+#else
+
+bool ours(Factors) { return false; }
+void multiply_ours(size_t, size_t, size_t, Operand, Operand, float*, size_t, float, float, Factors) {}
+
+#endif
+
+// Whether there is a kernel of ours for such products here that is faster than what torch has for float32.
+extern "C" int32_t cadre_multiplies(int32_t factors) { return ours((Factors)factors); }
+
+// c[M, N] = a[M, K] b[K, N] + keep * c by all threads, each with a share of c.
+extern "C" void cadre_product(const float* a, int64_t a_stride, int32_t a_turned, const float* b, int64_t b_stride, int32_t b_turned,
+                              int64_t M, int64_t N, int64_t K, float keep, int32_t factors, int32_t threads, float* c, int64_t c_stride) {
+    const Multiply multiply{(Factors)factors};
+    // As square as may be: a thread packs what it reads of both operands.
+    int64_t down = 1;
+    for (int64_t d = 1; d <= threads; d++)
+        if (threads % d == 0 && std::abs(M / d - N / (threads / d)) < std::abs(M / down - N / (threads / down))) down = d;
+    const int64_t beside = threads / down;
+    auto cut = [](int64_t n, int64_t i, int64_t parts) { return std::min(n, (n * i / parts + 15) / 16 * 16); };
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < down * beside; part++) {
+        const int64_t m = cut(M, part / beside, down), n = cut(N, part % beside, beside);
+        const int64_t rows = cut(M, part / beside + 1, down) - m, columns = cut(N, part % beside + 1, beside) - n;
+        if (rows <= 0 || columns <= 0) continue;
+        multiply(rows, columns, K, {a + (a_turned ? m : m * a_stride), (size_t)a_stride, a_turned != 0},
+                 {b + (b_turned ? n * b_stride : n), (size_t)b_stride, b_turned != 0}, c + m * c_stride + n, c_stride, keep);
+    }
+}
