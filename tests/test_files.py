@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from cadre.errors import DiskFullError, RunError, write_error
-from cadre.files import replace_file
+from cadre.errors import DiskFullError, RefusedError, RunError, write_error
+from cadre.files import replace_file, require_folder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -27,10 +27,28 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     [
         (OSError(28, "No space left on device"), DiskFullError, "out: not saved: the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), DiskFullError, "out: not saved: the disk is full"),
+        (PermissionError(13, "Permission denied"), RefusedError, "out: not saved: Permission denied: choose another place"),
         (OSError(5, "Input/output error"), RunError, "out: not saved: Input/output error"),
     ],
 )
 def test_what_failed_writing_says(error, kind, message):
     raised = write_error("out: not saved", error)
     assert type(raised) is kind and str(raised) == message
-    assert raised.status == (2 if kind is DiskFullError else 1)
+    assert raised.status == (1 if kind is RunError else 2)
+
+
+def test_a_folder_that_can_be_had_is_left_as_it_was(tmp_path):
+    require_folder(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "file").touch()
+    require_folder(tmp_path / "held")
+    assert [path.name for path in (tmp_path / "held").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_place_for_no_folder_is_refused(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        require_folder(tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

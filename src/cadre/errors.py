@@ -27,12 +27,23 @@ class DiskFullError(RunError):
     status = 2
 
 
+class RefusedError(RunError):
+    """Where the caller asked to write, nobody may, or there is no such place: theirs to mend too."""
+
+    status = 2
+
+
+_REFUSALS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT))
+
+
 def write_error(what: str, error: Exception) -> RunError:
     """The error to raise when writing failed: `what` says which file or folder and what became of it."""
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:
         return DiskFullError(f"{what}: the disk is full")
+    if getattr(error, "errno", None) in _REFUSALS:
+        return RefusedError(f"{what}: {reason}: choose another place")
     return RunError(f"{what}: {reason}")
 
 

@@ -19,6 +19,23 @@ def replace_file(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def require_folder(path: Path) -> None:
+    """Raises OSError if a folder can neither be made nor written to; leaves nothing behind."""
+    missing = [path] if not path.exists() else []
+    missing += [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.partial"
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+    finally:
+        for folder in missing:
+            if folder.is_dir():
+                folder.rmdir()
+
+
 def sync(path: Path) -> None:
     """Have the kernel write a file, or a folder's list of names, to the disk itself. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cadre.errors import UsageError
-from cadre.infer.pages import PagePool, bytes_for, cache_dtype, chain_key, free_bytes
+from cadre.infer.pages import PagePool, bytes_for, cache_dtype, chain_key
+from cadre.kernels.memory import free_bytes
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from tests.shapes import FAMILIES, small
@@ -208,6 +209,6 @@ def test_a_containers_limit_counts(files, expected, tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr("cadre.infer.pages._CGROUP", tmp_path)
+    monkeypatch.setattr("cadre.kernels.memory._CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
     assert free_bytes(torch.device("cpu")) == (expected or 10**9)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,14 +11,19 @@ from cadre.train.parallel.muon import SpreadMuon
 from tests.parallel.world import world
 
 # Rows that divide and do not, fewer rows than ranks, tall and wide; experts, of which a rank may have none.
-SHAPES = [(8, 5), (8, 5), (8, 5), (7, 3), (2, 6), (1, 4), (4, 8, 5), (0, 3, 2)]
+SHAPES = [(8, 5), (8, 5), (8, 5), (7, 3), (2, 6), (1, 4), (4, 8, 5), (0, 3, 2), (3, 6, 5), (8, 5), (5, 5)]
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}
-ITERATIONS = 3
+# Which shapes step together, and how: some of the same shape in different ways, gate and up in one.
+GROUPS = [(slice(0, 8), {"iterations": 3}), (slice(8, 9), {"iterations": 3, "fused": 2}), (slice(9, 11), {"iterations": 5})]
 
 
 def weights(seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def groups(parameters: list[torch.Tensor]) -> list[dict[str, Any]]:
+    return [{"params": parameters[part], **options} for part, options in GROUPS]
 
 
 def rows(shape: tuple[int, ...], rank: int, ranks: int) -> slice:
@@ -25,7 +32,6 @@ def rows(shape: tuple[int, ...], rank: int, ranks: int) -> slice:
 
 
 def steps(optimizer: Muon, parameters: list[torch.Tensor], cut) -> None:
-    optimizer.param_groups[0]["iterations"] = ITERATIONS
     for seed in (1, 2, 3):
         for parameter, shape, gradient in zip(parameters, SHAPES, weights(seed), strict=True):
             parameter.grad = gradient[cut(shape)].clone()
@@ -38,13 +44,13 @@ def spread(ranks) -> list[torch.Tensor]:
 
     parameters = [weight[cut(shape)].clone() for shape, weight in zip(SHAPES, weights(0), strict=True)]
     whole = {parameter: shape[0] for parameter, shape in zip(parameters, SHAPES, strict=True) if len(shape) == 2}
-    steps(SpreadMuon(parameters, whole, dist.group.WORLD, **OPTIONS), parameters, cut)
+    steps(SpreadMuon(groups(parameters), whole, dist.group.WORLD, **OPTIONS), parameters, cut)
     return parameters
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_matrices_in_rows_step_as_whole_ones(size):
     parameters = weights(0)
-    steps(Muon(parameters, **OPTIONS), parameters, lambda shape: slice(None))
+    steps(Muon(groups(parameters), **OPTIONS), parameters, lambda shape: slice(None))
     for parameter, *parts in zip(parameters, *world(size, spread), strict=True):
         torch.testing.assert_close(torch.cat(parts), parameter, rtol=1e-5, atol=1e-5)

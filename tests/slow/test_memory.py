@@ -59,9 +59,14 @@ class Peak(TorchDispatchMode):
         return result
 
 
-def stepped(parallel: Parallel, recipe: Path, out: Path, size: int, degrees: dict[str, int]) -> dict[str, int]:
+def stepped(parallel: Parallel, recipe: Path, out: Path, size: int, degrees: dict[str, int], optimizer: str) -> dict[str, int]:
     """Bytes of this rank after steps: weights, gradients, moments, and the peak of one step."""
-    settings = [*WIDE, f"train.batch={size}", *(f"parallel.{name}={degree}" for name, degree in degrees.items())]
+    settings = [
+        *WIDE,
+        f"train.batch={size}",
+        f"optimizer.name={optimizer}",
+        *(f"parallel.{name}={degree}" for name, degree in degrees.items()),
+    ]
     trainer = Trainer(start(read_recipe(str(recipe), settings), out, torch.device("cpu"), print, parallel), Nobody())
     trainer.began = 0.0
     trainer._step(next(trainer.run.batches))
@@ -75,11 +80,11 @@ def stepped(parallel: Parallel, recipe: Path, out: Path, size: int, degrees: dic
     return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()} | {"peak": peak.bytes}
 
 
-def counted(recipe: Path, size: int, degrees: dict[str, int]) -> Memory:
+def counted(recipe: Path, size: int, degrees: dict[str, int], optimizer: str) -> Memory:
     made = read_recipe(str(recipe), [*WIDE, f"train.batch={size}"])
     shape = Shape.from_config(made.config(300))
     device = replace(hardware("cpu-2core"), memory_bytes=0.0)  # so that none of it is kept free
-    work = Workload(shape, device, "fp32", made.data.seq_len, size, "adamw", 1, Degrees(**degrees))
+    work = Workload(shape, device, "fp32", made.data.seq_len, size, optimizer, 1, Degrees(**degrees))
     ((cuts, layout),) = layouts(work, size)
     return memory(cuts, layout)
 
@@ -89,13 +94,14 @@ LAYOUTS: list[tuple[int, dict[str, int]]] = [
 ]  # fmt: skip
 
 
-def test_the_memory_of_a_rank_falls_as_counted(tmp_path, recipe, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_memory_of_a_rank_falls_as_counted(tmp_path, recipe, monkeypatch, optimizer):
     monkeypatch.setattr(shard, "GATHERED_AT_ONCE", 0)  # as a large model is cut
-    alone = stepped(Parallel(), recipe, tmp_path / "alone", 1, {})
-    compare("1 process", [alone], counted(recipe, 1, {}))
+    alone = stepped(Parallel(), recipe, tmp_path / "alone", 1, {}, optimizer)
+    compare("1 process", [alone], counted(recipe, 1, {}, optimizer))
     for number, (size, degrees) in enumerate(LAYOUTS):
-        ranks = world(size, stepped, recipe, tmp_path / str(number), size, degrees)
-        compare(f"{size} processes, {degrees or 'data'}", ranks, counted(recipe, size, degrees))
+        ranks = world(size, stepped, recipe, tmp_path / str(number), size, degrees, optimizer)
+        compare(f"{size} processes, {degrees or 'data'}", ranks, counted(recipe, size, degrees, optimizer))
 
 
 def compare(layout: str, ranks: list[dict[str, int]], count: Memory) -> None:

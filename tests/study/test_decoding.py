@@ -14,9 +14,10 @@ def test_every_arm_is_timed_at_every_point_beyond_its_own_context():
         (arm, context, batch) for arm in configs for context in (8, 100) for batch in (1, 3)
     }  # fmt: skip
     assert all(row["tokens_per_second"] > 0 for row in rows) and len(notes) == 4
-    # 10 + 4 elements of latent and rotary key against 2 x 2 heads of 8, in 2 layers and float32 (module of none).
+    # 10 + 4 elements of latent and rotary key against 2 x 2 heads of 8, in 2 layers (module of none).
     cache = {row["arm"]: row["cache_bytes_per_token"] for row in rows}
-    assert cache == {"latent": 2 * 14 * 4, "grouped": 2 * 32 * 4}
+    size = bench.default_dtype(configs["latent"]).itemsize
+    assert cache == {"latent": 2 * 14 * size, "grouped": 2 * 32 * size}
 
 
 def test_a_point_that_does_not_fit_says_so(monkeypatch):

@@ -1,10 +1,13 @@
 import pytest
 import torch
+from hypothesis import given
 
 from cadre.model.transformer import Transformer
+from cadre.plan.memory import state_bytes
+from cadre.plan.shape import Shape
 from cadre.train.optimizer import Optimizer
 from cadre.train.recipe import OptimizerSection
-from tests.shapes import small
+from tests.shapes import configs, small
 
 
 def build(name: str, seed: int = 0, tied: bool = False, **section) -> tuple[Transformer, Optimizer]:
@@ -116,3 +119,17 @@ def test_zero_grad_forgets_gradients():
     step(model, optimizer, 0)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@given(config=configs())
+def test_the_planner_counts_weights_gradients_and_states(name, config):
+    model = Transformer(config).initialize(0)
+    optimizer = Optimizer(model, OptimizerSection(name=name, lr=0.01))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(1.0)
+    held = [*model.parameters(), *(p.grad for p in model.parameters()), *(t for t in optimizer.tensors().values() if t.ndim)]
+    buffers = sum(mixture.gate.e_score_correction_bias is not None for _, mixture in model.sparse_layers())
+    counted = state_bytes(Shape.from_config(config), name) - 16 * (config.n_routed_experts or 0) * buffers
+    assert counted == sum(tensor.nbytes for tensor in held)

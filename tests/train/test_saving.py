@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +90,7 @@ def test_a_failure_is_raised_once_by_what_comes_next(end):
 
 
 def test_without_room_for_a_copy_the_training_waits_and_says_so(monkeypatch):
-    monkeypatch.setattr(saving.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**21))
+    monkeypatch.setattr(saving, "free_bytes", lambda device: 2**21)
     notes, threads = [], []
     saver = Saver(notes.append)
     for megabytes in (2, 3):

@@ -144,9 +144,7 @@ def _step_flops(recipe: Recipe, vocab_size: int) -> float:
     config = _config(recipe, vocab_size)
     train, seq_len = recipe.train, recipe.data.seq_len
     counted = count(config, context=seq_len)
-    main = 3 * counted.forward_flops_per_token
-    share = max(1, round(train.batch * train.mtp_share)) / train.batch
-    return train.batch * seq_len * (main + share * (counted.training_flops_per_token - main))
+    return train.batch * seq_len * counted.training_flops(train.trained_share)
 
 
 def steps_within(recipe: Recipe, flops: float, vocab_size: int, text: str) -> int:
@@ -196,10 +194,9 @@ def _flops(budget: Budget, device: Device | None, rate: float) -> float:
 
 def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
     """Rungs around the width that `flops` call for, and the FLOP/s of the upper one."""
-    import psutil
-    import torch
 
     from cadre.kernels.limits import default_device, training_dtype
+    from cadre.kernels.memory import total_bytes
     from cadre.plan.budget import Candidate, Machine, Rung, rates, sequence_length, shape, width_for
     from cadre.plan.count import count
     from cadre.plan.here import forecast
@@ -223,8 +220,7 @@ def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
         passes = predicted.seconds_per_step - update
         reached = counted.training_flops_per_token * step.batch * seq_len / passes
         rungs.append(Rung(hidden, reached, update / counted.total_parameters))
-    memory = torch.cuda.mem_get_info(here)[1] if here.type == "cuda" else psutil.virtual_memory().total
-    return Machine(tuple(rungs), memory), rungs[-1].flops_per_second
+    return Machine(tuple(rungs), total_bytes(here)), rungs[-1].flops_per_second
 
 
 def describe(chosen: Choice, budget: Budget, device: Device | None) -> list[str]:

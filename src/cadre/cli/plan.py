@@ -53,7 +53,7 @@ def plan(
 ) -> None:
     """Count a model and predict memory, time, price and decoding rate before anything runs."""
     from cadre.plan.hardware import hardware as device
-    from cadre.plan.planner import Request, make_plan
+    from cadre.plan.planner import Request, check, make_plan
 
     if here:
         _refuse_with_here(hardware=hardware, devices=devices, mfu=mfu, rent=rent)
@@ -68,11 +68,13 @@ def plan(
         batch=_first(batch, recipe.train.batch if recipe else None),
         micro_batch=recipe.train.micro_batch if recipe else None,
         degrees=recipe.parallel.degrees() if recipe else None,
+        mtp_share=recipe.train.trained_share if recipe else 1.0,
         optimizer=_first(optimizer, recipe.optimizer.name if recipe else None, "adamw"),
         tokens=_tokens(tokens) if tokens else _recipe_tokens(recipe),
         mfu=mfu,
         rent=rent,
     )
+    check(request)
     if here:
         _plan_here(model, request, recipe, mtp, context, json_output)
         return
@@ -185,7 +187,7 @@ def _of_recipe(source: str, name: str, mtp: bool | None) -> dict[str, Any]:
     if mtp is False:
         shape = shape.without_extra()
     if shape.extra and recipe.train.mtp_share < 1:
-        notes.append(f"multi-token prediction counts in full, but this recipe trains it on {recipe.train.mtp_share:.0%}")
+        notes.append(f"multi-token prediction is trained on {recipe.train.trained_share:.0%} of the sequences")
     return _found(name, f"recipe {recipe.name}", shape, ignored, tuple(notes), recipe)
 
 

@@ -41,9 +41,11 @@ class Remote:
 
     def open(self, mode: str) -> IO[bytes]:
         """A seekable stream. Raises OSError, whatever the store itself raises."""
-        store, path = _store(self.address)
         try:
+            store, path = _store(self.address)
             return store.open(path, mode)
+        except UsageError:
+            raise
         except Exception as error:
             raise error if isinstance(error, OSError) else OSError(_first_line(error)) from error
 
@@ -51,12 +53,14 @@ class Remote:
 def list_remote(entry: str) -> list[Remote]:
     """The files of a store that an address stands for, sorted: a file, all below a folder, or all that match a pattern; hidden
     ones passed over. Raises UsageError if there is nothing, or the protocol is not installed."""
-    store, path = _store(entry)
     try:
+        store, path = _store(entry)
         if has_magic(path):
             found = [name for name in store.glob(path) if store.isfile(name)]
         else:
             found = [path] if store.isfile(path) else store.find(path)
+    except UsageError:
+        raise
     except Exception as error:  # a store's own: no access, no such bucket, no network
         raise UsageError(f"{entry}: cannot be read ({_first_line(error)})") from error
     root = re.split(r"[*?[]", path)[0]

@@ -12,12 +12,13 @@ import torch
 
 from cadre.errors import UsageError
 from cadre.infer.engine import Engine
-from cadre.infer.pages import bytes_for, free_bytes
+from cadre.infer.pages import bytes_for
 from cadre.infer.peer import PeerDecoder
 from cadre.infer.quantize import QuantizedLinear, quantize_model
 from cadre.infer.request import Request
 from cadre.infer.sampling import Sampling
 from cadre.kernels.limits import best_dtype, default_device, peak_memory_bytes, read_bytes_per_second
+from cadre.kernels.memory import free_bytes
 from cadre.kernels.native.library import must_compile, why_missing
 from cadre.model.config import ModelConfig
 from cadre.model.layers import RMSNorm

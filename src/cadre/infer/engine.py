@@ -19,13 +19,14 @@ from torch import Tensor
 
 from cadre.errors import UsageError
 from cadre.infer.constraint import Constraints
-from cadre.infer.pages import PagePool, bytes_for, cache_dtype, free_bytes
+from cadre.infer.pages import PagePool, bytes_for, cache_dtype
 from cadre.infer.request import EngineStats, Output, Request, check
 from cadre.infer.runner import Batch, Runner, batch_of
 from cadre.infer.sampling import Sampler, TokenOut, choose_batch, token_logprobs
 from cadre.infer.scheduler import Scheduler, Sequence
 from cadre.infer.speculate import Drafter, Payoff, Reading, is_ready
 from cadre.infer.text import Detokenizer, StopStrings
+from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 

@@ -10,7 +10,6 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +19,6 @@ from cadre.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from cadre.model.transformer import Transformer
-
-_CGROUP = Path("/sys/fs/cgroup")
-# Where a container's limit stands, what it uses, and what of that is cache that gives way; versions 2 and 1.
-_CGROUPS = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 class PagePool:
@@ -191,24 +183,6 @@ def cache_dtype(model: Transformer) -> torch.dtype:
 def bytes_for(config: ModelConfig, positions: int, dtype: torch.dtype, page_size: int = 16, layers: int | None = None) -> int:
     """Bytes of the pages that one sequence of so many positions needs."""
     return -(-positions // page_size) * page_size * bytes_per_position(config, dtype, layers)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had: the accelerator's, else the machine's or the container's, whichever is less."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    free = psutil.virtual_memory().available
-    for folder, limit, usage, inactive in _CGROUPS:
-        group = _CGROUP / folder
-        try:
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / usage).read_text()) - int(stat[inactive])
-            return max(0, min(free, int((group / limit).read_text()) - used))
-        except (OSError, ValueError, KeyError):  # no such files, or the limit is "max"
-            continue
-    return free
 
 
 def _widths(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

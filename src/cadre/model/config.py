@@ -27,6 +27,9 @@ from cadre.errors import UsageError, explain
 from cadre.model.hf_config import EXPERT_FIELDS, fields_from_hf, fields_to_hf
 from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
+# Far beyond any model: a config that asks for more is damaged, and building it would take hours.
+MOST_LAYERS = 10_000
+
 ModelType = Literal["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"]
 
 
@@ -157,6 +160,9 @@ class ModelConfig(BaseModel):
         _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                   "max_position_embeddings")  # fmt: skip
         _at_least(self, 0, "num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace")
+        for name in ("num_hidden_layers", "num_nextn_predict_layers"):
+            if getattr(self, name) > MOST_LAYERS:
+                _refuse(name, getattr(self, name), f"at most {MOST_LAYERS:,}")
         if not 0 < self.rms_norm_eps < 1:
             _refuse("rms_norm_eps", self.rms_norm_eps, "a number between 0 and 1")
         if not 0 < self.initializer_range < 1:

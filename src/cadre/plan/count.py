@@ -53,6 +53,11 @@ class Count:
     kv_cache_bytes_per_token_gqa8: int
     parts: dict[str, int]
 
+    def training_flops(self, mtp_share: float) -> float:
+        """`training_flops_per_token` of a run that trains multi-token prediction on such a share of its sequences."""
+        main = 3 * self.forward_flops_per_token
+        return main + mtp_share * (self.training_flops_per_token - main)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)

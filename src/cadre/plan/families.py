@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cadre.errors import UsageError
+from cadre.model.config import MOST_LAYERS
 from cadre.plan.shape import Block, Experts, Grouped, Latent, Shape
 
 # Fields that change neither a count nor a cost: the tokens' meaning, positions, training's noise, the library's own notes.
@@ -27,8 +28,6 @@ _IRRELEVANT = frozenset((
     "router_jitter_noise", "scoring_func", "seq_aux", "tokenizer_class", "topk_method", "torch_dtype",
     "transformers_version", "use_cache", "use_sliding_window",
 ))  # fmt: skip
-
-_MOST_LAYERS = 10_000
 
 # The same field under another name, in other versions of transformers.
 _ALIASES = {
@@ -90,8 +89,8 @@ class _Fields:
     def layers(self) -> int:
         """The number of decoder blocks, bounded so that a slip of the pen does not fill the memory."""
         layers = self.whole("num_hidden_layers")
-        if layers > _MOST_LAYERS:
-            self.refuse("num_hidden_layers", layers, f"at most {_MOST_LAYERS:,}")
+        if layers > MOST_LAYERS:
+            self.refuse("num_hidden_layers", layers, f"at most {MOST_LAYERS:,}")
         return layers
 
     def refuse(self, name: str, value: object, allowed: str) -> None:
@@ -209,8 +208,8 @@ def _deepseek(f: _Fields, kind: str, attention: Latent | Grouped | None = None) 
     if f.get("moe_layer_freq") not in (None, 1):
         f.refuse("moe_layer_freq", f.get("moe_layer_freq"), "1: experts in every layer after first_k_dense_replace")
     layers, extra = f.layers(), f.maybe("num_nextn_predict_layers", 0) or 0
-    if extra > _MOST_LAYERS:
-        f.refuse("num_nextn_predict_layers", extra, f"at most {_MOST_LAYERS:,}")
+    if extra > MOST_LAYERS:
+        f.refuse("num_nextn_predict_layers", extra, f"at most {MOST_LAYERS:,}")
     dense = f.whole("first_k_dense_replace", 0)
     blocks = [Block(layer >= dense) for layer in range(layers + extra)]
     names = ("n_routed_experts", "n_shared_experts", "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group")

@@ -46,6 +46,7 @@ _GPU_EFFICIENCY_SOURCE = (
 )
 # A float32 GEMM over 32 experts 128 wide reaches 84% of one dense GEMM on 2 cores, which this width gives.
 _CPU_HALF_RATE_WIDTH = 24.0
+_CPU_EFFICIENCY = {"fp32": 0.45, "bf16": 0.35}
 
 # Bytes that arrive, of the bytes/s a link is sold with: 160 of 200 GB/s over NVLink, 40 of 50 GB/s over InfiniBand.
 LINK_EFFICIENCY = 0.8
@@ -66,13 +67,15 @@ def _gpu(
     )  # fmt: skip
 
 
-def _cpu(name: str, flops: dict[str, float], figures: str) -> Device:
-    """Two cores of a server CPU, as clouds rent them."""
+def _cpu(name: str, flops: dict[str, float], read: float, figures: str) -> Device:
+    """Two cores of a server CPU, as clouds rent them. `read`: bytes/s."""
     return Device(
-        name, flops, 24e9, 80e9, 1, 80e9, 1.25e9, 30, 0.08, dict.fromkeys(flops, 0.45), _CPU_HALF_RATE_WIDTH,
-        {"flops": figures, "memory": "assumption: 24 GB at 80 GB/s", "watts": "assumption: 15 W a core",
-         "links": "assumption: 10 Gb/s Ethernet", "rent": "assumption: about what clouds ask for 2 virtual cores",
-         "efficiency": "cadre train on 2 cores: MFU 47% of the GEMM rate with 20M parameters, 35% with pocket (docs/log.md)",
+        name, flops, 24e9, read, 1, read, 1.25e9, 30, 0.08,
+        {precision: _CPU_EFFICIENCY[precision] for precision in flops}, _CPU_HALF_RATE_WIDTH,
+        {"flops": figures, "memory": f"assumption: 24 GB; {read / 1e9:.0f} GB/s of reading were measured beside the GEMM rate",
+         "watts": "assumption: 15 W a core", "links": "assumption: 10 Gb/s Ethernet", "rent": "assumption: about what clouds ask for 2 virtual cores",
+         "efficiency": "between cadre train's with pocket and with 20M parameters on 2 cores: 39% and 64% of the GEMM rate in "
+                       "float32, 25% and 54% in bfloat16 (benchmarks/README.md)",
          "experts": "grouped GEMM on 2 cores: 84% of the dense rate for experts 128 wide"},
     )  # fmt: skip
 
@@ -104,8 +107,8 @@ _ALL = (
     _gpu("rtx4090", 165.2, 330.3, 24, 1008, 32, 12.5, 450, 0.4,
          "NVIDIA Ada: dense with float32 accumulation; tabulated at waredb.com/processor/nvidia-geforce-rtx-4090",
          "PCIe Gen4 x16, 64 GB/s both ways; 100 Gb/s a GPU beyond the node is an assumption", _ASSUMED),
-    _cpu("cpu-2core", {"fp32": 355e9}, "docs/log.md: GEMM rate of 2 cores of an Intel Xeon with AVX-512"),
-    _cpu("cpu-2core-bf16", {"bf16": 800e9, "fp32": 200e9}, "GEMM rates of 2 cores with AVX512-BF16 under torch 2.13"),
+    _cpu("cpu-2core", {"fp32": 340e9}, 29e9, "docs/log.md: GEMM rate of 2 cores of an Intel Xeon with AVX-512"),
+    _cpu("cpu-2core-bf16", {"bf16": 880e9, "fp32": 380e9}, 45e9, "docs/log.md: GEMM rates of 2 cores of an AMD EPYC"),
 )  # fmt: skip
 
 

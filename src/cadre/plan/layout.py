@@ -23,8 +23,10 @@ from cadre.plan.memory import (
     Recompute,
     Stage,
     largest_block,
+    left_to_adamw,
     loss_bytes,
     optimizer_bytes,
+    update_bytes,
     weight_bytes,
 )
 from cadre.plan.shape import Block, Shape
@@ -61,11 +63,12 @@ class Workload:
     optimizer: str = "adamw"
     micro_batch: int | None = None
     degrees: Degrees | None = None
+    mtp_share: float = 1.0
 
     @property
     def held_bytes(self) -> int:
         """Of a weight as it is held and gathered."""
-        return weight_bytes(self.precision if self.degrees is None else "fp32")
+        return weight_bytes(self.held_precision)
 
     @property
     def cast_bytes(self) -> int:
@@ -76,7 +79,12 @@ class Workload:
     @property
     def state_bytes(self) -> int:
         """Of the optimizer's state of a parameter."""
-        return optimizer_bytes(self.optimizer, self.precision if self.degrees is None else "fp32")
+        return optimizer_bytes(self.optimizer, self.held_precision)
+
+    @property
+    def held_precision(self) -> str:
+        """Of the weights that the optimizer steps."""
+        return self.precision if self.degrees is None else "fp32"
 
     def flops(self, block: Block) -> float:
         """Forward FLOPs of a block for one token, those of routed experts weighted by how much slower narrow ones run."""
@@ -92,7 +100,7 @@ class Workload:
     def head_flops(self) -> float:
         """Forward FLOPs of what follows the last block: the head, and the prediction modules with a head each."""
         extra = sum(2 * (self.shape.joint() + self.shape.matrix) + self.flops(block) for block in self.shape.extra)
-        return 2 * self.shape.matrix + extra
+        return 2 * self.shape.matrix + self.mtp_share * extra
 
 
 @dataclass(frozen=True)
@@ -307,36 +315,54 @@ def memory(cuts: Pipeline, layout: Layout) -> Memory:
     again = cuts.fullest_block * tokens if layout.recompute == "full" else 0.0
     fixed = RESERVE * work.device.memory_bytes + _exchange(work, layout, tokens)
     found: list[Memory] = []
-    for common, expert, kept, last in _held(cuts, layout):
+    for common, matrices, expert, kept, last in _held(cuts, layout):
         held = whole = common / layout.tensor + expert / layout.expert
         local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
-        buffers = fixed + (loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0)
+        buffers = loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0
         if layout.sharded:
             buffers += _gathered(work, layout)
             held = local
-        buffers += work.cast_bytes * whole
+        # When the optimizer steps, activations and gathered weights are gone, and it may use their room.
+        step = _update_bytes(work, layout, matrices, expert)
+        buffers = fixed + max(buffers, step - kept * tokens - again) + work.cast_bytes * whole
         # Both copies that a DualPipe rank holds are updated by two ranks together.
         shared = 2 if layout.schedule == "dualpipe" else 1
-        state = work.state_bytes * local / shared
+        left = (common - matrices) / layout.tensor / layout.shards
+        state = (work.state_bytes * local + left_to_adamw(work.optimizer, work.held_precision, left)) / shared
         found.append(Memory(wide * held, GRADIENT_BYTES * held, state, kept * tokens + again, buffers))
     return max(found, key=lambda memory: memory.total)
 
 
-def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[int, int, float, bool]]:
-    """For each kind of rank: its parameters that every token passes, its experts' parameters, the activation bytes of a
-    token times the micro-batches alive, and whether it has the head."""
+def _update_bytes(work: Workload, layout: Layout, matrices: float, expert: float) -> float:
+    experts = work.shape.experts
+    largest = 2 * experts.moe_intermediate_size * work.shape.hidden_size * experts.n_routed_experts if experts else 0
+    own = expert / layout.expert / layout.copies
+    cut = layout.sharded and layout.shards > 1
+    share = matrices / layout.tensor / (layout.shards if cut else 1)
+    return update_bytes(work.optimizer, share, cut, own, largest / layout.expert / layout.copies)
+
+
+def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[int, int, int, float, bool]]:
+    """For each kind of rank: its parameters that every token passes, those of them that Muon steps, its experts' parameters,
+    the activation bytes of a token times the micro-batches alive, and whether it has the head."""
     depth, chunks = layout.pipeline, layout.chunks
     micro_batches = layout.micro_batches(cuts.work.batch)
     if layout.schedule == "dualpipe":
         for a, b in cuts.pairs:
             kept = (cuts.kept[id(a), layout.recompute] + cuts.kept[id(b), layout.recompute]) / 2
-            yield a.common + b.common, a.expert + b.expert, kept * (depth + 1), a.last or b.last
+            yield a.common + b.common, a.matrices + b.matrices, a.expert + b.expert, kept * (depth + 1), a.last or b.last
         return
     for rank, stage in cuts.kinds:
         alive = float(depth - rank)
         if layout.schedule == "interleaved":  # arXiv 2205.05198, section 4.2.3
             alive = alive + (depth - 1) / chunks
-        yield stage.common, stage.expert, cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches), stage.last
+        yield (
+            stage.common,
+            stage.matrices,
+            stage.expert,
+            cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches),
+            stage.last,
+        )
 
 
 def _exchange(work: Workload, layout: Layout, tokens: float) -> float:

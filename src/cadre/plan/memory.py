@@ -17,8 +17,12 @@ from cadre.plan.shape import Block, Latent, Shape
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
-# Bytes an optimizer keeps of each parameter: its moments, and the float32 master copy where weights are held shorter.
+# Bytes an optimizer keeps of each parameter: its moments, and the float32 master copy where weights are held shorter. Muon
+# steps the matrices inside blocks and leaves the rest to AdamW (`left_to_adamw`).
 OPTIMIZERS = {"adamw": (8, 4), "adamw-bf16": (4, 4), "muon": (4, 4)}
+# Muon's own room, `cadre.train.muon`: elements of matrices that it takes at once if one parameter has no more, and copies of
+# them that live together: the updates, joined, orthogonalised, and those before them. Of cut matrices all travel at once.
+_MUON_AT_ONCE, _MUON_COPIES, _MUON_CUT_COPIES = 2**24, 5, 6
 GRADIENT_BYTES = 4
 # Share of a device's memory kept free: the runtime's own context, communication buffers, fragmentation.
 RESERVE = 0.05
@@ -110,6 +114,13 @@ class Stage:
         return held
 
     @cached_property
+    def matrices(self) -> int:
+        """Of these, the parameters that Muon steps: those of matrices inside blocks, routers apart."""
+        blocks = self.blocks + (self.shape.extra if self.last else ())
+        inside = sum(rows * columns for block in blocks for rows, columns in self.shape.matrices(block))
+        return inside + (2 * self.shape.hidden_size**2 * len(self.shape.extra) if self.last else 0)
+
+    @cached_property
     def expert(self) -> int:
         """Parameters of routed experts, spread over expert ranks."""
         blocks = self.blocks + (self.shape.extra if self.last else ())
@@ -121,6 +132,34 @@ class Stage:
         kinds = {block.sparse for block in blocks}
         each = {s: activation_bytes(self.shape, Block(s), precision, recompute) for s in kinds}
         return sum(each[block.sparse] for block in blocks)
+
+
+def left_to_adamw(optimizer: str, precision: str, parameters: float) -> float:
+    """Bytes that Muon's run keeps beyond `optimizer_bytes` for parameters that are no matrices inside blocks."""
+    return (
+        0.0
+        if optimizer != "muon"
+        else (optimizer_bytes("adamw", precision) - optimizer_bytes(optimizer, precision)) * parameters
+    )
+
+
+def state_bytes(shape: Shape, optimizer: str) -> int:
+    """Bytes of a whole model's float32 weights, gradients and optimizer states: what training it takes at least."""
+    whole = Stage(shape, shape.blocks, first=True, last=True)
+    each = weight_bytes("fp32") + GRADIENT_BYTES + optimizer_bytes(optimizer, "fp32")
+    left = left_to_adamw(optimizer, "fp32", whole.common - whole.matrices)
+    return each * (whole.common + whole.expert) + round(left)
+
+
+def update_bytes(optimizer: str, matrices: float, cut: bool, experts: float, largest: float) -> float:
+    """Bytes of float32 that Muon's update makes beside what it updates, on one rank: of its share of the `matrices` that every
+    token passes, `cut` into rows or whole, and of `experts`. `largest`: elements of the largest parameter. AdamW makes none."""
+    if optimizer != "muon":
+        return 0.0
+    at_once = max(_MUON_AT_ONCE, largest)
+    if not cut:
+        return 4 * _MUON_COPIES * min(matrices + experts, at_once)
+    return 4 * max(matrices + _MUON_COPIES * min(experts, at_once), _MUON_CUT_COPIES * matrices)
 
 
 def largest_block(stages: list[Stage], precision: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cadre.errors import UsageError
@@ -29,7 +29,8 @@ EXCLUDED = (
 @dataclass(frozen=True)
 class Request:
     """What to plan. None leaves a choice to the planner: devices, the fewest that training fits on; batch, sequences a step;
-    tokens, no cost; mfu, what the layout model predicts; rent, the catalogue's; degrees, any layout, not `cadre train`'s."""
+    tokens, no cost; mfu, what the layout model predicts; rent, the catalogue's; degrees, any layout, not `cadre train`'s.
+    mtp_share: of the sequences, those that train multi-token prediction."""
 
     name: str
     source: str
@@ -45,6 +46,7 @@ class Request:
     mfu: float | None = None
     rent: float | None = None
     degrees: Degrees | None = None
+    mtp_share: float = 1.0
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -55,9 +57,11 @@ def make_plan(request: Request, alternatives: int = 10) -> dict[str, Any]:
     alternatives: how many layouts to list. Raises `UsageError` for a precision the device has no rate for, and for numbers
     out of their range.
     """
-    precision = _checked(request)
+    check(request)
+    precision = _precision(request)
     device, shape = request.device, request.shape
     counted = count(shape, context=request.context, cache_bytes=CACHE_BYTES[precision])
+    counted = replace(counted, training_flops_per_token=round(counted.training_flops(request.mtp_share)))
     devices = request.devices or _enough(request, precision)
     work = _work(request, precision, devices)
     found = steps.search(work, devices, keep=alternatives)
@@ -103,8 +107,8 @@ def make_plan(request: Request, alternatives: int = 10) -> dict[str, Any]:
     }
 
 
-def _checked(request: Request) -> str:
-    """The precision; every number in its range."""
+def check(request: Request) -> None:
+    """Every number in its range, and a known optimizer. Raises `UsageError`."""
     for name in ("devices", "batch", "context", "tokens"):
         value = getattr(request, name)
         if value is not None and not 1 <= value < float("inf"):
@@ -117,6 +121,10 @@ def _checked(request: Request) -> str:
         raise UsageError(f"--rent is {request.rent:g}; it must be US dollars a device-hour, at least 0")
     if request.optimizer not in OPTIMIZERS:
         raise UsageError(f"--optimizer {request.optimizer}: must be one of {', '.join(OPTIMIZERS)}")
+
+
+def _precision(request: Request) -> str:
+    """The precision asked for, or the device's first."""
     rates = request.device.flops
     precision = request.precision or next(iter(rates))
     if precision not in rates:
@@ -129,7 +137,10 @@ def _work(request: Request, precision: str, devices: int) -> Workload:
     if batch is None:
         batch = max(1, min(_SEQUENCES_A_DEVICE * devices, _LARGEST_BATCH_TOKENS // request.context))
     micro = min(request.micro_batch, batch) if request.micro_batch else None
-    return Workload(request.shape, request.device, precision, request.context, batch, request.optimizer, micro, request.degrees)
+    return Workload(
+        request.shape, request.device, precision, request.context, batch, request.optimizer, micro, request.degrees,
+        request.mtp_share,
+    )  # fmt: skip
 
 
 def _enough(request: Request, precision: str) -> int:
@@ -249,7 +260,9 @@ def _assumptions(
     say("watts a device", device.watts, device.sources["watts"], "--hardware")
     rule = f"{_SEQUENCES_A_DEVICE} a device, at most DeepSeek-V3's 62.9M tokens (arXiv 2412.19437, section 4.2)"
     say("sequences a step", work.batch, own if request.batch is not None else rule, "--batch")
-    optimizer = "bytes of state: 12 a parameter for adamw in float32, 8 with bf16 moments, 8 for muon"
+    optimizer = (
+        "bytes of state and float32 master: 12 a parameter for adamw, 8 with bf16 moments, 8 for the matrices that muon steps"
+    )
     say("optimizer", request.optimizer, optimizer, "--optimizer")
     say("memory kept free", RESERVE, "assumption: runtime context, communication buffers, fragmentation")
     return found

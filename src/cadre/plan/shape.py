@@ -39,6 +39,14 @@ class Latent:
         """Elements multiplied per cached token when decoding absorbed: every head reads the whole latent, twice."""
         return self.num_attention_heads * (self.cached + self.kv_lora_rank)
 
+    def matrices(self, hidden: int) -> list[tuple[int, int]]:
+        """Rows and columns of one layer's projections."""
+        queries, values = (self.num_attention_heads * width for width in (self.qk_head_dim, self.v_head_dim))
+        rank = self.q_lora_rank
+        expanded = self.num_attention_heads * self.qk_nope_head_dim + values
+        query = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
+        return [*query, (self.cached, hidden), (expanded, self.kv_lora_rank), (hidden, values)]
+
     def parameters(self, hidden: int) -> int:
         """One layer's projections and their biases; its norms are apart."""
         queries = self.num_attention_heads * self.qk_head_dim
@@ -85,6 +93,11 @@ class Grouped:
     def decoding_width(self) -> int:
         """Elements multiplied per cached token when decoding."""
         return 2 * self.num_attention_heads * self.head_dim
+
+    def matrices(self, hidden: int) -> list[tuple[int, int]]:
+        """Rows and columns of one layer's projections."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
 
     def parameters(self, hidden: int) -> int:
         """One layer's projections and their biases; its norms are apart."""
@@ -190,6 +203,14 @@ class Shape:
         """The parameters of a block that every token passes: all but its routed experts."""
         common = self.attention.parameters(self.hidden_size) + self.norms
         return common + (self.shared + self.router if block.sparse else self.dense)
+
+    def matrices(self, block: Block) -> list[tuple[int, int]]:
+        """Rows and columns of a block's matrices, routed experts and router apart: what Muon steps of `every_token`."""
+        width = self.intermediate_size or 0
+        if block.sparse and self.experts:
+            width = self.experts.n_shared_experts * self.experts.moe_intermediate_size
+        dense = [(width, self.hidden_size), (width, self.hidden_size), (self.hidden_size, width)] if width else []
+        return [*self.attention.matrices(self.hidden_size), *dense]
 
     def joint(self) -> int:
         """What a multi-token prediction module holds beside its block: three norms and the projection that joins hidden

@@ -252,10 +252,32 @@ def _gathering(cuts: Pipeline, layout: Layout, compute: float, micro_batches: in
 
 
 def _update(cuts: Pipeline, layout: Layout) -> float:
-    """Seconds to read and write the states of the parameters that one device updates."""
+    """Seconds to read and write the states of the parameters that one device updates, and of Muon's iterations on them."""
     work = cuts.work
     common, expert = _parameters(cuts, layout)
     shared = 2 if layout.schedule == "dualpipe" else 1
     own = (common / layout.shards + expert / layout.copies) / shared
     moved = 2 * work.state_bytes + GRADIENT_BYTES + work.held_bytes
-    return own * moved / work.device.memory_bandwidth
+    seconds = own * moved / work.device.memory_bandwidth
+    if work.optimizer == "muon":
+        rate = work.device.flops[work.precision] * work.device.efficiency[work.precision] * layout.tensor
+        seconds += _newton_schulz_flops(cuts, layout) / shared / rate
+    return seconds
+
+
+def _newton_schulz_flops(cuts: Pipeline, layout: Layout) -> float:
+    """FLOPs of one device's share of Muon's iterations, on the slowest stage: 5 of them, 3 of routed experts
+    (`cadre.train.optimizer`), each a Gram matrix, its square, both of which are symmetric, and a product (K. Jordan 2024)."""
+
+    def one(rows: int, columns: int) -> float:
+        m, n = sorted((rows, columns))
+        return 0.75 * (2 * m * m * n + 2 * m**3) + 2 * m * m * n
+
+    shape, stage = cuts.work.shape, cuts.slowest
+    blocks = stage.blocks + (shape.extra if stage.last else ())
+    common = 5 * sum(one(*matrix) for block in blocks for matrix in shape.matrices(block))
+    experts = 0.0
+    if shape.experts:
+        sparse = sum(block.sparse for block in blocks) * shape.experts.n_routed_experts
+        experts = 3 * sparse * 3 * one(shape.experts.moe_intermediate_size, shape.hidden_size)
+    return common / layout.shards + experts / layout.expert / layout.copies

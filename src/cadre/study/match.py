@@ -148,6 +148,4 @@ def counted(where: str, name: str, recipe: Recipe, vocab_size: int, solved: dict
 
 def flops_per_token(recipe: Recipe, cost: Count) -> float:
     """Training FLOPs a token, as the trainer counts them: modules of multi-token prediction by their share of sequences."""
-    main = 3 * cost.forward_flops_per_token
-    rows = max(1, round(recipe.train.batch * recipe.train.mtp_share))
-    return main + rows / recipe.train.batch * (cost.training_flops_per_token - main)
+    return cost.training_flops(recipe.train.trained_share)

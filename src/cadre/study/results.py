@@ -135,6 +135,9 @@ def _arm(state: State, arm: Matched, drawn: dict[int, Curve]) -> dict[str, Any]:
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in whole), default=None),
         "bits_per_byte": spread([curve.final for curve in drawn.values()]),
         "bits_per_byte_all_held_out": spread([r["bits_per_byte"] for r in whole if r["bits_per_byte"] is not None]),
+        "finals": {
+            str(job.seed): r["bits_per_byte"] for job, r in ended if not r["diverged"] and r["bits_per_byte"] is not None
+        },
         "acceptance": [statistics.fmean(depth) for depth in zip(*acceptance, strict=True)],
         "diverged": [{"seed": job.seed, "message": r["diverged"]} for job, r in ended if r["diverged"]],
         "curves": {

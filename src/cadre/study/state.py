@@ -97,13 +97,18 @@ def open_state(path: Path) -> State | None:
     values = read_json(path / FILE)
     if values is None:
         return None
-    if values.get("format") != _FORMAT:
+    if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise UsageError(f"{path / FILE}: was written by another version of Cadre: choose another --out")
-    study = Study(**values["study"])
-    arms = {name: _arm(path, name, arm) for name, arm in values["arms"].items()}
     rest = ("text_hash", "quick", "minutes", "step_seconds", "amount", "rent", "rent_source", "dtype", "held_out_tokens",
             "machine")  # fmt: skip
-    return State(path=path, study=study, arms=arms, jobs=as_jobs(values["jobs"]), **{key: values[key] for key in rest})
+    try:
+        study = Study(**values["study"])
+        arms = {name: _arm(path, name, arm) for name, arm in values["arms"].items()}
+        return State(path=path, study=study, arms=arms, jobs=as_jobs(values["jobs"]), **{key: values[key] for key in rest})
+    except UsageError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path / FILE}: is damaged ({type(error).__name__}: {error}): choose another --out") from None
 
 
 def read_json(path: Path) -> Any:

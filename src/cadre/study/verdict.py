@@ -78,8 +78,7 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
     winners = [name for name, found in outcomes.items() if found == WINS]
     if winners:
         best = min(winners, key=lambda name: statistics.fmean(differences(results, name)))
-        pace = results["sooner"][best][first]["seconds"]
-        if pace and pace["mean"] < 1:
+        if all(_slower(results, name) for name in winners):
             said = f"{_capital(best)} wins on FLOPs, {first} on the clock. {_against(results, best, WINS)}"
         else:
             said = f"{_capital(best)} wins. {_against(results, best, WINS)}"
@@ -96,6 +95,12 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
     less = [name for name in outcomes if _share(results, name) < 1]
     but = f" ({_and(less)} on less of the budget)" if less else ""
     return f"{_capital(first)} wins: every other arm ends with a higher loss{but}."
+
+
+def _slower(results: dict[str, Any], name: str) -> bool:
+    """Whether the arm is known to reach the first one's final loss no sooner."""
+    pace = results["sooner"][name][results["first"]]["seconds"]
+    return bool(pace) and pace["mean"] < 1
 
 
 def _share(results: dict[str, Any], name: str) -> float:
@@ -187,10 +192,10 @@ def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
     if len(results["seeds"]) == 1:
         said.append("One seed: how far luck reaches is not known from this study.")
     for name, arm in results["arms"].items():
-        tried = {point["factor"]: point["bits_per_byte"] for point in arm["sweep"] if point["bits_per_byte"] is not None}
-        best = min(tried, key=lambda factor: tried[factor], default=None)
-        if best is not None and len(arm["sweep"]) > 1 and best in (min(tried), max(tried)):
-            said.append(f"{name}: the best learning rate of its sweep (x {best:g}) is at the sweep's end; a rate beyond it "
+        tried = [point["factor"] for point in arm["sweep"] if point["bits_per_byte"] is not None]
+        used = arm["learning_rate_factor"]
+        if len(arm["sweep"]) > 1 and tried and used in (min(tried), max(tried)):
+            said.append(f"{name}: the learning rate that its sweep chose (x {used:g}) is at the sweep's end; a rate beyond it "
                         "may be better still.")  # fmt: skip
         for run in arm["diverged"]:
             said.append(f"{name}, seed {run['seed']}: training diverged, so the run is left out.")
@@ -208,7 +213,8 @@ def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
 
 
 def _finals(arm: dict[str, Any]) -> dict[str, float]:
-    return {seed: curve["bits_per_byte"][-1] for seed, curve in arm["curves"].items()}
+    """Of each seed, the score on all held-out text, which the points of a curve are a sample of."""
+    return {seed: arm["finals"][seed] for seed in arm["curves"] if seed in arm["finals"]}
 
 
 def _lead(results: dict[str, Any], name: str, part: float) -> float | None:

@@ -32,10 +32,12 @@ from cadre.kernels.limits import (
     peak_memory_bytes,
     synchronize,
 )
+from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Block, Transformer
 from cadre.plan.count import count
 from cadre.plan.here import Calibration, Forecast, Kind, forecast, kinds
+from cadre.plan.memory import state_bytes
 from cadre.plan.shape import Shape
 from cadre.train.balance import Balance
 from cadre.train.objective import losses
@@ -108,7 +110,7 @@ def calibrate(
     fails.
     """
     few = fewest_blocks(config)
-    _check_memory(few, default_device())
+    _check_memory(few, step.optimizer.name, default_device())
     asked = {
         "config": few.model_dump(exclude_none=True),
         "step": {**dataclasses.asdict(step), "optimizer": step.optimizer.model_dump()},
@@ -319,13 +321,12 @@ def _rows(config: ModelConfig, step: Step, dtype: torch.dtype, device: torch.dev
     return max(1, min(step.micro_batch, int(limit * rate / flops)))
 
 
-def _check_memory(config: ModelConfig, device: torch.device) -> None:
-    parameters = count(config).total_parameters
-    held = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if parameters * 16 > held:
+def _check_memory(config: ModelConfig, optimizer: str, device: torch.device) -> None:
+    need, held = state_bytes(Shape.from_config(config), optimizer), free_bytes(device)
+    if need > held:
         raise UsageError(
-            f"one block of each kind with embedding and head has {parameters:,} parameters: training them to measure takes "
-            f"{parameters * 16 / 2**30:,.0f} GiB, but {held / 2**30:,.0f} GiB are free: plan without --here"
+            f"one block of each kind with embedding and head has {count(config).total_parameters:,} parameters: training them "
+            f"to measure takes {need / 2**30:,.0f} GiB, but {held / 2**30:,.0f} GiB are free: plan without --here"
         )
 
 

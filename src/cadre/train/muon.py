@@ -16,6 +16,9 @@ from cadre.kernels.orthogonalize import orthogonalize
 _UPDATE_RMS = 0.2
 # Newton-Schulz iterations, unless a group says otherwise.
 _ITERATIONS = 5
+# Elements that are orthogonalised in one batch, unless one parameter has more: enough to keep a device busy, and of memory
+# beside the weights no more than a few times that (`cadre.plan.memory.update_bytes`).
+_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Alike:
 
 class Muon(torch.optim.Optimizer):
     """Takes parameters of 2 dimensions [M, N] or 3 [E, M, N]; a 3-D one is E separate matrices. Parameters of equal
-    matrix shape are orthogonalised in one batch. A group may say `iterations` (of Newton-Schulz), and of 3-D parameters
+    matrix shape are orthogonalised in batches. A group may say `iterations` (of Newton-Schulz), and of 3-D parameters
     `fused`: how many matrices lie one above the other in each [M, N], as gate and up do in `gate_up_proj`."""
 
     def __init__(self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
@@ -61,13 +64,17 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     rows, columns = self.matrix_shape(parameter)
                     by_shape.setdefault((parameter.ndim, rows // group["fused"], columns), []).append(parameter)
-            for (_, *shape), parameters in by_shape.items():
-                updates = [self._update(parameter, group["momentum"]) for parameter in parameters]
-                if parameters[0].ndim == 3:
-                    updates = [update.reshape(len(update) * group["fused"], *shape) for update in updates]
-                else:
-                    updates = [update[None] for update in updates]
-                yield Alike(group, (shape[0], shape[1]), parameters, updates)
+            for (_, *shape), all_alike in by_shape.items():
+                for parameters in _runs(all_alike):
+                    yield self._alike(group, (shape[0], shape[1]), parameters)
+
+    def _alike(self, group: dict[str, Any], shape: tuple[int, int], parameters: list[Tensor]) -> Alike:
+        updates = [self._update(parameter, group["momentum"]) for parameter in parameters]
+        if parameters[0].ndim == 3:
+            updates = [update.reshape(len(update) * group["fused"], *shape) for update in updates]
+        else:
+            updates = [update[None] for update in updates]
+        return Alike(group, shape, parameters, updates)
 
     def _update(self, parameter: Tensor, momentum: float) -> Tensor:
         assert parameter.grad is not None
@@ -76,6 +83,18 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(state["momentum"], momentum)
+
+
+def _runs(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters in order, as many at a time as hold `_AT_ONCE` elements, or one."""
+    run: list[Tensor] = []
+    for parameter in parameters:
+        if run and sum(p.numel() for p in run) + parameter.numel() > _AT_ONCE:
+            yield run
+            run = []
+        run.append(parameter)
+    if run:
+        yield run
 
 
 def together(updates: list[Tensor], iterations: int) -> list[Tensor]:

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
-import psutil
 import torch
 
 from cadre.errors import RunError, UsageError
 from cadre.kernels.limits import default_device, gemm_flops_per_second, synchronize, training_dtype
+from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
 from cadre.train.bench import ADAMW, WARM_UP, changed, check_length, circumstances
 from cadre.train.bench_worker import Build, Worker, ours, result, take_turns
@@ -179,5 +179,4 @@ def _probe(config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], 
 
 
 def _free_bytes() -> int:
-    device = default_device()
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free_bytes(default_device())

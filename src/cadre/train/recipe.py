@@ -75,6 +75,16 @@ class TrainSection(_Section):
         """Steps unless the minutes end sooner; `UNTIMED` when only they say where the run ends."""
         return UNTIMED if self.steps is None else self.steps
 
+    @property
+    def mtp_rows(self) -> int:
+        """Of a batch, the sequences that train multi-token prediction."""
+        return max(1, round(self.batch * self.mtp_share))
+
+    @property
+    def trained_share(self) -> float:
+        """`mtp_share` in whole sequences."""
+        return self.mtp_rows / self.batch
+
     @model_validator(mode="after")
     def _ends(self) -> Self:
         if self.steps is None and self.minutes is None:

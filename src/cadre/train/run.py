@@ -18,21 +18,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from cadre.data.batches import Batches
 from cadre.data.shards import DEFAULT_VOCAB_SIZE, TokenData, prepare
 from cadre.errors import UsageError, write_error
-from cadre.files import replace_file
+from cadre.files import replace_file, require_folder
 from cadre.hub.directory import load_config, model_directory
 from cadre.hub.save import check_expressible
 from cadre.hub.tokenizer import check_vocabulary, special_ids, tokenizer_hash
 from cadre.kernels.limits import training_dtype
+from cadre.kernels.memory import total_bytes
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import document_start
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
+from cadre.plan.memory import state_bytes
+from cadre.plan.shape import Shape
 from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.auto import device_here, settle
@@ -73,7 +75,7 @@ def start(
             _refuse_used(path)
         words = recipe.model.get("vocab_size") or recipe.data.vocab_size
         if words is not None and "from" not in recipe.model:  # before text is prepared for a model that is too large
-            check_memory(recipe.config(words), device, parallel.size)
+            check_memory(recipe.config(words), device, recipe.optimizer.name, parallel.size)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         data_section = recipe.data
         if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
@@ -83,7 +85,7 @@ def start(
         check_expressible(config)
         recipe = settle(recipe, config, parallel.size, here, note)
         parallel.check(recipe, config)
-        check_memory(config, device, parallel.size, parallel.layout.replicas)
+        check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
         _check_samples(recipe, config, data)
         batches = _batches(recipe, config, data, parallel)
     model = parallel.build(config, device, recipe.train.seed, source)
@@ -101,6 +103,7 @@ def _refuse_used(path: Path) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             held = "another run: continue it with --resume, or" if (path / "recipe.toml").is_file() else "other files:"
             raise UsageError(f"--out {path}: holds {held} choose an empty folder")
+        require_folder(path)
     except OSError as error:
         raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
 
@@ -124,14 +127,15 @@ def _config(recipe: Recipe, source: Path | None, data: TokenData) -> ModelConfig
     return config
 
 
-def check_memory(config: ModelConfig, device: torch.device, processes: int = 1, replicas: int = 1) -> None:
-    """Refuse a model whose float32 masters, gradients and two moments alone, `replicas` times, exceed the memory of the
+def check_memory(
+    config: ModelConfig, device: torch.device, optimizer: str = "adamw", processes: int = 1, replicas: int = 1
+) -> None:
+    """Refuse a model whose float32 masters, gradients and optimizer states alone, `replicas` times, exceed the memory of the
     machines, or of the accelerators, that `processes` share."""
     parameters = count(config).total_parameters
-    held = psutil.virtual_memory().total * (processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-    if device.type == "cuda":
-        held = torch.cuda.mem_get_info(device)[1] * processes
-    need = parameters * 16 * replicas
+    sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    held = total_bytes(device) * (processes // sharing)
+    need = state_bytes(Shape.from_config(config), optimizer) * replicas
     if need > held:
         times = "" if replicas == 1 else f" of {replicas} replicas"
         raise UsageError(

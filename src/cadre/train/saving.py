@@ -6,11 +6,11 @@ import os
 import threading
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cadre.kernels.memory import free_bytes
 from cadre.train.checkpoint import Tensors
 
 
@@ -61,7 +61,7 @@ class Saver:
     def _fits(self, tensors: dict[str, Tensor]) -> bool:
         wanted = sum(tensor.nbytes for name, tensor in tensors.items() if name not in self._copies)
         wanted *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the others of this machine want as much, at the same time
-        if wanted <= psutil.virtual_memory().available:
+        if wanted <= free_bytes(torch.device("cpu")):
             return True
         self._note(f"no room for a copy of {wanted / 2**30:.1f} GiB: the training waits while a checkpoint is written")
         return False

@@ -97,10 +97,8 @@ class Trainer:
         mine = self.recipe.train.batch // self.parallel.layout.readers
         self.micro_batch = min(self.recipe.train.micro_batch or mine, mine)
         cost = count(run.config, context=seq_len)
-        main = 3 * cost.forward_flops_per_token
-        self.mtp_rows = max(1, round(self.recipe.train.batch * self.recipe.train.mtp_share))
-        self.mtp_share = self.mtp_rows / self.recipe.train.batch
-        self.flops_per_token = main + self.mtp_share * (cost.training_flops_per_token - main)
+        self.mtp_rows, self.mtp_share = self.recipe.train.mtp_rows, self.recipe.train.trained_share
+        self.flops_per_token = cost.training_flops(self.mtp_share)
         columns = [loss.key for loss in self.balance.losses]
         self.progress = Progress(total_steps=run.total_steps, columns=columns)
         self.step_seconds: deque[float] = deque(maxlen=50)

@@ -7,7 +7,7 @@ of it without position, R rotary width, V value width, X = N + V.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadre.kernels.native.library import library, plain
+from cadre.kernels.native.structs import Filled
 
 
-class _Heads(Structure):
+class _Heads(Filled):
     _fields_ = (("data", c_void_p), ("token", c_int64), ("head", c_int64))
 
 
-class _CausalAttention(Structure):
+class _CausalAttention(Filled):
     _fields_ = (
         *((name, _Heads) for name in ("q", "k", "v", "k_rotary", "out")),
         *((name, c_void_p) for name in ("log_sum", "turn", "first")),
@@ -31,7 +32,7 @@ class _CausalAttention(Structure):
     )
 
 
-class _CausalGradient(Structure):
+class _CausalGradient(Filled):
     _fields_ = tuple((name, _Heads) for name in ("out", "q", "k", "v", "k_rotary"))
 
 

@@ -15,7 +15,16 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 2, 3
 
 
-class Matrix(Structure):
+class Filled(Structure):
+    """A structure that is given all of its fields in order, or some by name: ctypes would take missing ones for zeros."""
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        if values and len(values) != len(self._fields_):
+            raise TypeError(f"{type(self).__name__} has {len(self._fields_)} fields, {len(values)} are given")
+        super().__init__(*values, **named)
+
+
+class Matrix(Filled):
     _fields_ = (
         ("data", c_void_p),
         ("scale", c_void_p),
@@ -27,7 +36,7 @@ class Matrix(Structure):
     )
 
 
-class LatentLayer(Structure):
+class LatentLayer(Filled):
     _fields_ = (
         *((name, c_void_p) for name in ("norm", "q_a_norm", "kv_a_norm")),
         *((name, Matrix) for name in ("q_a", "q", "kv_a", "kv_b", "o")),
@@ -37,7 +46,7 @@ class LatentLayer(Structure):
     )
 
 
-class GroupedLayer(Structure):
+class GroupedLayer(Filled):
     _fields_ = (
         *((name, c_void_p) for name in ("norm", "q_norm", "k_norm")),
         *((name, Matrix) for name in ("q", "k", "v", "o")),
@@ -47,11 +56,11 @@ class GroupedLayer(Structure):
     )
 
 
-class DenseLayer(Structure):
+class DenseLayer(Filled):
     _fields_ = (("norm", c_void_p), *((name, Matrix) for name in ("gate", "up", "down")), ("eps", c_float))
 
 
-class ExpertsLayer(Structure):
+class ExpertsLayer(Filled):
     _fields_ = (
         ("norm", c_void_p),
         ("correction", c_void_p),
@@ -61,7 +70,7 @@ class ExpertsLayer(Structure):
     )
 
 
-class ExpertsTraining(Structure):
+class ExpertsTraining(Filled):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "token", "row", "load", "weight", "gate", "up", "down", "inner", "y", "out")),
         *((name, c_int64) for name in ("tokens", "rows", "hidden", "width", "experts", "choices", "further")),
@@ -69,11 +78,11 @@ class ExpertsTraining(Structure):
     )
 
 
-class ExpertsGradient(Structure):
+class ExpertsGradient(Filled):
     _fields_ = tuple((name, c_void_p) for name in ("out", "x", "weight", "gate", "up", "down", "x_rows", "weight_rows"))
 
 
-class Routing(Structure):
+class Routing(Filled):
     _fields_ = (
         *((name, c_void_p) for name in ("logit", "correction", "score", "expert", "weight")),
         *((name, c_int64) for name in ("tokens", "experts")),
@@ -83,15 +92,15 @@ class Routing(Structure):
     )
 
 
-class RoutingGradient(Structure):
+class RoutingGradient(Filled):
     _fields_ = tuple((name, c_void_p) for name in ("weight", "score", "logit"))
 
 
-class Cache(Structure):
+class Cache(Filled):
     _fields_ = (("first", c_void_p), ("second", c_void_p), ("kind", c_int32), ("page_size", c_int32))
 
 
-class Step(Structure):
+class Step(Filled):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "turn", "position", "count", "start", "pages")),
         *((name, c_int32) for name in ("tokens", "sequences", "page_columns", "width", "threads")),

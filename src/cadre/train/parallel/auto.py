@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-import psutil
 import torch
 
 from cadre.errors import UsageError
+from cadre.kernels.memory import total_bytes
 from cadre.model.config import ModelConfig
 from cadre.plan.hardware import Device, hardware, hardware_names
 from cadre.plan.layout import Workload
@@ -27,10 +27,10 @@ def device_here(device: torch.device, parallel: Parallel) -> Device:
     so that all of them choose alike; together."""
     local = int(parallel.agree(float(os.environ.get("LOCAL_WORLD_SIZE", parallel.size))))
     if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device).lower().replace(" ", ""), torch.cuda.mem_get_info(device)[1]
+        name, memory = torch.cuda.get_device_name(device).lower().replace(" ", ""), total_bytes(device)
         known = hardware(next((known for known in hardware_names() if known in name), _ANY_GPU))
     else:
-        memory, known = psutil.virtual_memory().total // local, hardware("cpu-2core")
+        memory, known = total_bytes(device) // local, hardware("cpu-2core")
     return replace(known, memory_bytes=parallel.agree(float(memory)), node_size=local)
 
 

@@ -65,6 +65,10 @@ def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path |
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
     os.environ[_LAUNCHED] = "1"
     folder = Path(tempfile.mkdtemp(prefix="cadre-")) if logs is None else logs
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--logs {folder}: cannot be made ({error.strerror}): choose another folder") from None
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
