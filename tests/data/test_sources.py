@@ -231,6 +231,7 @@ def test_parquet_from_a_store(store, tmp_path):
     ("memory://corpus/b/*.txt", "no such file or folder in the store"),
     ("memory://corpus/bad", "bad/x.txt: a binary file"),
     ("memory://corpus/zip", "holds no file that can be read; wanted .txt"),
+    ("ftp://nosuch.invalid/x.txt", r"ftp://nosuch.invalid/x.txt: cannot be read"),
     ("gs://bucket/x.txt", r"reading gs:// needs a package: pip install gcsfs"),
     ("nosuch://bucket/x.txt", "nosuch://bucket/x.txt: cannot be read .*nosuch"),
 ])  # fmt: skip

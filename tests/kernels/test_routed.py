@@ -247,3 +247,27 @@ def test_incoming_gradient_is_left_alone() -> None:
     incoming = direction(y)
     torch.autograd.grad(y, given.leaves(), incoming)
     assert torch.equal(incoming, direction(y))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_beyond_the_loads_are_nobodys(threads: int) -> None:
+    """Choices of an expert that is not here: they add nothing, and neither they nor its weights get a gradient."""
+    whole, held = problem(400, 3, 6, 20, 16), 4
+    matrices = (whole.gate_up_END[:held], whole.down_EDF[:held])
+    mine_TK = whole.row_TK < whole.load_E[:held].sum()
+    assert 0 < mine_TK.sum() < mine_TK.numel()
+
+    def part(weight_TK: Tensor, *experts: Tensor) -> Tensor:
+        return routed_swiglu(whole.x_TD, weight_TK, whole.row_TK, whole.token_R, whole.load_E[:held], *experts)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = part(whole.weight_TK, *matrices)
+        want = routed_swiglu(whole.x_TD, whole.weight_TK * mine_TK, *list(vars(whole).values())[2:])
+        leaves = whole.leaves()
+        for one, other in zip((y, *torch.autograd.grad(y, leaves, direction(y))),
+                              (want, *torch.autograd.grad(want, leaves, direction(want))), strict=True):  # fmt: skip
+            assert_close(one, other, atol=2e-5, rtol=1e-4)
+    finally:
+        torch.set_num_threads(before)

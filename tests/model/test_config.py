@@ -36,6 +36,7 @@ REFUSED = [
             *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
         )
     ),
+    ("llama", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000; it must be at most 10,000"),
     ("llama", {"intermediate_size": None}, "intermediate_size is missing; llama needs it"),
     ("llama", {"intermediate_size": 0}, "intermediate_size is 0; it must be at least 1"),
     ("llama", {"head_dim": 0}, "head_dim is 0; it must be at least 1"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cadre.errors import RunError, UsageError
-from cadre.train.parallel.launch import _cause, joined
+from cadre.train.parallel.launch import _cause, joined, launch
 from cadre.train.parallel.ranks import Ranks
 from tests.parallel.world import world
 
@@ -37,6 +37,13 @@ LOST = "rank 0 lost the other processes: Connection closed by peer"
 def test_the_cause_is_the_failure_that_the_others_followed_from(failures, kind, message):
     cause = _cause(SimpleNamespace(failures=failures), Path("logs"))  # type: ignore[arg-type]
     assert (type(cause), str(cause)) == (kind, message)
+
+
+def test_a_folder_for_logs_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("cadre.train.parallel.launch.os.environ", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"^--logs .*/file/logs: cannot be made"):
+        launch(2, [], logs=tmp_path / "file" / "logs")
 
 
 def test_a_process_that_nobody_started_is_alone(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from cadre.errors import RunError, UsageError
 from cadre.study import conduct as module
 from cadre.study import decoding, turns, worker
+from cadre.study import state as state_module
 from cadre.study.conduct import Clock, begin, conduct, duration, find
 from cadre.study.spec import read_study
 from cadre.study.state import open_state
@@ -73,6 +74,14 @@ def test_a_study_runs_to_its_report_and_goes_on_where_it_was(study, tmp_path, mo
     # Nothing is left to do: nothing is done again.
     monkeypatch.setattr(decoding, "decode_rates", None)
     conduct(open_state(out), Notes())
+
+
+@pytest.mark.parametrize("content", ["[]", '{"format": 0}', "FORMAT", "{", '{"arms": 1}'])
+def test_a_damaged_study_is_refused(tmp_path, content):
+    content = content.replace("FORMAT", json.dumps({"format": state_module._FORMAT}))
+    (tmp_path / "study.json").write_text(content)
+    with pytest.raises(UsageError, match=r"study.json: .*: choose another --out$"):
+        open_state(tmp_path)
 
 
 def conduct_until(runs, state, monkeypatch):

@@ -21,6 +21,7 @@ def results(seconds=None, steps=STEPS, complete=True, decode=(), **losses):
             "curves": {
                 str(seed): {"steps": list(c.steps), "bits_per_byte": list(c.bits_per_byte)} for seed, c in curves[name].items()
             },
+            "finals": {str(seed): final for seed, final in enumerate(finals)},
             "steps": steps[-1], "sweep": [], "learning_rate_factor": 1.0, "diverged": [], "acceptance": [],
             "step_seconds": step_seconds, "step_seconds_before": step_seconds, "seconds": steps[-1] * step_seconds,
             "flops": float(steps[-1]), "wall_seconds": {"mean": steps[-1] * step_seconds}, "kv_cache_bytes_per_token": 700,
@@ -39,6 +40,17 @@ def test_the_winner_is_named_with_its_factors():
     assert said["outcomes"] == {"experts": "wins"}
     assert said["headline"].startswith("Experts wins. experts ends with 13.2% lower loss than dense (-13.3% to -13.2% over")
     assert "Experts reaches dense's final loss with 1.25 times fewer FLOPs and in 1.25 times less time." in said["headline"]
+
+
+def test_a_win_by_the_clock_of_one_arm_is_a_win():
+    found = results(seconds={"experts": 2.0}, dense=[1.5, 1.52], experts=[1.3, 1.32], shorter=[1.35, 1.36])
+    assert verdict(found)["headline"].startswith("Experts wins. ")
+
+
+def test_what_is_judged_is_the_score_on_all_held_out_text():
+    found = results(dense=[1.5, 1.52], experts=[1.3, 1.32])
+    found["arms"]["experts"]["finals"] = {"0": 1.6, "1": 1.61}
+    assert verdict(found)["outcomes"] == {"experts": "loses"}
 
 
 def test_a_win_on_flops_that_the_clock_takes_back_is_said_so():
@@ -126,7 +138,7 @@ def test_cautions_name_the_sweeps_end_divergence_and_a_busy_machine():
     found["arms"]["experts"]["diverged"] = [{"seed": 2, "message": "x"}]
     found["arms"]["dense"]["wall_seconds"] = {"mean": 1500.0}
     cautions = "\n".join(verdict(found)["cautions"])
-    assert "experts: the best learning rate of its sweep (x 1) is at the sweep's end" in cautions
+    assert "experts: the learning rate that its sweep chose (x 1) is at the sweep's end" in cautions
     assert "experts, seed 2: training diverged" in cautions
     assert "dense: its steps took 1,500.0 s of wall clock in the runs and 1,000.0 s by the timing in turn" in cautions
 

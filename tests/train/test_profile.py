@@ -112,7 +112,7 @@ def test_bytes_of_rows_count_only_where_no_kernel_moves_them(monkeypatch):
     model = Transformer(FULL)
     for moves in (True, False):
         monkeypatch.setattr(experts.Experts, "moves_rows", lambda *_, moves=moves: moves)
-        assert (DISPATCH in counted(model, 2, 5, torch.float32)) != moves
+        assert (DISPATCH in counted(model, 2, 5)) != moves
 
 
 def test_gradients_in_bfloat16_pass_through_casts_and_stay_with_their_part(monkeypatch, clock):
@@ -180,7 +180,7 @@ def test_the_flops_of_the_parts_are_those_counted(config, batch, seq_len):
     """Vectors count in `cadre.count` as what each token passes, but no part is about them."""
     with torch.device("meta"):
         model = Transformer(config)
-    work = counted(model, batch, seq_len, torch.float32)
+    work = counted(model, batch, seq_len)
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     vectors += sum(layer.gate.weight.shape[0] for _, layer in model.sparse_layers() if config.scoring_func == "sigmoid")
     total = sum(amount for unit, amount in work.values() if unit == "flops")
@@ -191,7 +191,9 @@ def test_the_flops_of_the_parts_are_those_counted(config, batch, seq_len):
 
 def test_bytes_are_those_of_one_pass_over_each_operand():
     config = small("deepseek_v3", num_hidden_layers=3)
-    work = counted(Transformer(config), 2, 5, torch.bfloat16)
+    model = Transformer(config)
+    model.compute_dtype = torch.bfloat16
+    work = counted(model, 2, 5)
     row = 24 * 2
     # Gathering reads 10 tokens and writes 20 rows; adding up the reverse; backward the same, with the outputs once more.
     assert work[DISPATCH] == ("bytes", 2 * ((10 + 20) + (20 + 10) + (10 + 20 + 20) + (20 + 10)) * row)
@@ -216,7 +218,7 @@ def test_a_profile_holds_each_part_against_its_limit(monkeypatch):
     assert found["difference"] == pytest.approx(1 / 19) and found["distorted"] is True
     assert sum(part["share"] for part in parts.values()) == pytest.approx(1)
     assert parts[OTHER] == {"part": OTHER, "seconds": 4.0, "share": 0.2}
-    work = counted(Transformer(FULL), 2, 6, torch.float32)
+    work = counted(Transformer(FULL), 2, 6)
     for name, unit, limit in ((EXPERTS, "flops", 2e9), (OPTIMIZER, "bytes", 4e9)):
         rate = work[name][1] / 2.0
         assert parts[name] == {"part": name, "seconds": 2.0, "share": 0.1, "unit": unit, "achieved_per_second": rate,

@@ -108,6 +108,8 @@ def test_an_output_that_holds_anything_is_refused(lab):
         lab.start("corpus")
     with pytest.raises(UsageError, match=r"cannot be used .*too long"):
         lab.start("x" * 300)
+    with pytest.raises(UsageError, match=r"--out .*/file/run: cannot be used"):
+        lab.start("file/run")
 
 
 def test_a_full_disk_is_a_failure_and_no_fault_of_the_user(lab, monkeypatch):

@@ -22,7 +22,8 @@ def routed_swiglu(
     narrow: bool = False,
 ) -> Tensor:  # fmt: skip
     """sum_k weight_TK[t, k] * expert_swiglu(x_TD[token_R])[row_TK[t, k]], [T, D], where `trains` takes them all. Rows of one
-    expert are adjacent, experts in order; load_E: rows per expert, sums to R.
+    expert are adjacent, experts in order; load_E: rows per expert. Rows beyond their sum,
+    which is at most R, are nobody's: their choices add nothing and get no gradient.
 
     `narrow`, here and below: as in `kernels.linear`."""
     fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_TD.shape[1])

@@ -73,7 +73,8 @@ def _cpu(name: str, flops: dict[str, float], read: float, figures: str) -> Devic
         name, flops, 24e9, read, 1, read, 1.25e9, 30, 0.08,
         {precision: _CPU_EFFICIENCY[precision] for precision in flops}, _CPU_HALF_RATE_WIDTH,
         {"flops": figures, "memory": f"assumption: 24 GB; {read / 1e9:.0f} GB/s of reading were measured beside the GEMM rate",
-         "watts": "assumption: 15 W a core", "links": "assumption: 10 Gb/s Ethernet", "rent": "assumption: about what clouds ask for 2 virtual cores",
+         "watts": "assumption: 15 W a core", "links": "assumption: 10 Gb/s Ethernet",
+         "rent": "assumption: about what clouds ask for 2 virtual cores",
          "efficiency": "between cadre train's with pocket and with 20M parameters on 2 cores: 39% and 64% of the GEMM rate in "
                        "float32, 25% and 54% in bfloat16 (benchmarks/README.md)",
          "experts": "grouped GEMM on 2 cores: 84% of the dense rate for experts 128 wide"},

@@ -315,15 +315,20 @@ def memory(cuts: Pipeline, layout: Layout) -> Memory:
     again = cuts.fullest_block * tokens if layout.recompute == "full" else 0.0
     fixed = RESERVE * work.device.memory_bytes + _exchange(work, layout, tokens)
     found: list[Memory] = []
-    for common, matrices, expert, kept, last in _held(cuts, layout):
+    for stages, kept in _held(cuts, layout):
+        common, matrices, expert, alike = (
+            sum(getattr(stage, name) for stage in stages) for name in ("common", "matrices", "expert", "alike")
+        )
         held = whole = common / layout.tensor + expert / layout.expert
         local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
-        buffers = loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0
+        buffers = (
+            loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if any(s.last for s in stages) else 0.0
+        )
         if layout.sharded:
             buffers += _gathered(work, layout)
             held = local
         # When the optimizer steps, activations and gathered weights are gone, and it may use their room.
-        step = _update_bytes(work, layout, matrices, expert)
+        step = _update_bytes(work, layout, matrices, alike, expert)
         buffers = fixed + max(buffers, step - kept * tokens - again) + work.cast_bytes * whole
         # Both copies that a DualPipe rank holds are updated by two ranks together.
         shared = 2 if layout.schedule == "dualpipe" else 1
@@ -333,44 +338,41 @@ def memory(cuts: Pipeline, layout: Layout) -> Memory:
     return max(found, key=lambda memory: memory.total)
 
 
-def _update_bytes(work: Workload, layout: Layout, matrices: float, expert: float) -> float:
+def _update_bytes(work: Workload, layout: Layout, matrices: float, alike: float, expert: float) -> float:
     experts = work.shape.experts
     largest = 2 * experts.moe_intermediate_size * work.shape.hidden_size * experts.n_routed_experts if experts else 0
     own = expert / layout.expert / layout.copies
     cut = layout.sharded and layout.shards > 1
     share = matrices / layout.tensor / (layout.shards if cut else 1)
-    return update_bytes(work.optimizer, share, cut, own, largest / layout.expert / layout.copies)
+    return update_bytes(work.optimizer, share, alike / layout.tensor, cut, own, largest / layout.expert / layout.copies)
 
 
-def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[int, int, int, float, bool]]:
-    """For each kind of rank: its parameters that every token passes, those of them that Muon steps, its experts' parameters,
-    the activation bytes of a token times the micro-batches alive, and whether it has the head."""
+def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[tuple[Stage, ...], float]]:
+    """For each kind of rank: the stages that it holds, and the activation bytes of a token times the micro-batches alive."""
     depth, chunks = layout.pipeline, layout.chunks
     micro_batches = layout.micro_batches(cuts.work.batch)
     if layout.schedule == "dualpipe":
         for a, b in cuts.pairs:
             kept = (cuts.kept[id(a), layout.recompute] + cuts.kept[id(b), layout.recompute]) / 2
-            yield a.common + b.common, a.matrices + b.matrices, a.expert + b.expert, kept * (depth + 1), a.last or b.last
+            yield (a, b), kept * (depth + 1)
         return
     for rank, stage in cuts.kinds:
         alive = float(depth - rank)
         if layout.schedule == "interleaved":  # arXiv 2205.05198, section 4.2.3
             alive = alive + (depth - 1) / chunks
-        yield (
-            stage.common,
-            stage.matrices,
-            stage.expert,
-            cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches),
-            stage.last,
-        )
+        yield (stage,), cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches)
 
 
 def _exchange(work: Workload, layout: Layout, tokens: float) -> float:
-    """Bytes of the rows that are being sent and received in one dispatch and combine."""
+    """Bytes of the rows that are being sent and received in one dispatch and combine: one for each expert of a token, or, as
+    `cadre train` sends them, for each rank that holds some."""
     experts = work.shape.experts
     if layout.expert == 1 or experts is None:
         return 0.0
-    return 2 * tokens * experts.num_experts_per_tok * work.shape.hidden_size * weight_bytes(work.precision)
+    rows = experts.num_experts_per_tok
+    if work.degrees is not None:
+        rows = min(rows, layout.expert)
+    return 2 * tokens * rows * work.shape.hidden_size * weight_bytes(work.precision)
 
 
 def _gathered(work: Workload, layout: Layout) -> float:

@@ -20,8 +20,9 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 # Bytes an optimizer keeps of each parameter: its moments, and the float32 master copy where weights are held shorter. Muon
 # steps the matrices inside blocks and leaves the rest to AdamW (`left_to_adamw`).
 OPTIMIZERS = {"adamw": (8, 4), "adamw-bf16": (4, 4), "muon": (4, 4)}
-# Muon's own room, `cadre.train.muon`: elements of matrices that it takes at once if one parameter has no more, and copies of
-# them that live together: the updates, joined, orthogonalised, and those before them. Of cut matrices all travel at once.
+# Muon's own room, `cadre.train.muon`: elements of matrices of one shape that it takes at once, unless one parameter has more,
+# and copies of them that live together: the updates, joined, orthogonalised, and both of those before. Matrices that are cut
+# into rows travel all at once.
 _MUON_AT_ONCE, _MUON_COPIES, _MUON_CUT_COPIES = 2**24, 5, 6
 GRADIENT_BYTES = 4
 # Share of a device's memory kept free: the runtime's own context, communication buffers, fragmentation.
@@ -121,6 +122,15 @@ class Stage:
         return inside + (2 * self.shape.hidden_size**2 * len(self.shape.extra) if self.last else 0)
 
     @cached_property
+    def alike(self) -> int:
+        """Of these, those of the most common shape, by elements."""
+        sizes: dict[tuple[int, int], int] = {}
+        for block in self.blocks + (self.shape.extra if self.last else ()):
+            for matrix in self.shape.matrices(block):
+                sizes[matrix] = sizes.get(matrix, 0) + matrix[0] * matrix[1]
+        return max(sizes.values(), default=0)
+
+    @cached_property
     def expert(self) -> int:
         """Parameters of routed experts, spread over expert ranks."""
         blocks = self.blocks + (self.shape.extra if self.last else ())
@@ -151,15 +161,16 @@ def state_bytes(shape: Shape, optimizer: str) -> int:
     return each * (whole.common + whole.expert) + round(left)
 
 
-def update_bytes(optimizer: str, matrices: float, cut: bool, experts: float, largest: float) -> float:
+def update_bytes(optimizer: str, matrices: float, alike: float, cut: bool, experts: float, largest: float) -> float:
     """Bytes of float32 that Muon's update makes beside what it updates, on one rank: of its share of the `matrices` that every
-    token passes, `cut` into rows or whole, and of `experts`. `largest`: elements of the largest parameter. AdamW makes none."""
+    token passes, `cut` into rows or whole with so many `alike`, and of `experts`, two thirds of which are gate and up.
+    `largest`: elements of the largest parameter. AdamW makes none."""
     if optimizer != "muon":
         return 0.0
     at_once = max(_MUON_AT_ONCE, largest)
     if not cut:
-        return 4 * _MUON_COPIES * min(matrices + experts, at_once)
-    return 4 * max(matrices + _MUON_COPIES * min(experts, at_once), _MUON_CUT_COPIES * matrices)
+        return 4 * _MUON_COPIES * min(max(alike, 2 / 3 * experts), at_once)
+    return 4 * max(matrices + _MUON_COPIES * min(2 / 3 * experts, at_once), _MUON_CUT_COPIES * matrices)
 
 
 def largest_block(stages: list[Stage], precision: str) -> float:

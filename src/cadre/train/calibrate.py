@@ -252,7 +252,8 @@ class _Alone(nn.Module):
         self.embed_tokens, self.lm_head = nn.Embedding(1, 1), nn.Linear(1, 1, bias=False)
         self.turn = trained.model.rotary(0, trained.step.seq_len, trained.device)
         shape = (trained.rows, trained.step.seq_len, trained.model.config.hidden_size)
-        self.x = torch.randn(shape, device=trained.device, dtype=trained.dtype, requires_grad=True)
+        dtype = trained.model.compute_dtype  # of what flows between blocks
+        self.x = torch.randn(shape, device=trained.device, dtype=dtype, requires_grad=True)
         self.gradient = torch.full_like(self.x, 1 / self.x.numel())
         self.optimizer = Optimizer(self, trained.step.optimizer)  # type: ignore[arg-type]
 

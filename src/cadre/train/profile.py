@@ -184,7 +184,7 @@ def profiled_step(step: TrainingStep) -> dict[str, float]:
     return ledger.close()
 
 
-def counted(model: Transformer, batch: int, seq_len: int, dtype: torch.dtype) -> dict[str, tuple[str, float]]:
+def counted(model: Transformer, batch: int, seq_len: int) -> dict[str, tuple[str, float]]:
     """What a step must do at least, by part: ("flops", FLOPs) where products decide, ("bytes", bytes moved) where memory
     does. FLOPs are those of `cadre.count`: 6 a weight and token, 2 forward and 4 backward, and causal attention's own.
 
@@ -207,6 +207,7 @@ def counted(model: Transformer, batch: int, seq_len: int, dtype: torch.dtype) ->
     flops[ATTENTION] += 3 * tokens * seq_len * config.total_layers * pair_width
     flops[DENSE] += sum(6 * tokens * predictor.eh_proj.weight.numel() for predictor in _predictors(model))
     flops[HEAD] += 6 * tokens * (1 + len(model.mtp)) * config.vocab_size * config.hidden_size
+    dtype = model.compute_dtype or torch.float32  # of what flows between products
     row = config.hidden_size * dtype.itemsize
     sparse = len(model.sparse_layers())
     moved = {
@@ -249,7 +250,7 @@ def bench_profile(
     result = speed(config, batch=batch, seq_len=seq_len, seconds=free)
     total = sum(seconds.values())
     difference = total / result["step_seconds_median"] - 1
-    counts = counted(step.model, batch, seq_len, dtype)
+    counts = counted(step.model, batch, seq_len)
     return {
         **result,
         "parts": [_part(name, taken, total, counts.get(name), limits) for name, taken in seconds.items()],

@@ -7,7 +7,8 @@
 #include "vector.h"
 
 // Rows sorted by expert: row r is a copy of token `token[r]`, and token t owns the rows row[t * choices ...], weighted. Without
-// `token` rows are tokens as they are, nothing is weighted, and `row` and `weight` are not looked at.
+// `token` rows are tokens as they are, nothing is weighted, and `row` and `weight` are not looked at. Rows beyond the sum of `load`
+// are nobody's: choices that count for nothing.
 struct ExpertsTraining {
     const float* x;  // [tokens, hidden]
     const int64_t *token, *row, *load;
@@ -180,8 +181,8 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
     }
 }
 
-// out[t] = the sum of the token's rows, weighted if there are weights.
-void team_add_up(const ExpertsTraining& e, const float* rows, const float* weight, float* out) {
+// out[t] = the sum of the token's rows below `end`, weighted if there are weights.
+void team_add_up(const ExpertsTraining& e, const float* rows, int64_t end, const float* weight, float* out) {
     const size_t D = e.hidden;
     const int64_t K = e.choices;
 #pragma omp for schedule(static)
@@ -193,6 +194,7 @@ void team_add_up(const ExpertsTraining& e, const float* rows, const float* weigh
         by_vectors(D, [=](size_t d, auto n) {
             floats sums = {};
             for (int64_t k = 0; k < K; k++) {
+                if (row[k] >= end) continue;
                 floats v = load_some(rows + row[k] * D + d, n);
                 sums += weight ? v * weight[t * K + k] : v;
             }
@@ -249,7 +251,7 @@ extern "C" void cadre_experts_training(const ExpertsTraining* experts) {
     {
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < tasks.size(); i++) forward(e, tasks[i].expert, tasks[i].begin, tasks[i].end);
-        if (e.token) team_add_up(e, e.y, e.weight, e.out);
+        if (e.token) team_add_up(e, e.y, start.back(), e.weight, e.out);
     }
 }
 
@@ -258,6 +260,7 @@ extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, 
     const ExpertsGradient& d = *gradient;
     const size_t matrix = e.hidden * e.width, room = 3 * matrix;
     size_t rooms = 0;
+    const int64_t end = starts_of(e).back();
     std::vector<Task> tasks = slices_of(e, rooms);
     // Uninitialised: only pages that are written cost anything.
     std::unique_ptr<float[]> sums(d.gate && rooms ? new float[rooms * room] : nullptr);
@@ -304,9 +307,10 @@ extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, 
             }
         }
         if (e.token) {
-            if (d.x) team_add_up(e, d.x_rows, nullptr, d.x);
+            if (d.x) team_add_up(e, d.x_rows, end, nullptr, d.x);
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < e.tokens * e.choices; i++) d.weight[i] = d.weight_rows[e.rows + e.row[i]];
+            for (int64_t i = 0; i < e.tokens * e.choices; i++)
+                d.weight[i] = e.row[i] < end ? d.weight_rows[e.rows + e.row[i]] : 0.0f;
         }
     }
 }

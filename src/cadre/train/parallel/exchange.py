@@ -1,18 +1,21 @@
-"""Experts spread over ranks: routed rows travel to the ranks that hold their experts, and back, by all-to-all.
+"""Experts spread over ranks: tokens travel to the ranks that hold their experts, and what these make of them travels back.
 
-The seam is between dispatch and the experts. `dispatch` has sorted the rows by expert, so those for one rank lie together:
+A token goes once to each rank that holds some of its experts, with its choices there, and comes back as the weighted sum of
+what they made of it (DeepSeek-V3 does so between nodes: its report, section 3.2.2). All by all-to-all:
 
-    counts      how many rows go to each expert of each rank: a few integers, and the only wait for the processor
-    rows        once, in the compute dtype or in 8 bits; the shared experts work meanwhile
-    experts     on what has arrived, sorted by expert again (by the experts' kernel itself, where there is one)
-    back        the same way, then `combine` as ever; gradients make the same two journeys in reverse
+    counts      how many tokens go to each rank: a few integers, and the only wait for the processor
+    tokens      in the compute dtype or in 8 bits, and beside each the experts it chose and their weights; the shared experts
+                work meanwhile
+    experts     on what has arrived, sorted by expert (by the experts' kernel itself, where there is one), added up by token
+    back        the same way, to be added up over the ranks; gradients make the same two journeys in reverse
 
-A layer's forward pass sends choices x hidden x (dispatch bytes + combine bytes) for each token, what stays on its rank
-included, and the backward pass as much again. No token is dropped and none is padded. In 8 bits are what experts multiply, the
-rows on their way there and the gradients of what they made; the sums on their way home are not (DeepSeek-V3 report, section
-3.3.3).
+A layer's forward pass sends, for each token and rank that it goes to, hidden x (dispatch bytes + combine bytes) and 8 bytes a
+choice, what stays on its rank included; the backward pass as much, with 4 bytes a choice. No token is dropped and none is
+padded. In 8 bits are what experts multiply, the tokens on their way there and the gradients of what they made; the sums on
+their way home are not (section 3.3.3 there).
 
-Letters in names: T token, D hidden, R routed row here, A row arrived from all ranks, E expert, S rank, N expert of this rank.
+Letters in names: T token, D hidden, K expert choices of a token, S rank, L token leaving for a rank, A token arrived from one,
+N expert of this rank, R row of an expert here.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cadre.model.experts import Experts, MixtureOfExperts, Plan, combine, dispatch
+from cadre.kernels.permute import sort_choices
+from cadre.model.experts import Experts, MixtureOfExperts, Plan, Routes
 from cadre.train.parallel.fp8 import pack, packed_width, unpack
 
 
 @dataclass
 class Exchange:
-    """The ranks that share one copy of the experts. `fp8`: whether rows go to the experts in 8 bits. `sent_bytes`: of rows and
-    their gradients, by all layers so far."""
+    """The ranks that share one copy of the experts. `fp8`: whether tokens go to the experts in 8 bits. `sent_bytes`: of tokens,
+    their choices and their gradients, by all layers so far."""
 
     group: dist.ProcessGroup
     fp8: bool = False
@@ -41,123 +45,122 @@ class Exchange:
     def ranks(self) -> int:
         return self.group.size()
 
-    def meet(self, load_E: Tensor) -> Tensor:
-        """Tell each rank how many rows its experts get from here. Returns what this rank's get from each: int64 [S, N]."""
-        arriving = torch.empty_like(load_E)
-        dist.all_to_all_single(arriving, load_E, group=self.group)
-        return arriving.view(self.ranks, -1)
+    def meet(self, leaving_S: Tensor) -> tuple[list[int], list[int]]:
+        """Tell each rank how many tokens it gets from here. Returns those numbers, and how many each sends here."""
+        arriving_S = torch.empty_like(leaving_S)
+        dist.all_to_all_single(arriving_S, leaving_S, group=self.group)
+        there, here = torch.stack((leaving_S, arriving_S)).tolist()
+        return there, here
 
 
 @dataclass
 class Journey:
-    """One layer's rows on their way to other ranks' experts. `there`, `here`: rows to and from each rank. `order_A` sorts
-    what arrives by expert, `place_A` undoes it; `load_N`: rows of each expert of this rank, int64."""
+    """One layer's tokens on their way to other ranks' experts. `there`, `here`: tokens to and from each rank; `token_L`: which
+    of this rank's tokens leave, those for one rank together."""
 
     exchange: Exchange
     there: list[int]
     here: list[int]
-    order_A: Tensor
-    place_A: Tensor
-    load_N: Tensor
+    token_L: Tensor
     work: dist.Work | None = None
     leaving: Tensor | None = None
     arriving: Tensor | None = None
-    rows: Tensor | None = None
+    arrived: tuple[Tensor, ...] = ()
+    narrow: bool = False
 
     @classmethod
-    def plan(cls, exchange: Exchange, load_E: Tensor) -> Journey:
-        arriving_SN = exchange.meet(load_E)
-        leaving_S = load_E.view(exchange.ranks, -1).sum(dim=1)
-        there, here = torch.stack((leaving_S, arriving_SN.sum(dim=1))).tolist()
-        experts = torch.arange(arriving_SN.shape[1], device=load_E.device).repeat(exchange.ranks)
-        order_A = experts.repeat_interleave(arriving_SN.flatten(), output_size=sum(here)).argsort(stable=True)
-        place_A = torch.empty_like(order_A)
-        place_A[order_A] = torch.arange(len(order_A), device=order_A.device)
-        return cls(exchange, there, here, order_A, place_A, arriving_SN.sum(dim=0))
+    def plan(cls, exchange: Exchange, rank_TK: Tensor) -> Journey:
+        """rank_TK: the rank of each choice."""
+        goes_ST = rank_TK.new_zeros(exchange.ranks, len(rank_TK), dtype=torch.bool)
+        goes_ST.scatter_(0, rank_TK.t(), True)
+        there, here = exchange.meet(goes_ST.sum(dim=1))
+        token_L = goes_ST.flatten().nonzero().squeeze(1).remainder_(max(1, len(rank_TK)))
+        return cls(exchange, there, here, token_L)
 
-    def start(self, rows: Tensor, outward: bool) -> Tensor:
-        """Send rows off, to the experts or home. What is returned is filled when `wait` returns."""
+    def start(self, parts: tuple[Tensor, ...], outward: bool) -> tuple[Tensor, ...]:
+        """Send what belongs to each token off as one row, to the experts or home. What is returned is filled when `wait`
+        returns. The first part is rows of tokens, in 8 bits on their way out if the exchange says so."""
         sizes, arriving = (self.there, self.here) if outward else (self.here, self.there)
-        width, narrow = rows.shape[1], outward and self.exchange.fp8
-        self.rows = rows.new_empty(sum(arriving), width)
-        self.leaving = pack(rows) if narrow else rows.contiguous()  # must outlive the sending
-        self.arriving = self.leaving.new_empty(sum(arriving), packed_width(width)) if narrow else self.rows
+        self.arrived = tuple(part.new_empty(sum(arriving), *part.shape[1:]) for part in parts)
+        self.narrow = outward and self.exchange.fp8
+        packed = (pack(parts[0]), *parts[1:]) if self.narrow else parts
+        if len(packed) == 1:
+            self.leaving = packed[0].contiguous()
+        else:
+            self.leaving = torch.cat([part.contiguous().view(torch.uint8) for part in packed], dim=1)
+        whole = len(parts) == 1 and not self.narrow
+        self.arriving = self.arrived[0] if whole else self.leaving.new_empty(sum(arriving), self.leaving.shape[1])
         self.exchange.sent_bytes += self.leaving.nbytes
         self.work = dist.all_to_all_single(
             self.arriving, self.leaving, arriving, sizes, group=self.exchange.group, async_op=True
         )
-        return self.rows
+        return self.arrived
 
-    def wait(self) -> Tensor:
-        assert self.work is not None and self.arriving is not None and self.rows is not None
+    def wait(self) -> tuple[Tensor, ...]:
+        assert self.work is not None and self.arriving is not None
         self.work.wait()
-        arrived = self.rows
-        if self.arriving is not arrived:
-            arrived.copy_(unpack(self.arriving, arrived.shape[1], arrived.dtype))
-        self.work = self.leaving = self.arriving = self.rows = None
+        arrived, arriving = self.arrived, self.arriving
+        if arriving is not arrived[0]:
+            first = packed_width(arrived[0].shape[1]) if self.narrow else arrived[0].shape[1] * arrived[0].element_size()
+            widths = [first, *(part.shape[1] * part.element_size() for part in arrived[1:])]
+            for part, taken in zip(arrived, arriving.split(widths, dim=1), strict=True):
+                if self.narrow and part is arrived[0]:
+                    part.copy_(unpack(taken, part.shape[1], part.dtype))
+                else:
+                    part.view(torch.uint8).copy_(taken)
+        self.work = self.leaving = self.arriving = None
+        self.arrived = ()
         return arrived
 
-    def depart(self, x_RD: Tensor) -> Tensor:
-        return _Depart.apply(x_RD, self, True)
+    def depart(self, x_LD: Tensor, weight_LK: Tensor, expert_LK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _Depart.apply(self, True, x_LD, weight_LK, expert_LK)
 
-    def arrive(self, underway_AD: Tensor) -> Tensor:
-        """The rows that other ranks sent, in the order of these: [A, D]."""
-        return _Arrive.apply(underway_AD, self, True)
-
-    def pass_through(self, experts: nn.Module, x_AD: Tensor) -> Tensor:
-        """What the experts make of rows in the order of arrival: [A, D]."""
-        if isinstance(experts, Experts) and experts.moves_rows(x_AD):
-            once_A1 = x_AD.new_ones(len(x_AD), 1)
-            return experts(x_AD, self.load_N, Plan(self.place_A[:, None], self.order_A, self.load_N, once_A1))
-        sorted_AD = _Reorder.apply(x_AD, self.order_A, self.place_A)
-        return _Reorder.apply(experts(sorted_AD, self.load_N), self.place_A, self.order_A)
+    def arrive(self, *underway: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [A, D], and of the choices [A, K] of each weights and experts, as `depart` was given them elsewhere."""
+        return _Arrive.apply(self, True, *underway)
 
     def bring_back(self, y_AD: Tensor) -> Tensor:
-        """Rows where they came from and in the order in which they left: [R, D]."""
-        return _Arrive.apply(_Depart.apply(y_AD, self, False), self, False)
+        """What was made of tokens where they came from, in the order in which they left: [L, D]."""
+        (y_LD,) = _Arrive.apply(self, False, *_Depart.apply(self, False, y_AD))
+        return y_LD
 
 
 class _Depart(torch.autograd.Function):
     """Start a journey; its gradient is one that `_Arrive` has started the other way and that arrives here."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, journey: Journey, outward: bool) -> Tensor:
+    def forward(ctx: Any, journey: Journey, outward: bool, *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.journey = journey
-        return journey.start(rows, outward)
+        underway = journey.start(parts, outward)
+        ctx.mark_non_differentiable(*(part for part in underway if not part.is_floating_point()))
+        return underway
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.journey.wait(), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        arrived = ctx.journey.wait()
+        return None, None, *arrived, *(None,) * (len(grads) - len(arrived))
 
 
 class _Arrive(torch.autograd.Function):
-    """End a journey; what is computed between the two in either direction is computed while the rows travel."""
+    """End a journey; what is computed between the two in either direction is computed while the tokens travel."""
 
     @staticmethod
-    def forward(ctx: Any, underway: Tensor, journey: Journey, outward: bool) -> Tensor:
+    def forward(ctx: Any, journey: Journey, outward: bool, *underway: Tensor) -> tuple[Tensor, ...]:
         ctx.journey, ctx.outward = journey, outward
+        ctx.differentiable = [part.is_floating_point() for part in underway]
         journey.wait()
-        return underway.view_as(underway)  # the same memory, filled
+        there = tuple(part.view_as(part) for part in underway)  # the same memory, filled
+        ctx.mark_non_differentiable(*(part for part in there if not part.is_floating_point()))
+        return there
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.journey.start(grad, not ctx.outward)
-        # The gradient is on its way and of another shape than autograd expects: this says only that it has left.
-        return grad.new_zeros(()).expand_as(grad), None, None
-
-
-class _Reorder(torch.autograd.Function):
-    """rows[order]; `place` is the inverse of `order`, so that the gradient is a gather too."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors
-        return grad.index_select(0, place), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        real = [grad for grad, wanted in zip(grads, ctx.differentiable, strict=True) if wanted]
+        ctx.journey.start(tuple(real), not ctx.outward)
+        # The gradients are on their way and of other shapes than autograd expects: these say only that they have left.
+        said = [grad.new_zeros(()).expand_as(grad) if wanted else None
+                for grad, wanted in zip(grads, ctx.differentiable, strict=True)]  # fmt: skip
+        return None, None, *said
 
 
 class SpreadMixture(MixtureOfExperts):
@@ -176,14 +179,40 @@ class SpreadMixture(MixtureOfExperts):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_TD = x_BTD.flatten(0, -2)
         routes = self.gate(x_TD)
-        x_RD, plan = dispatch(x_TD, routes)
-        journey = Journey.plan(self.exchange, plan.load_E)
-        underway_AD = journey.depart(x_RD)
+        here = routes.score_TE.shape[1] // self.exchange.ranks
+        rank_TK = routes.expert_TK // here
+        journey = Journey.plan(self.exchange, rank_TK)
+        underway = journey.depart(x_TD.index_select(0, journey.token_L), *_choices(routes, rank_TK, here, journey))
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
-        y_AD = journey.pass_through(self.experts, journey.arrive(underway_AD))
-        y_TD = combine(journey.bring_back(y_AD), plan)
+        y_LD = journey.bring_back(self._made(here, *journey.arrive(*underway)))
+        y_TD = torch.zeros_like(x_TD).index_add(0, journey.token_L, y_LD)
         if self.training and self.keeps_routes:
             self.routes = routes
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BTD)
+
+    def _made(self, here: int, x_AD: Tensor, weight_AK: Tensor, expert_AK: Tensor) -> Tensor:
+        """The weighted sum of what each token's experts of the `here` on this rank make of it: [A, D]."""
+        # The last expert is nobody: rows of choices elsewhere come after all others.
+        row_AK, token_R, load = sort_choices(expert_AK.long(), here + 1)
+        load_N = load[:here]
+        if isinstance(self.experts, Experts) and self.experts.moves_rows(x_AD):
+            return self.experts(x_AD, load_N, Plan(row_AK, token_R, load_N, weight_AK))
+        rows = int(load_N.sum())
+        choice_R = torch.empty_like(token_R)
+        choice_R[row_AK.flatten()] = torch.arange(len(token_R), device=token_R.device)
+        token_R, choice_R = token_R[:rows], choice_R[:rows]
+        y_RD = self.experts(x_AD.index_select(0, token_R), load_N)
+        weight_R = weight_AK.flatten().index_select(0, choice_R).to(y_RD.dtype)
+        return torch.zeros_like(x_AD).index_add(0, token_R, y_RD * weight_R[:, None])
+
+
+def _choices(routes: Routes, rank_TK: Tensor, here: int, journey: Journey) -> tuple[Tensor, Tensor]:
+    """What each rank is told of the tokens that go to it: weights [L, K] and experts, int32 [L, K] from 0 to `here` - 1. A
+    choice elsewhere weighs nothing and is `here`."""
+    token_L, ranks = journey.token_L, torch.arange(journey.exchange.ranks)
+    rank_L = ranks.repeat_interleave(torch.tensor(journey.there)).to(token_L.device)
+    mine_LK = rank_TK[token_L] == rank_L[:, None]
+    expert_LK = torch.where(mine_LK, routes.expert_TK[token_L] % here, here).to(torch.int32)
+    return routes.weight_TK.index_select(0, token_L) * mine_LK, expert_LK
