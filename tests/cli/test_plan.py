@@ -116,7 +116,7 @@ def test_a_shipped_recipe_brings_its_own_numbers(planned):
     assert made["parameters"]["embedding"] == 4096 * recipe.model["hidden_size"]
     assert made["layout"]["micro_batch"] == 16
     assert {one["name"]: one["value"] for one in made["assumptions"]}["optimizer"] == "muon"
-    assert any("this recipe trains it on 25%" in note for note in made["notes"])
+    assert any("is trained on 25% of the sequences" in note for note in made["notes"])
     other = planned("pocket", "--hardware", "h100", "--devices", 8, "--context", 128, "--batch", 32, "--tokens", "1M")
     assert (other["hardware"], other["devices"], other["context"], other["batch"]) == ("h100", 8, 128, 32)
     assert other["tokens"] == 1e6

@@ -17,8 +17,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cadre.errors import UsageError
 from cadre.hub.names import skeleton
 from cadre.model.config import ModelConfig
+from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware
+from cadre.train.muon import Muon
+from cadre.train.optimizer import Optimizer
 from cadre.train.parallel.auto import settle
 from cadre.train.parallel.layout import Layout, compose
 from cadre.train.parallel.shard import shard
@@ -73,9 +76,20 @@ def test_a_rank_of_every_size_is_built_and_holds_what_is_counted(name, ranks):
     assert parameters == pytest.approx(count(config).total_parameters / layout.shards, rel=0.01)
 
 
-@pytest.mark.parametrize("name, state", [("node", 4), ("v2-lite", 8)])
-def test_the_plan_prints_the_memory_of_a_rank_in_the_layout_that_training_chooses(planned, name, state):
+def state_of(model: Transformer, optimizer: Optimizer) -> int:
+    """Bytes that the optimizer will keep of a model: of each parameter that Muon steps a momentum, of others two moments.
+    Router biases, which nobody steps, count as those do."""
+    muon = {id(p) for part in optimizer.parts if isinstance(part, Muon) for group in part.param_groups for p in group["params"]}
+    held = sum(p.numel() * (4 if id(p) in muon else 8) for p in model.parameters())
+    return held + 8 * sum(buffer.numel() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("name, optimizer", [("node", "muon"), ("v2-lite", "adamw")])
+def test_the_plan_prints_the_memory_of_a_rank_in_the_layout_that_training_chooses(planned, name, optimizer):
     recipe, config = read(name)
+    model = skeleton(config)
+    state = state_of(model, Optimizer(model, recipe.optimizer)) / count(config).total_parameters
+    assert recipe.optimizer.name == optimizer and (4 < state < 4.3) == (optimizer == "muon")
     for ranks in RANKS:
         plan = planned(name, "--hardware", "h100", "--devices", ranks)
         settled = settle(recipe, config, ranks, H100, lambda line: None)
