@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 import cadre
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
-from cadre.hub.directory import WEIGHTS
+from cadre.hub.directory import WEIGHTS, load_config
 from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.model.transformer import Transformer
@@ -248,3 +248,34 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
     save(model, tmp_path / "model")
     with pytest.raises(UsageError, match=r"model\.safetensors: model\.norm\.weight holds values that are not finite"):
         load(tmp_path / "model")
+
+
+def set_generation(path, content):
+    (path / "generation_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.mark.parametrize("named, ends", [(7, [1, 7]), ([7, 9, 1], [1, 7, 9]), (1, 1), ([1], 1), (None, 1)])
+def test_texts_end_where_generation_config_says_too(path, named, ends):
+    set_config(path, eos_token_id=1)
+    set_generation(path, {"eos_token_id": named, "temperature": 0.6})
+    assert load(path)[0].config.eos_token_id == load_config(path).eos_token_id == ends
+
+
+def test_ends_that_only_generation_config_names(path):
+    set_config(path, eos_token_id=None)
+    set_generation(path, {"eos_token_id": 5})
+    assert load(path)[0].config.eos_token_id == [5]
+    (path / "generation_config.json").unlink()
+    assert load(path)[0].config.eos_token_id is None
+
+
+@pytest.mark.parametrize("content, said", [
+    ("{", r"generation_config.json: cannot be read"),
+    ("[]", r"generation_config.json: must be a JSON object"),
+    ({"eos_token_id": "x"}, r"generation_config.json: eos_token_id is 'x'; it must be a token id from 0 to"),
+    ({"eos_token_id": [1, 10**6]}, r"eos_token_id is 1000000"),
+    ({"eos_token_id": True}, r"eos_token_id is True"),
+])  # fmt: skip
+def test_a_damaged_generation_config_is_refused(path, content, said):
+    set_generation(path, content)
+    refused(path, said)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -69,10 +70,38 @@ def load_config(path: str | Path) -> ModelConfig:
     if path.is_file():
         return ModelConfig.from_file(path)
     directory = model_directory(path)
-    config = ModelConfig.from_file(directory / "config.json")
+    config = read_config(directory)
     if config.num_nextn_predict_layers and any(directory.glob("*.safetensors")):
         config = without_absent_modules(config, stored_tensors(directory))
     return config
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The config of a model directory, as its two files say: transformers ends a text at the ids that `generation_config.json`
+    names, often more than `config.json` does (of turns in a chat), and so do we.
+
+    Raises `UsageError` for a file that is missing or damaged.
+    """
+    config = ModelConfig.from_file(directory / "config.json")
+    file = directory / "generation_config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return config
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{file}: must be a JSON object")
+    named, known = (_as_list(ids) for ids in (values.get("eos_token_id"), config.eos_token_id))
+    for token in named:
+        if type(token) is not int or not 0 <= token < config.vocab_size:
+            raise UsageError(f"{file}: eos_token_id is {token!r}; it must be a token id from 0 to {config.vocab_size - 1}")
+    further = [token for token in named if token not in known]
+    return config.model_copy(update={"eos_token_id": known + further}) if further else config
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def without_absent_modules(config: ModelConfig, stored: dict[str, Stored]) -> ModelConfig:

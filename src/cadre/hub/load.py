@@ -20,6 +20,7 @@ from cadre.hub.directory import (
     load_config,
     model_directory,
     modules_stored,
+    read_config,
     stored_tensors,
     without_absent_modules,
 )
@@ -60,7 +61,7 @@ def load(
     tokenizer with more ids than the model has embeddings.
     """
     directory = model_directory(path)
-    config = ModelConfig.from_file(directory / "config.json")
+    config = read_config(directory)
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     check_quantization(raw, str(directory / "config.json"))
     stored = stored_tensors(directory)
