@@ -47,7 +47,8 @@ def floor(positions: int, documents: bool = False) -> float:
     return NEAR_ZERO if positions < FEW or documents else 1e-3
 
 
-def test_this_is_what_training_computes_in_here() -> None:
+def test_this_is_what_training_computes_in_where_float32_is_slower(monkeypatch) -> None:
+    monkeypatch.setattr("cadre.kernels.limits.gemm_flops_per_second", lambda *_: 1.0)
     assert training_dtype(torch.device("cpu")) == torch.bfloat16
 
 
@@ -57,6 +58,11 @@ def test_without_kernels_it_is_what_torch_multiplies_faster(monkeypatch) -> None
     assert training_dtype(torch.device("cpu")) == torch.float16
     monkeypatch.setattr("cadre.kernels.limits.training_library", training_library)
     monkeypatch.setattr("cadre.kernels.limits.multiplies", lambda narrow: False)
+    assert training_dtype(torch.device("cpu")) == torch.float32
+
+
+def test_it_is_not_where_products_of_float32_are_as_fast(monkeypatch) -> None:
+    monkeypatch.setattr("cadre.kernels.limits.gemm_flops_per_second", lambda *_: 1e15)
     assert training_dtype(torch.device("cpu")) == torch.float32
 
 

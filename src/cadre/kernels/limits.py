@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cadre.kernels.linear import product
 from cadre.kernels.native.library import multiplies, training_library
 
+# How much faster products of bfloat16 must be to be taken.
+_WORTH = 1.2
 _STATUS = Path("/proc/self/status")
 
 
@@ -27,10 +32,14 @@ def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 
     not the median: it stands for what the machine can do, and other work can only lower it."""
     if device.type == "cuda":
         size = max(size, 8192)
+    # Of float32 also ours, where that is the faster one.
+    ours = (product,) if device.type == "cpu" and dtype == torch.float32 else ()
+    return _rate((torch.mm, *ours), dtype, device, size, repeats)
+
+
+def _rate(ways: tuple[Callable[..., Any], ...], dtype: torch.dtype, device: torch.device, size: int, repeats: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.mm(a, b)
-    # Of float32 also ours, where that is the faster one.
-    ways = (torch.mm, product) if device.type == "cpu" and dtype == torch.float32 else (torch.mm,)
     seconds = []
     for _ in range(repeats):
         for multiply in ways:
@@ -63,15 +72,18 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16
     rate = {dtype: gemm_flops_per_second(dtype, device, 768, 3) for dtype in (torch.bfloat16, torch.float32)}
-    return torch.bfloat16 if rate[torch.bfloat16] > 1.2 * rate[torch.float32] else torch.float32
+    return torch.bfloat16 if rate[torch.bfloat16] > _WORTH * rate[torch.float32] else torch.float32
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """What to train in: on a CPU with kernels of ours bfloat16 if they multiply it, else float32, which is all that they take
-    otherwise; without them what is `best_dtype`."""
+    """What to train in: on a CPU with kernels of ours bfloat16 if they multiply its factors, and faster than anyone does
+    float32, else float32, which is all that they take otherwise; without them what is `best_dtype`."""
     if device.type == "cuda" or training_library() is None:
         return best_dtype(device)
-    return torch.bfloat16 if multiplies(narrow=True) else torch.float32
+    if not multiplies(narrow=True):
+        return torch.float32
+    narrow = _rate((partial(product, narrow=True),), torch.float32, device, 768, 3)
+    return torch.bfloat16 if narrow > _WORTH * gemm_flops_per_second(torch.float32, device, 768, 3) else torch.float32
 
 
 def memory_bytes_per_second(device: torch.device, size: int | None = None, repeats: int = 5) -> float:
