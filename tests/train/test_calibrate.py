@@ -53,6 +53,17 @@ def test_every_part_is_measured(family: str, name: str):
     assert made.seconds_per_step > 0 and made.peak_memory_bytes >= found.process_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_by_itself_gets_what_flows_between_blocks(dtype: torch.dtype):
+    """On some processors that is float32 in a bfloat16 run."""
+    trained = module._Trained(small("deepseek_v3"), step(), 1, dtype, CPU)
+    block = trained.model.layers[0]
+    assert isinstance(block, module.Block)
+    alone = module._Alone(trained, block)
+    assert alone.x.dtype == trained.model.embed(trained.ids).dtype
+    assert alone.forward().dtype == alone.x.dtype
+
+
 def test_what_a_block_holds_is_counted():
     """Weights, gradients and two moments; and of a linear layer, its input and no weight."""
     config = small("llama")

@@ -217,7 +217,7 @@ class _Trained:
     """A model in training on random tokens: a pass is forward and backward on `rows` sequences, an update what follows."""
 
     def __init__(self, config: ModelConfig, step: Step, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.step, self.rows, self.dtype, self.device = step, rows, dtype, device
+        self.step, self.rows, self.device = step, rows, device
         self.model = Transformer(config).initialize(0).to(device)
         self.model.compute_in(dtype)
         self.model.train()
