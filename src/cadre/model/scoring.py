@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 # Logits held at once, in elements: a few MB in float32, so that the passes over them stay in the cache.
 _CHUNK_ELEMENTS = 1 << 20
-# Characters tokenised at a time: documents are scored together up to this much, so that their short ends share batches.
-_GROUP_CHARACTERS = 1 << 22
+# Characters tokenised at a time: documents are scored together up to this much, so that their short ends share batches. A
+# tokenizer's answer takes some hundred bytes a token.
+_GROUP_CHARACTERS = 1 << 18
 
 
 class Text(Protocol):
@@ -95,6 +96,7 @@ def score_each(
     for texts in _groups(documents):
         encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
         ids = [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encoded]
+        del encoded
         for text, nats_N in zip(texts, _nats(model, ids, first, context, stride, batch, progress), strict=True):
             yield Score(float(nats_N.double().sum()), len(nats_N), len(text.encode("utf-8")))
 
