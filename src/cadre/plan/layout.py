@@ -321,9 +321,8 @@ def memory(cuts: Pipeline, layout: Layout) -> Memory:
         )
         held = whole = common / layout.tensor + expert / layout.expert
         local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
-        buffers = (
-            loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if any(s.last for s in stages) else 0.0
-        )
+        last = any(stage.last for stage in stages)
+        buffers = loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0
         if layout.sharded:
             buffers += _gathered(work, layout)
             held = local
