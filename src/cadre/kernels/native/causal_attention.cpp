@@ -47,17 +47,7 @@ template <class Kind, int WIDE, class Word = typename Kind::word>
 __attribute__((noinline)) void tile(const Word* a, size_t a_row, size_t a_col, size_t depth, const Word* b, size_t b_row, float* c,
                                     size_t c_row, bool add) {
     floats sum[ROWS_AT_ONCE][WIDE] = {};
-    for (size_t k = 0; k < depth; k++, a += a_col, b += b_row) {
-        typename Kind::words with[WIDE];
-#pragma GCC unroll 2
-        for (int n = 0; n < WIDE; n++) with[n] = Kind::load(b + n * LANES);
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS_AT_ONCE; m++) {
-            const Word row = a[m * a_row];
-#pragma GCC unroll 2
-            for (int n = 0; n < WIDE; n++) sum[m][n] = Kind::add_product(sum[m][n], row, with[n]);
-        }
-    }
+    add_products<Kind>(sum, a, a_row, a_col, depth, b, b_row);
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS_AT_ONCE; m++)
 #pragma GCC unroll 2

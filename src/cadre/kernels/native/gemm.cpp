@@ -74,17 +74,7 @@ void pack_turned(const float* from, size_t from_stride, size_t rows, size_t fact
 template <class Kind, int HIGH, int WIDE, bool ACROSS>
 void tile(const typename Kind::word* a, size_t a_stride, const typename Kind::word* b, size_t words, float* c, size_t c_stride, int tail, float keep, float scale) {
     floats sum[HIGH][WIDE] = {};
-    for (size_t k = 0; k < words; k++, b += WIDE * 16) {
-        typename Kind::words with[WIDE];
-#pragma GCC unroll 3
-        for (int n = 0; n < WIDE; n++) with[n] = Kind::load(b + n * 16);
-#pragma GCC unroll 8
-        for (int m = 0; m < HIGH; m++) {
-            const typename Kind::word x = ACROSS ? a[k * a_stride + m] : a[m * a_stride + k];
-#pragma GCC unroll 3
-            for (int n = 0; n < WIDE; n++) sum[m][n] = Kind::add_product(sum[m][n], x, with[n]);
-        }
-    }
+    add_products<Kind>(sum, a, ACROSS ? 1 : a_stride, ACROSS ? a_stride : 1, words, b, WIDE * 16);
 #pragma GCC unroll 8
     for (int m = 0; m < HIGH; m++)
 #pragma GCC unroll 3

@@ -57,3 +57,20 @@ struct Bfloat16Words {
     }
 };
 #endif
+
+// sum[m][n] += over k of a[m * a_row + k * a_col] * b[k * b_row + n], k counting words, n vectors of lanes.
+template <class Kind, int HIGH, int WIDE, class Word = typename Kind::word>
+static inline __attribute__((always_inline)) void add_products(floats (&sum)[HIGH][WIDE], const Word* a, size_t a_row, size_t a_col,
+                                                               size_t depth, const Word* b, size_t b_row) {
+    for (size_t k = 0; k < depth; k++, a += a_col, b += b_row) {
+        typename Kind::words with[WIDE];
+#pragma GCC unroll 3
+        for (int n = 0; n < WIDE; n++) with[n] = Kind::load(b + n * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < HIGH; m++) {
+            const Word row = a[m * a_row];
+#pragma GCC unroll 3
+            for (int n = 0; n < WIDE; n++) sum[m][n] = Kind::add_product(sum[m][n], row, with[n]);
+        }
+    }
+}
