@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from cadre.kernels.orthogonalize import orthogonalize, orthogonalize_reference
+from cadre.kernels.native.library import multiplies, training_library
+from cadre.kernels.orthogonalize import MuonStep, muon_in_place, muon_reference, orthogonalize, orthogonalize_reference
 
 SIZE = st.integers(1, 70)
 
@@ -36,3 +39,72 @@ def test_zeros_stay_zeros():
 def test_reads_what_is_not_contiguous():
     g = torch.randn(6, 9, 4).mT
     assert_close(orthogonalize(g), orthogonalize_reference(g), atol=1e-5, rtol=1e-4)
+
+
+def test_factors_of_bfloat16_move_singular_values_little():
+    g = torch.randn(6, 40, 72, generator=torch.Generator().manual_seed(2))
+    exact, made = orthogonalize_reference(g.double(), 3), orthogonalize(g, 3, narrow=True)
+    assert 0 < (made - exact).norm() / exact.norm() < 0.02 or not multiplies(narrow=True)
+    assert (orthogonalize_reference(g, 3, narrow=True) - exact).norm() / exact.norm() < 0.03
+
+
+def steps(shapes: list[tuple[int, ...]], fused: int = 1, seed: int = 0) -> list[MuonStep]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        MuonStep(
+            *(torch.randn(shape, generator=generator) for _ in range(3)),
+            rows=shape[-2] // fused,
+            iterations=3 + index % 3,
+            beta=0.9 + 0.01 * index,
+            keep=0.99,
+            rate=-0.1 * (index + 1),
+        )
+        for index, shape in enumerate(shapes)
+    ]
+
+
+def double(step: MuonStep) -> MuonStep:
+    return replace(step, weight=step.weight.double(), gradient=step.gradient.double(), momentum=step.momentum.double())
+
+
+matrix = st.tuples(SIZE, SIZE)
+experts = st.tuples(st.integers(0, 5), st.integers(1, 30).map(lambda half: 2 * half), SIZE)
+
+
+@pytest.mark.skipif(training_library() is None, reason="no kernels")
+@given(st.lists(matrix | experts, min_size=4, max_size=7), st.booleans(), st.integers(0, 99))
+@example([(48, 64), (3, 64, 48), (33, 17), (1, 5), (2, 2, 70)], True, 0)
+def test_a_whole_step_equals_the_reference_in_float64(shapes, halves, seed):
+    fused = 2 if halves and all(len(shape) == 3 for shape in shapes) else 1
+    made = steps(shapes, fused, seed)
+    want = [double(step) for step in made]
+    gradients = [step.gradient.clone() for step in made]
+    muon_reference(want)
+    if not muon_in_place(made):
+        assert sum(step.batch for step in made) < torch.get_num_threads()
+        return
+    for step, exact, gradient in zip(made, want, gradients, strict=True):
+        assert_close(step.momentum.double(), exact.momentum, atol=1e-5, rtol=1e-5)
+        assert_close(step.weight.double(), exact.weight, atol=3e-4, rtol=1e-3)
+        assert torch.equal(step.gradient, gradient)
+
+
+def test_fused_halves_are_matrices_of_their_own():
+    made = steps([(3, 16, 10)], fused=2)
+    halves = [made[0].weight[:, part].clone() for part in (slice(8), slice(8, 16))]
+    parts = [
+        replace(made[0], weight=half, gradient=made[0].gradient[:, part], momentum=made[0].momentum[:, part].clone())
+        for half, part in zip(halves, (slice(8), slice(8, 16)), strict=True)
+    ]
+    muon_in_place(made) or muon_reference(made)
+    muon_reference(parts)
+    assert_close(made[0].weight, torch.cat(halves, dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_steps_in_place_only_where_threads_have_work_and_tensors_lie_in_one_piece():
+    few, strided = steps([(4, 4)]), steps([(9, 4, 4)])
+    strided[0] = replace(strided[0], gradient=strided[0].gradient.mT)
+    before = [step.weight.clone() for step in few + strided]
+    assert not muon_in_place(strided)
+    assert torch.get_num_threads() == 1 or not muon_in_place(few)
+    assert torch.get_num_threads() == 1 or all(torch.equal(s.weight, w) for s, w in zip(few + strided, before, strict=True))

@@ -89,3 +89,21 @@ def test_parameters_without_gradient_stay():
     optimizer = Muon([still, moving], lr=0.1)
     optimizer.step()
     assert torch.equal(still, before) and list(optimizer.state) == [moving]
+
+
+def test_in_place_and_in_batches_are_one_step(monkeypatch):
+    shapes = [(6, 9), (9, 6), (6, 9), (3, 8, 5), (2, 8, 5)]
+    results = []
+    for in_place in (True, False):
+        if not in_place:
+            monkeypatch.setattr("cadre.train.muon.muon_in_place", lambda steps, narrow: False)
+        parameters = [random(*shape, seed=index) for index, shape in enumerate(shapes)]
+        groups = [{"params": parameters[:3]}, {"params": parameters[3:], "fused": 2, "iterations": 3, "lr": 0.05}]
+        optimizer = Muon(groups, lr=0.1)
+        for step in range(3):
+            for index, parameter in enumerate(parameters):
+                parameter.grad = random(*parameter.shape, seed=10 * step + index)
+            optimizer.step()
+        results.append(parameters)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """Tokens to their experts and back in one step, with gradients, through the C++ kernel (`experts_training.cpp`): float32 on a
-CPU. Rows are moved, multiplied and activated while they lie in the processor's cache; only gate and up are kept for backward.
+CPU. Rows are moved, multiplied and activated while they lie in the processor's cache; only gate and up are kept for backward,
+in bfloat16 where that is what is multiplied.
 
 Letters in names: T token, D hidden, E expert, K choices of a token, R = T*K routed rows, F expert width, N gate and up.
 """
@@ -73,7 +74,8 @@ class _Experts(torch.autograd.Function):
         load, weight = load_E.contiguous(), None if weight_TK is None else weight_TK.contiguous()
         row, token = (None if index is None else index.contiguous() for index in (row_TK, token_R))
         rows = len(x) if token is None else len(token)
-        inner = x.new_empty(rows, 2 * down.shape[-1]) if keeps and any(ctx.needs_input_grad) else None
+        kept = torch.bfloat16 if narrow else torch.float32
+        inner = x.new_empty(rows, 2 * down.shape[-1], dtype=kept) if keeps and any(ctx.needs_input_grad) else None
         y = None if token is None else x.new_empty(rows, x.shape[1])
         out = torch.empty_like(x)
         ctx.narrow = narrow

@@ -217,11 +217,11 @@ class _Trained:
     """A model in training on random tokens: a pass is forward and backward on `rows` sequences, an update what follows."""
 
     def __init__(self, config: ModelConfig, step: Step, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.step, self.rows, self.device = step, rows, device
+        self.step, self.rows, self.dtype, self.device = step, rows, dtype, device
         self.model = Transformer(config).initialize(0).to(device)
         self.model.compute_in(dtype)
         self.model.train()
-        self.optimizer = Optimizer(self.model, step.optimizer)
+        self.optimizer = Optimizer(self.model, step.optimizer, narrow=dtype == torch.bfloat16)
         self.balance = Balance(self.model, Recipe.model_fields["balance"].default)
         self.mtp_rows = max(1, round(rows * step.mtp_share))
         reach = step.seq_len + 1 + len(self.model.mtp)
@@ -238,7 +238,7 @@ class _Trained:
         self.loss().backward()
 
     def update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.clip(1.0)
         self.balance.update()
         self.optimizer.step(1e-6)
 
@@ -255,7 +255,8 @@ class _Alone(nn.Module):
         dtype = trained.model.compute_dtype  # of what flows between blocks
         self.x = torch.randn(shape, device=trained.device, dtype=dtype, requires_grad=True)
         self.gradient = torch.full_like(self.x, 1 / self.x.numel())
-        self.optimizer = Optimizer(self, trained.step.optimizer)  # type: ignore[arg-type]
+        narrow = trained.dtype == torch.bfloat16
+        self.optimizer = Optimizer(self, trained.step.optimizer, narrow=narrow)  # type: ignore[arg-type]
 
     def forward(self) -> Tensor:
         return self.block(self.x, self.turn, None, None)
@@ -266,7 +267,7 @@ class _Alone(nn.Module):
         self.forward().backward(self.gradient)
 
     def update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.block.parameters(), 1.0)
+        self.optimizer.clip(1.0)
         self.optimizer.step(1e-6)
 
     def weight_bytes(self) -> int:

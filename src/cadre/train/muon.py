@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadre.kernels.orthogonalize import orthogonalize
+from cadre.kernels.orthogonalize import MuonStep, muon_in_place, orthogonalize
 
 _UPDATE_RMS = 0.2
 # Newton-Schulz iterations, unless a group says otherwise.
@@ -23,82 +23,86 @@ _AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Alike:
-    """Parameters of a group whose matrices all are of one `shape` [M, N], and of each the update [B, M, N]."""
+    """Steps of parameters whose matrices all are of one `shape` [M, N], and of each the update [B, M, N]."""
 
-    group: dict[str, Any]
     shape: tuple[int, int]
-    parameters: list[Tensor]
+    iterations: int
+    steps: list[MuonStep]
     updates: list[Tensor]
 
 
 class Muon(torch.optim.Optimizer):
-    """Takes parameters of 2 dimensions [M, N] or 3 [E, M, N]; a 3-D one is E separate matrices. Parameters of equal
-    matrix shape are orthogonalised in batches. A group may say `iterations` (of Newton-Schulz), and of 3-D parameters
-    `fused`: how many matrices lie one above the other in each [M, N], as gate and up do in `gate_up_proj`."""
+    """Takes parameters of 2 dimensions [M, N] or 3 [E, M, N]; a 3-D one is E separate matrices. Where no kernel steps all of
+    them at once, parameters of equal matrix shape are orthogonalised in batches. A group may say `iterations` (of
+    Newton-Schulz), and of 3-D parameters `fused`: how many matrices lie one above the other in each [M, N], as gate and up do
+    in `gate_up_proj`. `narrow`: Newton-Schulz's products may be of bfloat16."""
 
-    def __init__(self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+    def __init__(
+        self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, narrow: bool = False
+    ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=_ITERATIONS, fused=1))
+        self.narrow = narrow
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for alike, updates in self.orthogonalized(self._updates()):
-            group, scale = alike.group, _UPDATE_RMS * max(alike.shape) ** 0.5
-            for parameter, update in zip(alike.parameters, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+        steps = [
+            self._step_of(group, parameter)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        whole = [step for step in steps if self.is_whole(step.weight)]
+        if muon_in_place(whole, self.narrow):
+            steps = [step for step in steps if not self.is_whole(step.weight)]
+        for alike, updates in self.orthogonalized(map(_alike, _runs(steps))):
+            for step, update in zip(alike.steps, updates, strict=True):
+                step.apply(update)
 
-    def matrix_shape(self, parameter: Tensor) -> tuple[int, int]:
-        """Rows and columns of each matrix that a parameter is or holds."""
-        return parameter.shape[-2], parameter.shape[-1]
+    def rows(self, parameter: Tensor) -> int:
+        """Rows of each matrix that a parameter is, holds, or has a part of."""
+        return parameter.shape[-2]
+
+    def is_whole(self, parameter: Tensor) -> bool:
+        """Whether this process holds all of a parameter's matrices."""
+        return True
 
     def orthogonalized(self, every: Iterator[Alike]) -> Iterator[tuple[Alike, list[Tensor]]]:
         """The updates, orthogonalised, of all that `every` gives."""
         for alike in every:
-            yield alike, together(alike.updates, alike.group["iterations"])
+            yield alike, self.together(alike.updates, alike.iterations)
 
-    def _updates(self) -> Iterator[Alike]:
-        """Step the momentum (Nesterov's)."""
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, int, int], list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    rows, columns = self.matrix_shape(parameter)
-                    by_shape.setdefault((parameter.ndim, rows // group["fused"], columns), []).append(parameter)
-            for (_, *shape), all_alike in by_shape.items():
-                for parameters in _runs(all_alike):
-                    yield self._alike(group, (shape[0], shape[1]), parameters)
+    def together(self, updates: list[Tensor], iterations: int) -> list[Tensor]:
+        """Batches of matrices of one shape [B, M, N], orthogonalised as one batch."""
+        if len(updates) == 1:
+            return [orthogonalize(updates[0], iterations, self.narrow)]
+        whole = orthogonalize(torch.cat(updates), iterations, self.narrow)
+        return list(whole.split([len(update) for update in updates]))
 
-    def _alike(self, group: dict[str, Any], shape: tuple[int, int], parameters: list[Tensor]) -> Alike:
-        updates = [self._update(parameter, group["momentum"]) for parameter in parameters]
-        if parameters[0].ndim == 3:
-            updates = [update.reshape(len(update) * group["fused"], *shape) for update in updates]
-        else:
-            updates = [update[None] for update in updates]
-        return Alike(group, shape, parameters, updates)
-
-    def _update(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _step_of(self, group: dict[str, Any], parameter: Tensor) -> MuonStep:
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+        lr, rows, columns = group["lr"], self.rows(parameter) // group["fused"], parameter.shape[-1]
+        rate = -lr * _UPDATE_RMS * max(rows, columns) ** 0.5
+        keep = 1 - lr * group["weight_decay"]
+        return MuonStep(parameter, parameter.grad, state["momentum"], rows, group["iterations"], group["momentum"], keep, rate)
 
 
-def _runs(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in order, as many at a time as hold `_AT_ONCE` elements, or one."""
-    run: list[Tensor] = []
-    for parameter in parameters:
-        if run and sum(p.numel() for p in run) + parameter.numel() > _AT_ONCE:
-            yield run
-            run = []
-        run.append(parameter)
-    if run:
+def _alike(steps: list[MuonStep]) -> Alike:
+    return Alike((steps[0].rows, steps[0].weight.shape[-1]), steps[0].iterations, steps, [step.nesterov() for step in steps])
+
+
+def _runs(steps: Iterable[MuonStep]) -> Iterator[list[MuonStep]]:
+    """Those whose matrices are of one shape together, as many at a time as hold `_AT_ONCE` elements, or one."""
+    alike: dict[tuple[int, ...], list[MuonStep]] = {}
+    for step in steps:
+        alike.setdefault((step.weight.ndim, step.rows, step.weight.shape[-1], step.iterations), []).append(step)
+    for all_alike in alike.values():
+        run: list[MuonStep] = []
+        for step in all_alike:
+            if run and sum(s.weight.numel() for s in run) + step.weight.numel() > _AT_ONCE:
+                yield run
+                run = []
+            run.append(step)
         yield run
-
-
-def together(updates: list[Tensor], iterations: int) -> list[Tensor]:
-    """Batches of matrices of one shape [B, M, N], orthogonalised as one batch."""
-    if len(updates) == 1:
-        return [orthogonalize(updates[0], iterations)]
-    return list(orthogonalize(torch.cat(updates), iterations).split([len(update) for update in updates]))

@@ -18,9 +18,12 @@ class Optimizer:
     """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest. Norms and biases do not decay.
 
     Each parameter group keeps its own peak rate; `step(factor)` multiplies all of them by the schedule's factor.
+    `narrow`: Muon may multiply in bfloat16.
     """
 
-    def __init__(self, model: Transformer, section: OptimizerSection, parallel: Parallel | None = None) -> None:
+    def __init__(
+        self, model: Transformer, section: OptimizerSection, parallel: Parallel | None = None, *, narrow: bool = False
+    ) -> None:
         self.parallel = parallel or Parallel()
         held = self.parallel.held(model)
         self.names: dict[Tensor, str] = {tensor: name for name, tensor in held.items()}
@@ -49,7 +52,7 @@ class Optimizer:
             torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=section.eps, fused=fused)
         ]
         if matrices:
-            options = {"lr": section.lr, "momentum": section.momentum, "weight_decay": decay}
+            options = {"lr": section.lr, "momentum": section.momentum, "weight_decay": decay, "narrow": narrow}
             self.parts.append(self.parallel.muon(_muon_groups(matrices, self.names), **options))
         self.peak = [group["lr"] for part in self.parts for group in part.param_groups]
         self.lr = section.lr
@@ -59,8 +62,9 @@ class Optimizer:
         self.parallel.hand_over_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
         norm = self.parallel.norm(norm)
-        torch.nn.utils.clip_grads_with_norm_(self.names, most, norm)
-        return float(norm)
+        if (size := float(norm)) > most:  # else it would multiply every gradient by 1
+            torch.nn.utils.clip_grads_with_norm_(self.names, most, norm)
+        return size
 
     def step(self, factor: float) -> None:
         groups = (group for part in self.parts for group in part.param_groups)

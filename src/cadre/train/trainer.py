@@ -87,7 +87,7 @@ class Trainer:
         self.recipe, self.model = run.recipe, run.model
         self.device = self.model.device
         self.model.compute_in(run.dtype)
-        self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.parallel)
+        self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.parallel, narrow=run.dtype == torch.bfloat16)
         self.balance = Balance(self.model, self.recipe.balance, self.parallel)
         layers = [index for index, _ in self.balance.layers]
         self.alarm = CollapseAlarm(layers, self.recipe.balance, self.recipe.optimizer.router_lr_scale)

@@ -14,7 +14,7 @@ struct ExpertsTraining {
     const int64_t *token, *row, *load;
     const float* weight;              // [tokens, choices]
     const float *gate, *up, *down;    // of the first expert: [width, hidden] twice, [hidden, width]
-    float* inner;                     // [rows, 2 * width] gate and up of every row, for the gradient; null: not kept
+    void* inner;                      // [rows, 2 * width] gate and up of every row, for the gradient, as wide as factors; null: not kept
     float* y;                         // [rows, hidden] room for the experts' outputs; unused without `token`
     float* out;                       // [tokens, hidden]
     int64_t tokens, rows, hidden, width, experts, choices;
@@ -67,22 +67,26 @@ void gather(const float* x, const int64_t* token, int64_t count, size_t D, float
     }
 }
 
-floats sigmoid(floats x) {
+inline __attribute__((always_inline)) floats sigmoid(floats x) {
     const floats s = reciprocal(1.0f + exponential(-x));
     return x < all(-87.0f) ? floats{} : s;  // e^87 is as large as `exponential` gets, and times -1e38 not small
 }
 
-void activate(const float* inner, int64_t count, size_t F, float* h) {
+// `keep(i, v, n)` is given all of `inner`, element i on.
+template <class Keep>
+void activate(const float* inner, int64_t count, size_t F, float* h, Keep keep) {
     for (int64_t i = 0; i < count; i++, inner += 2 * F, h += F)
         by_vectors(F, [=](size_t f, auto n) {
             floats g = load_some(inner + f, n), u = load_some(inner + F + f, n);
             store_some(h + f, g * sigmoid(g) * u, n);
+            keep(i * 2 * F + f, g, n), keep(i * 2 * F + F + f, u, n);
         });
 }
 
 // From the gradient d_h of the activations (to be multiplied by each row's weight) the gradient of gate and up, the weighted
 // activations, and each row's <activations, d_h>.
-void activate_back(const float* inner, const float* d_h, const float* weight, int64_t count, size_t F, float* d_inner, float* h,
+template <class T>
+void activate_back(const T* inner, const float* d_h, const float* weight, int64_t count, size_t F, float* d_inner, float* h,
                    float* along) {
     for (int64_t i = 0; i < count; i++, inner += 2 * F, d_inner += 2 * F, d_h += F, h += F) {
         const float w = weight ? weight[i] : 1.0f;
@@ -106,24 +110,36 @@ std::vector<int64_t> starts_of(const ExpertsTraining& e) {
     return start;
 }
 
+// Rows of the tokens [tokens, hidden] whose copies are rows `begin` on; copied to `copies` where the product cannot gather them.
+Operand rows_of(const ExpertsTraining& e, const float* tokens, int64_t begin, int64_t count, float* copies) {
+    const size_t D = e.hidden;
+    if (!e.token) return {tokens + begin * D, D};
+    if (ours(e.factors)) return {tokens, D, false, e.token + begin};
+    gather(tokens, e.token + begin, count, D, copies);
+    return {copies, D};
+}
+
+Operand transposed(Operand x) { return x.turned = true, x; }
+
 void forward(const ExpertsTraining& e, int64_t expert, int64_t begin, int64_t end) {
     static thread_local Scratch<> memory;
     const Multiply multiply{e.factors};
     const size_t D = e.hidden, F = e.width, count = end - begin;
     constexpr size_t most = Blocks::most(BLOCK);
-    float* h = memory.of(most * (F + (e.inner ? 0 : 2 * F) + (e.token ? D : 0)));
-    float* inner = e.inner ? e.inner + begin * 2 * F : h + most * F;
-    float* copies = h + most * (F + (e.inner ? 0 : 2 * F));
-    const float* x = e.token ? copies : e.x + begin * D;
-    if (e.token) gather(e.x, e.token + begin, count, D, copies);
+    const bool keeps = e.inner && e.factors == Factors::FLOAT32;
+    float* h = memory.of(most * (3 * F + D));
+    float* inner = keeps ? (float*)e.inner + begin * 2 * F : h + most * F;
+    const Operand x = rows_of(e, e.x, begin, count, h + most * 3 * F);
     const float *gate = e.gate + expert * e.further, *up = e.up + expert * e.further, *down = e.down + expert * F * D;
     if (up == gate + F * D) {
-        multiply(count, 2 * F, D, {x, D}, {gate, D, true}, inner, 2 * F);
+        multiply(count, 2 * F, D, x, {gate, D, true}, inner, 2 * F);
     } else {
-        multiply(count, F, D, {x, D}, {gate, D, true}, inner, 2 * F);
-        multiply(count, F, D, {x, D}, {up, D, true}, inner + F, 2 * F);
+        multiply(count, F, D, x, {gate, D, true}, inner, 2 * F);
+        multiply(count, F, D, x, {up, D, true}, inner + F, 2 * F);
     }
-    activate(inner, count, F, h);
+    uint16_t* kept = (uint16_t*)e.inner + begin * 2 * F;
+    if (!e.inner || keeps) activate(inner, count, F, h, [](size_t, floats, int) {});
+    else activate(inner, count, F, h, [=](size_t i, floats v, int n) { store_some(kept + i, v, n); });
     multiply(count, D, F, {h, F}, {down, F, true}, (e.token ? e.y : e.out) + begin * D, D);
 }
 
@@ -137,7 +153,7 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
     const size_t D = e.hidden, F = e.width;
     const int64_t block = block_back(D, F);
     const size_t most = Blocks::most(block);
-    float* d_inner = memory.of(most * (4 * F + (e.token ? 2 * D : 0)));
+    float* d_inner = memory.of(most * (4 * F + 2 * D));
     float* d_h = d_inner + most * 2 * F;
     float* h = d_h + most * F;
     float* copies = h + most * F;
@@ -153,14 +169,13 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
     for (int64_t i = 0; i < blocks.count; i++) {
         const int64_t begin = blocks.start(i);
         const size_t count = blocks.start(i + 1) - begin;
-        const float *x = e.x + begin * D, *d_out = d.out + begin * D;
-        if (e.token) {
-            gather(d.out, e.token + begin, count, D, copies), d_out = copies;
-            if (d.gate) gather(e.x, e.token + begin, count, D, copies + most * D), x = copies + most * D;
-        }
-        multiply(count, F, D, {d_out, D}, {down, F}, d_h, F);
-        activate_back(e.inner + begin * 2 * F, d_h, e.token ? d.weight_rows + begin : nullptr, count, F, d_inner, h,
-                      e.token ? d.weight_rows + e.rows + begin : nullptr);
+        const Operand d_out = rows_of(e, d.out, begin, count, copies);
+        multiply(count, F, D, d_out, {down, F}, d_h, F);
+        const float* weight = e.token ? d.weight_rows + begin : nullptr;
+        float* along = e.token ? d.weight_rows + e.rows + begin : nullptr;
+        const size_t first = begin * 2 * F;
+        if (e.factors == Factors::FLOAT32) activate_back((float*)e.inner + first, d_h, weight, count, F, d_inner, h, along);
+        else activate_back((uint16_t*)e.inner + first, d_h, weight, count, F, d_inner, h, along);
         if (d.x) {
             float* d_x = (e.token ? d.x_rows : d.x) + begin * D;
             if (joined) {
@@ -171,12 +186,13 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
             }
         }
         if (!d.gate) continue;
-        multiply(D, F, count, {d_out, D, true}, {h, F}, to.down, F, i > 0);
+        const Operand x = rows_of(e, e.x, begin, count, copies + most * D);
+        multiply(D, F, count, transposed(d_out), {h, F}, to.down, F, i > 0);
         if (joined_sums) {
-            multiply(2 * F, D, count, {d_inner, 2 * F, true}, {x, D}, to.gate, D, i > 0);
+            multiply(2 * F, D, count, {d_inner, 2 * F, true}, x, to.gate, D, i > 0);
         } else {
-            multiply(F, D, count, {d_inner, 2 * F, true}, {x, D}, to.gate, D, i > 0);
-            multiply(F, D, count, {d_inner + F, 2 * F, true}, {x, D}, to.up, D, i > 0);
+            multiply(F, D, count, {d_inner, 2 * F, true}, x, to.gate, D, i > 0);
+            multiply(F, D, count, {d_inner + F, 2 * F, true}, x, to.up, D, i > 0);
         }
     }
 }

@@ -36,33 +36,46 @@ void turn(V (&v)[16]) {
     for (int i = 0; i < 16; i++) v[i] = (V)x[i];
 }
 
-// Of `rows` rows that lie one after the other along K, `factors` factors from `from` on: to[row][word], rows `stride` words apart.
+// The processor does not foresee which of indexed rows is next. `left`: rows from this one on.
+void prefetch(const Operand& from, size_t row, size_t left, size_t columns) {
+    constexpr size_t EARLY = 12, LINE = 16;
+    if (from.index && left > EARLY)
+        for (size_t i = 0; i < columns; i += LINE) __builtin_prefetch(from.row(row + EARLY) + i);
+}
+
+// Of `rows` rows that lie one after the other along K, their first `factors` factors: to[row][word], rows `stride` words apart.
 template <class Kind>
-void pack_along(const float* from, size_t from_stride, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
+void pack_along(const Operand& from, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
     constexpr size_t STEP = 16 * Kind::FACTORS;
-    for (size_t r = 0; r < rows; r++)
-        for (size_t k = 0; k < factors; k += STEP)
-            Kind::store(to + r * stride + k / Kind::FACTORS, Kind::along(from + r * from_stride + k, factors - k));
+    for (size_t r = 0; r < rows; r++) {
+        prefetch(from, r, rows - r, factors);
+        const float* row = from.row(r);
+        for (size_t k = 0; k < factors; k += STEP) Kind::store(to + r * stride + k / Kind::FACTORS, Kind::along(row + k, factors - k));
+    }
 }
 
 // The same of rows that lie side by side: to[word][row], words `stride` apart, whole vectors of rows.
 template <class Kind>
-void pack_across(const float* from, size_t from_stride, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
-    for (size_t k = 0; k < factors; k += Kind::FACTORS, to += stride, from += Kind::FACTORS * from_stride)
-        for (size_t r = 0; r < rows; r += 16)
-            Kind::store(to + r, Kind::across(from + r, from_stride, rows - r, k + 1 == factors));
+void pack_across(const Operand& from, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
+    for (size_t k = 0; k < factors; k += Kind::FACTORS, to += stride) {
+        const bool last = k + 1 == factors;
+        prefetch(from, k, factors - k, rows);
+        if (!last) prefetch(from, k + 1, factors - k - 1, rows);
+        const float *first = from.row(k), *second = last ? first : from.row(k + 1);
+        for (size_t r = 0; r < rows; r += 16) Kind::store(to + r, Kind::across(first + r, second + r, rows - r, last));
+    }
 }
 
 // The same of rows that lie one after the other along K.
 template <class Kind>
-void pack_turned(const float* from, size_t from_stride, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
+void pack_turned(const Operand& from, size_t rows, size_t factors, typename Kind::word* to, size_t stride) {
     constexpr size_t STEP = 16 * Kind::FACTORS;
     const size_t words = (factors + Kind::FACTORS - 1) / Kind::FACTORS;
     for (size_t r = 0; r < rows; r += 16)
         for (size_t k = 0; k < factors; k += STEP) {
             typename Kind::words x[16];
             for (size_t i = 0; i < 16; i++)
-                x[i] = r + i < rows ? Kind::along(from + (r + i) * from_stride + k, factors - k) : typename Kind::words{};
+                x[i] = r + i < rows ? Kind::along(from.row(r + i) + k, factors - k) : typename Kind::words{};
             turn(x);
             const size_t first = k / Kind::FACTORS, count = std::min<size_t>(16, words - first);
             for (size_t i = 0; i < count; i++) Kind::store(to + (first + i) * stride + r, x[i]);
@@ -123,14 +136,14 @@ void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* 
             for (size_t v = 0, wide; v < vectors; v += wide, panel += wide * 16 * words) {
                 wide = panel_width(vectors - v);
                 const size_t first = n + v * 16, count = std::min(wide * 16, N - first);
-                if (b.turned) pack_turned<Kind>(b.data + first * b.stride + k, b.stride, count, factors, panel, wide * 16);
-                else pack_across<Kind>(b.data + k * b.stride + first, b.stride, count, factors, panel, wide * 16);
+                if (b.turned) pack_turned<Kind>(b.from(first, k), count, factors, panel, wide * 16);
+                else pack_across<Kind>(b.from(k, first), count, factors, panel, wide * 16);
             }
             for (size_t m = 0; m < M; m += TALL) {
                 const size_t rows = std::min(TALL, M - m);
                 const size_t stride = a.turned ? TALL + APART : (words + 15) / 16 * 16 + APART;
-                if (a.turned) pack_across<Kind>(a.data + k * a.stride + m, a.stride, rows, factors, a_packed, stride);
-                else pack_along<Kind>(a.data + m * a.stride + k, a.stride, rows, factors, a_packed, stride);
+                if (a.turned) pack_across<Kind>(a.from(k, m), rows, factors, a_packed, stride);
+                else pack_along<Kind>(a.from(m, k), rows, factors, a_packed, stride);
                 panel = b_packed;
                 for (size_t v = 0, wide; v < vectors; v += wide, panel += wide * 16 * words) {
                     wide = panel_width(vectors - v);

@@ -10,11 +10,18 @@ typedef void Sgemm(const char* a_turned, const char* b_turned, const int32_t* m,
 
 inline Sgemm* blas_sgemm = nullptr;  // set once, right after loading
 
-// `rows` apart by `stride` floats; `turned`: the matrix meant is the transpose of what lies there.
+// Rows apart by `stride` floats; `turned`: the matrix meant is the transpose of what lies there. With `index`, which only kernels
+// of ours read, row i of what lies there is row index[i] of `data`.
 struct Operand {
     const float* data;
     size_t stride;
     bool turned = false;
+    const int64_t* index = nullptr;
+    const float* row(size_t i) const { return data + (index ? (size_t)index[i] : i) * stride; }
+    // From that row and column on.
+    Operand from(size_t row, size_t column) const {
+        return {data + column + (index ? 0 : row * stride), stride, turned, index ? index + row : nullptr};
+    }
 };
 
 // Whether `multiply_ours` can make them on this machine and is the faster way; of bfloat16 only where the processor can.

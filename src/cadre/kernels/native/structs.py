@@ -70,6 +70,15 @@ class ExpertsLayer(Filled):
     )
 
 
+class MuonStep(Filled):
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "gradient", "momentum")),
+        *((name, c_int64) for name in ("batch", "rows", "cols")),
+        ("steps", c_int32),
+        *((name, c_float) for name in ("beta", "keep", "rate")),
+    )
+
+
 class ExpertsTraining(Filled):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "token", "row", "load", "weight", "gate", "up", "down", "inner", "y", "out")),
@@ -160,12 +169,13 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_norm_training_gradient.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, *sizes)
     library.cadre_experts_training.argtypes = (POINTER(ExpertsTraining),)
     library.cadre_experts_training_gradient.argtypes = (POINTER(ExpertsTraining), POINTER(ExpertsGradient))
-    library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_void_p)
+    library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_int32, c_void_p)
+    library.cadre_muon.argtypes = (POINTER(MuonStep), c_int64, c_void_p, c_int32, c_int32)
     library.cadre_multiplies.argtypes, library.cadre_multiplies.restype = (c_int32,), c_int32
     for name in (
         *("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear", "use_sgemm", "sort_choices"),
         *("product",),
         *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
-        *("routing_gradient", "cross_entropy", "orthogonalize"),
+        *("routing_gradient", "cross_entropy", "orthogonalize", "muon"),
     ):
         getattr(library, f"cadre_{name}").restype = None

@@ -64,6 +64,13 @@ static inline void by_vectors(size_t n, F f) {
 static inline floats load_some(const float* from, int n) { return n == LANES ? load(from) : load_part(from, n); }
 static inline void store_some(float* to, floats v, int n) { n == LANES ? store(to, v) : store_part(to, v, n); }
 
+static inline uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);  // a NaN stays one
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 #if defined(__AVX512F__)
 static inline floats widen(halves v) {
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
@@ -75,6 +82,19 @@ static inline floats widen(halves v) { return (floats)(__builtin_convertvector(v
 static inline floats widen(bytes v) { return __builtin_convertvector(__builtin_convertvector(v, ints), floats); }
 static inline ints widen(ubytes v) { return __builtin_convertvector(v, ints); }
 #endif
+
+// Of bfloat16.
+static inline floats load_some(const uint16_t* from, int n) { return widen(n == LANES ? read<halves>(from) : read_part<halves>(from, n)); }
+// To bfloat16, the nearest even one; a NaN stays one.
+static inline void store_some(uint16_t* to, floats v, int n) {
+#if defined(__AVX512BF16__)
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+#else
+    uint16_t narrow[LANES];
+    for (int i = 0; i < n; i++) narrow[i] = to_bfloat16(v[i]);
+#endif
+    n == LANES ? std::memcpy(to, &narrow, sizeof narrow) : std::memcpy(to, &narrow, n * sizeof *to);
+}
 
 // The sums of four vectors' lanes. Always in the same order, so that a sum never depends on what is computed beside it.
 static inline void sum4(floats a, floats b, floats c, floats d, float* to) {
@@ -141,13 +161,6 @@ static inline floats exponential(floats x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     return (floats)((words)p + ((words)shifted << 23));
-}
-
-static inline uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);  // a NaN stays one
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 static inline float from_bfloat16(uint16_t half) {

@@ -20,7 +20,7 @@ struct FloatWords {
     // Up to 16 words of a row of which n factors are left; beyond it zeros.
     static words along(const float* from, size_t n) { return load_part(from, std::min<size_t>(n, 16)); }
     // Words of up to 16 rows that lie side by side, n are left.
-    static words across(const float* from, size_t, size_t n, bool) { return along(from, n); }
+    static words across(const float* from, const float*, size_t n, bool) { return along(from, n); }
 #endif
 };
 
@@ -51,9 +51,9 @@ struct Bfloat16Words {
         return join(load_part(from, std::min<size_t>(n, 16)), n <= 16 ? floats{} : load_part(from + 16, std::min<size_t>(n - 16, 16)));
     }
     // `last`: a zero takes the place of the row that would follow.
-    static words across(const float* from, size_t stride, size_t n, bool last) {
+    static words across(const float* first, const float* second, size_t n, bool last) {
         n = std::min<size_t>(n, 16);
-        return zip(load_part(from, n), last ? floats{} : load_part(from + stride, n));
+        return zip(load_part(first, n), last ? floats{} : load_part(second, n));
     }
 };
 #endif

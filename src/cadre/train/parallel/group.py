@@ -120,7 +120,7 @@ class Parallel:
         """The norm over all processes, from this one's."""
         return norm
 
-    def muon(self, matrices: Iterable[Any], **options: float) -> Muon:
+    def muon(self, matrices: Iterable[Any], **options: Any) -> Muon:
         return Muon(matrices, **options)
 
     # ------------------------------------------------------------------------------------------------- the disk

@@ -8,33 +8,37 @@ Letters in names: M row, N column.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cadre.train.muon import Alike, Muon, together
+from cadre.train.muon import Alike, Muon
 
 
 class SpreadMuon(Muon):
     """`rows`: how many rows the whole of each 2-D parameter has, of which this rank holds its run. 3-D parameters, experts,
     are cut between matrices and need no other rank."""
 
-    def __init__(self, params: Iterable, rows: dict[Tensor, int], group: dist.ProcessGroup, **options: float) -> None:
+    def __init__(self, params: Iterable, rows: dict[Tensor, int], group: dist.ProcessGroup, **options: Any) -> None:
         super().__init__(params, **options)
-        self.rows, self.group = rows, group
+        self.whole_rows, self.group = rows, group
 
-    def matrix_shape(self, parameter: Tensor) -> tuple[int, int]:
-        return self.rows.get(parameter, parameter.shape[-2]), parameter.shape[-1]
+    def rows(self, parameter: Tensor) -> int:
+        return self.whole_rows.get(parameter, super().rows(parameter))
+
+    def is_whole(self, parameter: Tensor) -> bool:
+        return parameter not in self.whole_rows
 
     def orthogonalized(self, every: Iterator[Alike]) -> Iterator[tuple[Alike, list[Tensor]]]:
         cut = []
         for alike in every:
-            if alike.parameters[0] in self.rows:
+            if not self.is_whole(alike.steps[0].weight):
                 cut.append(alike)
             else:
                 held = any(len(update) for update in alike.updates)
-                yield alike, together(alike.updates, alike.group["iterations"]) if held else alike.updates
+                yield alike, self.together(alike.updates, alike.iterations) if held else alike.updates
         if cut:
             yield from zip(cut, self._exchanged(cut), strict=True)
 
@@ -42,7 +46,7 @@ class SpreadMuon(Muon):
         """This rank's rows of matrices orthogonalised as wholes."""
         ranks, rank = self.group.size(), self.group.rank()
         mine = [update[0] for alike in cut for update in alike.updates]
-        kinds = [(alike.shape, alike.group["iterations"]) for alike in cut for _ in alike.updates]
+        kinds = [(alike.shape, alike.iterations) for alike in cut for _ in alike.updates]
         dealt = [range(owner, len(mine), ranks) for owner in range(ranks)]
         order = [matrix for matrices in dealt for matrix in matrices]
         # Elements of a matrix that a rank holds.
@@ -59,7 +63,7 @@ class SpreadMuon(Muon):
                 matrix: torch.cat([run.view(-1, kinds[matrix][0][1]) for run in runs[index::count]])
                 for index, matrix in enumerate(dealt[rank])
             }
-            done = _orthogonalized(whole, kinds)
+            done = self._orthogonalized(whole, kinds)
             rows = {matrix: done[matrix].flatten().split(held[matrix]) for matrix in dealt[rank]}
             gathered = torch.cat([rows[matrix][place] for place in range(ranks) for matrix in dealt[rank]])
         dist.all_to_all_single(out, gathered, there, here, group=self.group)
@@ -67,20 +71,19 @@ class SpreadMuon(Muon):
         each = iter([back[matrix].view_as(mine[matrix])[None] for matrix in range(len(mine))])
         return [[next(each) for _ in alike.updates] for alike in cut]
 
+    def _orthogonalized(self, whole: dict[int, Tensor], kinds: list[tuple[tuple[int, int], int]]) -> dict[int, Tensor]:
+        """Whole matrices [M, N] by number, those of one kind (shape, iterations) together."""
+        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for matrix in whole:
+            alike.setdefault(kinds[matrix], []).append(matrix)
+        done: dict[int, Tensor] = {}
+        for (_, iterations), matrices in alike.items():
+            updates = self.together([whole[matrix][None] for matrix in matrices], iterations)
+            done |= {matrix: update[0] for matrix, update in zip(matrices, updates, strict=True)}
+        return done
+
 
 def _rows_of(rows: int, place: int, ranks: int) -> int:
     """How many of so many rows a rank holds, cut as `torch.chunk` does."""
     step = -(-rows // ranks)
     return max(0, min(step, rows - place * step))
-
-
-def _orthogonalized(whole: dict[int, Tensor], kinds: list[tuple[tuple[int, int], int]]) -> dict[int, Tensor]:
-    """Whole matrices [M, N] by number, those of one kind (shape, iterations) together."""
-    alike: dict[tuple[tuple[int, int], int], list[int]] = {}
-    for matrix in whole:
-        alike.setdefault(kinds[matrix], []).append(matrix)
-    done: dict[int, Tensor] = {}
-    for (_, iterations), matrices in alike.items():
-        updates = together([whole[matrix][None] for matrix in matrices], iterations)
-        done |= {matrix: update[0] for matrix, update in zip(matrices, updates, strict=True)}
-    return done

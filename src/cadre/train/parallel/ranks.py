@@ -225,7 +225,7 @@ class Ranks(Parallel):
         dist.all_reduce(square)  # over the replicas too, so that all have the same to the last bit
         return (square / self.layout.replicas).sqrt().to(norm.dtype)
 
-    def muon(self, matrices: Iterable[Any], **options: float) -> Muon:
+    def muon(self, matrices: Iterable[Any], **options: Any) -> Muon:
         rows = {part.local: part.shape[0] for part in self.parts.values() if len(part.shape) == 2}
         return SpreadMuon(matrices, rows, self.data.get_group("shard"), **options)
 
