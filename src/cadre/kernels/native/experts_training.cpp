@@ -121,35 +121,61 @@ Operand rows_of(const ExpertsTraining& e, const float* tokens, int64_t begin, in
 
 Operand transposed(Operand x) { return x.turned = true, x; }
 
-void forward(const ExpertsTraining& e, int64_t expert, int64_t begin, int64_t end) {
+// Fetch meanwhile what a block of rows begins with, copies of `tokens`, and the matrices [high, wide] that multiply it, if there
+// are any.
+void expect(Ahead& ahead, const ExpertsTraining& e, const float* tokens, int64_t begin, int64_t end, const float* matrices, size_t high,
+            size_t wide) {
+    const size_t D = e.hidden, count = end - begin;
+    if (e.token) ahead.rows({tokens, D, false, e.token + begin}, count, D);
+    else ahead.rows({tokens + begin * D, D}, count, D);
+    if (matrices) ahead.rows({matrices, wide}, high, wide);
+}
+
+// `then`: the task that this thread will probably have next, or null.
+void forward(const ExpertsTraining& e, const Task& task, const Task* then) {
     static thread_local Scratch<> memory;
-    const Multiply multiply{e.factors};
-    const size_t D = e.hidden, F = e.width, count = end - begin;
+    Ahead ahead;
+    const Multiply multiply{e.factors, &ahead};
+    const size_t D = e.hidden, F = e.width;
     constexpr size_t most = Blocks::most(BLOCK);
     const bool keeps = e.inner && e.factors == Factors::FLOAT32;
     float* h = memory.of(most * (3 * F + D));
-    float* inner = keeps ? (float*)e.inner + begin * 2 * F : h + most * F;
-    const Operand x = rows_of(e, e.x, begin, count, h + most * 3 * F);
-    const float *gate = e.gate + expert * e.further, *up = e.up + expert * e.further, *down = e.down + expert * F * D;
-    if (up == gate + F * D) {
-        multiply(count, 2 * F, D, x, {gate, D, true}, inner, 2 * F);
-    } else {
-        multiply(count, F, D, x, {gate, D, true}, inner, 2 * F);
-        multiply(count, F, D, x, {up, D, true}, inner + F, 2 * F);
+    const int64_t in = task.expert * e.further;
+    const float *gate = e.gate + in, *up = e.up + in, *down = e.down + task.expert * F * D;
+    const Blocks blocks(task.begin, task.end, BLOCK);
+    for (int64_t i = 0; i < blocks.count; i++) {
+        const int64_t begin = blocks.start(i), end = blocks.start(i + 1);
+        const size_t count = end - begin;
+        float* inner = keeps ? (float*)e.inner + begin * 2 * F : h + most * F;
+        const Operand x = rows_of(e, e.x, begin, count, h + most * 3 * F);
+        if (i == 0) ahead.rows({down, F}, D, F);
+        if (up == gate + F * D) {
+            multiply(count, 2 * F, D, x, {gate, D, true}, inner, 2 * F);
+        } else {
+            multiply(count, F, D, x, {gate, D, true}, inner, 2 * F);
+            multiply(count, F, D, x, {up, D, true}, inner + F, 2 * F);
+        }
+        uint16_t* kept = (uint16_t*)e.inner + begin * 2 * F;
+        if (!e.inner || keeps) activate(inner, count, F, h, [](size_t, floats, int) {});
+        else activate(inner, count, F, h, [=](size_t i, floats v, int n) { store_some(kept + i, v, n); });
+        if (i + 1 < blocks.count) {
+            expect(ahead, e, e.x, end, blocks.start(i + 2), nullptr, 0, 0);
+        } else if (then) {
+            const Blocks next(then->begin, then->end, BLOCK);
+            expect(ahead, e, e.x, then->begin, next.start(1), e.gate + then->expert * e.further, 2 * F, D);
+        }
+        multiply(count, D, F, {h, F}, {down, F, true}, (e.token ? e.y : e.out) + begin * D, D);
     }
-    uint16_t* kept = (uint16_t*)e.inner + begin * 2 * F;
-    if (!e.inner || keeps) activate(inner, count, F, h, [](size_t, floats, int) {});
-    else activate(inner, count, F, h, [=](size_t i, floats v, int n) { store_some(kept + i, v, n); });
-    multiply(count, D, F, {h, F}, {down, F, true}, (e.token ? e.y : e.out) + begin * D, D);
 }
 
 struct Sums {
     float *gate, *up, *down;
 };
 
-void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& task) {
+void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& task, const Task* then) {
     static thread_local Scratch<> memory;
-    const Multiply multiply{e.factors};
+    Ahead ahead;
+    const Multiply multiply{e.factors, &ahead};
     const size_t D = e.hidden, F = e.width;
     const int64_t block = block_back(D, F);
     const size_t most = Blocks::most(block);
@@ -170,6 +196,10 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
         const int64_t begin = blocks.start(i);
         const size_t count = blocks.start(i + 1) - begin;
         const Operand d_out = rows_of(e, d.out, begin, count, copies);
+        const size_t line = e.factors == Factors::FLOAT32 ? 2 * F : F;  // floats that a row of `inner` takes
+        ahead.rows({(const float*)e.inner + begin * line, line}, count, line);
+        if (i == 0) ahead.rows({gate, D}, 2 * F, D);
+        if (d.gate) expect(ahead, e, e.x, begin, blocks.start(i + 1), nullptr, 0, 0);
         multiply(count, F, D, d_out, {down, F}, d_h, F);
         const float* weight = e.token ? d.weight_rows + begin : nullptr;
         float* along = e.token ? d.weight_rows + e.rows + begin : nullptr;
@@ -184,6 +214,12 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
                 multiply(count, D, F, {d_inner, 2 * F}, {gate, D}, d_x, D);
                 multiply(count, D, F, {d_inner + F, 2 * F}, {up, D}, d_x, D, true);
             }
+        }
+        if (i + 1 < blocks.count) {
+            expect(ahead, e, d.out, blocks.start(i + 1), blocks.start(i + 2), nullptr, 0, 0);
+        } else if (then) {
+            const Blocks next(then->begin, then->end, block);
+            expect(ahead, e, d.out, then->begin, next.start(1), e.down + then->expert * (int64_t)(F * D), D, F);
         }
         if (!d.gate) continue;
         const Operand x = rows_of(e, e.x, begin, count, copies + most * D);
@@ -236,6 +272,16 @@ std::vector<Task> slices_of(const ExpertsTraining& e, size_t& rooms) {
     return tasks;
 }
 
+void largest_first(std::vector<Task>& tasks) {
+    auto larger = [](const Task& a, const Task& b) { return a.end - a.begin > b.end - b.begin; };
+    std::stable_sort(tasks.begin(), tasks.end(), larger);
+}
+
+// What the thread that works on task i will do next if all take equally long.
+const Task* after(const std::vector<Task>& tasks, size_t i, size_t threads) {
+    return i + threads < tasks.size() ? &tasks[i + threads] : nullptr;
+}
+
 }  // namespace
 
 extern "C" void cadre_use_sgemm(void* sgemm) { blas_sgemm = (Sgemm*)sgemm; }
@@ -256,18 +302,15 @@ extern "C" void cadre_sort_choices(const int64_t* expert, int64_t tokens, int64_
 
 extern "C" void cadre_experts_training(const ExpertsTraining* experts) {
     const ExpertsTraining& e = *experts;
-    const std::vector<int64_t> start = starts_of(e);
-    std::vector<Task> tasks;
-    for (int64_t i = 0; i < e.experts; i++) {
-        const Blocks blocks(start[i], start[i + 1], BLOCK);
-        for (int64_t b = 0; b < blocks.count; b++)
-            if (blocks.rows) tasks.push_back({i, blocks.start(b), blocks.start(b + 1), nullptr});
-    }
+    size_t rooms;
+    std::vector<Task> tasks = slices_of(e, rooms);
+    largest_first(tasks);
+    const int64_t end = starts_of(e).back();
 #pragma omp parallel num_threads(e.threads)
     {
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < tasks.size(); i++) forward(e, tasks[i].expert, tasks[i].begin, tasks[i].end);
-        if (e.token) team_add_up(e, e.y, start.back(), e.weight, e.out);
+        for (size_t i = 0; i < tasks.size(); i++) forward(e, tasks[i], after(tasks, i, e.threads));
+        if (e.token) team_add_up(e, e.y, end, e.weight, e.out);
     }
 }
 
@@ -290,8 +333,7 @@ extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, 
                 cuts.back().further++;
             }
     }
-    auto larger = [](const Task& a, const Task& b) { return a.end - a.begin > b.end - b.begin; };
-    std::stable_sort(tasks.begin(), tasks.end(), larger);
+    largest_first(tasks);
 
 #pragma omp parallel num_threads(e.threads)
     {
@@ -300,7 +342,7 @@ extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, 
             for (int64_t i = 0; i < e.tokens * e.choices; i++) d.weight_rows[e.row[i]] = e.weight[i];
         }
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < tasks.size(); i++) backward(e, d, tasks[i]);
+        for (size_t i = 0; i < tasks.size(); i++) backward(e, d, tasks[i], after(tasks, i, e.threads));
         if (d.gate) {
 #pragma omp for schedule(dynamic) nowait
             for (int64_t i = 0; i < e.experts; i++)

@@ -82,12 +82,16 @@ void pack_turned(const Operand& from, size_t rows, size_t factors, typename Kind
         }
 }
 
+// b as the other operand is: its columns as rows.
+Operand across(Operand b) { return b.turned = !b.turned, b; }
+
 // c's tile of HIGH rows and WIDE vectors, of which the last has `tail` columns. a[row][word] (or [word][row] if ACROSS) and
 // b[word][column].
 template <class Kind, int HIGH, int WIDE, bool ACROSS>
-void tile(const typename Kind::word* a, size_t a_stride, const typename Kind::word* b, size_t words, float* c, size_t c_stride, int tail, float keep, float scale) {
+void tile(const typename Kind::word* a, size_t a_stride, const typename Kind::word* b, size_t words, float* c, size_t c_stride, int tail, float keep, float scale,
+          Ahead& ahead) {
     floats sum[HIGH][WIDE] = {};
-    add_products<Kind>(sum, a, ACROSS ? 1 : a_stride, ACROSS ? a_stride : 1, words, b, WIDE * 16);
+    add_products<Kind>(sum, a, ACROSS ? 1 : a_stride, ACROSS ? a_stride : 1, words, b, WIDE * 16, Ahead::Fetching(ahead));
 #pragma GCC unroll 8
     for (int m = 0; m < HIGH; m++)
 #pragma GCC unroll 3
@@ -102,12 +106,12 @@ void tile(const typename Kind::word* a, size_t a_stride, const typename Kind::wo
 
 template <class Kind, int WIDE, bool ACROSS>
 void column_of_tiles(size_t rows, const typename Kind::word* a, size_t a_stride, const typename Kind::word* b, size_t words, float* c, size_t c_stride, int tail,
-                     float keep, float scale) {
+                     float keep, float scale, Ahead& ahead) {
     const size_t step = ACROSS ? 1 : a_stride;
     size_t m = 0;
     auto tiles = [&](auto high) {
         for (; m + high <= rows; m += high)
-            tile<Kind, high, WIDE, ACROSS>(a + m * step, a_stride, b, words, c + m * c_stride, c_stride, tail, keep, scale);
+            tile<Kind, high, WIDE, ACROSS>(a + m * step, a_stride, b, words, c + m * c_stride, c_stride, tail, keep, scale, ahead);
     };
     tiles(std::integral_constant<int, ROWS>());
     tiles(std::integral_constant<int, 4>());
@@ -120,7 +124,8 @@ void column_of_tiles(size_t rows, const typename Kind::word* a, size_t a_stride,
 size_t panel_width(size_t left) { return left == 4 ? 2 : std::min(left, WIDEST); }
 
 template <class Kind>
-void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* c, size_t c_stride, float keep, float scale) {
+void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* c, size_t c_stride, float keep, float scale,
+                     Ahead& ahead) {
     static thread_local Scratch<typename Kind::word> memory;
     constexpr size_t FACTORS = DEPTH * Kind::FACTORS, STRIDE = std::max(DEPTH, TALL) + APART;
     typename Kind::word* a_packed = memory.of(TALL * STRIDE + BROAD * DEPTH + 16 * DEPTH);
@@ -144,6 +149,16 @@ void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* 
                 const size_t stride = a.turned ? TALL + APART : (words + 15) / 16 * 16 + APART;
                 if (a.turned) pack_across<Kind>(a.from(k, m), rows, factors, a_packed, stride);
                 else pack_along<Kind>(a.from(m, k), rows, factors, a_packed, stride);
+                if (m + rows < M) {
+                    ahead.block(a, m + rows, k, std::min(TALL, M - m - rows), factors);
+                } else if (n + columns < N) {
+                    ahead.block(across(b), n + columns, k, std::min(BROAD, N - n - columns), factors);
+                    if (M > TALL) ahead.block(a, 0, k, TALL, factors);
+                } else if (k + factors < K) {
+                    const size_t next = std::min(FACTORS, K - k - factors);
+                    ahead.block(a, 0, k + factors, std::min(TALL, M), next);
+                    ahead.block(across(b), 0, k + factors, std::min(BROAD, N), next);
+                }
                 panel = b_packed;
                 for (size_t v = 0, wide; v < vectors; v += wide, panel += wide * 16 * words) {
                     wide = panel_width(vectors - v);
@@ -151,7 +166,7 @@ void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* 
                     const int tail = (int)(std::min(wide * 16, N - first) - (wide - 1) * 16);
                     auto tiles = [&](auto width, auto across) {
                         column_of_tiles<Kind, width, across>(rows, a_packed, stride, panel, words, c + m * c_stride + first, c_stride, tail,
-                                                             keep, scale);
+                                                             keep, scale, ahead);
                     };
                     auto of_width = [&](auto width) { a.turned ? tiles(width, std::true_type()) : tiles(width, std::false_type()); };
                     if (wide == 3) of_width(std::integral_constant<int, 3>());
@@ -177,17 +192,19 @@ bool ours(Factors factors) {
 }
 
 void multiply_ours(size_t M, size_t N, size_t K, Operand a, Operand b, float* c, size_t c_stride, float keep, float scale,
-                   Factors factors) {
+                   Factors factors, Ahead* ahead) {
+    Ahead own;
+    Ahead& next = ahead ? *ahead : own;
 #if defined(CADRE_BFLOAT16)
-    if (factors == Factors::BFLOAT16) return multiply_packed<Bfloat16Words>(M, N, K, a, b, c, c_stride, keep, scale);
+    if (factors == Factors::BFLOAT16) return multiply_packed<Bfloat16Words>(M, N, K, a, b, c, c_stride, keep, scale, next);
 #endif
-    multiply_packed<FloatWords>(M, N, K, a, b, c, c_stride, keep, scale);
+    multiply_packed<FloatWords>(M, N, K, a, b, c, c_stride, keep, scale, next);
 }
 
 #else
 
 bool ours(Factors) { return false; }
-void multiply_ours(size_t, size_t, size_t, Operand, Operand, float*, size_t, float, float, Factors) {}
+void multiply_ours(size_t, size_t, size_t, Operand, Operand, float*, size_t, float, float, Factors, Ahead*) {}
 
 #endif
 

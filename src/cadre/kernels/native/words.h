@@ -58,11 +58,17 @@ struct Bfloat16Words {
 };
 #endif
 
-// sum[m][n] += over k of a[m * a_row + k * a_col] * b[k * b_row + n], k counting words, n vectors of lanes.
-template <class Kind, int HIGH, int WIDE, class Word = typename Kind::word>
+struct Nothing {
+    void operator()() const {}
+};
+
+// sum[m][n] += over k of a[m * a_row + k * a_col] * b[k * b_row + n], k counting words, n vectors of lanes. `beside` is called
+// once a word.
+template <class Kind, int HIGH, int WIDE, class Word = typename Kind::word, class Beside = Nothing>
 static inline __attribute__((always_inline)) void add_products(floats (&sum)[HIGH][WIDE], const Word* a, size_t a_row, size_t a_col,
-                                                               size_t depth, const Word* b, size_t b_row) {
+                                                               size_t depth, const Word* b, size_t b_row, Beside&& beside = Beside()) {
     for (size_t k = 0; k < depth; k++, a += a_col, b += b_row) {
+        beside();
         typename Kind::words with[WIDE];
 #pragma GCC unroll 3
         for (int n = 0; n < WIDE; n++) with[n] = Kind::load(b + n * LANES);
