@@ -4,8 +4,8 @@
 #include <cmath>
 #include <type_traits>
 
+#include "gemm.h"
 #include "step.h"
-#include "words.h"
 
 // [batch, positions, heads, width] seen through element strides; the batch stride is positions * token.
 struct Heads {
@@ -42,12 +42,13 @@ constexpr size_t LINE = 16;  // floats of a cache line
 
 size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// c[m][n] (+)= sum_k a[m * a_row + k * a_col] * b[k * b_row + n] for ROWS_AT_ONCE rows and WIDE vectors, k counting words.
+// c[m][n] (+)= sum_k a[m * a_row + k * a_col] * b[k * b_row + n] for ROWS_AT_ONCE rows and WIDE vectors, k counting words. `next`,
+// here and below: what to fetch meanwhile.
 template <class Kind, int WIDE, class Word = typename Kind::word>
 __attribute__((noinline)) void tile(const Word* a, size_t a_row, size_t a_col, size_t depth, const Word* b, size_t b_row, float* c,
-                                    size_t c_row, bool add) {
+                                    size_t c_row, bool add, Ahead& next) {
     floats sum[ROWS_AT_ONCE][WIDE] = {};
-    add_products<Kind>(sum, a, a_row, a_col, depth, b, b_row);
+    add_products<Kind>(sum, a, a_row, a_col, depth, b, b_row, Ahead::Fetching(next));
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS_AT_ONCE; m++)
 #pragma GCC unroll 2
@@ -61,11 +62,11 @@ __attribute__((noinline)) void tile(const Word* a, size_t a_row, size_t a_col, s
 //
 // c[i][j] = <a[i], b[j]> for `rows` queries and `cols` keys; b in panels of PANEL keys, each [depth, PANEL].
 template <class Kind, class Word = typename Kind::word>
-void scores(const Word* a, size_t a_row, size_t rows, size_t depth, const Word* b, size_t cols, int64_t ahead, float* c) {
+void scores(const Word* a, size_t a_row, size_t rows, size_t depth, const Word* b, size_t cols, int64_t ahead, float* c, Ahead& next) {
     for (size_t n = 0; n < cols; n += PANEL, b += depth * PANEL)
         for (size_t m = 0; m < rows; m += ROWS_AT_ONCE)
             if ((int64_t)n < (int64_t)(m + ROWS_AT_ONCE) + ahead)
-                tile<Kind, 2>(a + m * a_row, a_row, 1, depth, b, PANEL, c + m * cols + n, cols, false);
+                tile<Kind, 2>(a + m * a_row, a_row, 1, depth, b, PANEL, c + m * cols + n, cols, false, next);
 }
 
 // How many of `keys` keys the products of query i's tile look at, in whole vectors.
@@ -85,23 +86,25 @@ void by_columns(size_t cols, size_t rows, Add add) {
 
 // c[i] += sum_j weight[i][j] * b[j] over the keys that query i sees: words along j in both.
 template <class Kind, class Word = typename Kind::word>
-void gather(const Word* weight, size_t queries, size_t keys, int64_t ahead, const Word* b, size_t width, float* c) {
+void gather(const Word* weight, size_t queries, size_t keys, int64_t ahead, const Word* b, size_t width, float* c,
+            Ahead& next) {
     constexpr size_t F = Kind::FACTORS;
-    by_columns(width, queries, [=](auto wide, size_t m, size_t n) {
+    by_columns(width, queries, [=, &next](auto wide, size_t m, size_t n) {
         const int64_t depth = std::min((int64_t)keys, (int64_t)(m + ROWS_AT_ONCE) + ahead);
         if (depth > 0)
-            tile<Kind, wide>(weight + m * (keys / F), keys / F, 1, up((size_t)depth, F) / F, b + n, width, c + m * width + n, width, true);
+            tile<Kind, wide>(weight + m * (keys / F), keys / F, 1, up((size_t)depth, F) / F, b + n, width, c + m * width + n, width, true, next);
     });
 }
 
 // c[j] += sum_i weight[i][j] * b[i] over the queries that see key j: words along i in both.
 template <class Kind, class Word = typename Kind::word>
-void scatter(const Word* weight, size_t queries, size_t keys, int64_t ahead, const Word* b, size_t width, float* c) {
+void scatter(const Word* weight, size_t queries, size_t keys, int64_t ahead, const Word* b, size_t width, float* c,
+            Ahead& next) {
     constexpr size_t F = Kind::FACTORS;
-    by_columns(width, keys, [=](auto wide, size_t m, size_t n) {
+    by_columns(width, keys, [=, &next](auto wide, size_t m, size_t n) {
         const size_t i = (size_t)std::max((int64_t)0, (int64_t)m - ahead) / F;
         if (i < queries / F)
-            tile<Kind, wide>(weight + i * keys + m, 1, keys, queries / F - i, b + i * width + n, width, c + m * width + n, width, true);
+            tile<Kind, wide>(weight + i * keys + m, 1, keys, queries / F - i, b + i * width + n, width, c + m * width + n, width, true, next);
     });
 }
 
@@ -171,6 +174,17 @@ struct Shape {
         std::fill(to, to + (from + count - stop) * wide, 0.0f);
     }
 
+    // Fetch a head's rows meanwhile, to read or to write them.
+    void expect(Ahead& next, const Heads& x, size_t positions, int b, int h, size_t width) const {
+        next.rows({x.data + (size_t)b * positions * x.token + h * x.head, (size_t)x.token}, positions, width);
+    }
+    // What a group of heads begins with.
+    void expect(Ahead& next, int b, int g) const {
+        expect(next, c.k, length, b, g, N);
+        expect(next, c.v, length, b, g, V);
+        expect(next, c.q, queries, b, g * (c.heads / c.groups), K);
+    }
+
     // Keys [padded, wide_k], turned.
     void keys(int b, int g, float* to) const {
         rows(c.k, length, b, g, 0, padded, N, wide_k, to);
@@ -213,9 +227,21 @@ struct Shape {
 // Rows of words [count, wide] (column `width` and further unused) into panels [count / PANEL][width][PANEL].
 template <class Word>
 void into_panels(const Word* rows, size_t count, size_t wide, size_t width, Word* to) {
-    for (size_t t = 0; t < count; t += PANEL, to += width * PANEL)
+    for (size_t t = 0; t < count; t += PANEL, to += width * PANEL) {
+#if defined(__AVX512F__)
+        for (size_t j = 0; j < PANEL; j += 16)
+            for (size_t k = 0; k < width; k += 16) {
+                const size_t some = std::min<size_t>(16, width - k);
+                __m512i x[16];
+                for (size_t i = 0; i < 16; i++) x[i] = _mm512_maskz_loadu_epi32(first_lanes(some), rows + (t + j + i) * wide + k);
+                turn(x);
+                for (size_t i = 0; i < some; i++) _mm512_storeu_si512(to + (k + i) * PANEL + j, x[i]);
+            }
+#else
         for (size_t j = 0; j < PANEL; j++)
             for (size_t k = 0; k < width; k++) to[k * PANEL + j] = rows[(t + j) * wide + k];
+#endif
+    }
 }
 
 const ints& lane_numbers() {
@@ -236,8 +262,9 @@ void hide(float* row, int n, int low, int high, float hidden) {
     }
 }
 
+// `then`: the group that this thread will probably have next, counted over all sequences, or beyond them.
 template <class Kind>
-void forward(const Shape& s, int b, int g) {
+void forward(const Shape& s, int b, int g, int then) {
     typedef typename Kind::word Word;
     constexpr size_t F = Kind::FACTORS;
     static thread_local Scratch<> memory;
@@ -255,12 +282,16 @@ void forward(const Shape& s, int b, int g) {
     Word* q_words = words_of<Kind>(q, QUERIES * s.wide_k, room);
     Word* weight_words = words_of<Kind>(weight, QUERIES * KEYS, room);
 
+    const int per_group = c.heads / c.groups;
+    Ahead next;
+    s.expect(next, c.out, s.queries, b, g * per_group, s.V);
+    if (then < c.batch * c.groups) s.expect(next, then / c.groups, then % c.groups);
+
     s.keys(b, g, rows);
     into_words<Kind>(rows, all_k, key_words);
     into_panels(key_words, s.padded, s.wide_k / F, deep_k, panels);
     s.values(b, g, values);
     into_columns<Kind>(values, s.padded, s.wide_v, value_words);
-    const int per_group = c.heads / c.groups;
     for (int h = g * per_group; h < (g + 1) * per_group; h++)
         for (size_t from = 0; from < s.queries; from += QUERIES) {
             const size_t count = std::min((size_t)QUERIES, s.queries - from), stop = s.past + from + count;
@@ -274,7 +305,7 @@ void forward(const Shape& s, int b, int g) {
                 // Whole panels up to the last query's own position.
                 const size_t keys = std::min((size_t)KEYS, up(stop - begin, PANEL));
                 const int64_t ahead = (int64_t)(s.past + from) - (int64_t)begin;
-                scores<Kind>(q_words, s.wide_k / F, tall, deep_k, panels + begin * deep_k, keys, ahead, weight);
+                scores<Kind>(q_words, s.wide_k / F, tall, deep_k, panels + begin * deep_k, keys, ahead, weight, next);
                 for (size_t i = 0; i < tall; i++) {
                     float* w = weight + i * keys;
                     Word* words = weight_words + i * (keys / F);
@@ -309,7 +340,7 @@ void forward(const Shape& s, int b, int g) {
                     }
                     total[i] += sum(sums);
                 }
-                gather<Kind>(weight_words, tall, keys, ahead, value_words + begin / F * s.wide_v, s.wide_v, out);
+                gather<Kind>(weight_words, tall, keys, ahead, value_words + begin / F * s.wide_v, s.wide_v, out, next);
             }
             for (size_t i = 0; i < count; i++) {
                 float* to = c.out.data + ((size_t)b * s.queries + from + i) * c.out.token + h * c.out.head;
@@ -321,7 +352,7 @@ void forward(const Shape& s, int b, int g) {
 }
 
 template <class Kind>
-void backward(const Shape& s, CausalGradient& d, int b, int g) {
+void backward(const Shape& s, CausalGradient& d, int b, int g, int then) {
     typedef typename Kind::word Word;
     constexpr size_t F = Kind::FACTORS;
     static thread_local Scratch<> memory;
@@ -351,6 +382,18 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
     Word* d_weight_words = words_of<Kind>(d_weight, QUERIES * KEYS, room);
     Word* d_weight_columns = words_of<Kind>(d_weight, QUERIES * KEYS, room);
 
+    const int per_group = c.heads / c.groups;
+    Ahead next;
+    s.expect(next, d.q, s.queries, b, g * per_group, s.K);
+    s.expect(next, d.k, s.length, b, g, s.N);
+    s.expect(next, d.v, s.length, b, g, s.V);
+    if (then < c.batch * c.groups) {
+        const int b = then / c.groups, g = then % c.groups;
+        s.expect(next, b, g);
+        s.expect(next, d.out, s.queries, b, g * per_group, s.V);
+        s.expect(next, c.out, s.queries, b, g * per_group, s.V);
+    }
+
     s.values(b, g, d_values);
     into_words<Kind>(d_values, all_v, value_words);
     into_panels(value_words, s.padded, s.wide_v / F, deep_v, value_panels);
@@ -360,7 +403,6 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
     into_columns<Kind>(keys_rows, s.padded, s.wide_k, key_words);
     std::fill(d_keys, d_keys + all_k, 0.0f);
     std::fill(d_values, d_values + all_v, 0.0f);
-    const int per_group = c.heads / c.groups;
     for (int h = g * per_group; h < (g + 1) * per_group; h++)
         for (size_t from = 0; from < s.queries; from += QUERIES) {
             const size_t count = std::min((size_t)QUERIES, s.queries - from), stop = s.past + from + count;
@@ -382,8 +424,8 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
             for (size_t begin = s.first_key(b, from, KEYS); begin < stop; begin += KEYS) {
                 const size_t keys = std::min(KEYS, up(stop - begin, PANEL));
                 const int64_t ahead = (int64_t)(s.past + from) - (int64_t)begin;
-                scores<Kind>(q_words, s.wide_k / F, tall, deep_k, key_panels + begin * deep_k, keys, ahead, weight);
-                scores<Kind>(d_out_words, s.wide_v / F, tall, deep_v, value_panels + begin * deep_v, keys, ahead, d_weight);
+                scores<Kind>(q_words, s.wide_k / F, tall, deep_k, key_panels + begin * deep_k, keys, ahead, weight, next);
+                scores<Kind>(d_out_words, s.wide_v / F, tall, deep_v, value_panels + begin * deep_v, keys, ahead, d_weight, next);
                 for (size_t i = 0; i < tall; i++) {
                     float *w = weight + i * keys, *dw = d_weight + i * keys;
                     if (i >= count) {
@@ -405,9 +447,9 @@ void backward(const Shape& s, CausalGradient& d, int b, int g) {
                 into_columns<Kind>(weight, tall, keys, weight_columns);
                 into_columns<Kind>(d_weight, tall, keys, d_weight_columns);
                 into_words<Kind>(d_weight, tall * keys, d_weight_words);
-                scatter<Kind>(weight_columns, tall, keys, ahead, d_out_columns, s.wide_v, d_values + begin * s.wide_v);
-                scatter<Kind>(d_weight_columns, tall, keys, ahead, q_columns, s.wide_k, d_keys + begin * s.wide_k);
-                gather<Kind>(d_weight_words, tall, keys, ahead, key_words + begin / F * s.wide_k, s.wide_k, d_q);
+                scatter<Kind>(weight_columns, tall, keys, ahead, d_out_columns, s.wide_v, d_values + begin * s.wide_v, next);
+                scatter<Kind>(d_weight_columns, tall, keys, ahead, q_columns, s.wide_k, d_keys + begin * s.wide_k, next);
+                gather<Kind>(d_weight_words, tall, keys, ahead, key_words + begin / F * s.wide_k, s.wide_k, d_q, next);
             }
             for (size_t i = 0; i < count; i++) {
                 float* from_row = d_q + i * s.wide_k;
@@ -442,7 +484,7 @@ extern "C" void cadre_causal_attention(const CausalAttention* attention) {
     const int groups = attention->groups, tasks = attention->batch * groups;
     of_factors(attention->factors, [&](auto kind) {
 #pragma omp parallel for num_threads(attention->threads) schedule(dynamic)
-        for (int task = 0; task < tasks; task++) forward<decltype(kind)>(shape, task / groups, task % groups);
+        for (int task = 0; task < tasks; task++) forward<decltype(kind)>(shape, task / groups, task % groups, task + attention->threads);
     });
 }
 
@@ -451,6 +493,6 @@ extern "C" void cadre_causal_attention_gradient(const CausalAttention* attention
     const int groups = attention->groups, tasks = attention->batch * groups;
     of_factors(attention->factors, [&](auto kind) {
 #pragma omp parallel for num_threads(attention->threads) schedule(dynamic)
-        for (int task = 0; task < tasks; task++) backward<decltype(kind)>(shape, *gradient, task / groups, task % groups);
+        for (int task = 0; task < tasks; task++) backward<decltype(kind)>(shape, *gradient, task / groups, task % groups, task + attention->threads);
     });
 }

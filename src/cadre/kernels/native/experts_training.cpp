@@ -138,16 +138,17 @@ void forward(const ExpertsTraining& e, const Task& task, const Task* then) {
     const Multiply multiply{e.factors, &ahead};
     const size_t D = e.hidden, F = e.width;
     constexpr size_t most = Blocks::most(BLOCK);
-    const bool keeps = e.inner && e.factors == Factors::FLOAT32;
-    float* h = memory.of(most * (3 * F + D));
+    const bool in_place = e.inner && e.factors == Factors::FLOAT32;
+    float* h = memory.of(most * (in_place ? F : 3 * F) + (e.token ? most * D : 0));
+    float* copies = h + most * (in_place ? F : 3 * F);
     const int64_t in = task.expert * e.further;
     const float *gate = e.gate + in, *up = e.up + in, *down = e.down + task.expert * F * D;
     const Blocks blocks(task.begin, task.end, BLOCK);
     for (int64_t i = 0; i < blocks.count; i++) {
         const int64_t begin = blocks.start(i), end = blocks.start(i + 1);
         const size_t count = end - begin;
-        float* inner = keeps ? (float*)e.inner + begin * 2 * F : h + most * F;
-        const Operand x = rows_of(e, e.x, begin, count, h + most * 3 * F);
+        float* inner = in_place ? (float*)e.inner + begin * 2 * F : h + most * F;
+        const Operand x = rows_of(e, e.x, begin, count, copies);
         if (i == 0) ahead.rows({down, F}, D, F);
         if (up == gate + F * D) {
             multiply(count, 2 * F, D, x, {gate, D, true}, inner, 2 * F);
@@ -155,9 +156,12 @@ void forward(const ExpertsTraining& e, const Task& task, const Task* then) {
             multiply(count, F, D, x, {gate, D, true}, inner, 2 * F);
             multiply(count, F, D, x, {up, D, true}, inner + F, 2 * F);
         }
-        uint16_t* kept = (uint16_t*)e.inner + begin * 2 * F;
-        if (!e.inner || keeps) activate(inner, count, F, h, [](size_t, floats, int) {});
-        else activate(inner, count, F, h, [=](size_t i, floats v, int n) { store_some(kept + i, v, n); });
+        if (!e.inner || in_place) {
+            activate(inner, count, F, h, [](size_t, floats, int) {});
+        } else {
+            uint16_t* kept = (uint16_t*)e.inner + begin * 2 * F;
+            activate(inner, count, F, h, [=](size_t i, floats v, int n) { store_some(kept + i, v, n); });
+        }
         if (i + 1 < blocks.count) {
             expect(ahead, e, e.x, end, blocks.start(i + 2), nullptr, 0, 0);
         } else if (then) {
@@ -179,7 +183,7 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
     const size_t D = e.hidden, F = e.width;
     const int64_t block = block_back(D, F);
     const size_t most = Blocks::most(block);
-    float* d_inner = memory.of(most * (4 * F + 2 * D));
+    float* d_inner = memory.of(most * (4 * F + (e.token ? 2 * D : 0)));
     float* d_h = d_inner + most * 2 * F;
     float* h = d_h + most * F;
     float* copies = h + most * F;
@@ -255,19 +259,16 @@ void team_add_up(const ExpertsTraining& e, const float* rows, int64_t end, const
     }
 }
 
-// The slices of rows that threads take, largest first: an expert's rows are cut where they would keep one thread busy for too
-// long while others wait. Every slice but an expert's first needs room for its own gradient of the matrices.
-std::vector<Task> slices_of(const ExpertsTraining& e, size_t& rooms) {
+// The slices of rows that threads take: an expert's rows are cut where they would keep one thread busy for too
+// long while others wait, all of them into about so many parts, but no slice into fewer than `least` rows.
+std::vector<Task> slices_of(const ExpertsTraining& e, int64_t parts, int64_t least) {
     const std::vector<int64_t> start = starts_of(e);
-    const int64_t parts = e.experts == 1 ? e.threads : 4 * e.threads;
-    const int64_t most = std::max(LEAST_SLICE, (e.rows + parts - 1) / parts);
+    const int64_t most = std::max(least, (e.rows + parts - 1) / parts);
     std::vector<Task> tasks;
-    rooms = 0;
     for (int64_t i = 0; i < e.experts; i++) {
         const int64_t rows = e.load[i], slices = (rows + most - 1) / most;
         for (int64_t s = 0; s < slices; s++)
             tasks.push_back({i, start[i] + rows * s / slices, start[i] + rows * (s + 1) / slices, nullptr});
-        rooms += std::max<int64_t>(0, slices - 1);
     }
     return tasks;
 }
@@ -302,8 +303,7 @@ extern "C" void cadre_sort_choices(const int64_t* expert, int64_t tokens, int64_
 
 extern "C" void cadre_experts_training(const ExpertsTraining* experts) {
     const ExpertsTraining& e = *experts;
-    size_t rooms;
-    std::vector<Task> tasks = slices_of(e, rooms);
+    std::vector<Task> tasks = slices_of(e, 4 * e.threads, BLOCK);
     largest_first(tasks);
     const int64_t end = starts_of(e).back();
 #pragma omp parallel num_threads(e.threads)
@@ -318,9 +318,11 @@ extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, 
     const ExpertsTraining& e = *experts;
     const ExpertsGradient& d = *gradient;
     const size_t matrix = e.hidden * e.width, room = 3 * matrix;
-    size_t rooms = 0;
     const int64_t end = starts_of(e).back();
-    std::vector<Task> tasks = slices_of(e, rooms);
+    std::vector<Task> tasks = slices_of(e, e.experts == 1 ? e.threads : 4 * e.threads, LEAST_SLICE);
+    // Every slice but an expert's first needs room for its own gradient of the matrices.
+    size_t rooms = 0;
+    for (size_t i = 1; i < tasks.size(); i++) rooms += tasks[i].expert == tasks[i - 1].expert;
     // Uninitialised: only pages that are written cost anything.
     std::unique_ptr<float[]> sums(d.gate && rooms ? new float[rooms * room] : nullptr);
     std::vector<Cut> cuts;

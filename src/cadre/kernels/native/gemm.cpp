@@ -15,27 +15,6 @@ constexpr size_t DEPTH = 256;  // words of a panel's row
 constexpr size_t TALL = 256, BROAD = 512;  // rows of a and columns of b packed at a time: both stay in the second-level cache
 constexpr size_t APART = 16;  // words between the rows of a packed a beyond their length: rows must not share cache sets
 
-// Transposes 16 vectors of 16 words.
-template <class V>
-void turn(V (&v)[16]) {
-    __m512i x[16];
-    for (int i = 0; i < 16; i++) x[i] = (__m512i)v[i];
-    __m512i y[16];
-    for (int i = 0; i < 16; i += 4) {
-        const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-        const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
-        y[i] = _mm512_unpacklo_epi64(a, c), y[i + 1] = _mm512_unpackhi_epi64(a, c);
-        y[i + 2] = _mm512_unpacklo_epi64(b, d), y[i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
-    for (int i = 0; i < 4; i++) {
-        const __m512i a = _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88), b = _mm512_shuffle_i32x4(y[i], y[i + 4], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0x88), d = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0xdd);
-        x[i] = _mm512_shuffle_i32x4(a, c, 0x88), x[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        x[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) v[i] = (V)x[i];
-}
-
 // The processor does not foresee which of indexed rows is next. `left`: rows from this one on.
 void prefetch(const Operand& from, size_t row, size_t left, size_t columns) {
     constexpr size_t EARLY = 12, LINE = 16;

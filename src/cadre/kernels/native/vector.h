@@ -96,6 +96,29 @@ static inline void store_some(uint16_t* to, floats v, int n) {
     n == LANES ? std::memcpy(to, &narrow, sizeof narrow) : std::memcpy(to, &narrow, n * sizeof *to);
 }
 
+#if defined(__AVX512F__)
+// Transposes 16 vectors of 16 words.
+template <class V>
+static inline void turn(V (&v)[16]) {
+    __m512i x[16];
+    for (int i = 0; i < 16; i++) x[i] = (__m512i)v[i];
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+        const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+        y[i] = _mm512_unpacklo_epi64(a, c), y[i + 1] = _mm512_unpackhi_epi64(a, c);
+        y[i + 2] = _mm512_unpacklo_epi64(b, d), y[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512i a = _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88), b = _mm512_shuffle_i32x4(y[i], y[i + 4], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0x88), d = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0xdd);
+        x[i] = _mm512_shuffle_i32x4(a, c, 0x88), x[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        x[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) v[i] = (V)x[i];
+}
+#endif
+
 // The sums of four vectors' lanes. Always in the same order, so that a sum never depends on what is computed beside it.
 static inline void sum4(floats a, floats b, floats c, floats d, float* to) {
 #if defined(__AVX512F__)
