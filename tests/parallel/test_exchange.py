@@ -10,6 +10,7 @@ from torch import Tensor
 from cadre.model.experts import MixtureOfExperts
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
 from cadre.train.parallel.fp8 import packed_width
+from cadre.train.parallel.memory import Shared
 from tests.parallel.world import world
 from tests.shapes import small
 
@@ -38,8 +39,11 @@ def run(layer: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, dict[str, T
     return y.detach(), x.grad, {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
-def spread_run(ranks, counts: list[int], dtype: torch.dtype, experts: int = 8, fp8: bool = False) -> dict:
-    exchange = Exchange(dist.group.WORLD, fp8)
+def spread_run(
+    ranks, counts: list[int], dtype: torch.dtype, experts: int = 8, fp8: bool = False, in_memory: bool = False
+) -> dict:
+    shared = Shared.open(dist.group.WORLD, torch.device("cpu")) if in_memory else None
+    exchange = Exchange(dist.group.WORLD, fp8, shared)
     layer = SpreadMixture(mixture(experts), exchange)
     journeys = []
     send = dist.all_to_all_single
@@ -66,9 +70,10 @@ def sent(answers: list[dict], there: int, home: int) -> None:
     assert sum(answer["both"] for answer in answers) == visits * (2 * (there + home) + CHOICES + CHOICES_BACK)
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("counts", [[5, 9], [6, 0], [4, 7, 1, 11]], ids=str)
-def test_experts_elsewhere_compute_the_same(counts):
-    answers = world(len(counts), spread_run, counts, torch.float32)
+def test_experts_elsewhere_compute_the_same(counts, in_memory):
+    answers = world(len(counts), spread_run, counts, torch.float32, 8, False, in_memory)
     at_home, summed = mixture(), {}
     for rank, answer in enumerate(answers):
         y, x_grad, grads = run(at_home, tokens(counts[rank], rank))

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from cadre.train.muon import Muon
+from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.muon import SpreadMuon
 from tests.parallel.world import world
 
@@ -38,19 +39,21 @@ def steps(optimizer: Muon, parameters: list[torch.Tensor], cut) -> None:
         optimizer.step()
 
 
-def spread(ranks) -> list[torch.Tensor]:
+def spread(ranks, in_memory: bool) -> list[torch.Tensor]:
     def cut(shape):
         return rows(shape, ranks.rank, ranks.size)
 
     parameters = [weight[cut(shape)].clone() for shape, weight in zip(SHAPES, weights(0), strict=True)]
     whole = {parameter: shape[0] for parameter, shape in zip(parameters, SHAPES, strict=True) if len(shape) == 2}
-    steps(SpreadMuon(groups(parameters), whole, dist.group.WORLD, **OPTIONS), parameters, cut)
+    shared = Shared.open(dist.group.WORLD, torch.device("cpu")) if in_memory else None
+    steps(SpreadMuon(groups(parameters), whole, dist.group.WORLD, shared, **OPTIONS), parameters, cut)
     return parameters
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_matrices_in_rows_step_as_whole_ones(size):
+def test_matrices_in_rows_step_as_whole_ones(size, in_memory):
     parameters = weights(0)
     steps(Muon(groups(parameters), **OPTIONS), parameters, lambda shape: slice(None))
-    for parameter, *parts in zip(parameters, *world(size, spread), strict=True):
+    for parameter, *parts in zip(parameters, *world(size, spread, in_memory), strict=True):
         torch.testing.assert_close(torch.cat(parts), parameter, rtol=1e-5, atol=1e-5)

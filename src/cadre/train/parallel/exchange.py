@@ -20,6 +20,7 @@ N expert of this rank, R row of an expert here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,15 +31,18 @@ from torch import Tensor, nn
 from cadre.kernels.permute import sort_choices
 from cadre.model.experts import Experts, MixtureOfExperts, Plan, Routes
 from cadre.train.parallel.fp8 import pack, packed_width, unpack
+from cadre.train.parallel.memory import Shared
 
 
 @dataclass
 class Exchange:
     """The ranks that share one copy of the experts. `fp8`: whether tokens go to the experts in 8 bits. `sent_bytes`: of tokens,
-    their choices and their gradients, by all layers so far."""
+    their choices and their gradients, by all layers so far. `shared`: memory of the ranks, if they have any; it stands for the
+    longer messages."""
 
     group: dist.ProcessGroup
     fp8: bool = False
+    shared: Shared | None = None
     sent_bytes: int = field(default=0, init=False)
 
     @property
@@ -62,7 +66,7 @@ class Journey:
     there: list[int]
     here: list[int]
     token_L: Tensor
-    work: dist.Work | None = None
+    end: Callable[[], Any] | None = None
     leaving: Tensor | None = None
     arriving: Tensor | None = None
     arrived: tuple[Tensor, ...] = ()
@@ -91,14 +95,16 @@ class Journey:
         whole = len(parts) == 1 and not self.narrow
         self.arriving = self.arrived[0] if whole else self.leaving.new_empty(sum(arriving), self.leaving.shape[1])
         self.exchange.sent_bytes += self.leaving.nbytes
-        self.work = dist.all_to_all_single(
-            self.arriving, self.leaving, arriving, sizes, group=self.exchange.group, async_op=True
-        )
+        if self.exchange.shared is None:
+            group = self.exchange.group
+            self.end = dist.all_to_all_single(self.arriving, self.leaving, arriving, sizes, group=group, async_op=True).wait
+        else:
+            self.end = self.exchange.shared.all_to_all(self.arriving, self.leaving, sizes)
         return self.arrived
 
     def wait(self) -> tuple[Tensor, ...]:
-        assert self.work is not None and self.arriving is not None
-        self.work.wait()
+        assert self.end is not None and self.arriving is not None
+        self.end()
         arrived, arriving = self.arrived, self.arriving
         if arriving is not arrived[0]:
             first = packed_width(arrived[0].shape[1]) if self.narrow else arrived[0].shape[1] * arrived[0].element_size()
@@ -108,7 +114,7 @@ class Journey:
                     part.copy_(unpack(taken, part.shape[1], part.dtype))
                 else:
                     part.view(torch.uint8).copy_(taken)
-        self.work = self.leaving = self.arriving = None
+        self.end = self.leaving = self.arriving = None
         self.arrived = ()
         return arrived
 

@@ -15,15 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cadre.train.muon import Alike, Muon
+from cadre.train.parallel.memory import Shared
 
 
 class SpreadMuon(Muon):
     """`rows`: how many rows the whole of each 2-D parameter has, of which this rank holds its run. 3-D parameters, experts,
     are cut between matrices and need no other rank."""
 
-    def __init__(self, params: Iterable, rows: dict[Tensor, int], group: dist.ProcessGroup, **options: Any) -> None:
+    def __init__(
+        self, params: Iterable, rows: dict[Tensor, int], group: dist.ProcessGroup, shared: Shared | None, **options: Any
+    ) -> None:
         super().__init__(params, **options)
-        self.whole_rows, self.group = rows, group
+        self.whole_rows, self.group, self.shared = rows, group, shared
 
     def rows(self, parameter: Tensor) -> int:
         return self.whole_rows.get(parameter, super().rows(parameter))
@@ -55,7 +58,7 @@ class SpreadMuon(Muon):
         here = [sum(held[matrix][place] for matrix in dealt[rank]) for place in range(ranks)]
         out = torch.cat([mine[matrix].flatten() for matrix in order])
         gathered = out.new_empty(sum(here))
-        dist.all_to_all_single(gathered, out, here, there, group=self.group)
+        self._send(gathered, out, here, there)
         if dealt[rank]:
             sizes = [held[matrix][place] for place in range(ranks) for matrix in dealt[rank]]
             runs, count = gathered.split(sizes), len(dealt[rank])
@@ -66,10 +69,16 @@ class SpreadMuon(Muon):
             done = self._orthogonalized(whole, kinds)
             rows = {matrix: done[matrix].flatten().split(held[matrix]) for matrix in dealt[rank]}
             gathered = torch.cat([rows[matrix][place] for place in range(ranks) for matrix in dealt[rank]])
-        dist.all_to_all_single(out, gathered, there, here, group=self.group)
+        self._send(out, gathered, there, here)
         back = dict(zip(order, out.split([held[matrix][rank] for matrix in order]), strict=True))
         each = iter([back[matrix].view_as(mine[matrix])[None] for matrix in range(len(mine))])
         return [[next(each) for _ in alike.updates] for alike in cut]
+
+    def _send(self, arriving: Tensor, leaving: Tensor, here: list[int], there: list[int]) -> None:
+        if self.shared is None:
+            dist.all_to_all_single(arriving, leaving, here, there, group=self.group)
+        else:
+            self.shared.all_to_all(arriving, leaving, there)()
 
     def _orthogonalized(self, whole: dict[int, Tensor], kinds: list[tuple[tuple[int, int], int]]) -> dict[int, Tensor]:
         """Whole matrices [M, N] by number, those of one kind (shape, iterations) together."""

@@ -32,6 +32,7 @@ from cadre.train.parallel.checkpoint import load_parts, save_parts
 from cadre.train.parallel.context import Context, cut_attention
 from cadre.train.parallel.gather import Gather
 from cadre.train.parallel.group import Parallel
+from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.muon import SpreadMuon
 from cadre.train.parallel.pipeline import Pipeline
 from cadre.train.parallel.shard import Part, far_part, shard
@@ -64,6 +65,7 @@ class Ranks(Parallel):
         self.parent = os.getppid()
         self.parts: dict[str, Part] = {}
         self.elsewhere: dict[str, Part] = {}
+        self.shared: Shared | None = None
         self.context: Context | None = None
         self.pipeline: Pipeline | None = None
 
@@ -143,12 +145,13 @@ class Ranks(Parallel):
             for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else []:
                 _set_pg_timeout(self.wait, group)
         self.data, self.spread = meshes[self.rank // self.layout.data]
+        self.shared = Shared.open(self.data.get_group("shard"), device)
         if self.layout.pipeline == 1:
-            self.parts = shard(model, values, self.data, self.spread, device, (), self.layout.fp8_rows)
+            self.parts = shard(model, values, self.data, self.spread, device, (), self.layout.fp8_rows, self.shared)
             return model
         self.pipeline = Pipeline(model, self.layout, self.rank, device, self.wait)
         stages = list(self.pipeline.stages.values())
-        self.parts = shard(model, values, self.data, self.spread, device, stages, self.layout.fp8_rows)
+        self.parts = shard(model, values, self.data, self.spread, device, stages, self.layout.fp8_rows, self.shared)
         self.pipeline.bind(self.parts)
         self.elsewhere = {
             name: far_part(name, shape, *meshes[self.pipeline.place_of(name)])
@@ -227,7 +230,7 @@ class Ranks(Parallel):
 
     def muon(self, matrices: Iterable[Any], **options: Any) -> Muon:
         rows = {part.local: part.shape[0] for part in self.parts.values() if len(part.shape) == 2}
-        return SpreadMuon(matrices, rows, self.data.get_group("shard"), **options)
+        return SpreadMuon(matrices, rows, self.data.get_group("shard"), self.shared, **options)
 
     # ------------------------------------------------------------------------------------------------- the disk
 

@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from cadre.model.experts import MixtureOfExperts
+from cadre.model.experts import Experts, MixtureOfExperts
 from cadre.model.transformer import Block, Transformer
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
-from cadre.train.parallel.reduce import ReduceByExchange
+from cadre.train.parallel.memory import Shared
+from cadre.train.parallel.reduce import AddUp, Gather
 
 # A model of no more parameters is gathered whole, once a pass: a gathering for each block, twice, costs more time than so
 # little memory is worth.
@@ -64,16 +65,19 @@ def shard(
     device: torch.device,
     stages: Sequence[nn.Module] = (),
     fp8_rows: bool = False,
+    shared: Shared | None = None,
 ) -> dict[str, Part]:
     """Give a model without storage its values and cut it up, block by block, so that only one block is ever whole beside
     embedding and head (a small model at once). `values`: tensors by name, in the model's order; `data`, `spread`:
     `Layout.meshes`; `stages`: those of a pipeline that this process holds, so that of the rest only router biases get storage;
-    `fp8_rows`: whether rows go to the experts in 8 bits.
+    `fp8_rows`: whether rows go to the experts in 8 bits; `shared`: the memory of the shards' processes, if they have any.
     Returns the parts by parameter name."""
     roots = stages or [model]
     here = {module for root in roots for module in root.modules()}
     replicas, expert_ranks, _ = spread.shape
-    exchange = Exchange(spread.get_group("expert"), fp8_rows)
+    expert_group, copies = spread.get_group("expert"), spread.get_group("copy")
+    exchange = Exchange(expert_group, fp8_rows, Shared.open(expert_group, device))
+    shared_by_copies = Shared.open(copies, device) if expert_ranks > 1 else None
     experts: set[nn.Parameter] = set()
     # In a mesh of two dimensions FSDP adds gradients up over the first one, which is no use for one replica.
     alike = spread["replica", "copy"] if replicas > 1 else spread["copy"]
@@ -106,7 +110,9 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if device.type == "cpu":
-                module.set_custom_reduce_scatter(ReduceByExchange())  # type: ignore[arg-type]  # no public base class
+                memory = shared_by_copies if isinstance(module, Experts) else shared
+                module.set_custom_all_gather(Gather(memory))  # type: ignore[arg-type]  # no public base class
+                module.set_custom_reduce_scatter(AddUp(memory))  # type: ignore[arg-type]
     # Training calls the parts of the model one by one: this one gathers embedding, last norm and head, and the end of the
     # backward pass lets go of them.
     for root in roots:

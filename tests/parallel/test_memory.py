@@ -1,0 +1,93 @@
+"""Memory that processes share carries what messages would carry."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cadre.train.parallel import memory
+from cadre.train.parallel.memory import Shared
+from tests.parallel.world import world
+
+CPU = torch.device("cpu")
+
+
+def sizes(turn: int, sender: int, ranks: int) -> list[int]:
+    """Rows from a rank to each: none to some, and now and then more than a block has had room for."""
+    generator = torch.Generator().manual_seed(97 * turn + sender)
+    rows = torch.randint(0, 5, (ranks,), generator=generator) * (1 if turn % 3 else 20_000)
+    return rows.tolist()
+
+
+def sent(turn: int, sender: int, ranks: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(turn + 1000 * sender)
+    return torch.randint(0, 99, (sum(sizes(turn, sender, ranks)), 3), generator=generator).to(dtype)
+
+
+def exchanged(ranks, dtype: torch.dtype) -> bool:
+    shared = Shared.open(dist.group.WORLD, CPU)
+    assert shared is not None
+    for turn in range(8):
+        here = [sizes(turn, sender, ranks.size)[ranks.rank] for sender in range(ranks.size)]
+        out = torch.full((sum(here), 3), 7).to(dtype)
+        end = shared.all_to_all(out, sent(turn, ranks.rank, ranks.size, dtype), sizes(turn, ranks.rank, ranks.size))
+        if ranks.rank == turn % ranks.size:
+            torch.ones(300, 300) @ torch.ones(300, 300)  # the others are not to wait for what has not been read
+        end()
+        parts = [
+            sent(turn, sender, ranks.size, dtype).split(sizes(turn, sender, ranks.size))[ranks.rank]
+            for sender in range(ranks.size)
+        ]
+        assert torch.equal(out, torch.cat(parts)), turn
+    return True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+def test_rows_go_to_the_ranks_that_they_are_for(dtype):
+    assert world(3, exchanged, dtype) == [True] * 3
+
+
+def opened(ranks, broken: str, where: int) -> bool:
+    if ranks.rank == where:
+        if broken == "elsewhere":  # another machine's processes have other files under these numbers, or none
+            found = memory._found
+            memory._found = lambda process, files, key: found(os.getpid(), files[::-1], b"x" * len(key))
+        elif broken == "no such files":
+            del os.memfd_create
+        elif broken == "not allowed":
+            memory.os = type("Closed", (), {**vars(os), "open": staticmethod(lambda *_: os.open("/nowhere", 0))})
+    return Shared.open(dist.group.WORLD, CPU) is None
+
+
+@pytest.mark.parametrize("broken", ["elsewhere", "no such files", "not allowed"])
+def test_where_one_cannot_read_anothers_memory_nobody_does(broken):
+    assert world(2, opened, broken, 1) == [True, True]
+
+
+def alone(ranks) -> bool:
+    return Shared.open(dist.group.WORLD, CPU) is None
+
+
+def test_one_process_shares_with_nobody():
+    assert world(1, alone) == [True]
+
+
+def grown(ranks) -> int:
+    """Open files after the memory of many turns of ever more bytes has been mapped."""
+    shared = Shared.open(dist.group.WORLD, CPU)
+    assert shared is not None
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for turn in range(40):
+        mine = torch.full((50_000 * turn + 1,), float(ranks.rank))
+        out = mine.new_empty(2 * len(mine))
+        shared.all_gather(out, mine)
+        assert torch.equal(out.view(2, -1)[:, -1], torch.tensor([0.0, 1.0]))
+    return len(list(Path("/proc/self/fd").iterdir())) - before
+
+
+def test_growing_keeps_no_more_files_open():
+    assert max(world(2, grown)) <= 8
