@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cadre.infer.pages import PagePool
 from cadre.infer.runner import Batch, PagedCache, Runner
+from cadre.kernels.native.library import multiplies
 from tests.infer.conftest import assert_close, lively
 from tests.shapes import FAMILIES, configs, small
 
@@ -144,12 +145,47 @@ def test_bfloat16_on_any_cpu(family, compute, fast, monkeypatch):
     model.compute_dtype = compute
     for native in (False, True):
         reader = Reader(model, [12], dtype=torch.bfloat16, native=native, shuffled=True)
-        assert reader.runner.dtype == fast
+        # Where training's kernels take bfloat16 weights as they are, all else is float32.
+        assert reader.runner.dtype == (torch.float32 if compute is None and multiplies(narrow=True) else fast)
         logits = torch.cat([reader.read((0, count))[0] for count in (7, 1, 1, 3)])
         want = plain(exact, reader.ids[0])
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, want, atol=0.1 * float(want.abs().max()), rtol=0)
     assert model.compute_dtype == compute
+
+
+@pytest.mark.skipif(not multiplies(narrow=True), reason="the processor has no products of bfloat16")
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"])
+def test_long_pieces_of_bfloat16_lose_less_than_in_torch(family, monkeypatch):
+    """Float32 but for the factors of products and the cache; the experts chosen are told and counted."""
+    monkeypatch.setattr("cadre.infer.runner.NATIVE_TOKENS", 4)
+    monkeypatch.setattr("cadre.infer.runner._best_dtype", lambda device: torch.bfloat16)
+    # Every token goes to every expert: where two are nearly level, rounding would make another choice.
+    every = {} if family == "llama" else {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+    config = small(family, initializer_range=0.1, num_hidden_layers=3, **every)
+    model = lively(config).to(torch.bfloat16)
+    exact = lively(config)
+    exact.load_state_dict(model.state_dict())
+    lengths = [40, 33]
+    off, told = {}, {}
+    for native in (True, False):
+        reader = Reader(model, lengths, dtype=torch.bfloat16, native=native, shuffled=True)
+        if not native:
+            reader.runner.dtype = torch.bfloat16
+        whole = [plain(exact, ids) for ids in reader.ids]
+        batch = reader.batch([(0, 20), (1, 33)])
+        batch.experts = []
+        hidden = reader.runner.hidden(batch)
+        told[native] = batch.experts
+        reader.seen = [20, 33]
+        later = torch.cat([reader.read((0, 1))[0], reader.read((0, 19))[0]])
+        got = torch.cat([reader.runner.logits(hidden)[:20], later])
+        off[native] = float((got - whole[0]).norm() / whole[0].norm())
+        if config.has_experts:
+            assert [len(own) for own in told[native]] == [53] * len(told[native])
+            load = reader.runner.load()
+            assert int(load.sum()) == sum(own.numel() for own in told[native]) + 20 * config.num_experts_per_tok * len(load)
+    assert off[True] < off[False] < 0.03, off
 
 
 def interrupt(*_):

@@ -108,3 +108,19 @@ def test_shapes_that_do_not_fit_are_refused():
         product(torch.ones(20, 4), torch.ones(5, 6))
     with pytest.raises((ValueError, RuntimeError)):
         product(torch.ones(20, 4), torch.ones(4, 6), torch.ones(20, 7), add=True)
+
+
+@narrow_ones
+@given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 300), st.booleans(), st.integers(0, 9))
+def test_a_weight_of_bfloat16_is_taken_as_it_is(rows, out, into, biased, seed):
+    x, weight = wide(rows, into, seed=seed).float(), wide(out, into, seed=seed + 1).bfloat16()
+    bias = wide(out, seed=seed + 2).bfloat16() if biased else None
+    with torch.no_grad():
+        made = linear(x, weight, bias)
+        want = linear(x, weight.float(), None if bias is None else bias.float(), narrow=True)
+    if rows < 16 or into == 1:  # a product in torch, of x as it is
+        torch.testing.assert_close(made, want, rtol=0.02, atol=0.02 * into**0.5)
+    else:
+        assert torch.equal(made, want)
+    x.requires_grad_()
+    torch.testing.assert_close(linear(x, weight, bias), made, rtol=0.02, atol=0.02 * into**0.5)  # with a gradient: in torch

@@ -14,7 +14,7 @@ from cadre.kernels.attention import causal_attention, causal_attention_reference
 from cadre.kernels.grouped import expert_swiglu, expert_swiglu_reference
 from cadre.kernels.limits import training_dtype
 from cadre.kernels.loss import linear_cross_entropy, linear_cross_entropy_reference
-from cadre.kernels.native.library import multiplies, training_library
+from cadre.kernels.native.library import feeds, multiplies, training_library
 from cadre.kernels.permute import sort_choices
 from cadre.kernels.routed import dense_swiglu, routed_swiglu
 
@@ -105,6 +105,38 @@ def test_sorted_rows_and_dense_layers() -> None:
         lambda x, g, u, d: (torch.nn.functional.silu(x @ g.T) * (x @ u.T)) @ d.T,
         x, gate, up, down[0].detach().contiguous().requires_grad_(),
     )  # fmt: skip
+
+
+@given(
+    tokens=st.integers(1, 300), hidden=st.integers(1, 70), width=st.integers(1, 70), experts=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@example(tokens=900, hidden=80, width=32, experts=2, seed=0)
+@example(tokens=3, hidden=17, width=15, experts=9, seed=0)
+def test_matrices_of_bfloat16(tokens: int, hidden: int, width: int, experts: int, seed: int) -> None:
+    """Without gradients they are taken as they are, to the same numbers as if they were widened first."""
+    choices = min(3, experts)
+    weight_TK = torch.rand(tokens, choices, generator=torch.Generator().manual_seed(seed))
+    expert_TK = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)).topk(choices, dim=1).indices
+    row_TK, token_R, load_E = sort_choices(expert_TK, experts)
+    x = random(tokens, hidden, seed=seed).detach()
+    halves = [
+        random(*shape, seed=seed + number, std=0.2).detach().bfloat16()
+        for number, shape in enumerate(((experts, 2 * width, hidden), (experts, hidden, width)), 1)
+    ]
+    gate_up, down = halves
+    alone = [gate_up[0, :width].contiguous(), gate_up[0, width:].contiguous(), down[0].contiguous()]
+    assert not feeds(x, *halves)
+    with torch.no_grad():
+        assert feeds(x, *halves) and not feeds(x.bfloat16(), *halves) and not feeds(x, gate_up, down.float())
+        got = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, *halves)
+        want = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, gate_up.float(), down.float(), narrow=True)
+        assert torch.equal(got, want)
+        assert torch.equal(dense_swiglu(x, *alone), dense_swiglu(x, *(part.float() for part in alone), narrow=True))
+        rows = x[token_R]
+        assert torch.equal(
+            expert_swiglu(rows, load_E, *halves), expert_swiglu(rows, load_E, gate_up.float(), down.float(), narrow=True)
+        )
 
 
 @given(

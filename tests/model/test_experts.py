@@ -191,8 +191,9 @@ def mixture_by_hand(mixture: MixtureOfExperts, x_TD: Tensor) -> Tensor:
 
 def through_torch(patch: pytest.MonkeyPatch) -> None:
     """As where the C++ kernels are not to be had."""
+    patch.setattr(experts, "trains", lambda *_: False)
     for module in (experts, grouped, layers):
-        patch.setattr(module, "trains", lambda *_: False)
+        patch.setattr(module, "feeds", lambda *_: False)
 
 
 @pytest.mark.parametrize("native", [True, False])

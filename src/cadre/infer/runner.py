@@ -96,7 +96,9 @@ class Runner:
     def __init__(self, model: Transformer, pool: PagePool) -> None:
         self.model, self.pool = model.eval(), pool
         self.native = NativeModel.build(model, pool)
-        self.dtype = _torch_dtype(model)
+        # Where kernels of training take the weights as they are, what lies between products can be float32.
+        whole = self.native is not None and self.native.multiplies
+        self.dtype = torch.float32 if whole else _torch_dtype(model)
         main = model.config.num_hidden_layers
         self._routers = [mixture.gate for layer, mixture in model.sparse_layers() if layer < main]
         self._load_LE = torch.zeros(len(self._routers), model.config.n_routed_experts or 0, dtype=torch.int64)
@@ -198,7 +200,7 @@ class Runner:
                 self.model.compute_dtype = own
 
     def _torch_hidden(self, batch: Batch) -> Tensor:
-        if self.native is not None and self.dtype == torch.float32 and self.native.narrow:
+        if self.native is not None and self.dtype == torch.float32 and self.native.narrow and not self.native.multiplies:
             return self._mixed_hidden(self.native, batch)
         cache = PagedCache(self.pool, batch)
         ids_1T = batch.ids_T.to(cache.position_T.device)[None]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadre.kernels.native.library import trains
+from cadre.kernels.native.library import feeds
 from cadre.kernels.routed import rows_swiglu
 from cadre.kernels.swiglu import swiglu, swiglu_reference
 
@@ -30,8 +30,8 @@ def expert_swiglu_reference(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, d
 
 def expert_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor, narrow: bool = False) -> Tensor:
     """As the reference: in C++ where it can be had, else with one grouped GEMM per matrix. Shapes that the grouped GEMM refuses
-    take the reference. `narrow`: as in `kernels.linear`, where `trains` takes the tensors."""
-    if trains(x_RD, gate_up_END, down_EDF):
+    take the reference. `narrow`: as in `kernels.linear`, in C++."""
+    if feeds(x_RD, gate_up_END, down_EDF):
         return rows_swiglu(x_RD, load_E, gate_up_END, down_EDF, narrow)
     if not _grouped_mm_takes(x_RD, down_EDF):
         return expert_swiglu_reference(x_RD, load_E, gate_up_END, down_EDF)

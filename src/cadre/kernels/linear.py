@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import multiplies, training_library, trains
+from cadre.kernels.native.library import feeds, multiplies, training_library, trains
 
 # Fewer rows than these are read-bound: packing the weight would cost more than multiplying by it.
 _LEAST_ROWS = 16
@@ -29,6 +29,7 @@ def product_reference(
     a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, *, add: bool = False, narrow: bool = False
 ) -> Tensor:
     """a b, or out + a b with `add`. Float32 [M, N], in `out` where one is given."""
+    b_KN = b_KN.to(a_MK.dtype)
     if narrow:
         a_MK, b_KN = rounded(a_MK), rounded(b_KN)
     if out is None:
@@ -37,8 +38,11 @@ def product_reference(
 
 
 def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, *, add: bool = False, narrow: bool = False) -> Tensor:
-    """As the reference, by our kernel where it is the faster one. Operands may be transposed views."""
-    mine = trains(a_MK, b_KN) and multiplies(narrow) and a_MK.shape[0] >= _LEAST_ROWS
+    """As the reference, by our kernel where it is the faster one. Operands may be transposed views. b may be of bfloat16 where
+    `feeds` takes it: columns that lie as rows, as a weight's do."""
+    narrow = narrow or b_KN.dtype == torch.bfloat16
+    mine = feeds(a_MK, b_KN) and multiplies(narrow) and a_MK.shape[0] >= _LEAST_ROWS
+    mine = mine and (b_KN.dtype == torch.float32 or not _by_rows(b_KN))
     if not mine or (out is not None and not _by_rows(out)):
         return product_reference(a_MK, b_KN, out, add=add, narrow=narrow)
     (M, K), N = a_MK.shape, b_KN.shape[1]
@@ -50,8 +54,8 @@ def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, *, add: bool 
     library = training_library()
     assert library is not None
     library.cadre_product(
-        a.data, a.stride, a.turned, b.data, b.stride, b.turned, M, N, K, 1.0 if add else 0.0, narrow, torch.get_num_threads(),
-        out.data_ptr(), max(out.stride(0), N),
+        a.data, a.stride, a.turned, b.data, b.stride, b.turned, b.halves, M, N, K, 1.0 if add else 0.0, narrow,
+        torch.get_num_threads(), out.data_ptr(), max(out.stride(0), N),
     )  # fmt: skip
     return out
 
@@ -63,6 +67,7 @@ class _Operand:
         self.turned = not _by_rows(x) and _by_rows(x.t())
         self.kept = x if self.turned or _by_rows(x) else x.contiguous()
         flat = self.kept.t() if self.turned else self.kept
+        self.halves = x.dtype == torch.bfloat16
         self.data, self.stride = flat.data_ptr(), max(flat.stride(0), flat.shape[1])  # of a single row any stride is given
 
 
@@ -91,7 +96,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, narrow: b
     """x W^T + b for x [..., I] in x's dtype: [..., O]. `narrow` where `multiplies(narrow)` says that there is such a thing;
     x is float32 then."""
     rows = x.numel() // max(1, x.shape[-1])
-    if not (trains(x, weight_OI) and multiplies(narrow) and rows >= _LEAST_ROWS):
+    narrow = narrow or (x.dtype == torch.float32 and weight_OI.dtype == torch.bfloat16)
+    if not (feeds(x, weight_OI) and multiplies(narrow) and rows >= _LEAST_ROWS):
         return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
     y = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_OI, narrow).view(*x.shape[:-1], len(weight_OI))
     return y if bias_O is None else y + bias_O

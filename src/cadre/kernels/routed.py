@@ -22,7 +22,7 @@ def routed_swiglu(
     x_TD: Tensor, weight_TK: Tensor, row_TK: Tensor, token_R: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor,
     narrow: bool = False,
 ) -> Tensor:  # fmt: skip
-    """sum_k weight_TK[t, k] * expert_swiglu(x_TD[token_R])[row_TK[t, k]], [T, D], where `trains` takes them all. Rows of one
+    """sum_k weight_TK[t, k] * expert_swiglu(x_TD[token_R])[row_TK[t, k]], [T, D], where `feeds` takes them all. Rows of one
     expert are adjacent, experts in order; load_E: rows per expert. Rows beyond their sum,
     which is at most R, are nobody's: their choices add nothing and get no gradient.
 
@@ -37,7 +37,7 @@ def routed_swiglu(
 
 
 def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor, narrow: bool = False) -> Tensor:
-    """`expert_swiglu` of rows sorted by expert, where `trains` takes them all. Raises `ValueError` if load_E does not sum to
+    """`expert_swiglu` of rows sorted by expert, where `feeds` takes them all. Raises `ValueError` if load_E does not sum to
     the number of rows."""
     if int(load_E.sum()) != len(x_RD):
         raise ValueError(f"load_E sums to {int(load_E.sum())}, but there are {len(x_RD)} rows")
@@ -46,7 +46,7 @@ def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Ten
 
 
 def dense_swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, narrow: bool = False) -> Tensor:
-    """down(silu(gate x) * up x) of every position [..., D], where `trains` takes them all."""
+    """down(silu(gate x) * up x) of every position [..., D], where `feeds` takes them all."""
     x_TD = x.reshape(-1, x.shape[-1])
     if gate_FD.shape != up_FD.shape or gate_FD.shape != down_DF.mT.shape or x_TD.shape[1] != gate_FD.shape[1]:
         raise ValueError(f"rows {tuple(x.shape)} do not fit gate and up {tuple(gate_FD.shape)} and down {tuple(down_DF.shape)}")
@@ -70,6 +70,7 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_TK: Tensor | None, row_TK: Tensor | None, token_R: Tensor | None, load_E: Tensor,
         gate: Tensor, up: Tensor | None, down: Tensor, keeps: bool, narrow: bool,
     ) -> Tensor:  # fmt: skip
+        narrow = narrow or gate.dtype == torch.bfloat16
         x, gate, up, down = x_TD.contiguous(), gate.contiguous(), up if up is None else up.contiguous(), down.contiguous()
         load, weight = load_E.contiguous(), None if weight_TK is None else weight_TK.contiguous()
         row, token = (None if index is None else index.contiguous() for index in (row_TK, token_R))
@@ -112,14 +113,14 @@ def _run(
 ) -> None:  # fmt: skip
     """One pass of the kernel: forward, or with `gradient` (as `ExpertsGradient`, without up where gate holds both) backward."""
     hidden, width = down.shape[-2:]
-    half = 4 * hidden * width
+    half = gate.element_size() * hidden * width
     tokens, rows = len(x), len(x) if token is None else len(token)
     experts = ExpertsTraining(
         *(_at(tensor) for tensor in (x, token, row, load, weight, gate)),
         gate.data_ptr() + half if up is None else _at(up),
         *(_at(tensor) for tensor in (down, inner, y, out)),
         tokens, rows, hidden, width, len(load), 1 if row is None else row.shape[1], 2 * hidden * width, narrow,
-        torch.get_num_threads(),
+        gate.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     library = training_library()
     assert library is not None

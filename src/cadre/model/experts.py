@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cadre.kernels.grouped import expert_swiglu
 from cadre.kernels.linear import linear
-from cadre.kernels.native.library import trains
+from cadre.kernels.native.library import feeds, trains
 from cadre.kernels.permute import gather_rows, sort_choices, sum_choices
 from cadre.kernels.routed import routed_swiglu
 from cadre.kernels.routing import RoutingRule, choose_experts
@@ -141,7 +141,7 @@ class Experts(nn.Module):
 
     def moves_rows(self, x_TD: Tensor) -> bool:
         """Whether dispatch and combine can be had as part of the experts' kernel, so that no row is ever stored."""
-        return trains(x_TD, self.gate_up_proj, self.down_proj)
+        return feeds(x_TD, self.gate_up_proj, self.down_proj)
 
 
 class MixtureOfExperts(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadre.kernels.linear import linear
-from cadre.kernels.native.library import trains
+from cadre.kernels.native.library import feeds
 from cadre.kernels.norm import rms_norm
 from cadre.kernels.routed import dense_swiglu
 
@@ -56,6 +56,6 @@ class SwiGLU(nn.Module):
         # Parts of another kind (quantized, adapted) or watched by hooks have to be called.
         if all(type(part) is Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts):
             gate, up, down = (part.weight for part in parts)
-            if trains(x, gate, up, down):
+            if feeds(x, gate, up, down):
                 return dense_swiglu(x, gate, up, down, self.gate_proj.narrow)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -20,6 +20,7 @@ struct ExpertsTraining {
     int64_t tokens, rows, hidden, width, experts, choices;
     int64_t further;                  // floats from one expert's gate (and up) to the next one's
     Factors factors;
+    int32_t halves;  // whether the matrices are of bfloat16, which none has a gradient for
     int32_t threads;
 };
 
@@ -121,14 +122,17 @@ Operand rows_of(const ExpertsTraining& e, const float* tokens, int64_t begin, in
 
 Operand transposed(Operand x) { return x.turned = true, x; }
 
-// Fetch meanwhile what a block of rows begins with, copies of `tokens`, and the matrices [high, wide] that multiply it, if there
-// are any.
-void expect(Ahead& ahead, const ExpertsTraining& e, const float* tokens, int64_t begin, int64_t end, const float* matrices, size_t high,
-            size_t wide) {
+// Fetch meanwhile what a product packs first of a matrix of so many rows.
+void first_of(Ahead& ahead, const Operand& matrix, size_t high) {
+    ahead.rows(matrix, std::min<size_t>(high, 256), std::min<size_t>(matrix.stride, 512));
+}
+
+// Fetch meanwhile what a block of rows begins with, copies of `tokens`, and the `high` rows of the matrices that multiply it.
+void expect(Ahead& ahead, const ExpertsTraining& e, const float* tokens, int64_t begin, int64_t end, Operand matrices = {}, size_t high = 0) {
     const size_t D = e.hidden, count = end - begin;
     if (e.token) ahead.rows({tokens, D, false, e.token + begin}, count, D);
     else ahead.rows({tokens + begin * D, D}, count, D);
-    if (matrices) ahead.rows({matrices, wide}, high, wide);
+    first_of(ahead, matrices, high);
 }
 
 // `then`: the task that this thread will probably have next, or null.
@@ -141,20 +145,24 @@ void forward(const ExpertsTraining& e, const Task& task, const Task* then) {
     const bool in_place = e.inner && e.factors == Factors::FLOAT32;
     float* h = memory.of(most * (in_place ? F : 3 * F) + (e.token ? most * D : 0));
     float* copies = h + most * (in_place ? F : 3 * F);
-    const int64_t in = task.expert * e.further;
-    const float *gate = e.gate + in, *up = e.up + in, *down = e.down + task.expert * F * D;
+    auto matrix = [&](const float* first, size_t row, size_t columns) {
+        return Operand{first, columns, true, nullptr, e.halves != 0}.from(row, 0);
+    };
+    auto gate_of = [&](int64_t expert) { return matrix(e.gate, expert * e.further / D, D); };
+    const Operand gate = gate_of(task.expert), up = matrix(e.up, task.expert * e.further / D, D), down = matrix(e.down, task.expert * D, F);
+    const bool joined = up.data == gate.at(F * D);
     const Blocks blocks(task.begin, task.end, BLOCK);
     for (int64_t i = 0; i < blocks.count; i++) {
         const int64_t begin = blocks.start(i), end = blocks.start(i + 1);
         const size_t count = end - begin;
         float* inner = in_place ? (float*)e.inner + begin * 2 * F : h + most * F;
         const Operand x = rows_of(e, e.x, begin, count, copies);
-        if (i == 0) ahead.rows({down, F}, D, F);
-        if (up == gate + F * D) {
-            multiply(count, 2 * F, D, x, {gate, D, true}, inner, 2 * F);
+        if (i == 0) first_of(ahead, down, D);
+        if (joined) {
+            multiply(count, 2 * F, D, x, gate, inner, 2 * F);
         } else {
-            multiply(count, F, D, x, {gate, D, true}, inner, 2 * F);
-            multiply(count, F, D, x, {up, D, true}, inner + F, 2 * F);
+            multiply(count, F, D, x, gate, inner, 2 * F);
+            multiply(count, F, D, x, up, inner + F, 2 * F);
         }
         if (!e.inner || in_place) {
             activate(inner, count, F, h, [](size_t, floats, int) {});
@@ -163,12 +171,12 @@ void forward(const ExpertsTraining& e, const Task& task, const Task* then) {
             activate(inner, count, F, h, [=](size_t i, floats v, int n) { store_some(kept + i, v, n); });
         }
         if (i + 1 < blocks.count) {
-            expect(ahead, e, e.x, end, blocks.start(i + 2), nullptr, 0, 0);
+            expect(ahead, e, e.x, end, blocks.start(i + 2));
         } else if (then) {
             const Blocks next(then->begin, then->end, BLOCK);
-            expect(ahead, e, e.x, then->begin, next.start(1), e.gate + then->expert * e.further, 2 * F, D);
+            expect(ahead, e, e.x, then->begin, next.start(1), gate_of(then->expert), 2 * F);
         }
-        multiply(count, D, F, {h, F}, {down, F, true}, (e.token ? e.y : e.out) + begin * D, D);
+        multiply(count, D, F, {h, F}, down, (e.token ? e.y : e.out) + begin * D, D);
     }
 }
 
@@ -203,7 +211,7 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
         const size_t line = e.factors == Factors::FLOAT32 ? 2 * F : F;  // floats that a row of `inner` takes
         ahead.rows({(const float*)e.inner + begin * line, line}, count, line);
         if (i == 0) ahead.rows({gate, D}, 2 * F, D);
-        if (d.gate) expect(ahead, e, e.x, begin, blocks.start(i + 1), nullptr, 0, 0);
+        if (d.gate) expect(ahead, e, e.x, begin, blocks.start(i + 1));
         multiply(count, F, D, d_out, {down, F}, d_h, F);
         const float* weight = e.token ? d.weight_rows + begin : nullptr;
         float* along = e.token ? d.weight_rows + e.rows + begin : nullptr;
@@ -220,10 +228,10 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
             }
         }
         if (i + 1 < blocks.count) {
-            expect(ahead, e, d.out, blocks.start(i + 1), blocks.start(i + 2), nullptr, 0, 0);
+            expect(ahead, e, d.out, blocks.start(i + 1), blocks.start(i + 2));
         } else if (then) {
             const Blocks next(then->begin, then->end, block);
-            expect(ahead, e, d.out, then->begin, next.start(1), e.down + then->expert * (int64_t)(F * D), D, F);
+            expect(ahead, e, d.out, then->begin, next.start(1), {e.down + then->expert * (int64_t)(F * D), F}, D);
         }
         if (!d.gate) continue;
         const Operand x = rows_of(e, e.x, begin, count, copies + most * D);

@@ -53,8 +53,16 @@ void pack_turned(const Operand& from, size_t rows, size_t factors, typename Kind
     for (size_t r = 0; r < rows; r += 16)
         for (size_t k = 0; k < factors; k += STEP) {
             typename Kind::words x[16];
-            for (size_t i = 0; i < 16; i++)
-                x[i] = r + i < rows ? Kind::along(from.row(r + i) + k, factors - k) : typename Kind::words{};
+            for (size_t i = 0; i < 16; i++) {
+                x[i] = typename Kind::words{};
+                if (r + i >= rows) continue;
+                if constexpr (Kind::FACTORS == 2)
+                    if (from.halves) {
+                        x[i] = Kind::along((const uint16_t*)from.row(r + i) + k, factors - k);
+                        continue;
+                    }
+                x[i] = Kind::along(from.row(r + i) + k, factors - k);
+            }
             turn(x);
             const size_t first = k / Kind::FACTORS, count = std::min<size_t>(16, words - first);
             for (size_t i = 0; i < count; i++) Kind::store(to + (first + i) * stride + r, x[i]);
@@ -106,6 +114,8 @@ template <class Kind>
 void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* c, size_t c_stride, float keep, float scale,
                      Ahead& ahead) {
     static thread_local Scratch<typename Kind::word> memory;
+    // Of weights that are read once for few rows half as many: they lie in the cache beside those that are fetched meanwhile.
+    const size_t broad = b.halves ? BROAD / 2 : BROAD;
     constexpr size_t FACTORS = DEPTH * Kind::FACTORS, STRIDE = std::max(DEPTH, TALL) + APART;
     typename Kind::word* a_packed = memory.of(TALL * STRIDE + BROAD * DEPTH + 16 * DEPTH);
     typename Kind::word* b_packed = a_packed + TALL * STRIDE;
@@ -114,8 +124,8 @@ void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* 
             for (size_t n = 0; n < N; n++) c[m * c_stride + n] = keep == 0.0f ? 0.0f : keep * c[m * c_stride + n];
     for (size_t k = 0; k < K; k += FACTORS, keep = 1.0f) {
         const size_t factors = std::min(FACTORS, K - k), words = (factors + Kind::FACTORS - 1) / Kind::FACTORS;
-        for (size_t n = 0; n < N; n += BROAD) {
-            const size_t columns = std::min(BROAD, N - n), vectors = (columns + 15) / 16;
+        for (size_t n = 0; n < N; n += broad) {
+            const size_t columns = std::min(broad, N - n), vectors = (columns + 15) / 16;
             typename Kind::word* panel = b_packed;
             for (size_t v = 0, wide; v < vectors; v += wide, panel += wide * 16 * words) {
                 wide = panel_width(vectors - v);
@@ -131,12 +141,12 @@ void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* 
                 if (m + rows < M) {
                     ahead.block(a, m + rows, k, std::min(TALL, M - m - rows), factors);
                 } else if (n + columns < N) {
-                    ahead.block(across(b), n + columns, k, std::min(BROAD, N - n - columns), factors);
+                    ahead.block(across(b), n + columns, k, std::min(broad, N - n - columns), factors);
                     if (M > TALL) ahead.block(a, 0, k, TALL, factors);
                 } else if (k + factors < K) {
                     const size_t next = std::min(FACTORS, K - k - factors);
                     ahead.block(a, 0, k + factors, std::min(TALL, M), next);
-                    ahead.block(across(b), 0, k + factors, std::min(BROAD, N), next);
+                    ahead.block(across(b), 0, k + factors, std::min(broad, N), next);
                 }
                 panel = b_packed;
                 for (size_t v = 0, wide; v < vectors; v += wide, panel += wide * 16 * words) {
@@ -192,8 +202,9 @@ extern "C" int32_t cadre_multiplies(int32_t factors) { return ours((Factors)fact
 
 // c[M, N] = a[M, K] b[K, N] + keep * c by all threads, each with a share of c.
 extern "C" void cadre_product(const float* a, int64_t a_stride, int32_t a_turned, const float* b, int64_t b_stride, int32_t b_turned,
-                              int64_t M, int64_t N, int64_t K, float keep, int32_t factors, int32_t threads, float* c, int64_t c_stride) {
+                              int32_t b_halves, int64_t M, int64_t N, int64_t K, float keep, int32_t factors, int32_t threads, float* c, int64_t c_stride) {
     const Multiply multiply{(Factors)factors};
+    const Operand all_a{a, (size_t)a_stride, a_turned != 0}, all_b{b, (size_t)b_stride, b_turned != 0, nullptr, b_halves != 0};
     // As square as may be: a thread packs what it reads of both operands.
     int64_t down = 1;
     for (int64_t d = 1; d <= threads; d++)
@@ -205,7 +216,7 @@ extern "C" void cadre_product(const float* a, int64_t a_stride, int32_t a_turned
         const int64_t m = cut(M, part / beside, down), n = cut(N, part % beside, beside);
         const int64_t rows = cut(M, part / beside + 1, down) - m, columns = cut(N, part % beside + 1, beside) - n;
         if (rows <= 0 || columns <= 0) continue;
-        multiply(rows, columns, K, {a + (a_turned ? m : m * a_stride), (size_t)a_stride, a_turned != 0},
-                 {b + (b_turned ? n * b_stride : n), (size_t)b_stride, b_turned != 0}, c + m * c_stride + n, c_stride, keep);
+        multiply(rows, columns, K, a_turned ? all_a.from(0, m) : all_a.from(m, 0), b_turned ? all_b.from(n, 0) : all_b.from(0, n),
+                 c + m * c_stride + n, c_stride, keep);
     }
 }

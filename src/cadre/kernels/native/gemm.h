@@ -10,17 +10,19 @@ typedef void Sgemm(const char* a_turned, const char* b_turned, const int32_t* m,
 
 inline Sgemm* blas_sgemm = nullptr;  // set once, right after loading
 
-// Rows apart by `stride` floats; `turned`: the matrix meant is the transpose of what lies there. With `index`, which only kernels
-// of ours read, row i of what lies there is row index[i] of `data`.
+// Rows apart by `stride` floats; `turned`: the matrix meant is the transpose of what lies there. Only kernels of ours read what
+// follows. With `index` row i of what lies there is row index[i] of `data`. `halves`: of a turned b, elements are bfloat16.
 struct Operand {
     const float* data;
     size_t stride;
     bool turned = false;
     const int64_t* index = nullptr;
-    const float* row(size_t i) const { return data + (index ? (size_t)index[i] : i) * stride; }
+    bool halves = false;
+    const float* at(size_t i) const { return halves ? (const float*)((const uint16_t*)data + i) : data + i; }
+    const float* row(size_t i) const { return at((index ? (size_t)index[i] : i) * stride); }
     // From that row and column on.
     Operand from(size_t row, size_t column) const {
-        return {data + column + (index ? 0 : row * stride), stride, turned, index ? index + row : nullptr};
+        return {at(column + (index ? 0 : row * stride)), stride, turned, index ? index + row : nullptr, halves};
     }
 };
 
@@ -55,7 +57,7 @@ public:
     Ahead() { rest(); }
     // The first `count` rows that lie there, of each the first columns.
     void rows(const Operand& from, size_t count, size_t columns) {
-        const size_t lines = (columns + LINE - 1) / LINE;
+        const size_t lines = ((from.halves ? (columns + 1) / 2 : columns) + LINE - 1) / LINE;
         if (!lines || !(count = std::min(count, MOST / lines)) || parts_end_ == PLACES) return;
         parts_[parts_end_++] = {from, count, lines};
         if (parts_end_ == 1) row_ = 0, begin_row();

@@ -77,6 +77,17 @@ def trains(*tensors: Tensor) -> bool:
     return plain(*tensors) and training_library() is not None
 
 
+def feeds(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the training kernels take rows x and these matrices: float32 all of them; or, without gradients, matrices of
+    bfloat16 where products of those are ours, which are then made of factors in bfloat16."""
+    import torch
+
+    if trains(x, *weights):
+        return True
+    halves = not torch.is_grad_enabled() and plain(*weights, dtype=torch.bfloat16)
+    return halves and trains(x) and multiplies(narrow=True)
+
+
 def plain(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether all are tensors of a dtype (float32) on a CPU whose elements lie where they say, computed now, not traced."""
     import torch

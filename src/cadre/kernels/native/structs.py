@@ -83,7 +83,7 @@ class ExpertsTraining(Filled):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "token", "row", "load", "weight", "gate", "up", "down", "inner", "y", "out")),
         *((name, c_int64) for name in ("tokens", "rows", "hidden", "width", "experts", "choices", "further")),
-        *((name, c_int32) for name in ("factors", "threads")),
+        *((name, c_int32) for name in ("factors", "halves", "threads")),
     )
 
 
@@ -158,7 +158,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_linear.argtypes = (POINTER(Matrix), c_void_p, c_int64, c_int32, c_void_p)
     library.cadre_use_sgemm.argtypes = (c_void_p,)
     library.cadre_product.argtypes = (
-        *(c_void_p, c_int64, c_int32) * 2, *(c_int64,) * 3, c_float, c_int32, c_int32, c_void_p, c_int64,
+        *(c_void_p, c_int64, c_int32) * 2, c_int32, *(c_int64,) * 3, c_float, c_int32, c_int32, c_void_p, c_int64,
     )  # fmt: skip
     library.cadre_sort_choices.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
     library.cadre_routing.argtypes = (POINTER(Routing),)

@@ -50,6 +50,10 @@ struct Bfloat16Words {
     static words along(const float* from, size_t n) {
         return join(load_part(from, std::min<size_t>(n, 16)), n <= 16 ? floats{} : load_part(from + 16, std::min<size_t>(n - 16, 16)));
     }
+    // The same of factors that are rounded already.
+    static words along(const uint16_t* from, size_t n) {
+        return (words)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, from);
+    }
     // `last`: a zero takes the place of the row that would follow.
     static words across(const float* first, const float* second, size_t n, bool last) {
         n = std::min<size_t>(n, 16);
