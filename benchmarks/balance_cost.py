@@ -42,8 +42,10 @@ def main() -> None:
     config = recipe.config(recipe.data.vocab_size or 32768)
     train, seq_len = recipe.train, recipe.data.seq_len
     model = Transformer(config).initialize(0).train()
-    model.compute_in(training_dtype(torch.device("cpu")))
-    optimizer, balance = Optimizer(model, recipe.optimizer), Balance(model, recipe.balance)
+    dtype = training_dtype(torch.device("cpu"))
+    model.compute_in(dtype)
+    optimizer = Optimizer(model, recipe.optimizer, narrow=dtype == torch.bfloat16)
+    balance = Balance(model, recipe.balance)
     rows, length = max(1, round(train.batch * train.mtp_share)), seq_len + 1 + len(model.mtp)
     ids = torch.randint(config.vocab_size, (train.batch, length))
 
@@ -53,7 +55,7 @@ def main() -> None:
         losses(
             model, ids, None, balance, mtp_weight=train.mtp_weight, mtp_rows=rows, mtp_share=rows / train.batch
         ).total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+        optimizer.clip(train.clip)
         balance.update()
         optimizer.step(1.0)
 

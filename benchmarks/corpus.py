@@ -31,6 +31,8 @@ SOURCES = {
     "libpython3.11-stdlib": ("usr/lib/python3.11", "**/*.py"),
     "libpython3.11-testsuite": ("usr/lib/python3.11/test", "**/*.py"),
 }
+# Folders that are left out: translations, and what belongs to other packages.
+OTHERS = {"translations", "dist-packages", "test"}
 USUAL = ("linux-doc-6.1", "python3.11-doc", "anarchism")
 LEAST_LETTERS = 500
 ENOUGH = 30e6
@@ -92,7 +94,7 @@ def texts(root: Path, name: str) -> Iterator[str]:
     folder, pattern = SOURCES[name]
     seen = set()
     for path in sorted((root / folder).glob(pattern)):
-        if {"translations", "dist-packages"} & set(path.parts) or not path.is_file():
+        if not path.is_file() or set(path.parts) & OTHERS - set(Path(folder).parts):
             continue
         data = path.read_bytes()
         try:

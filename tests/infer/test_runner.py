@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cadre.infer.pages import PagePool
 from cadre.infer.runner import Batch, PagedCache, Runner
-from cadre.kernels.native.library import multiplies
+from cadre.kernels.limits import products_keep_up
 from tests.infer.conftest import assert_close, lively
 from tests.shapes import FAMILIES, configs, small
 
@@ -146,7 +146,7 @@ def test_bfloat16_on_any_cpu(family, compute, fast, monkeypatch):
     for native in (False, True):
         reader = Reader(model, [12], dtype=torch.bfloat16, native=native, shuffled=True)
         # Where training's kernels take bfloat16 weights as they are, all else is float32.
-        assert reader.runner.dtype == (torch.float32 if compute is None and multiplies(narrow=True) else fast)
+        assert reader.runner.dtype == (torch.float32 if compute is None and products_keep_up() else fast)
         logits = torch.cat([reader.read((0, count))[0] for count in (7, 1, 1, 3)])
         want = plain(exact, reader.ids[0])
         assert logits.dtype == torch.float32
@@ -154,7 +154,7 @@ def test_bfloat16_on_any_cpu(family, compute, fast, monkeypatch):
     assert model.compute_dtype == compute
 
 
-@pytest.mark.skipif(not multiplies(narrow=True), reason="the processor has no products of bfloat16")
+@pytest.mark.skipif(not products_keep_up(), reason="the processor has no products of bfloat16, or faster ones than ours")
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"])
 def test_long_pieces_of_bfloat16_lose_less_than_in_torch(family, monkeypatch):
     """Float32 but for the factors of products and the cache; the experts chosen are told and counted."""

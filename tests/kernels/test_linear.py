@@ -114,13 +114,20 @@ def test_shapes_that_do_not_fit_are_refused():
 @given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 300), st.booleans(), st.integers(0, 9))
 def test_a_weight_of_bfloat16_is_taken_as_it_is(rows, out, into, biased, seed):
     x, weight = wide(rows, into, seed=seed).float(), wide(out, into, seed=seed + 1).bfloat16()
+    off = {"rtol": 0.02, "atol": 0.02 * into**0.5}
     bias = wide(out, seed=seed + 2).bfloat16() if biased else None
     with torch.no_grad():
-        made = linear(x, weight, bias)
+        made = linear(x, weight, bias, narrow=True)
         want = linear(x, weight.float(), None if bias is None else bias.float(), narrow=True)
+        exact = linear(x, weight, bias)
+        # As they lie in no order that the kernel reads: of every other column, and all rows the same one.
+        thin, alike = wide(out, 2 * into, seed=seed).bfloat16()[:, ::2], weight[:1].expand(out, into)
+        torch.testing.assert_close(linear(x, thin, narrow=True), linear(x, thin.float()), **off)
+        torch.testing.assert_close(linear(x, alike, narrow=True), linear(x, alike.float()), **off)
     if rows < 16 or into == 1:  # a product in torch, of x as it is
-        torch.testing.assert_close(made, want, rtol=0.02, atol=0.02 * into**0.5)
+        torch.testing.assert_close(made, want, **off)
     else:
         assert torch.equal(made, want)
+    torch.testing.assert_close(exact, torch.nn.functional.linear(x, weight.float(), None if bias is None else bias.float()))
     x.requires_grad_()
-    torch.testing.assert_close(linear(x, weight, bias), made, rtol=0.02, atol=0.02 * into**0.5)  # with a gradient: in torch
+    torch.testing.assert_close(linear(x, weight, bias, narrow=True), made, **off)  # with a gradient: in torch

@@ -126,16 +126,22 @@ def test_matrices_of_bfloat16(tokens: int, hidden: int, width: int, experts: int
     ]
     gate_up, down = halves
     alone = [gate_up[0, :width].contiguous(), gate_up[0, width:].contiguous(), down[0].contiguous()]
-    assert not feeds(x, *halves)
+    assert not feeds(x, *halves, narrow=True)
     with torch.no_grad():
-        assert feeds(x, *halves) and not feeds(x.bfloat16(), *halves) and not feeds(x, gate_up, down.float())
-        got = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, *halves)
+        assert feeds(x, *halves, narrow=True) and not feeds(x, *halves, narrow=False)
+        assert not feeds(x.bfloat16(), *halves, narrow=True) and not feeds(x, gate_up, down.float(), narrow=True)
+        with pytest.raises(ValueError, match="do not fit"):
+            routed_swiglu(x, weight_TK, row_TK, token_R, load_E, *halves)
+        got = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, *halves, narrow=True)
         want = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, gate_up.float(), down.float(), narrow=True)
         assert torch.equal(got, want)
-        assert torch.equal(dense_swiglu(x, *alone), dense_swiglu(x, *(part.float() for part in alone), narrow=True))
+        assert torch.equal(
+            dense_swiglu(x, *alone, narrow=True), dense_swiglu(x, *(part.float() for part in alone), narrow=True)
+        )
         rows = x[token_R]
         assert torch.equal(
-            expert_swiglu(rows, load_E, *halves), expert_swiglu(rows, load_E, gate_up.float(), down.float(), narrow=True)
+            expert_swiglu(rows, load_E, *halves, narrow=True),
+            expert_swiglu(rows, load_E, gate_up.float(), down.float(), narrow=True),
         )
 
 

@@ -45,7 +45,10 @@ def test_factors_of_bfloat16_move_singular_values_little():
     g = torch.randn(6, 40, 72, generator=torch.Generator().manual_seed(2))
     exact, made = orthogonalize_reference(g.double(), 3), orthogonalize(g, 3, narrow=True)
     assert 0 < (made - exact).norm() / exact.norm() < 0.02 or not multiplies(narrow=True)
-    assert (orthogonalize_reference(g, 3, narrow=True) - exact).norm() / exact.norm() < 0.03
+    reference = orthogonalize_reference(g, 3, narrow=True)
+    assert 0 < (reference - exact).norm() / exact.norm() < 0.02
+    if multiplies(narrow=True):
+        assert (reference - made).norm() / exact.norm() < 0.004
 
 
 def steps(shapes: list[tuple[int, ...]], fused: int = 1, seed: int = 0) -> list[MuonStep]:
@@ -72,20 +75,27 @@ experts = st.tuples(st.integers(0, 5), st.integers(1, 30).map(lambda half: 2 * h
 
 
 @pytest.mark.skipif(training_library() is None, reason="no kernels")
-@given(st.lists(matrix | experts, min_size=4, max_size=7), st.booleans(), st.integers(0, 99))
-@example([(48, 64), (3, 64, 48), (33, 17), (1, 5), (2, 2, 70)], True, 0)
-def test_a_whole_step_equals_the_reference_in_float64(shapes, halves, seed):
+@given(st.lists(matrix | experts, min_size=4, max_size=7), st.booleans(), st.booleans(), st.integers(0, 99))
+@example([(48, 64), (3, 64, 48), (33, 17), (1, 5), (2, 2, 70)], True, False, 0)
+@example([(530, 40), (40, 530), (270, 280), (2, 514, 16)], True, True, 0)
+def test_a_whole_step_equals_the_reference_in_float64(shapes, halves, narrow, seed):
+    narrow = narrow and multiplies(narrow=True)
     fused = 2 if halves and all(len(shape) == 3 for shape in shapes) else 1
     made = steps(shapes, fused, seed)
     want = [double(step) for step in made]
     gradients = [step.gradient.clone() for step in made]
+    weights = [step.weight.double() for step in made]
     muon_reference(want)
-    if not muon_in_place(made):
+    if not muon_in_place(made, narrow):
         assert sum(step.batch for step in made) < torch.get_num_threads()
         return
-    for step, exact, gradient in zip(made, want, gradients, strict=True):
+    for step, exact, gradient, before in zip(made, want, gradients, weights, strict=True):
         assert_close(step.momentum.double(), exact.momentum, atol=1e-5, rtol=1e-5)
-        assert_close(step.weight.double(), exact.weight, atol=3e-4, rtol=1e-3)
+        if narrow:  # of what the update moves, some hundredths where it is one of many that are rounded
+            moved = (exact.weight - 0.99 * before).norm() + 1e-9
+            assert (step.weight - exact.weight).norm() < 0.05 * moved
+        else:
+            assert_close(step.weight.double(), exact.weight, atol=3e-4, rtol=1e-3)
         assert torch.equal(step.gradient, gradient)
 
 

@@ -193,7 +193,7 @@ def through_torch(patch: pytest.MonkeyPatch) -> None:
     """As where the C++ kernels are not to be had."""
     patch.setattr(experts, "trains", lambda *_: False)
     for module in (experts, grouped, layers):
-        patch.setattr(module, "feeds", lambda *_: False)
+        patch.setattr(module, "feeds", lambda *_, **__: False)
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,6 @@ def exchanged(ranks, dtype: torch.dtype) -> bool:
         here = [sizes(turn, sender, ranks.size)[ranks.rank] for sender in range(ranks.size)]
         out = torch.full((sum(here), 3), 7).to(dtype)
         end = shared.all_to_all(out, sent(turn, ranks.rank, ranks.size, dtype), sizes(turn, ranks.rank, ranks.size))
-        if ranks.rank == turn % ranks.size:
-            torch.ones(300, 300) @ torch.ones(300, 300)  # the others are not to wait for what has not been read
         end()
         parts = [
             sent(turn, sender, ranks.size, dtype).split(sizes(turn, sender, ranks.size))[ranks.rank]
@@ -49,6 +48,42 @@ def exchanged(ranks, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
 def test_rows_go_to_the_ranks_that_they_are_for(dtype):
     assert world(3, exchanged, dtype) == [True] * 3
+
+
+def hurried(ranks) -> bool:
+    """One rank reads late, while the others go on to what comes next: gathers, sums and rows in turn, of sizes that vary, in
+    and out of inference mode, as training and evaluations have them."""
+    shared = Shared.open(dist.group.WORLD, CPU)
+    assert shared is not None
+    meet, size = shared.meet, ranks.size
+
+    def late():
+        blocks = meet()
+        if ranks.rank == shared.turn % size:
+            time.sleep(0.02)
+        return blocks
+
+    shared.meet = late
+    for turn in range(24):
+        count = 1000 * (turn % 5 + 1) * (40 if turn in (7, 15) else 1)
+        with torch.inference_mode(turn % 3 == 0):
+            mine = torch.full((count,), float(ranks.rank + turn))
+            gathered = torch.empty(size * count)
+            shared.all_gather(gathered, mine)
+            assert torch.equal(gathered.view(size, -1).mean(dim=1), torch.arange(size) + float(turn))
+            parts = shared.room(4 * size * count).view(torch.float32) if turn % 2 else torch.empty(size * count)
+            parts.copy_(torch.arange(size).repeat_interleave(count) * 10 + ranks.rank)
+            added = torch.empty(count)
+            shared.add_up(added, parts)
+            assert torch.equal(added, torch.full((count,), float(size * 10 * ranks.rank + sum(range(size)))))
+            arrived = torch.empty(size * turn)
+            shared.all_to_all(arrived, mine[: size * turn], [turn] * size)()
+            assert torch.equal(arrived, (torch.arange(size) + float(turn)).repeat_interleave(turn))
+    return True
+
+
+def test_nobody_writes_over_what_is_still_read():
+    assert world(3, hurried) == [True] * 3
 
 
 def opened(ranks, broken: str, where: int) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadre.infer.quantize import weight_of, weights_of
-from cadre.kernels.native.library import library, multiplies
+from cadre.kernels.native.library import library
 from cadre.kernels.native.structs import KINDS, Cache, DenseLayer, ExpertsLayer, GroupedLayer, Keeper, LatentLayer, Step
 from cadre.model.attention import LATENT_NORM_EPS, LatentAttention
 from cadre.model.experts import MixtureOfExperts
@@ -76,10 +76,10 @@ class NativeModel:
         return not isinstance(weight, Tensor) or weight.dtype != torch.float32
 
     @property
-    def multiplies(self) -> bool:
-        """Whether weights are bfloat16, and training's kernels take those as they are."""
+    def halves(self) -> bool:
+        """Whether weights are bfloat16 as they are."""
         weight = weight_of(self.model.layers[0].self_attn.o_proj)  # type: ignore[union-attr, arg-type]
-        return isinstance(weight, Tensor) and weight.dtype == torch.bfloat16 and multiplies(narrow=True)
+        return isinstance(weight, Tensor) and weight.dtype == torch.bfloat16
 
     def embedded(self, ids_T: Tensor) -> Tensor:
         """The residual stream [T, D] at its beginning, float32."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cadre.infer.native import NATIVE_ROWS, NATIVE_TOKENS, NativeModel
 from cadre.infer.pages import PagePool
-from cadre.kernels.limits import best_dtype
+from cadre.kernels.limits import best_dtype, products_keep_up
 from cadre.model.experts import Routes
 from cadre.model.transformer import Block, Transformer
 
@@ -96,9 +96,11 @@ class Runner:
     def __init__(self, model: Transformer, pool: PagePool) -> None:
         self.model, self.pool = model.eval(), pool
         self.native = NativeModel.build(model, pool)
-        # Where kernels of training take the weights as they are, what lies between products can be float32.
-        whole = self.native is not None and self.native.multiplies
-        self.dtype = torch.float32 if whole else _torch_dtype(model)
+        # Weights of bfloat16 may go through training's kernels as they are: what lies between products is float32 then.
+        self.whole = self.native is not None and self.native.halves and model.compute_dtype is None and products_keep_up()
+        if self.whole:
+            model.round_factors(True)
+        self.dtype = torch.float32 if self.whole else _torch_dtype(model)
         main = model.config.num_hidden_layers
         self._routers = [mixture.gate for layer, mixture in model.sparse_layers() if layer < main]
         self._load_LE = torch.zeros(len(self._routers), model.config.n_routed_experts or 0, dtype=torch.int64)
@@ -200,7 +202,7 @@ class Runner:
                 self.model.compute_dtype = own
 
     def _torch_hidden(self, batch: Batch) -> Tensor:
-        if self.native is not None and self.dtype == torch.float32 and self.native.narrow and not self.native.multiplies:
+        if self.native is not None and self.dtype == torch.float32 and self.native.narrow and not self.whole:
             return self._mixed_hidden(self.native, batch)
         cache = PagedCache(self.pool, batch)
         ids_1T = batch.ids_T.to(cache.position_T.device)[None]

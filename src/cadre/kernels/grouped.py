@@ -31,7 +31,7 @@ def expert_swiglu_reference(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, d
 def expert_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor, narrow: bool = False) -> Tensor:
     """As the reference: in C++ where it can be had, else with one grouped GEMM per matrix. Shapes that the grouped GEMM refuses
     take the reference. `narrow`: as in `kernels.linear`, in C++."""
-    if feeds(x_RD, gate_up_END, down_EDF):
+    if feeds(x_RD, gate_up_END, down_EDF, narrow=narrow):
         return rows_swiglu(x_RD, load_E, gate_up_END, down_EDF, narrow)
     if not _grouped_mm_takes(x_RD, down_EDF):
         return expert_swiglu_reference(x_RD, load_E, gate_up_END, down_EDF)

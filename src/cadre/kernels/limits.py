@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,8 @@ from cadre.kernels.native.library import multiplies, training_library
 
 # How much faster products of bfloat16 must be to be taken.
 _WORTH = 1.2
+# How near ours must come to torch's to be taken for what else they bring: no copies of factors, experts in one pass.
+_NEAR = 0.6
 _STATUS = Path("/proc/self/status")
 
 
@@ -84,6 +87,17 @@ def training_dtype(device: torch.device) -> torch.dtype:
         return torch.float32
     narrow = _rate((partial(product, narrow=True),), torch.float32, device, 768, 3)
     return torch.bfloat16 if narrow > _WORTH * gemm_flops_per_second(torch.float32, device, 768, 3) else torch.float32
+
+
+@functools.cache
+def products_keep_up() -> bool:
+    """Whether our products of bfloat16 factors are about as fast here as torch's of bfloat16, which some processors have units
+    for (AMX)."""
+    if not multiplies(narrow=True):
+        return False
+    device = torch.device("cpu")
+    ours = _rate((partial(product, narrow=True),), torch.float32, device, 768, 3)
+    return ours > _NEAR * gemm_flops_per_second(torch.bfloat16, device, 768, 3)
 
 
 def memory_bytes_per_second(device: torch.device, size: int | None = None, repeats: int = 5) -> float:

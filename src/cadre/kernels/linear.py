@@ -39,18 +39,18 @@ def product_reference(
 
 def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, *, add: bool = False, narrow: bool = False) -> Tensor:
     """As the reference, by our kernel where it is the faster one. Operands may be transposed views. b may be of bfloat16 where
-    `feeds` takes it: columns that lie as rows, as a weight's do."""
-    narrow = narrow or b_KN.dtype == torch.bfloat16
-    mine = feeds(a_MK, b_KN) and multiplies(narrow) and a_MK.shape[0] >= _LEAST_ROWS
-    mine = mine and (b_KN.dtype == torch.float32 or not _by_rows(b_KN))
-    if not mine or (out is not None and not _by_rows(out)):
+    `feeds` takes it."""
+    mine = feeds(a_MK, b_KN, narrow=narrow) and multiplies(narrow) and a_MK.shape[0] >= _LEAST_ROWS
+    b = _Operand(b_KN) if mine else None
+    # Of bfloat16 our kernel reads columns that lie as rows, as a weight's do.
+    if b is None or (b.halves and not b.turned) or (out is not None and not _by_rows(out)):
         return product_reference(a_MK, b_KN, out, add=add, narrow=narrow)
     (M, K), N = a_MK.shape, b_KN.shape[1]
     if out is None:
         out = a_MK.new_empty(M, N)
     if b_KN.shape[0] != K or out.shape != (M, N) or not trains(out):
         raise ValueError(f"{tuple(a_MK.shape)} times {tuple(b_KN.shape)} does not give {tuple(out.shape)}")
-    a, b = _Operand(a_MK), _Operand(b_KN)
+    a = _Operand(a_MK)
     library = training_library()
     assert library is not None
     library.cadre_product(
@@ -96,8 +96,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, narrow: b
     """x W^T + b for x [..., I] in x's dtype: [..., O]. `narrow` where `multiplies(narrow)` says that there is such a thing;
     x is float32 then."""
     rows = x.numel() // max(1, x.shape[-1])
-    narrow = narrow or (x.dtype == torch.float32 and weight_OI.dtype == torch.bfloat16)
-    if not (feeds(x, weight_OI) and multiplies(narrow) and rows >= _LEAST_ROWS):
+    if not (feeds(x, weight_OI, narrow=narrow) and multiplies(narrow) and rows >= _LEAST_ROWS):
         return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
     y = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_OI, narrow).view(*x.shape[:-1], len(weight_OI))
     return y if bias_O is None else y + bias_O

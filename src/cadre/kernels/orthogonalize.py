@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cadre.kernels.linear import rounded
 from cadre.kernels.native import structs
 from cadre.kernels.native.library import multiplies, training_library, trains
 
@@ -21,24 +22,30 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 def orthogonalize_reference(g_BMN: Tensor, steps: int = 5, narrow: bool = False) -> Tensor:
     """Newton-Schulz iterations X <- a X + (b G + c G G) X with G = X X^T, from X of Frobenius norm 1: [B, M, N] in and out.
-    `narrow`: in bfloat16."""
+    `narrow`: factors of products are rounded to bfloat16; on an accelerator all that lies between is bfloat16 too."""
     a, b, c = _COEFFICIENTS
     x = g_BMN.mT if g_BMN.shape[1] > g_BMN.shape[2] else g_BMN
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    if narrow:
+    on_cpu = x.device.type == "cpu"
+    if narrow and not on_cpu:
         x = x.bfloat16()
+
+    def factor(x: Tensor) -> Tensor:
+        return rounded(x) if narrow and on_cpu else x
+
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
+        gram = torch.bmm(factor(x), factor(x).mT)
+        poly = torch.baddbmm(gram, factor(gram), factor(gram), beta=b, alpha=c)
+        x = torch.baddbmm(x, factor(poly), factor(x), beta=a)
     x = x.to(g_BMN.dtype)
     return x.mT if g_BMN.shape[1] > g_BMN.shape[2] else x
 
 
 def orthogonalize(g_BMN: Tensor, steps: int = 5, narrow: bool = False) -> Tensor:
-    """As the reference. Float32 on a CPU goes matrix by matrix, each in a thread's own cache, if there are enough for all;
-    `narrow` then rounds the factors of products only, as in `kernels.linear`."""
+    """As the reference. Float32 on a CPU goes matrix by matrix, each in a thread's own cache, if there are enough for all.
+    `narrow`, on a CPU: only if its processor multiplies bfloat16."""
     threads = torch.get_num_threads()
+    narrow = narrow and (g_BMN.device.type != "cpu" or multiplies(narrow=True))
     if len(g_BMN) < threads or not trains(g_BMN):
         return orthogonalize_reference(g_BMN, steps, narrow)
     library = training_library()
@@ -90,7 +97,8 @@ def muon_reference(steps: Sequence[MuonStep], narrow: bool = False) -> None:
 
 def muon_in_place(steps: Sequence[MuonStep], narrow: bool = False) -> bool:
     """As the reference, without room for the updates, by one pass over each matrix in a thread's own cache. False, and nothing
-    done, where there is no kernel for it: off the CPU, and for fewer matrices than threads."""
+    done, where there is no kernel for it: of other tensors than float32 on a CPU that lie in one piece, and for fewer matrices
+    than threads."""
     threads = torch.get_num_threads()
     tensors = [tensor for step in steps for tensor in (step.weight, step.gradient, step.momentum)]
     if (

@@ -30,7 +30,7 @@ def routed_swiglu(
     fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_TD.shape[1])
     fits &= weight_TK.shape == row_TK.shape and len(row_TK) == len(x_TD) and token_R.numel() == row_TK.numel()
     fits &= row_TK.dtype == token_R.dtype == torch.int64
-    _check(x_TD, down_EDF, fits, load_E)
+    _check(x_TD, down_EDF, fits and (narrow or down_EDF.dtype == torch.float32), load_E)
     return _Experts.apply(
         x_TD, weight_TK, row_TK, token_R, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled(), narrow
     )
@@ -41,13 +41,16 @@ def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Ten
     the number of rows."""
     if int(load_E.sum()) != len(x_RD):
         raise ValueError(f"load_E sums to {int(load_E.sum())}, but there are {len(x_RD)} rows")
-    _check(x_RD, down_EDF, gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_RD.shape[1]), load_E)
+    fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_RD.shape[1])
+    _check(x_RD, down_EDF, fits and (narrow or down_EDF.dtype == torch.float32), load_E)
     return _Experts.apply(x_RD, None, None, None, load_E, gate_up_END, None, down_EDF, torch.is_grad_enabled(), narrow)
 
 
 def dense_swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, narrow: bool = False) -> Tensor:
     """down(silu(gate x) * up x) of every position [..., D], where `feeds` takes them all."""
     x_TD = x.reshape(-1, x.shape[-1])
+    if not narrow and down_DF.dtype != torch.float32:
+        raise ValueError("matrices of bfloat16 have narrow products only")
     if gate_FD.shape != up_FD.shape or gate_FD.shape != down_DF.mT.shape or x_TD.shape[1] != gate_FD.shape[1]:
         raise ValueError(f"rows {tuple(x.shape)} do not fit gate and up {tuple(gate_FD.shape)} and down {tuple(down_DF.shape)}")
     load_E = torch.tensor([len(x_TD)], device="cpu")
@@ -70,7 +73,6 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_TK: Tensor | None, row_TK: Tensor | None, token_R: Tensor | None, load_E: Tensor,
         gate: Tensor, up: Tensor | None, down: Tensor, keeps: bool, narrow: bool,
     ) -> Tensor:  # fmt: skip
-        narrow = narrow or gate.dtype == torch.bfloat16
         x, gate, up, down = x_TD.contiguous(), gate.contiguous(), up if up is None else up.contiguous(), down.contiguous()
         load, weight = load_E.contiguous(), None if weight_TK is None else weight_TK.contiguous()
         row, token = (None if index is None else index.contiguous() for index in (row_TK, token_R))

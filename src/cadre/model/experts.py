@@ -141,7 +141,7 @@ class Experts(nn.Module):
 
     def moves_rows(self, x_TD: Tensor) -> bool:
         """Whether dispatch and combine can be had as part of the experts' kernel, so that no row is ever stored."""
-        return feeds(x_TD, self.gate_up_proj, self.down_proj)
+        return feeds(x_TD, self.gate_up_proj, self.down_proj, narrow=self.narrow)
 
 
 class MixtureOfExperts(nn.Module):

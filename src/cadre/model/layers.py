@@ -17,7 +17,7 @@ from cadre.kernels.routed import dense_swiglu
 class Linear(nn.Linear):
     """`y = x W^T + b` in x's dtype; W is [out, in]. Left uninitialised: `initialize` or a checkpoint fills it.
 
-    `narrow`, of this and other parts: whether products are of factors rounded to bfloat16 (`Transformer.compute_in`)."""
+    `narrow`, of this and other parts: whether products are of factors rounded to bfloat16 (`Transformer.round_factors`)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
@@ -56,6 +56,6 @@ class SwiGLU(nn.Module):
         # Parts of another kind (quantized, adapted) or watched by hooks have to be called.
         if all(type(part) is Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts):
             gate, up, down = (part.weight for part in parts)
-            if feeds(x, gate, up, down):
+            if feeds(x, gate, up, down, narrow=self.gate_proj.narrow):
                 return dense_swiglu(x, gate, up, down, self.gate_proj.narrow)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -117,6 +117,11 @@ class Transformer(nn.Module):
         those: what lies between products stays float32."""
         narrow = dtype == torch.bfloat16 and self.device.type == "cpu" and multiplies(narrow=True)
         self.compute_dtype = torch.float32 if narrow else dtype
+        self.round_factors(narrow)
+
+    def round_factors(self, narrow: bool) -> None:
+        """Whether products of float32 on a CPU are made of factors rounded to bfloat16; weights may then be bfloat16 themselves
+        where no gradient is asked for."""
         for module in self.modules():
             if isinstance(module, (Linear, Experts, LatentAttention, GroupedQueryAttention)):
                 module.narrow = narrow

@@ -67,7 +67,7 @@ class TrainingStep:
 
     def update(self) -> None:
         """What follows the backward pass."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.clip(1.0)
         self.balance.update()
         self.optimizer.step(1.0)
 

@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
     """Takes parameters of 2 dimensions [M, N] or 3 [E, M, N]; a 3-D one is E separate matrices. Where no kernel steps all of
     them at once, parameters of equal matrix shape are orthogonalised in batches. A group may say `iterations` (of
     Newton-Schulz), and of 3-D parameters `fused`: how many matrices lie one above the other in each [M, N], as gate and up do
-    in `gate_up_proj`. `narrow`: Newton-Schulz's products may be of bfloat16."""
+    in `gate_up_proj`. `narrow`: Newton-Schulz's products are of bfloat16 where the device has those (`orthogonalize`)."""
 
     def __init__(
         self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, narrow: bool = False

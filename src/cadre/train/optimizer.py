@@ -62,7 +62,7 @@ class Optimizer:
         self.parallel.hand_over_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
         norm = self.parallel.norm(norm)
-        if (size := float(norm)) > most:  # else it would multiply every gradient by 1
+        if (size := float(norm)) > most:  # else all would be multiplied by 1; a norm that is no number is for the caller to see
             torch.nn.utils.clip_grads_with_norm_(self.names, most, norm)
         return size
 

@@ -18,9 +18,9 @@ struct ExpertsTraining {
     float* y;                         // [rows, hidden] room for the experts' outputs; unused without `token`
     float* out;                       // [tokens, hidden]
     int64_t tokens, rows, hidden, width, experts, choices;
-    int64_t further;                  // floats from one expert's gate (and up) to the next one's
+    int64_t further;                  // elements from one expert's gate (and up) to the next one's
     Factors factors;
-    int32_t halves;  // whether the matrices are of bfloat16, which none has a gradient for
+    int32_t halves;                   // whether the three matrices are of bfloat16: forward only
     int32_t threads;
 };
 

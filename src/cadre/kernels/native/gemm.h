@@ -10,8 +10,8 @@ typedef void Sgemm(const char* a_turned, const char* b_turned, const int32_t* m,
 
 inline Sgemm* blas_sgemm = nullptr;  // set once, right after loading
 
-// Rows apart by `stride` floats; `turned`: the matrix meant is the transpose of what lies there. Only kernels of ours read what
-// follows. With `index` row i of what lies there is row index[i] of `data`. `halves`: of a turned b, elements are bfloat16.
+// Rows apart by `stride` elements; `turned`: the matrix meant is the transpose of what lies there. `index` and `halves` are for
+// kernels of ours alone: row i of what lies there is row index[i] of `data`; the elements of a turned b are bfloat16.
 struct Operand {
     const float* data;
     size_t stride;

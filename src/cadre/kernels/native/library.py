@@ -77,14 +77,14 @@ def trains(*tensors: Tensor) -> bool:
     return plain(*tensors) and training_library() is not None
 
 
-def feeds(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the training kernels take rows x and these matrices: float32 all of them; or, without gradients, matrices of
-    bfloat16 where products of those are ours, which are then made of factors in bfloat16."""
+def feeds(x: Tensor, *weights: Tensor, narrow: bool) -> bool:
+    """Whether the training kernels take rows x and these matrices: float32 all of them; or, where products are to be `narrow`
+    and without gradients, matrices of bfloat16."""
     import torch
 
     if trains(x, *weights):
         return True
-    halves = not torch.is_grad_enabled() and plain(*weights, dtype=torch.bfloat16)
+    halves = narrow and not torch.is_grad_enabled() and plain(*weights, dtype=torch.bfloat16)
     return halves and trains(x) and multiplies(narrow=True)
 
 

@@ -100,6 +100,7 @@ class Journey:
             self.end = dist.all_to_all_single(self.arriving, self.leaving, arriving, sizes, group=group, async_op=True).wait
         else:
             self.end = self.exchange.shared.all_to_all(self.arriving, self.leaving, sizes)
+            self.leaving = None  # it lies in their memory
         return self.arrived
 
     def wait(self) -> tuple[Tensor, ...]:

@@ -25,30 +25,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cadre.errors import RunError
+
 # Bytes at the head of a block: where the part of each rank begins, and the end.
 _HEAD = 4096
 _WORD = 8
+_NAME = "cadre"
 # Blocks grow by a share of what they are, and at least by so much: to map one again costs time.
 _GROWTH, _LEAST = 1.25, 1 << 20
 
 
 class _Block:
-    """A file in memory. `tensor`: its bytes, uint8."""
+    """A file in memory, which it owns. `tensor`: its bytes, uint8. Raises `OSError` where that cannot be had."""
 
     def __init__(self, file: int) -> None:
         self.file = file
+        if not os.fstat(file).st_size:
+            os.ftruncate(file, _LEAST)
         self.map()
 
     def __del__(self) -> None:
         os.close(self.file)
 
+    @torch.inference_mode(False)  # an evaluation may be what makes it grow, and training goes on writing there
     def map(self) -> None:
         self.tensor = torch.frombuffer(mmap.mmap(self.file, os.fstat(self.file).st_size), dtype=torch.uint8)
 
     def grow(self, size: int) -> None:
         if size > len(self.tensor):
-            os.ftruncate(self.file, max(size, int(_GROWTH * len(self.tensor)), _LEAST))
-            self.map()
+            try:
+                os.ftruncate(self.file, max(size, int(_GROWTH * len(self.tensor))))
+                self.map()
+            except OSError as error:
+                raise RunError(f"no memory to share {size:,} bytes between processes: {error.strerror}") from None
 
     def upto(self, size: int) -> Tensor:
         """Its first bytes, if need be those that its owner has added."""
@@ -59,7 +68,7 @@ class _Block:
 
 class Shared:
     """The blocks of all processes of a group. All must call the same methods in the same order, one call ending before the next
-    begins. Raises nothing of its own; what gloo raises where a process is gone comes through."""
+    begins. Raises `RunError` where its own memory cannot grow; what gloo raises where a process is gone comes through."""
 
     def __init__(self, group: dist.ProcessGroup, mine: list[_Block], all_of_them: list[list[_Block]]) -> None:
         self.group, self.mine, self.blocks = group, mine, all_of_them
@@ -150,18 +159,19 @@ def _made(ranks: int) -> list[_Block]:
     if not hasattr(os, "memfd_create") or (ranks + 1) * _WORD > _HEAD:
         return []
     try:
-        files = [os.memfd_create("cadre") for _ in range(2)]
-        for file in files:
-            os.ftruncate(file, _LEAST)
-        return [_Block(file) for file in files]
+        return [_Block(os.memfd_create(_NAME)) for _ in range(2)]
     except OSError:
         return []
 
 
 def _found(process: int, files: list[int], key: bytes) -> list[_Block]:
     """The two blocks of a process, if that is what is found under its number here and begins with the key."""
+    paths = [Path(f"/proc/{process}/fd/{file}") for file in files]
     try:
-        blocks = [_Block(os.open(Path(f"/proc/{process}/fd/{file}"), os.O_RDWR)) for file in files]
+        # Of another machine, or seen from another container, these are anyone's files: only such a one is opened.
+        if not all(str(path.readlink()).startswith(f"/memfd:{_NAME}") for path in paths):
+            return []
+        blocks = [_Block(os.open(path, os.O_RDWR)) for path in paths]
     except (OSError, ValueError):
         return []
     same = all(bytes(block.tensor[: len(key)].tolist()) == key for block in blocks)

@@ -32,7 +32,7 @@ class SpreadMuon(Muon):
         return self.whole_rows.get(parameter, super().rows(parameter))
 
     def is_whole(self, parameter: Tensor) -> bool:
-        return parameter not in self.whole_rows
+        return self.group.size() == 1 or parameter not in self.whole_rows
 
     def orthogonalized(self, every: Iterator[Alike]) -> Iterator[tuple[Alike, list[Tensor]]]:
         cut = []
