@@ -22,7 +22,7 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 OPTIMIZERS = {"adamw": (8, 4), "adamw-bf16": (4, 4), "muon": (4, 4)}
 # Muon's own room, `cadre.train.muon`: elements of matrices of one shape that it takes at once, unless one parameter has more,
 # and copies of them that live together: the updates, joined, orthogonalised, and both of those before. Matrices that are cut
-# into rows travel all at once.
+# into rows travel all at once. (On a CPU the kernel that steps whole matrices in place needs none of it.)
 _MUON_AT_ONCE, _MUON_COPIES, _MUON_CUT_COPIES = 2**24, 5, 6
 GRADIENT_BYTES = 4
 # Share of a device's memory kept free: the runtime's own context, communication buffers, fragmentation.
