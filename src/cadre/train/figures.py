@@ -260,6 +260,15 @@ def style() -> Iterator[None]:
         yield
 
 
+def load() -> None:
+    """Import what drawing takes: who predicts this process's memory wants it there."""
+    import matplotlib.backends.backend_svg
+    import matplotlib.cm
+    import matplotlib.colors
+    import matplotlib.figure
+    import matplotlib.ticker  # noqa: F401
+
+
 def blank(width: float, height: float) -> "Figure":
     """An empty figure whose SVG measures width x height."""
     from matplotlib.figure import Figure
