@@ -35,7 +35,7 @@ from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.muon import SpreadMuon
 from cadre.train.parallel.pipeline import Pipeline
-from cadre.train.parallel.shard import Part, far_part, shard
+from cadre.train.parallel.shard import Part, far_part, shard, shared_memory
 from cadre.train.parallel.turns import Turns
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Ranks(Parallel):
             for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else []:
                 _set_pg_timeout(self.wait, group)
         self.data, self.spread = meshes[self.rank // self.layout.data]
-        self.shared = Shared.open(self.data.get_group("shard"), device)
+        self.shared = shared_memory(model, self.data.get_group("shard"), device)
         if self.layout.pipeline == 1:
             self.parts = shard(model, values, self.data, self.spread, device, (), self.layout.fp8_rows, self.shared)
             return model

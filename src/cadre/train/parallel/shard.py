@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -76,8 +77,8 @@ def shard(
     here = {module for root in roots for module in root.modules()}
     replicas, expert_ranks, _ = spread.shape
     expert_group, copies = spread.get_group("expert"), spread.get_group("copy")
-    exchange = Exchange(expert_group, fp8_rows, Shared.open(expert_group, device))
-    shared_by_copies = Shared.open(copies, device) if expert_ranks > 1 else None
+    exchange = Exchange(expert_group, fp8_rows, shared_memory(model, expert_group, device))
+    shared_by_copies = shared_memory(model, copies, device) if expert_ranks > 1 else None
     experts: set[nn.Parameter] = set()
     # In a mesh of two dimensions FSDP adds gradients up over the first one, which is no use for one replica.
     alike = spread["replica", "copy"] if replicas > 1 else spread["copy"]
@@ -129,6 +130,13 @@ def shard(
                 shape, mesh = torch.Size((shape[0] * expert_ranks, *shape[1:])), spread
             parts[name] = Part(parameter, local, shape, mesh)
     return parts
+
+
+def shared_memory(model: Transformer, group: dist.ProcessGroup, device: torch.device) -> Shared | None:
+    """For a model that is gathered whole. One that is gathered block by block is large, and what its messages take would be
+    held for good."""
+    small = sum(parameter.numel() for parameter in model.parameters()) <= GATHERED_AT_ONCE
+    return Shared.open(group, device) if small else None
 
 
 def far_part(name: str, shape: torch.Size, data: DeviceMesh, spread: DeviceMesh) -> Part:
