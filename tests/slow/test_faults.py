@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from cadre.train.checkpoint import checkpoints
 from cadre.train.metrics import read_metrics
 from tests.parallel.test_equal import assert_same_run, recipe
@@ -22,13 +24,22 @@ __all__ = ["recipe"]
 TIMEOUT, GRACE = 0.2, 60
 
 
-def test_after_a_crash_that_damaged_the_newest_checkpoint_the_one_before_counts(tmp_path, recipe):
-    plain = Job(recipe, tmp_path / "plain", 20)
-    assert plain.end() == 0, plain.said()
-    job = Job(recipe, tmp_path / "run", 20, "--restarts", "1")
-    ranks = job.until(12)
+def suspend(ranks: dict[int, psutil.Process]) -> None:
     for process in ranks.values():
         process.suspend()
+
+
+def test_after_a_crash_that_damaged_the_newest_checkpoint_the_one_before_counts(tmp_path, recipe):
+    plain = Job(recipe, tmp_path / "plain", 40)
+    assert plain.end() == 0, plain.said()
+    job = Job(recipe, tmp_path / "run", 40, "--restarts", "1")
+    ranks = job.until(12)
+    suspend(ranks)
+    while any((job.out / "checkpoints").glob(".partial-*")):  # one that is being written would become the newest
+        for process in ranks.values():
+            process.resume()
+        time.sleep(0.05)
+        suspend(ranks)
     newest = checkpoints(job.out)[-1]
     file = next(newest.glob("shard-00002-*"))
     file.write_bytes(file.read_bytes()[:100])
