@@ -40,7 +40,7 @@ from cadre.plan.here import Calibration, Forecast, Kind, forecast, kinds
 from cadre.plan.memory import state_bytes
 from cadre.plan.shape import Shape
 from cadre.train.balance import Balance
-from cadre.train.figures import load
+from cadre.train.figures import import_drawing
 from cadre.train.objective import losses
 from cadre.train.optimizer import Optimizer
 from cadre.train.recipe import OptimizerSection, Recipe
@@ -191,7 +191,7 @@ def predict_run(run: Run) -> Forecast:
     """
     device = next(run.model.parameters()).device
     weights = sum(tensor.nbytes for tensor in run.model.parameters())
-    load()  # the run ends with a report
+    import_drawing()  # the run ends with a report
     held = 0 if device.type == "cuda" else psutil.Process().memory_info().rss - weights
     measured = calibrate(run.config, Step.of(run.recipe), dtype=run.dtype, effort=BRIEF)
     predicted = forecast(Shape.from_config(run.config), measured, held)

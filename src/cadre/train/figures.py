@@ -260,7 +260,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def load() -> None:
+def import_drawing() -> None:
     """Import what drawing takes: who predicts this process's memory wants it there."""
     import matplotlib.backends.backend_svg
     import matplotlib.cm

@@ -120,8 +120,6 @@ Operand rows_of(const ExpertsTraining& e, const float* tokens, int64_t begin, in
     return {copies, D};
 }
 
-Operand transposed(Operand x) { return x.turned = true, x; }
-
 // Fetch meanwhile what a product packs first of a matrix of so many rows.
 void first_of(Ahead& ahead, const Operand& matrix, size_t high) {
     ahead.rows(matrix, std::min<size_t>(high, 256), std::min<size_t>(matrix.stride, 512));
@@ -235,7 +233,7 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
         }
         if (!d.gate) continue;
         const Operand x = rows_of(e, e.x, begin, count, copies + most * D);
-        multiply(D, F, count, transposed(d_out), {h, F}, to.down, F, i > 0);
+        multiply(D, F, count, d_out.transposed(), {h, F}, to.down, F, i > 0);
         if (joined_sums) {
             multiply(2 * F, D, count, {d_inner, 2 * F, true}, x, to.gate, D, i > 0);
         } else {

@@ -69,9 +69,6 @@ void pack_turned(const Operand& from, size_t rows, size_t factors, typename Kind
         }
 }
 
-// b as the other operand is: its columns as rows.
-Operand across(Operand b) { return b.turned = !b.turned, b; }
-
 // c's tile of HIGH rows and WIDE vectors, of which the last has `tail` columns. a[row][word] (or [word][row] if ACROSS) and
 // b[word][column].
 template <class Kind, int HIGH, int WIDE, bool ACROSS>
@@ -141,12 +138,12 @@ void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* 
                 if (m + rows < M) {
                     ahead.block(a, m + rows, k, std::min(TALL, M - m - rows), factors);
                 } else if (n + columns < N) {
-                    ahead.block(across(b), n + columns, k, std::min(broad, N - n - columns), factors);
+                    ahead.block(b.transposed(), n + columns, k, std::min(broad, N - n - columns), factors);
                     if (M > TALL) ahead.block(a, 0, k, TALL, factors);
                 } else if (k + factors < K) {
                     const size_t next = std::min(FACTORS, K - k - factors);
                     ahead.block(a, 0, k + factors, std::min(TALL, M), next);
-                    ahead.block(across(b), 0, k + factors, std::min(broad, N), next);
+                    ahead.block(b.transposed(), 0, k + factors, std::min(broad, N), next);
                 }
                 panel = b_packed;
                 for (size_t v = 0, wide; v < vectors; v += wide, panel += wide * 16 * words) {

@@ -20,6 +20,7 @@ struct Operand {
     bool halves = false;
     const float* at(size_t i) const { return halves ? (const float*)((const uint16_t*)data + i) : data + i; }
     const float* row(size_t i) const { return at((index ? (size_t)index[i] : i) * stride); }
+    Operand transposed() const { return {data, stride, !turned, index, halves}; }
     // From that row and column on.
     Operand from(size_t row, size_t column) const {
         return {at(column + (index ? 0 : row * stride)), stride, turned, index ? index + row : nullptr, halves};

@@ -41,6 +41,7 @@ void symmetric(const Multiply& multiply, size_t m, size_t k, Rows a_of, Columns 
         for (size_t j = half; j < m; j++) c[i * m + j] = c[j * m + i];
 }
 
+// Floats that `orthogonalize` works in.
 size_t room(size_t rows, size_t cols) {
     const size_t m = std::min(rows, cols);
     return 2 * rows * cols + 2 * m * m;
