@@ -227,7 +227,7 @@ class NativeModel:
             ExpertsLayer(
                 norm=norm,
                 correction=keep.vector(mlp.gate.e_score_correction_bias),
-                router=keep.matrix(mlp.gate.weight),
+                router=keep.matrix(mlp.gate.weight.float()),  # nothing of its products is rounded
                 gate_up=keep.matrix(gate_up),
                 down=keep.matrix(down_stack),
                 shared_gate=keep.matrix(None if shared is None else weight_of(shared.gate_proj)),

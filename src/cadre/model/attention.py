@@ -115,7 +115,8 @@ class LatentAttention(nn.Module):
         """Many tokens: expand the latents to keys and values of every head, then ordinary causal attention. The queries are
         those of the last positions."""
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, -1))
-        return latent_attention(torch.cat((q_BTHN, q_BTHR), dim=-1), kv_BSHX, k_BSR, None, self.scale, self.interleaved)
+        q_BTHK = torch.cat((q_BTHN, q_BTHR), dim=-1)
+        return latent_attention(q_BTHK, kv_BSHX, k_BSR, None, self.scale, self.interleaved, narrow=self.narrow)
 
     def absorbed(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BSC: Tensor, k_BSR: Tensor) -> Tensor:
         """Few tokens: fold the expansion into the query and the output (V2 report, section 2.1.2), so that attention reads
@@ -198,7 +199,7 @@ class GroupedQueryAttention(nn.Module):
         """The T new positions attend to all S, themselves last. A single one's heads share the keys of their group without
         copying them, which the fused kernel is slower at."""
         if q_BTHK.shape[1] > 1:
-            return causal_attention(q_BTHK, k_BSGK, v_BSGK, self.scale)
+            return causal_attention(q_BTHK, k_BSGK, v_BSGK, self.scale, narrow=self.narrow)
         q_BGXK = q_BTHK[:, 0].unflatten(1, (self.groups, -1))
         score_BGXS = (q_BGXK @ k_BSGK.permute(0, 2, 3, 1)).float().mul_(self.scale)
         out_BGXK = score_BGXS.softmax(dim=-1).to(v_BSGK.dtype) @ v_BSGK.transpose(1, 2)

@@ -72,14 +72,16 @@ size_t slot(const Step& step, const Cache& cache, int sequence, int64_t position
     return page * cache.page_size + position % cache.page_size;
 }
 
-// f(first slot, first position, how many) for each run of positions that lie one after the other.
+// f(first slot, first position, how many) for each run of positions that lie one after the other. Pages of an odd size stay apart:
+// which positions are multiplied in pairs must not depend on where their pages lie.
 template <class F>
 void by_run(const Step& step, const Cache& cache, const Task& task, F f) {
     const int32_t* pages = step.pages + (size_t)task.sequence * step.page_columns;
     for (int p = task.begin; p < task.end;) {
         int page = p / cache.page_size;
         size_t first = slot(step, cache, task.sequence, p);
-        while ((page + 1) * cache.page_size < task.end && pages[page + 1] == pages[page] + 1) page++;
+        if (cache.page_size % 2 == 0)
+            while ((page + 1) * cache.page_size < task.end && pages[page + 1] == pages[page] + 1) page++;
         int stop = std::min((page + 1) * cache.page_size, task.end);
         f(first, p, stop - p);
         p = stop;

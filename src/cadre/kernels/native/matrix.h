@@ -1,12 +1,12 @@
 // Weight matrices of four kinds, and their two products with a few rows of float32.
 //
 // Every output is one accumulator that walks its row in order, whatever is computed beside it: a token's numbers do not
-// depend on the batch it is in.
+// depend on the batch it is in. What meets a matrix of bfloat16 is rounded to bfloat16, too, where the processor multiplies that.
 #pragma once
 
 #include <type_traits>
 
-#include "vector.h"
+#include "words.h"
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
@@ -38,8 +38,16 @@ struct Bfloat16 {
     floats at(size_t row, size_t k) const { return widen(read<halves>(data + row * stride + k)); }
     floats part(size_t row, size_t k, size_t n) const { return widen(read_part<halves>(data + row * stride + k, n)); }
     float factor(size_t) const { return 1.0f; }
-    const void* address(size_t row, size_t k) const { return data + row * stride + k; }
+    const uint16_t* address(size_t row, size_t k) const { return data + row * stride + k; }
 };
+
+#if defined(CADRE_BFLOAT16)
+template <class W>
+constexpr bool in_words = std::is_same_v<W, Bfloat16>;
+#else
+template <class W>
+constexpr bool in_words = false;
+#endif
 
 struct Int8 {
     static constexpr size_t LINE = 64;
@@ -122,6 +130,31 @@ __attribute__((noinline)) static void dot_tile(const W& w, size_t row, const flo
             if (ahead && k % W::LINE == 0)
                 for (int n = 0; n < NR; n++) __builtin_prefetch(w.address(row + NR + n, k));
         }
+#if defined(CADRE_BFLOAT16)
+    } else if constexpr (in_words<W>) {
+        auto line = [&](auto narrow, auto wide) {
+            words with[NR];
+#pragma GCC unroll 8
+            for (int n = 0; n < NR; n++) with[n] = narrow(w.address(row + n, k));
+            if (ahead)
+                for (int n = 0; n < NR; n++) __builtin_prefetch(w.address(row + NR + n, k));
+#pragma GCC unroll 8
+            for (int m = 0; m < MR; m++) {
+                const words xm = wide(x[m] + k);
+#pragma GCC unroll 8
+                for (int n = 0; n < NR; n++) acc[m][n] = Bfloat16Words::add_product(acc[m][n], xm, with[n]);
+            }
+        };
+        for (; k + W::LINE <= K; k += W::LINE)
+            line([](const uint16_t* from) { return read<words>(from); },
+                 [](const float* from) { return Bfloat16Words::join(load(from), load(from + LANES)); });
+        if (k < K) {
+            const size_t rest = K - k;
+            line([=](const uint16_t* from) { return Bfloat16Words::along(from, rest); },
+                 [=](const float* from) { return Bfloat16Words::along(from, rest); });
+            k = K;
+        }
+#endif
     } else {
         for (; k + LANES <= K; k += LANES) {
             floats wide[NR];
@@ -286,7 +319,7 @@ static inline void wide_dots(const W& w, size_t begin, size_t end, const float* 
 // As `dots_of`, the faster way.
 template <class W, class Put>
 static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
-    if constexpr (!std::is_same_v<W, Float32>)
+    if constexpr (!std::is_same_v<W, Float32> && !in_words<W>)
         if (M > 2 * TOKENS) return wide_dots(w, begin, end, x, M, K, put);
     dots_of(w, begin, end, x, M, K, put);
 }
@@ -328,10 +361,93 @@ __attribute__((noinline)) static void sum_columns(const W& w, size_t row, size_t
     }
 }
 
+#if defined(CADRE_BFLOAT16)
+// The same in words of two rows, for NV * 32 columns, or with `TAIL` for fewer than 32. a[m * stride + j / 2]: rounded, a zero beyond J.
+template <int MR, int NV, bool TAIL>
+__attribute__((noinline)) static void sum_word_tile(const Bfloat16& w, size_t row, size_t J, const uint32_t* a, size_t stride, size_t c,
+                                                    size_t tail, float* const* y) {
+    // Two rows interleaved by quarters: the low one has columns 0 to 3, 8 to 11 and so on.
+    const __m512i low = _mm512_set_epi32(27, 26, 25, 24, 19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0);
+    const __m512i high = _mm512_set_epi32(31, 30, 29, 28, 23, 22, 21, 20, 15, 14, 13, 12, 7, 6, 5, 4);
+    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i second = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    const __mmask16 some[2] = {first_lanes(std::min<size_t>(tail, 16)), first_lanes(tail < 16 ? 0 : tail - 16)};
+    const __mmask32 columns = (1u << tail) - 1;
+    floats acc[MR][NV][2];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; n++) {
+            const float* from = y[m] + c + n * 32;
+            const __m512 x = TAIL ? _mm512_maskz_loadu_ps(some[0], from) : _mm512_loadu_ps(from);
+            const __m512 z = TAIL ? _mm512_maskz_loadu_ps(some[1], from + 16) : _mm512_loadu_ps(from + 16);
+            acc[m][n][0] = (floats)_mm512_permutex2var_ps(x, low, z);
+            acc[m][n][1] = (floats)_mm512_permutex2var_ps(x, high, z);
+        }
+    auto pair = [&](bool alone) {
+        words with[NV][2];
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; n++) {
+            const uint16_t *one = w.address(row, c + n * 32), *other = one + w.stride;
+            const __m512i x = TAIL ? _mm512_maskz_loadu_epi16(columns, one) : _mm512_loadu_si512(one);
+            const __m512i z = alone ? __m512i{} : TAIL ? _mm512_maskz_loadu_epi16(columns, other) : _mm512_loadu_si512(other);
+            with[n][0] = (words)_mm512_unpacklo_epi16(x, z), with[n][1] = (words)_mm512_unpackhi_epi16(x, z);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; m++)
+#pragma GCC unroll 2
+            for (int n = 0; n < NV; n++)
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) acc[m][n][i] = Bfloat16Words::add_product(acc[m][n][i], a[m * stride], with[n][i]);
+    };
+    for (; J >= 2; J -= 2, row += 2, a++) pair(false);
+    if (J) pair(true);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; n++) {
+            float* to = y[m] + c + n * 32;
+            const __m512 x = (__m512)acc[m][n][0], z = (__m512)acc[m][n][1];
+            _mm512_mask_storeu_ps(to, TAIL ? some[0] : 0xffff, _mm512_permutex2var_ps(x, first, z));
+            _mm512_mask_storeu_ps(to + 16, TAIL ? some[1] : 0xffff, _mm512_permutex2var_ps(x, second, z));
+        }
+}
+
+static inline void sums_in_words(const Bfloat16& w, size_t row, size_t J, const float* const* a, size_t M, size_t begin, size_t end,
+                                 float* const* y) {
+    static thread_local Scratch<uint32_t> memory;
+    const size_t stride = (J + 31) / 32 * 16;
+    uint32_t* rounded = memory.of(M * stride);
+    for (size_t m = 0; m < M; m++)
+        for (size_t j = 0; j < J; j += 32) Bfloat16Words::store(rounded + m * stride + j / 2, Bfloat16Words::along(a[m] + j, J - j));
+    auto columns = [&](size_t c, auto vectors, auto tail, size_t count) {
+        for (size_t m = 0, some; m < M; m += some) {
+            some = share(M - m);
+            const uint32_t* with = rounded + m * stride;
+            switch (some) {
+                case 1: sum_word_tile<1, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
+                case 2: sum_word_tile<2, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
+                case 3: sum_word_tile<3, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
+                case 4: sum_word_tile<4, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
+                case 5: sum_word_tile<5, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
+                default: sum_word_tile<TOKENS, vectors, tail>(w, row, J, with, stride, c, count, y + m);
+            }
+        }
+    };
+    size_t c = begin;
+    for (; c + 64 <= end; c += 64) columns(c, std::integral_constant<int, 2>(), std::false_type(), 0);
+    if (c + 32 <= end) columns(c, std::integral_constant<int, 1>(), std::false_type(), 0), c += 32;
+    if (c < end) columns(c, std::integral_constant<int, 1>(), std::true_type(), end - c);
+}
+#endif
+
 // y[m][c] += sum over j < J of a[m][j] * w[row + j][c] for columns c from `begin` to `end`.
 template <class W>
 static inline void sums(const W& w, size_t row, size_t J, const float* const* a, size_t M, size_t begin, size_t end,
                         float* const* y) {
+#if defined(CADRE_BFLOAT16)
+    if constexpr (in_words<W>) return sums_in_words(w, row, J, a, M, begin, end, y);
+#endif
     size_t c = begin;
     for (; c + 4 * LANES <= end; c += 4 * LANES) sum_columns<4>(w, row, J, a, M, c, y);
     for (; c + LANES <= end; c += LANES) sum_columns<1>(w, row, J, a, M, c, y);

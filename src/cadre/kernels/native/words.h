@@ -37,7 +37,10 @@ struct Bfloat16Words {
         std::memcpy(to, &halves, sizeof halves);
     }
     static floats add_product(floats sum, word a, words b) {
-        return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+        return add_product(sum, (words)_mm512_set1_epi32((int)a), b);
+    }
+    static floats add_product(floats sum, words a, words b) {
+        return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
     // Two vectors, one after the other.
     static words join(floats first, floats second) { return (words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
