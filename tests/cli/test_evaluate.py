@@ -11,6 +11,7 @@ import cadre
 from cadre.cli.evaluate import evaluate
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
+from cadre.kernels.native.library import multiplies
 from cadre.model.scoring import token_nats
 from cadre.model.transformer import Transformer
 from tests.shapes import small
@@ -54,6 +55,18 @@ def test_json_has_every_file_and_the_whole(model_dir, files, options):
     for name in ("bytes", "tokens"):
         assert score[name] == sum(file[name] for file in score["files"])
     assert math.isclose(score["bits_per_byte"], sum(nats) / math.log(2) / score["bytes"], rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_weights_of_bfloat16_score_as_their_values_do(model_dir, files, tmp_path, monkeypatch, ours):
+    """By our products or by torch's in bfloat16."""
+    monkeypatch.setattr("cadre.kernels.limits.products_keep_up", lambda: ours and multiplies(narrow=True))
+    loaded, tokenizer = cadre.load(model_dir)
+    for name, dtype in (("narrow", torch.bfloat16), ("wide", torch.float32)):
+        cadre.save(loaded.to(dtype), tmp_path / name, tokenizer)
+    narrow, wide = (json.loads(run(tmp_path / name, "--data", *files, "--json").stdout) for name in ("narrow", "wide"))
+    assert cadre.load(tmp_path / "narrow")[0].embed_tokens.weight.dtype == torch.bfloat16
+    assert math.isclose(narrow["bits_per_byte"], wide["bits_per_byte"], rel_tol=0.01)
 
 
 def test_files_after_one_data_option_and_folders(model_dir, files):

@@ -45,11 +45,16 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Bits per byte of text, per file and overall: every token of whole files, each within a sliding context."""
+    import torch
+
     from cadre.data.sources import read_documents
+    from cadre.kernels.limits import products_keep_up
     from cadre.model.scoring import Score, score_each
 
     documents = read_documents([*data, *(more or [])])
     loaded, tokenizer = load_with_tokenizer(model, quantize)
+    if quantize is None and loaded.embed_tokens.weight.dtype == torch.bfloat16 and products_keep_up():
+        loaded.compute_in(torch.bfloat16)  # by our products, and more exactly than in activations of bfloat16
     if context is None:
         context = min(loaded.config.max_position_embeddings, _LONGEST_DEFAULT_CONTEXT)
     names: list[str] = []

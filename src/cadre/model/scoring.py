@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = 1 << 20
 # Characters tokenised at a time: documents are scored together up to this much, so that their short ends share batches. A
 # tokenizer's answer takes some hundred bytes a token.
-_GROUP_CHARACTERS = 1 << 18
+_GROUP_CHARACTERS = 1 << 16
 
 
 class Text(Protocol):

@@ -34,6 +34,7 @@ from cadre.kernels.limits import (
 )
 from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
+from cadre.model.scoring import token_nats
 from cadre.model.transformer import Block, Transformer
 from cadre.plan.count import count
 from cadre.plan.here import Calibration, Forecast, Kind, forecast, kinds
@@ -53,6 +54,8 @@ FILE_NAME = "prediction.json"
 # Of the large product's rate, what a pass reaches at least: only to choose how many sequences to measure.
 _LEAST_SHARE = 0.25
 _GEMM_SIZES = (256, 512, 1024, 2048)
+# Steps after which memory grows no more.
+_SETTLED = 10
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,7 @@ def measure(few: ModelConfig, step: Step, dtype: torch.dtype, device: torch.devi
     rows = _rows(few, step, dtype, device, effort.pass_seconds)
     process = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     trained = _Trained(few, step, rows, dtype, device)
-    for _ in range(3):
-        trained.run_pass()
-        trained.update()
+    trained.settle(effort.seconds)
     peak = peak_memory_bytes(device)
     kept = _kept_bytes(trained.loss, trained.model)
     alone: dict[Kind, _Alone] = {}
@@ -243,6 +244,20 @@ class _Trained:
         self.optimizer.clip(1.0)
         self.balance.update()
         self.optimizer.step(1e-6)
+
+    def settle(self, seconds: float) -> None:
+        """Take steps until memory has become what it stays: blocks of the heap find their places over several, and anew after
+        an evaluation, whose blocks are of other sizes."""
+        began = time.perf_counter()
+        for step in range(_SETTLED):
+            self.run_pass()
+            self.update()
+            if step == _SETTLED // 2:
+                context = min(self.step.seq_len, self.model.config.max_position_embeddings)
+                token_nats(self.model, self.ids.flatten().cpu(), first=0, context=context)
+                self.model.train()
+            if step > _SETTLED // 2 and time.perf_counter() - began > seconds:
+                break
 
 
 class _Alone(nn.Module):
