@@ -17,6 +17,7 @@ from torch import Tensor
 from cadre.infer.quantize import weight_of, weights_of
 from cadre.kernels.native.library import library
 from cadre.kernels.native.structs import KINDS, Cache, DenseLayer, ExpertsLayer, GroupedLayer, Keeper, LatentLayer, Step
+from cadre.kernels.routing import router
 from cadre.model.attention import LATENT_NORM_EPS, LatentAttention
 from cadre.model.experts import MixtureOfExperts
 from cadre.model.layers import RMSNorm
@@ -226,21 +227,14 @@ class NativeModel:
         experts = ctypes.byref(
             ExpertsLayer(
                 norm=norm,
-                correction=keep.vector(mlp.gate.e_score_correction_bias),
-                router=keep.matrix(mlp.gate.weight.float()),  # nothing of its products is rounded
+                router=router(mlp.gate.rule, keep.vector(mlp.gate.e_score_correction_bias), config.n_routed_experts or 0),
+                gate=keep.matrix(mlp.gate.weight.float()),  # nothing of its products is rounded
                 gate_up=keep.matrix(gate_up),
                 down=keep.matrix(down_stack),
                 shared_gate=keep.matrix(None if shared is None else weight_of(shared.gate_proj)),
                 shared_up=keep.matrix(None if shared is None else weight_of(shared.up_proj)),
                 shared_down=keep.matrix(None if shared is None else weight_of(shared.down_proj)),
                 eps=eps,
-                scaling=config.routed_scaling_factor,
-                experts=config.n_routed_experts,
-                top_k=config.num_experts_per_tok,
-                groups=config.n_group,
-                top_groups=config.topk_group,
-                sigmoid=config.scoring_func == "sigmoid",
-                normed=config.norm_topk_prob,
                 width=config.moe_intermediate_size,
             )
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadre.kernels.native.library import library, trains
-from cadre.kernels.native.structs import Routing, RoutingGradient
+from cadre.kernels.native.structs import Router, Routing, RoutingGradient
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,16 @@ class _Choose(torch.autograd.Function):
 def _struct(
     logit: Tensor | None, correction: Tensor | None, score: Tensor, expert: Tensor, weight: Tensor | None, rule: RoutingRule
 ) -> Routing:
+    tokens, experts = score.shape
     return Routing(
-        *(_at(tensor) for tensor in (logit, correction, score, expert, weight)), *score.shape, rule.top_k, rule.groups,
-        rule.top_groups, rule.sigmoid, rule.normed, rule.scaling, torch.get_num_threads(),
+        _at(logit), router(rule, _at(correction), experts), _at(score), _at(expert), _at(weight), tokens, torch.get_num_threads()
+    )  # fmt: skip
+
+
+def router(rule: RoutingRule, correction: int | None, experts: int) -> Router:
+    """The rule as the kernels take it. correction: an address, or None."""
+    return Router(
+        correction, experts, rule.top_k, rule.groups, rule.top_groups, rule.sigmoid, rule.normed, rule.scaling
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 // Also the small parts that stand alone: norm and one matrix.
 #include <algorithm>
 
+#include "router.h"
 #include "step.h"
 
 struct DenseLayer {
@@ -11,11 +12,12 @@ struct DenseLayer {
 };
 
 struct ExpertsLayer {
-    const float *norm, *correction;  // correction: the router's choice bias, null without one
-    Matrix router, gate_up, down;    // gate_up: rows [experts * 2 * width], gate first; down: rows [experts * hidden]
+    const float* norm;
+    Router router;
+    Matrix gate, gate_up, down;  // gate: the router's; gate_up: rows [experts * 2 * width], gate first; down: rows [experts * hidden]
     Matrix shared_gate, shared_up, shared_down;  // data null without shared experts
-    float eps, scaling;
-    int32_t experts, top_k, groups, top_groups, sigmoid, normed, width;
+    float eps;
+    int32_t width;
 };
 
 namespace {
@@ -120,49 +122,6 @@ void team_jobs(Jobs& jobs, const Step& step) {
     team_down(jobs, step);
 }
 
-// Top-k by `choice`, lowest number first among equals; groups as in the V3 report (sum of the two best) or V2's (the best).
-void choose(const ExpertsLayer& e, float* choice, int32_t* chosen) {
-    const int E = e.experts, size = E / e.groups;
-    if (e.groups > 1 && e.top_groups < e.groups) {
-        std::vector<std::pair<float, int>> rank(e.groups);
-        for (int g = 0; g < e.groups; g++) {
-            float best = -INFINITY, second = -INFINITY;
-            for (int i = g * size; i < (g + 1) * size; i++) {
-                if (choice[i] > best) second = best, best = choice[i];
-                else if (choice[i] > second) second = choice[i];
-            }
-            rank[g] = {e.sigmoid ? -(best + second) : -best, g};
-        }
-        std::sort(rank.begin(), rank.end());
-        for (int r = e.top_groups; r < e.groups; r++)
-            std::fill(choice + rank[r].second * size, choice + (rank[r].second + 1) * size, -INFINITY);
-    }
-    for (int k = 0; k < e.top_k; k++) {
-        int best = -1;
-        for (int i = 0; i < E; i++)
-            if (choice[i] > -INFINITY && (best < 0 || choice[i] > choice[best])) best = i;
-        chosen[k] = best < 0 ? 0 : best;
-        choice[chosen[k]] = -INFINITY;
-    }
-}
-
-// From logits to the experts and weights of one token.
-void route(const ExpertsLayer& e, float* score, float* choice, int32_t* chosen, float* weight) {
-    const int E = e.experts;
-    if (e.sigmoid) {
-        for (int i = 0; i < E; i++) score[i] = 1.0f / (1.0f + std::exp(-score[i]));
-    } else {
-        float top = *std::max_element(score, score + E), total = 0.0f;
-        for (int i = 0; i < E; i++) total += score[i] = std::exp(score[i] - top);
-        for (int i = 0; i < E; i++) score[i] /= total;
-    }
-    for (int i = 0; i < E; i++) choice[i] = e.correction ? score[i] + e.correction[i] : score[i];
-    choose(e, choice, chosen);
-    float total = 1e-20f;
-    for (int k = 0; k < e.top_k; k++) total += weight[k] = score[chosen[k]];
-    for (int k = 0; k < e.top_k; k++) weight[k] = (e.normed ? weight[k] / total : weight[k]) * e.scaling;
-}
-
 }  // namespace
 
 extern "C" void cadre_dense(const DenseLayer* layer, const Step* step) {
@@ -184,14 +143,14 @@ extern "C" void cadre_dense(const DenseLayer* layer, const Step* step) {
 // load: int64 [experts], counted up, or null. choice: int32 [tokens, top_k], the experts of each token.
 extern "C" void cadre_experts(const ExpertsLayer* layer, const Step* step, int64_t* load, int32_t* choice) {
     const ExpertsLayer& e = *layer;
-    const size_t M = step->tokens, D = step->width, E = e.experts, K = e.top_k;
+    const size_t M = step->tokens, D = step->width, E = e.router.experts, K = e.router.top_k;
     static thread_local Scratch<> memory;
     static thread_local Scratch<const float*> pointers;
     static thread_local Scratch<size_t> numbers;
     static thread_local Jobs kept;
     Jobs& jobs = kept;
     float* normed = memory.of(M * (D + 2 * E + K));
-    float *score = normed + M * D, *ranking = score + M * E, *weight = ranking + M * E;
+    float *logit = normed + M * D, *score = logit + M * E, *weight = score + M * E;
     const float** rows = pointers.of(M);
     rows_of(rows, normed, M, D);
     size_t* begin = numbers.of(E + 1);
@@ -199,10 +158,10 @@ extern "C" void cadre_experts(const ExpertsLayer* layer, const Step* step, int64
 #pragma omp parallel num_threads(step->threads)
     {
         team_norm(*step, e.norm, e.eps, normed);
-        team_linear(e.router, nullptr, rows, M, score);
+        team_linear(e.gate, nullptr, rows, M, logit);
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (size_t m = 0; m < M; m++) route(e, score + m * E, ranking + m * E, choice + m * K, weight + m * K);
+        for (size_t m = 0; m < M; m++) route(e.router, logit + m * E, score + m * E, choice + m * K, weight + m * K);
 #pragma omp single
         {
             clear(jobs);

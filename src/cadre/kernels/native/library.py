@@ -30,7 +30,6 @@ SOURCES = (
     *("attention.cpp", "feed_forward.cpp", "causal_attention.cpp", "gemm.cpp"),
     *("experts_training.cpp", "norm_training.cpp", "routing.cpp", "cross_entropy.cpp", "newton_schulz.cpp"),
 )
-HEADERS = ("vector.h", "words.h", "matrix.h", "step.h", "gemm.h")
 _HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Libraries that nobody has loaded for so long are removed: of other versions, compilers and processors.
@@ -160,8 +159,8 @@ def _compiler() -> list[str]:
 def _place(compiler: list[str]) -> tuple[Path, str]:
     """The folder of libraries, and what the names of those for these sources, this compiler and this processor begin with."""
     key = hashlib.sha256()
-    for name in (*SOURCES, *HEADERS):
-        key.update((_HERE / name).read_bytes())
+    for path in (*(_HERE / name for name in SOURCES), *sorted(_HERE.glob("*.h"))):
+        key.update(path.read_bytes())
     key.update("\n".join((*compiler, _output([*compiler, "--version"]), *FLAGS, platform.machine(), _processor())).encode())
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -60,13 +60,22 @@ class DenseLayer(Filled):
     _fields_ = (("norm", c_void_p), *((name, Matrix) for name in ("gate", "up", "down")), ("eps", c_float))
 
 
+class Router(Filled):
+    _fields_ = (
+        ("correction", c_void_p),
+        ("experts", c_int64),
+        *((name, c_int32) for name in ("top_k", "groups", "top_groups", "sigmoid", "normed")),
+        ("scaling", c_float),
+    )
+
+
 class ExpertsLayer(Filled):
     _fields_ = (
         ("norm", c_void_p),
-        ("correction", c_void_p),
-        *((name, Matrix) for name in ("router", "gate_up", "down", "shared_gate", "shared_up", "shared_down")),
-        *((name, c_float) for name in ("eps", "scaling")),
-        *((name, c_int32) for name in ("experts", "top_k", "groups", "top_groups", "sigmoid", "normed", "width")),
+        ("router", Router),
+        *((name, Matrix) for name in ("gate", "gate_up", "down", "shared_gate", "shared_up", "shared_down")),
+        ("eps", c_float),
+        ("width", c_int32),
     )
 
 
@@ -93,10 +102,10 @@ class ExpertsGradient(Filled):
 
 class Routing(Filled):
     _fields_ = (
-        *((name, c_void_p) for name in ("logit", "correction", "score", "expert", "weight")),
-        *((name, c_int64) for name in ("tokens", "experts")),
-        *((name, c_int32) for name in ("top_k", "groups", "top_groups", "sigmoid", "normed")),
-        ("scaling", c_float),
+        ("logit", c_void_p),
+        ("router", Router),
+        *((name, c_void_p) for name in ("score", "expert", "weight")),
+        ("tokens", c_int64),
         ("threads", c_int32),
     )
 
