@@ -76,15 +76,14 @@ def _struct(
 ) -> Routing:
     tokens, experts = score.shape
     return Routing(
-        _at(logit), router(rule, _at(correction), experts), _at(score), _at(expert), _at(weight), tokens, torch.get_num_threads()
+        _at(logit), router(rule, _at(correction), experts), _at(score), _at(expert), _at(weight), tokens,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
 def router(rule: RoutingRule, correction: int | None, experts: int) -> Router:
     """The rule as the kernels take it. correction: an address, or None."""
-    return Router(
-        correction, experts, rule.top_k, rule.groups, rule.top_groups, rule.sigmoid, rule.normed, rule.scaling
-    )  # fmt: skip
+    return Router(correction, experts, rule.top_k, rule.groups, rule.top_groups, rule.sigmoid, rule.normed, rule.scaling)
 
 
 def _at(tensor: Tensor | None) -> int | None:
