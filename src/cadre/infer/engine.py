@@ -71,7 +71,8 @@ class Engine:
     """Runs requests against one model. Puts the model in eval mode.
 
     cache_bytes: the page pool's size; None for half of the memory that is free, or less if `max_batch` full contexts need
-    less. page_size: positions a page. max_batch: sequences that run at once. chunk: prompt tokens a step. prefix_sharing:
+    less. page_size: positions a page. max_batch: sequences that run at once. chunk: prompt tokens a step; of
+    more of them experts get more rows at a time, and latents are expanded less often, but others wait longer. prefix_sharing:
     whether requests find the pages of others that begin alike. speculate: tokens that the model's multi-token prediction
     modules draft at a time; 0 for none. Drafting stops by itself where it does not pay.
 
@@ -86,7 +87,7 @@ class Engine:
         cache_bytes: int | None = None,
         page_size: int = 16,
         max_batch: int = 64,
-        chunk: int = 512,
+        chunk: int = 1024,
         prefix_sharing: bool = True,
         speculate: int = 0,
     ) -> None:

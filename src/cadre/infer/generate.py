@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _PAGE_SIZE = 16
-# A prompt is read in pieces, so that its activations take no more memory than this many tokens'.
-_CHUNK = 512
 
 
 def generate_ids(
@@ -137,7 +135,6 @@ def _engine(model: Transformer, tokenizer: Tokenizer | None, request: Request, s
         cache_bytes=bytes_for(config, max(1, longest), cache_dtype(model), _PAGE_SIZE, layers),
         page_size=_PAGE_SIZE,
         max_batch=1,
-        chunk=_CHUNK,
         prefix_sharing=False,
         speculate=speculate,
     )
