@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,7 +44,7 @@ def run(layer: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, dict[str, T
 def spread_run(
     ranks, counts: list[int], dtype: torch.dtype, experts: int = 8, fp8: bool = False, in_memory: bool = False
 ) -> dict:
-    shared = Shared.open(dist.group.WORLD, torch.device("cpu")) if in_memory else None
+    shared = Shared.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if in_memory else None
     exchange = Exchange(dist.group.WORLD, fp8, shared)
     layer = SpreadMixture(mixture(experts), exchange)
     journeys = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cadre.train.parallel.memory import Shared
 from tests.parallel.world import world
 
 CPU = torch.device("cpu")
+WAIT = timedelta(minutes=1)
 
 
 def sizes(turn: int, sender: int, ranks: int) -> list[int]:
@@ -30,13 +32,12 @@ def sent(turn: int, sender: int, ranks: int, dtype: torch.dtype) -> torch.Tensor
 
 
 def exchanged(ranks, dtype: torch.dtype) -> bool:
-    shared = Shared.open(dist.group.WORLD, CPU)
+    shared = Shared.open(dist.group.WORLD, CPU, WAIT)
     assert shared is not None
     for turn in range(8):
         here = [sizes(turn, sender, ranks.size)[ranks.rank] for sender in range(ranks.size)]
         out = torch.full((sum(here), 3), 7).to(dtype)
-        end = shared.all_to_all(out, sent(turn, ranks.rank, ranks.size, dtype), sizes(turn, ranks.rank, ranks.size))
-        end()
+        shared.all_to_all(out, sent(turn, ranks.rank, ranks.size, dtype), sizes(turn, ranks.rank, ranks.size))
         parts = [
             sent(turn, sender, ranks.size, dtype).split(sizes(turn, sender, ranks.size))[ranks.rank]
             for sender in range(ranks.size)
@@ -50,10 +51,35 @@ def test_rows_go_to_the_ranks_that_they_are_for(dtype):
     assert world(3, exchanged, dtype) == [True] * 3
 
 
+def laid_out(ranks) -> bool:
+    """Rows of several kinds at once, none now and then."""
+    shared = Shared.open(dist.group.WORLD, CPU, WAIT)
+    assert shared is not None
+    kinds = [(5, torch.float32), (3, torch.uint8), (2, torch.int64), (1, torch.bfloat16)]
+
+    def rows(turn: int, sender: int, kind: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(turn + 100 * sender)
+        (width, dtype), count = kinds[kind], sum(sizes(turn, sender, ranks.size))
+        return torch.randint(0, 99, (count, width), generator=generator).to(dtype)
+
+    for turn in range(6):
+        for kind, place in enumerate(shared.lay_out(sizes(turn, ranks.rank, ranks.size), kinds)):
+            place.copy_(rows(turn, ranks.rank, kind))
+        for sender, found in enumerate(shared.collect(kinds)):
+            for kind, part in enumerate(found):
+                whole = rows(turn, sender, kind).split(sizes(turn, sender, ranks.size))
+                assert torch.equal(part, whole[ranks.rank]), (turn, sender, kind)
+    return True
+
+
+def test_rows_of_several_kinds():
+    assert world(3, laid_out) == [True] * 3
+
+
 def hurried(ranks) -> bool:
     """One rank reads late, while the others go on to what comes next: gathers, sums and rows in turn, of sizes that vary, in
     and out of inference mode, as training and evaluations have them."""
-    shared = Shared.open(dist.group.WORLD, CPU)
+    shared = Shared.open(dist.group.WORLD, CPU, WAIT)
     assert shared is not None
     meet, size = shared.meet, ranks.size
 
@@ -77,7 +103,7 @@ def hurried(ranks) -> bool:
             shared.add_up(added, parts)
             assert torch.equal(added, torch.full((count,), float(size * 10 * ranks.rank + sum(range(size)))))
             arrived = torch.empty(size * turn)
-            shared.all_to_all(arrived, mine[: size * turn], [turn] * size)()
+            shared.all_to_all(arrived, mine[: size * turn], [turn] * size)
             assert torch.equal(arrived, (torch.arange(size) + float(turn)).repeat_interleave(turn))
     return True
 
@@ -95,7 +121,7 @@ def opened(ranks, broken: str, where: int) -> bool:
             del os.memfd_create
         elif broken == "not allowed":
             memory.os = type("Closed", (), {**vars(os), "open": staticmethod(lambda *_: os.open("/nowhere", 0))})
-    return Shared.open(dist.group.WORLD, CPU) is None
+    return Shared.open(dist.group.WORLD, CPU, WAIT) is None
 
 
 @pytest.mark.parametrize("broken", ["elsewhere", "no such files", "not allowed"])
@@ -104,7 +130,7 @@ def test_where_one_cannot_read_anothers_memory_nobody_does(broken):
 
 
 def alone(ranks) -> bool:
-    return Shared.open(dist.group.WORLD, CPU) is None
+    return Shared.open(dist.group.WORLD, CPU, WAIT) is None
 
 
 def test_one_process_shares_with_nobody():
@@ -113,7 +139,7 @@ def test_one_process_shares_with_nobody():
 
 def grown(ranks) -> int:
     """Open files after the memory of many turns of ever more bytes has been mapped."""
-    shared = Shared.open(dist.group.WORLD, CPU)
+    shared = Shared.open(dist.group.WORLD, CPU, WAIT)
     assert shared is not None
     before = len(list(Path("/proc/self/fd").iterdir()))
     for turn in range(40):
@@ -126,3 +152,24 @@ def grown(ranks) -> int:
 
 def test_growing_keeps_no_more_files_open():
     assert max(world(2, grown)) <= 8
+
+
+def left_alone(ranks, gone: bool) -> str:
+    """What one is told that the other leaves waiting."""
+    shared = Shared.open(dist.group.WORLD, CPU, WAIT if gone else timedelta(seconds=0.5))
+    assert shared is not None
+    if ranks.rank == 1:
+        time.sleep(2)
+        return ""
+    if gone:  # in its place one that has ended, which nobody has asked after yet
+        shared.processes[1] = os.fork()
+        if not shared.processes[1]:
+            os._exit(0)
+    with pytest.raises(dist.DistError) as told:
+        shared.meet()
+    return str(told.value)
+
+
+def test_one_that_does_not_come_is_named():
+    assert world(2, left_alone, False)[0] == "rank 1 has not answered for 0:00:00.500000"
+    assert world(2, left_alone, True)[0] == "the process of rank 1 is gone"

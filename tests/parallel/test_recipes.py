@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import psutil
 import pytest
@@ -55,7 +56,7 @@ def held(config: ModelConfig, layout: Layout, rank: int) -> int:
     meshes = layout.meshes(cpu)
     with FakeTensorMode(allow_non_fake_inputs=True):
         values = ((name, torch.empty(tensor.shape)) for name, tensor in skeleton(config).state_dict().items())
-        parts = shard(model, values, *meshes, cpu)
+        parts = shard(model, values, *meshes, cpu, timedelta(minutes=1))
     for name, part in parts.items():
         rows = part.rows(rank)
         assert part.local.shape[0] == rows.stop - rows.start, name

@@ -22,23 +22,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cadre.kernels.permute import sort_choices
 from cadre.model.experts import Experts, MixtureOfExperts, Plan, Routes
-from cadre.train.parallel.fp8 import pack, packed_width, unpack
-from cadre.train.parallel.memory import Shared
+from cadre.train.parallel.fp8 import pack, unpack
+from cadre.train.parallel.memory import Kind, Shared
 
 
 @dataclass
 class Exchange:
     """The ranks that share one copy of the experts. `fp8`: whether tokens go to the experts in 8 bits. `sent_bytes`: of tokens,
-    their choices and their gradients, by all layers so far. `shared`: memory of the ranks, if they have any; it stands for the
-    longer messages."""
+    their choices and their gradients, by all layers so far. `shared`: memory of the ranks, if they have any; it stands for
+    messages."""
 
     group: dist.ProcessGroup
     fp8: bool = False
@@ -51,26 +53,34 @@ class Exchange:
 
     def meet(self, leaving_S: Tensor) -> tuple[list[int], list[int]]:
         """Tell each rank how many tokens it gets from here. Returns those numbers, and how many each sends here."""
-        arriving_S = torch.empty_like(leaving_S)
-        dist.all_to_all_single(arriving_S, leaving_S, group=self.group)
+        if self.shared is not None:
+            said_SS = leaving_S.new_empty(self.ranks, self.ranks)
+            self.shared.all_gather(said_SS, leaving_S)
+            arriving_S = said_SS[:, self.shared.rank]
+        else:
+            arriving_S = torch.empty_like(leaving_S)
+            dist.all_to_all_single(arriving_S, leaving_S, group=self.group)
         there, here = torch.stack((leaving_S, arriving_S)).tolist()
         return there, here
 
 
 @dataclass
 class Journey:
-    """One layer's tokens on their way to other ranks' experts. `there`, `here`: tokens to and from each rank; `token_L`: which
-    of this rank's tokens leave, those for one rank together."""
+    """One layer's tokens on their way to other ranks' experts. `tokens`: how many this rank has; `there`, `here`: how many go
+    to and come from each rank; `token_L`: which of this rank's leave, those for one rank together.
+
+    What travels are rows that belong to tokens, several tensors at a time, of which the first is as wide as the tokens: out
+    from the rank's own [T, D], home to their sum."""
 
     exchange: Exchange
+    tokens: int
     there: list[int]
     here: list[int]
     token_L: Tensor
-    end: Callable[[], Any] | None = None
-    leaving: Tensor | None = None
-    arriving: Tensor | None = None
-    arrived: tuple[Tensor, ...] = ()
-    narrow: bool = False
+    kinds: list[Kind] = field(default_factory=list)  # of what is on its way, and of the first tensor as it was
+    dtype: torch.dtype = torch.float32
+    end: Callable[[], list[list[Tensor]]] | None = None
+    sent: Tensor | None = None
 
     @classmethod
     def plan(cls, exchange: Exchange, rank_TK: Tensor) -> Journey:
@@ -79,95 +89,110 @@ class Journey:
         goes_ST.scatter_(0, rank_TK.t(), True)
         there, here = exchange.meet(goes_ST.sum(dim=1))
         token_L = goes_ST.flatten().nonzero().squeeze(1).remainder_(max(1, len(rank_TK)))
-        return cls(exchange, there, here, token_L)
+        return cls(exchange, len(rank_TK), there, here, token_L)
 
-    def start(self, parts: tuple[Tensor, ...], outward: bool) -> tuple[Tensor, ...]:
-        """Send what belongs to each token off as one row, to the experts or home. What is returned is filled when `wait`
-        returns. The first part is rows of tokens, in 8 bits on their way out if the exchange says so."""
+    def start(self, parts: tuple[Tensor, ...], outward: bool) -> None:
+        """Send rows off, to the experts or home: of the first of `parts` outward those of `token_L`, in 8 bits if the exchange
+        says so; of the others each its own."""
         sizes, arriving = (self.there, self.here) if outward else (self.here, self.there)
-        self.arrived = tuple(part.new_empty(sum(arriving), *part.shape[1:]) for part in parts)
-        self.narrow = outward and self.exchange.fp8
-        packed = (pack(parts[0]), *parts[1:]) if self.narrow else parts
-        if len(packed) == 1:
-            self.leaving = packed[0].contiguous()
+        first, rest = parts[0], parts[1:]
+        self.dtype, shared = first.dtype, self.exchange.shared
+        if outward and self.exchange.fp8:
+            first, outward = pack(first.index_select(0, self.token_L)), False
+        self.kinds = [(part.shape[1], part.dtype) for part in (first, *rest)]
+        rows = sum(sizes)
+        self.exchange.sent_bytes += sum(rows * width * dtype.itemsize for width, dtype in self.kinds)
+        if shared is not None:
+            room, *rooms = shared.lay_out(sizes, self.kinds)
+            if outward:
+                torch.index_select(first, 0, self.token_L, out=room)
+            else:
+                room.copy_(first)
+            for place, part in zip(rooms, rest, strict=True):
+                place.copy_(part)
+            self.end = partial(shared.collect, self.kinds)
+            return
+        leaving = [first.index_select(0, self.token_L) if outward else first, *rest]
+        joined = torch.cat([part.contiguous().view(torch.uint8) for part in leaving], dim=1)
+        arrived = joined.new_empty(sum(arriving), joined.shape[1])
+        work = dist.all_to_all_single(arrived, joined, arriving, sizes, group=self.exchange.group, async_op=True)
+
+        def end() -> list[list[Tensor]]:
+            work.wait()
+            widths = [width * dtype.itemsize for width, dtype in self.kinds]
+            columns = zip(arrived.split(widths, dim=1), self.kinds, strict=True)
+            whole = [part.contiguous().view(dtype) for part, (_, dtype) in columns]
+            return [list(parts) for parts in zip(*(part.split(arriving) for part in whole), strict=True)]
+
+        self.end, self.sent = end, joined
+
+    def wait(self, outward: bool, width: int) -> tuple[Tensor, ...]:
+        """What arrives where that journey ends. Out: the rows of all ranks, in order. Home: the sum of each token's first rows
+        [T, width], and the others' in the order in which they left."""
+        assert self.end is not None
+        by_rank = self.end()
+        firsts, *rest = zip(*by_rank, strict=True)
+        others = [torch.cat(parts) for parts in rest]
+        if not outward:
+            first = firsts[0].new_zeros(self.tokens, width)
+            for token_L, rows in zip(self.token_L.split(self.there), firsts, strict=True):
+                first.index_add_(0, token_L, rows)
+        elif self.exchange.fp8:
+            first = unpack(torch.cat(firsts), width, self.dtype)
         else:
-            self.leaving = torch.cat([part.contiguous().view(torch.uint8) for part in packed], dim=1)
-        whole = len(parts) == 1 and not self.narrow
-        self.arriving = self.arrived[0] if whole else self.leaving.new_empty(sum(arriving), self.leaving.shape[1])
-        self.exchange.sent_bytes += self.leaving.nbytes
-        if self.exchange.shared is None:
-            group = self.exchange.group
-            self.end = dist.all_to_all_single(self.arriving, self.leaving, arriving, sizes, group=group, async_op=True).wait
-        else:
-            self.end = self.exchange.shared.all_to_all(self.arriving, self.leaving, sizes)
-            self.leaving = None  # it lies in their memory
-        return self.arrived
+            first = torch.cat(firsts)
+        self.end, self.sent = None, None
+        return first, *others
 
-    def wait(self) -> tuple[Tensor, ...]:
-        assert self.end is not None and self.arriving is not None
-        self.end()
-        arrived, arriving = self.arrived, self.arriving
-        if arriving is not arrived[0]:
-            first = packed_width(arrived[0].shape[1]) if self.narrow else arrived[0].shape[1] * arrived[0].element_size()
-            widths = [first, *(part.shape[1] * part.element_size() for part in arrived[1:])]
-            for part, taken in zip(arrived, arriving.split(widths, dim=1), strict=True):
-                if self.narrow and part is arrived[0]:
-                    part.copy_(unpack(taken, part.shape[1], part.dtype))
-                else:
-                    part.view(torch.uint8).copy_(taken)
-        self.end = self.leaving = self.arriving = None
-        self.arrived = ()
-        return arrived
+    def depart(self, *parts: Tensor) -> Tensor:
+        """Start for the experts with tokens [T, D] and the choices [L, K] of those that leave: weights and experts. What is
+        returned is to be given to `arrive`; what is computed in between, in either direction, is while they travel."""
+        return _Depart.apply(self, True, parts[0].shape[1], *parts)
 
-    def depart(self, x_LD: Tensor, weight_LK: Tensor, expert_LK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _Depart.apply(self, True, x_LD, weight_LK, expert_LK)
-
-    def arrive(self, *underway: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [A, D], and of the choices [A, K] of each weights and experts, as `depart` was given them elsewhere."""
-        return _Arrive.apply(self, True, *underway)
+    def arrive(self, underway: Tensor, width: int) -> tuple[Tensor, ...]:
+        """What `depart` was given elsewhere: tokens [A, width], and weights and experts of their choices [A, K]."""
+        return _Arrive.apply(self, True, width, underway)
 
     def bring_back(self, y_AD: Tensor) -> Tensor:
-        """What was made of tokens where they came from, in the order in which they left: [L, D]."""
-        (y_LD,) = _Arrive.apply(self, False, *_Depart.apply(self, False, y_AD))
-        return y_LD
+        """What was made of tokens elsewhere, added up: [T, D]."""
+        width = y_AD.shape[1]
+        (y_TD,) = _Arrive.apply(self, False, width, _Depart.apply(self, False, width, y_AD))
+        return y_TD
 
 
 class _Depart(torch.autograd.Function):
-    """Start a journey; its gradient is one that `_Arrive` has started the other way and that arrives here."""
+    """Start a journey; its gradient is one that `_Arrive` has started the other way and that arrives here. Returns nothing but
+    the word that it has."""
 
     @staticmethod
-    def forward(ctx: Any, journey: Journey, outward: bool, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.journey = journey
-        underway = journey.start(parts, outward)
-        ctx.mark_non_differentiable(*(part for part in underway if not part.is_floating_point()))
-        return underway
+    def forward(ctx: Any, journey: Journey, outward: bool, width: int, *parts: Tensor) -> Tensor:
+        ctx.journey, ctx.outward, ctx.width, ctx.count = journey, outward, width, len(parts)
+        journey.start(parts, outward)
+        return parts[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        arrived = ctx.journey.wait()
-        return None, None, *arrived, *(None,) * (len(grads) - len(arrived))
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        arrived = ctx.journey.wait(not ctx.outward, ctx.width)
+        return None, None, None, *arrived, *(None,) * (ctx.count - len(arrived))
 
 
 class _Arrive(torch.autograd.Function):
-    """End a journey; what is computed between the two in either direction is computed while the tokens travel."""
+    """End a journey."""
 
     @staticmethod
-    def forward(ctx: Any, journey: Journey, outward: bool, *underway: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, journey: Journey, outward: bool, width: int, underway: Tensor) -> tuple[Tensor, ...]:
         ctx.journey, ctx.outward = journey, outward
-        ctx.differentiable = [part.is_floating_point() for part in underway]
-        journey.wait()
-        there = tuple(part.view_as(part) for part in underway)  # the same memory, filled
-        ctx.mark_non_differentiable(*(part for part in there if not part.is_floating_point()))
-        return there
+        arrived = journey.wait(outward, width)
+        ctx.real = [part.is_floating_point() for part in arrived]
+        ctx.mark_non_differentiable(*(part for part in arrived if not part.is_floating_point()))
+        return arrived
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        real = [grad for grad, wanted in zip(grads, ctx.differentiable, strict=True) if wanted]
-        ctx.journey.start(tuple(real), not ctx.outward)
-        # The gradients are on their way and of other shapes than autograd expects: these say only that they have left.
-        said = [grad.new_zeros(()).expand_as(grad) if wanted else None
-                for grad, wanted in zip(grads, ctx.differentiable, strict=True)]  # fmt: skip
-        return None, None, *said
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor]:
+        ctx.journey.start(tuple(grad for grad, real in zip(grads, ctx.real, strict=True) if real), not ctx.outward)
+        return None, None, None, grads[0].new_zeros(())
 
 
 class SpreadMixture(MixtureOfExperts):
@@ -189,10 +214,9 @@ class SpreadMixture(MixtureOfExperts):
         here = routes.score_TE.shape[1] // self.exchange.ranks
         rank_TK = routes.expert_TK // here
         journey = Journey.plan(self.exchange, rank_TK)
-        underway = journey.depart(x_TD.index_select(0, journey.token_L), *_choices(routes, rank_TK, here, journey))
+        underway = journey.depart(x_TD, *_choices(routes, rank_TK, here, journey))
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
-        y_LD = journey.bring_back(self._made(here, *journey.arrive(*underway)))
-        y_TD = torch.zeros_like(x_TD).index_add(0, journey.token_L, y_LD)
+        y_TD = journey.bring_back(self._made(here, *journey.arrive(underway, x_TD.shape[1])))
         if self.training and self.keeps_routes:
             self.routes = routes
         if shared_TD is not None:

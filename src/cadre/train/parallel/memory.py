@@ -1,10 +1,10 @@
-"""Large tensors between processes of one machine, through memory that they share: gloo carries them through the loopback, which
-takes several times as long as copying them (docs/log.md). What is small, and who waits for whom, stays gloo's.
+"""Tensors between processes of one machine, through memory that they share: gloo carries them through the loopback, which takes
+several times as long as copying them, and wakes three threads for a message (docs/log.md).
 
 Every process has two blocks of memory that the others read, and writes into them in turn:
 
     write      its own block of this turn
-    meet       all have written: a message of gloo's, so that one that is gone or cut off is noticed as ever
+    meet       count the turn, and wait until all have: kernels/native/meet.cpp
     read       the others' blocks of this turn
 
 A block may still be read while its owner writes that of the next turn; before it writes this one again all have met once more,
@@ -13,10 +13,13 @@ and so have read it. The files have no name and are gone with the last process.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from datetime import timedelta
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cadre.errors import RunError
+from cadre.kernels.native.library import library
 
-# Bytes at the head of a block: where the part of each rank begins, and the end.
-_HEAD = 4096
+# Bytes at the head of a block: where the rows for each rank begin, and the end; in the last of them the turns counted, in the
+# first block of a process for both.
+_HEAD, _COUNTER = 4096, 4096 - 64
 _WORD = 8
+# Parts of a block begin at multiples of it.
+_LINE = 64
+# How long to wait before looking whether who is waited for is still there.
+_LOOK_SECONDS = 0.2
+
+# Rows: elements of each, and their dtype.
+Kind = tuple[int, torch.dtype]
 _NAME = "cadre"
 # Blocks grow by a share of what they are, and at least by so much: to map one again costs time.
 _GROWTH, _LEAST = 1.25, 1 << 20
@@ -67,30 +79,39 @@ class _Block:
 
 
 class Shared:
-    """The blocks of all processes of a group. All must call the same methods in the same order, one call ending before the next
-    begins. Raises `RunError` where its own memory cannot grow; what gloo raises where a process is gone comes through."""
+    """The blocks of all processes of a group. All must call the same methods in the same order, one call ending before the
+    next begins. `wait`: how long for the others. Raises `RunError` where its own memory cannot grow, `DistError` where another
+    process is gone or does not come."""
 
-    def __init__(self, group: dist.ProcessGroup, mine: list[_Block], all_of_them: list[list[_Block]]) -> None:
-        self.group, self.mine, self.blocks = group, mine, all_of_them
+    def __init__(
+        self, group: dist.ProcessGroup, blocks: list[list[_Block]], processes: list[int], wait: timedelta, native: ctypes.CDLL
+    ) -> None:
+        self.group, self.rank, self.blocks, self.processes = group, group.rank(), blocks, processes
+        self.mine = blocks[self.rank]
+        self.others = [rank for rank in range(group.size()) if rank != self.rank]
+        self.wait, self.native = wait, native
         self.turn = 0
-        self.sign = torch.zeros(1)
 
     @classmethod
-    def open(cls, group: dist.ProcessGroup, device: torch.device) -> Shared | None:
+    def open(cls, group: dist.ProcessGroup, device: torch.device, wait: timedelta) -> Shared | None:
         """None unless there are several and every one can read every other's memory: of processors (accelerators have ways of
-        their own), on one machine, on Linux, for one user. All must call it."""
+        their own), on one machine and its network, on Linux, for one user, with the C++ kernels. All must call it."""
         if device.type != "cpu" or group.size() == 1 or dist.get_backend(group) != "gloo":
             return None
-        mine = _made(group.size())
+        native = library()
+        mine = [] if native is None else _made(group.size())
         key = secrets.token_bytes(16)
         for block in mine:
             block.tensor[: len(key)] = torch.frombuffer(bytearray(key), dtype=torch.uint8)
         told: list[Any] = [None] * group.size()
-        dist.all_gather_object(told, (os.getpid(), [block.file for block in mine], key), group=group)
-        blocks = [_found(*one) for one in told]
+        dist.all_gather_object(told, (_network(), os.getpid(), [block.file for block in mine], key), group=group)
+        near = len({network for network, *_ in told}) == 1
+        blocks = [mine if rank == group.rank() else _found(*one) if near else [] for rank, (_, *one) in enumerate(told)]
         opened: list[Any] = [None] * group.size()
         dist.all_gather_object(opened, all(blocks), group=group)
-        return cls(group, mine, blocks) if all(opened) else None
+        if native is None or not all(opened):
+            return None
+        return cls(group, blocks, [process for _, process, _, _ in told], wait, native)
 
     def room(self, size: int) -> Tensor:
         """Where this process writes so many bytes, uint8; they stay until the second `meet` from now."""
@@ -100,9 +121,43 @@ class Shared:
 
     def meet(self) -> list[_Block]:
         """Wait until all have written. Returns the blocks of this turn, to be read before anything else is called."""
-        dist.all_reduce(self.sign, group=self.group)
         self.turn += 1
+        counters = (ctypes.c_void_p * len(self.others))(*(self._counter(rank) for rank in self.others))
+        began = time.monotonic()
+        while (late := self._meet(counters)) >= 0:
+            rank = self.others[late]
+            name = f"rank {dist.get_global_rank(self.group, rank)}"
+            if _gone(self.processes[rank]):
+                raise dist.DistError(f"the process of {name} is gone")
+            if time.monotonic() - began > self.wait.total_seconds():
+                raise dist.DistError(f"{name} has not answered for {self.wait}")
         return [blocks[(self.turn - 1) % 2] for blocks in self.blocks]
+
+    def _meet(self, counters: Any) -> int:
+        return self.native.cadre_meet(self._counter(self.rank), counters, len(counters), self.turn, _LOOK_SECONDS)
+
+    def _counter(self, rank: int) -> int:
+        return self.blocks[rank][0].tensor.data_ptr() + _COUNTER
+
+    def lay_out(self, sizes: Sequence[int], kinds: Sequence[Kind]) -> list[Tensor]:
+        """Where this process writes rows for each rank, `sizes` of them, one rank's after the other's: of each kind a tensor
+        [sum(sizes), elements]."""
+        rows = sum(sizes)
+        room = self.room(_places(rows, kinds)[-1])
+        ends = torch.tensor([0, *sizes]).cumsum(0)
+        self._head(self.mine[self.turn % 2])[: len(ends)] = ends
+        return _parts(room, rows, kinds)
+
+    def collect(self, kinds: Sequence[Kind]) -> list[list[Tensor]]:
+        """From each rank the rows that it has laid out for this one, of the same kinds. They lie where others will write: to be
+        read before anything else is called."""
+        found = []
+        for block in self.meet():
+            ends = self._head(block)[: self.group.size() + 1].tolist()
+            room = block.upto(_HEAD + _places(ends[-1], kinds)[-1])[_HEAD:]
+            mine = slice(*ends[self.rank : self.rank + 2])
+            found.append([part[mine] for part in _parts(room, ends[-1], kinds)])
+        return found
 
     def all_gather(self, out: Tensor, mine: Tensor) -> None:
         """Every rank's `mine`, of equal size and contiguous, rank by rank; out: [ranks * N], of which `mine` may be a part."""
@@ -117,7 +172,7 @@ class Shared:
         in `room`."""
         if not self.holds(parts):
             self.room(parts.nbytes).copy_(_bytes(parts))
-        start, size = self.group.rank() * out.nbytes, out.nbytes
+        start, size = self.rank * out.nbytes, out.nbytes
         terms = [block.upto(_HEAD + start + size)[_HEAD + start :].view(out.dtype) for block in self.meet()]
         out.copy_(terms[0])
         for term in terms[1:]:
@@ -127,23 +182,12 @@ class Shared:
         """Whether it lies in this turn's room."""
         return tensor.untyped_storage().data_ptr() == self.mine[self.turn % 2].tensor.untyped_storage().data_ptr()
 
-    def all_to_all(self, out: Tensor, leaving: Tensor, sizes: Sequence[int]) -> Callable[[], None]:
-        """Rows for each rank, `sizes` of them, one rank's after the other's. What is returned ends it: then out holds what all
-        have for this rank, rank by rank."""
-        row = prod(leaving.shape[1:]) * leaving.element_size()
-        self.room(leaving.nbytes).copy_(_bytes(leaving))
-        ends = torch.tensor([0, *sizes]).cumsum(0) * row
-        self._head(self.mine[self.turn % 2])[: len(ends)] = ends
-
-        def end() -> None:
-            to, rank, filled = _bytes(out), self.group.rank(), 0
-            for block in self.meet():
-                first, last = self._head(block)[rank : rank + 2].tolist()
-                part = block.upto(_HEAD + last)[_HEAD + first :]
-                to[filled : filled + len(part)] = part
-                filled += len(part)
-
-        return end
+    def all_to_all(self, out: Tensor, leaving: Tensor, sizes: Sequence[int]) -> None:
+        """Rows for each rank, `sizes` of them, one rank's after the other's; out: what all have for this rank, rank by rank."""
+        kinds = [(prod(leaving.shape[1:]), leaving.dtype)]
+        (room,) = self.lay_out(sizes, kinds)
+        room.copy_(leaving.view(room.shape))
+        torch.cat([part for (part,) in self.collect(kinds)], out=out.view(-1, room.shape[1]))
 
     @staticmethod
     def _head(block: _Block) -> Tensor:
@@ -154,9 +198,42 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def _places(rows: int, kinds: Sequence[Kind]) -> list[int]:
+    """At which byte the rows of each kind begin, and where they end."""
+    places = [0]
+    for width, dtype in kinds:
+        places.append(places[-1] + -(-rows * width * dtype.itemsize // _LINE) * _LINE)
+    return places
+
+
+def _parts(room: Tensor, rows: int, kinds: Sequence[Kind]) -> list[Tensor]:
+    """The rows [rows, elements] of each kind in a block."""
+    return [
+        room[place : place + rows * width * dtype.itemsize].view(dtype).view(rows, width)
+        for place, (width, dtype) in zip(_places(rows, kinds), kinds, strict=False)
+    ]
+
+
+def _network() -> str:
+    """Of the network that this process sees: others stand for another machine's, and can be cut off."""
+    try:
+        return str(Path("/proc/self/ns/net").readlink())
+    except OSError:
+        return ""
+
+
+def _gone(process: int) -> bool:
+    """Whether a process has ended, if only its parent does not know yet."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state in ("Z", "X")
+
+
 def _made(ranks: int) -> list[_Block]:
     """This process's two blocks; none where there are no such files, or the head has no room for so many ranks."""
-    if not hasattr(os, "memfd_create") or (ranks + 1) * _WORD > _HEAD:
+    if not hasattr(os, "memfd_create") or (ranks + 1) * _WORD > _COUNTER:
         return []
     try:
         return [_Block(os.memfd_create(_NAME)) for _ in range(2)]

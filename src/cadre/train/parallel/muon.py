@@ -78,7 +78,7 @@ class SpreadMuon(Muon):
         if self.shared is None:
             dist.all_to_all_single(arriving, leaving, here, there, group=self.group)
         else:
-            self.shared.all_to_all(arriving, leaving, there)()
+            self.shared.all_to_all(arriving, leaving, there)
 
     def _orthogonalized(self, whole: dict[int, Tensor], kinds: list[tuple[tuple[int, int], int]]) -> dict[int, Tensor]:
         """Whole matrices [M, N] by number, those of one kind (shape, iterations) together."""

@@ -66,6 +66,7 @@ class Ranks(Parallel):
         self.parts: dict[str, Part] = {}
         self.elsewhere: dict[str, Part] = {}
         self.shared: Shared | None = None
+        self.near: Shared | None = None  # the same, if it is of all processes
         self.context: Context | None = None
         self.pipeline: Pipeline | None = None
 
@@ -145,13 +146,14 @@ class Ranks(Parallel):
             for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else []:
                 _set_pg_timeout(self.wait, group)
         self.data, self.spread = meshes[self.rank // self.layout.data]
-        self.shared = shared_memory(model, self.data.get_group("shard"), device)
+        self.shared = shared_memory(model, self.data.get_group("shard"), device, self.wait)
+        self.near = self.shared if self.data.get_group("shard").size() == self.size else None
         if self.layout.pipeline == 1:
-            self.parts = shard(model, values, self.data, self.spread, device, (), self.layout.fp8_rows, self.shared)
+            self.parts = shard(model, values, self.data, self.spread, device, self.wait, (), self.layout.fp8_rows, self.shared)
             return model
         self.pipeline = Pipeline(model, self.layout, self.rank, device, self.wait)
         stages = list(self.pipeline.stages.values())
-        self.parts = shard(model, values, self.data, self.spread, device, stages, self.layout.fp8_rows, self.shared)
+        self.parts = shard(model, values, self.data, self.spread, device, self.wait, stages, self.layout.fp8_rows, self.shared)
         self.pipeline.bind(self.parts)
         self.elsewhere = {
             name: far_part(name, shape, *meshes[self.pipeline.place_of(name)])
@@ -190,22 +192,24 @@ class Ranks(Parallel):
     def add(self, *tensors: Tensor) -> None:
         # One message, and exact: counts stay far below 2^53.
         flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        flat = self._sum(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
     def agree(self, value: float) -> float:
-        said = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(said, 0)
-        return float(said)
+        return float(self._sum(torch.tensor([value if self.main else 0.0], dtype=torch.float64)))
 
     def anyone(self, flag: bool) -> bool:
-        return self._any(flag, None)
+        return bool(self._sum(torch.tensor([float(flag)])))
 
-    def _any(self, flag: bool, group: dist.ProcessGroup | None) -> bool:
-        said = torch.tensor([float(flag)])
-        dist.all_reduce(said, group=group)
-        return bool(said)
+    def _sum(self, mine: Tensor) -> Tensor:
+        """The sum over all processes of what they have [N]: to the last bit the same in all."""
+        if self.near is None:
+            dist.all_reduce(mine)
+            return mine
+        said = mine.new_empty(self.size, len(mine))
+        self.near.all_gather(said, mine)
+        return said.sum(dim=0)
 
     # ------------------------------------------------------------------------------------------------- the optimizer
 
@@ -224,8 +228,9 @@ class Ranks(Parallel):
             part.parameter.grad = None
 
     def norm(self, norm: Tensor) -> Tensor:
-        square = norm.double().square()
-        dist.all_reduce(square)  # over the replicas too, so that all have the same to the last bit
+        square = self._sum(norm.double().square().view(1))[
+            0
+        ]  # over the replicas too, so that all have the same to the last bit
         return (square / self.layout.replicas).sqrt().to(norm.dtype)
 
     def muon(self, matrices: Iterable[Any], **options: Any) -> Muon:
@@ -287,12 +292,15 @@ class Ranks(Parallel):
                     scored.hidden(nothing)
             if self.pipeline is not None:
                 self.pipeline.done()
-        sums = torch.tensor([total.nats, total.tokens, total.bytes], dtype=torch.float64)
-        dist.all_reduce(sums)
+        sums = self._sum(torch.tensor([total.nats, total.tokens, total.bytes], dtype=torch.float64))
         return Score(float(sums[0]), int(sums[1]), int(sums[2]))
 
     def _still_scoring(self, tokens: int) -> None:
         self._any_scores(True)
 
     def _any_scores(self, flag: bool) -> bool:
-        return self._any(flag, None if self.pipeline is None else self.pipeline.alike)
+        if self.pipeline is None:
+            return self.anyone(flag)
+        said = torch.tensor([float(flag)])
+        dist.all_reduce(said, group=self.pipeline.alike)
+        return bool(said)

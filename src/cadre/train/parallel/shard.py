@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -64,21 +65,22 @@ def shard(
     data: DeviceMesh,
     spread: DeviceMesh,
     device: torch.device,
+    wait: timedelta,
     stages: Sequence[nn.Module] = (),
     fp8_rows: bool = False,
     shared: Shared | None = None,
 ) -> dict[str, Part]:
     """Give a model without storage its values and cut it up, block by block, so that only one block is ever whole beside
     embedding and head (a small model at once). `values`: tensors by name, in the model's order; `data`, `spread`:
-    `Layout.meshes`; `stages`: those of a pipeline that this process holds, so that of the rest only router biases get storage;
-    `fp8_rows`: whether rows go to the experts in 8 bits; `shared`: the memory of the shards' processes, if they have any.
-    Returns the parts by parameter name."""
+    `Layout.meshes`; `wait`: how long for other processes; `stages`: those of a pipeline that this process holds, so that of the
+    rest only router biases get storage; `fp8_rows`: whether rows go to the experts in 8 bits; `shared`: the memory of the
+    shards' processes, if they have any. Returns the parts by parameter name."""
     roots = stages or [model]
     here = {module for root in roots for module in root.modules()}
     replicas, expert_ranks, _ = spread.shape
     expert_group, copies = spread.get_group("expert"), spread.get_group("copy")
-    exchange = Exchange(expert_group, fp8_rows, shared_memory(model, expert_group, device))
-    shared_by_copies = shared_memory(model, copies, device) if expert_ranks > 1 else None
+    exchange = Exchange(expert_group, fp8_rows, shared_memory(model, expert_group, device, wait))
+    shared_by_copies = shared_memory(model, copies, device, wait) if expert_ranks > 1 else None
     experts: set[nn.Parameter] = set()
     # In a mesh of two dimensions FSDP adds gradients up over the first one, which is no use for one replica.
     alike = spread["replica", "copy"] if replicas > 1 else spread["copy"]
@@ -132,11 +134,11 @@ def shard(
     return parts
 
 
-def shared_memory(model: Transformer, group: dist.ProcessGroup, device: torch.device) -> Shared | None:
+def shared_memory(model: Transformer, group: dist.ProcessGroup, device: torch.device, wait: timedelta) -> Shared | None:
     """For a model that is gathered whole. One that is gathered block by block is large, and what its messages take would be
     held for good."""
     small = sum(parameter.numel() for parameter in model.parameters()) <= GATHERED_AT_ONCE
-    return Shared.open(group, device) if small else None
+    return Shared.open(group, device, wait) if small else None
 
 
 def far_part(name: str, shape: torch.Size, data: DeviceMesh, spread: DeviceMesh) -> Part:
