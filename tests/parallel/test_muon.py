@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def spread(ranks, in_memory: bool) -> list[torch.Tensor]:
 
     parameters = [weight[cut(shape)].clone() for shape, weight in zip(SHAPES, weights(0), strict=True)]
     whole = {parameter: shape[0] for parameter, shape in zip(parameters, SHAPES, strict=True) if len(shape) == 2}
-    shared = Shared.open(dist.group.WORLD, torch.device("cpu")) if in_memory else None
+    shared = Shared.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if in_memory else None
     steps(SpreadMuon(groups(parameters), whole, dist.group.WORLD, shared, **OPTIONS), parameters, cut)
     return parameters
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ def gradients(rank: int, ranks: int) -> torch.Tensor:
 
 
 def shared(wanted: bool) -> Shared | None:
-    return Shared.open(dist.group.WORLD, torch.device("cpu")) if wanted else None
+    return Shared.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if wanted else None
 
 
 def reduced(ranks, in_memory: bool) -> torch.Tensor:
