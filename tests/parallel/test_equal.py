@@ -26,6 +26,7 @@ from tests.runs import write_recipe
 EVERYTHING = (
     "optimizer.name=muon", "optimizer.lr=0.01", "train.batch=8", "train.micro_batch=1", "train.mtp_share=0.25",
     "balance.global_weight=0.01", "balance.z_weight=0.001", "data.separate_documents=true", "train.log_every=1",
+    "optimizer.qk_clip=0.02",
 )  # fmt: skip
 PLAIN = ("train.batch=4", "train.log_every=1")
 LAYOUTS_OF_2: dict[str, Any] = {"data": 1, "expert": 2, "replicas": {"replicas": 2}}

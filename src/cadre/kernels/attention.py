@@ -48,18 +48,34 @@ def causal_attention_reference(
     return torch.einsum("bhts,bshv->bthv", weight_BHTS.to(v_BSHV.dtype), v_BSHV)
 
 
+@torch.no_grad()
+def largest_logits(q_BTHK: Tensor, k_BSGK: Tensor, scale: float, document_BS: Tensor | None = None) -> Tensor:
+    """Each head's largest logit, scaled and of what its query may see: float32 [H]. A head at a time."""
+    unseen = ~_seen(q_BTHK.shape[1], k_BSGK.shape[1], document_BS, q_BTHK.device)
+    repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
+    logits = (
+        (q_BTHK[:, :, head] @ k_BSGK[:, :, head // repeat].transpose(1, 2)).float().masked_fill_(unseen, float("-inf")).amax()
+        for head in range(q_BTHK.shape[2])
+    )
+    return torch.stack(list(logits)) * scale
+
+
 def causal_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BS: Tensor | None = None, narrow: bool = False
-) -> Tensor:
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, document_BS: Tensor | None = None, narrow: bool = False,
+    peak_H: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """As the reference: our kernel in float32 on a CPU, torch's fused attention elsewhere. Documents are stretches: positions
-    of one are adjacent. `narrow`, for our kernel: as in `kernels.linear`.
+    of one are adjacent. `narrow`, for our kernel: as in `kernels.linear`. peak_H: raised to each head's `largest_logits`, which
+    our kernel has at hand and torch's would not tell.
 
     torch's fused CPU kernel takes equal widths only, so a narrower value is padded with zeros, which costs less than the
     unfused path torch would fall back to.
     """
     if takes(q_BTHK, k_BSGK, v_BSGV):
         first_BT = _first_seen(q_BTHK, document_BS)
-        return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT, narrow)
+        return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT, narrow, peak_H)
+    if peak_H is not None:
+        torch.maximum(peak_H, largest_logits(q_BTHK, k_BSGK, scale, document_BS), out=peak_H)
     K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
     if V < K:
         v_BSGV = F.pad(v_BSGV, (0, K - V))
@@ -88,13 +104,14 @@ def latent_attention_reference(
 
 def latent_attention(
     q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, scale: float, interleaved: bool,
-    document_BS: Tensor | None = None, narrow: bool = False,
+    document_BS: Tensor | None = None, narrow: bool = False, peak_H: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As the reference. Our kernel turns and joins the parts as it reads them."""
+    """As the reference; peak_H as in `causal_attention`. Our kernel turns and joins the parts as it reads them."""
     if takes(q_BTHK, kv_BSHX, k_BSR):
         first_BT = _first_seen(q_BTHK, document_BS)
-        return LatentCausalAttention.apply(q_BTHK, kv_BSHX, k_BSR, turn_SR, scale, not interleaved, first_BT, narrow)
-    return causal_attention(*_joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved), scale, document_BS)
+        return LatentCausalAttention.apply(q_BTHK, kv_BSHX, k_BSR, turn_SR, scale, not interleaved, first_BT, narrow, peak_H)
+    joined = _joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved)
+    return causal_attention(*joined, scale, document_BS, peak_H=peak_H)
 
 
 def _joined(

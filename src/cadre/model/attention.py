@@ -31,7 +31,17 @@ class LayerCache(Protocol):
         """Keep the new positions. For each sequence in turn: its own among the T, and all it has seen: [S, X] twice."""
 
 
-class LatentAttention(nn.Module):
+class _Watched(nn.Module):
+    """peak_H: raised to each head's largest logit whenever the module is trained; None: nobody asks (train/qk_clip.py)."""
+
+    peak_H: Tensor | None = None
+
+    @property
+    def peaks(self) -> Tensor | None:
+        return self.peak_H if self.training else None
+
+
+class LatentAttention(_Watched):
     """Multi-head latent attention (DeepSeek-V2 report, section 2.1): all that the cache ever keeps of a token is one
     latent of `kv_lora_rank` and one rotary key of `qk_rope_head_dim`, shared by all heads."""
 
@@ -81,7 +91,9 @@ class LatentAttention(nn.Module):
         q_BTHK = self.queries(x_BTD)
         if cache is None:
             kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
-            out_BTHV = latent_attention(q_BTHK, kv_BTHX, k_BTR, turn_TR, self.scale, self.interleaved, document_BT, self.narrow)
+            out_BTHV = latent_attention(
+                q_BTHK, kv_BTHX, k_BTR, turn_TR, self.scale, self.interleaved, document_BT, self.narrow, self.peaks
+            )
         else:
             q_BTHN, q_BTHR = q_BTHK.split((self.nope, self.rotary), dim=-1)
             k_TR = self.rotate(k_BTR[:, :, None], turn_TR)[0, :, 0]
@@ -150,7 +162,7 @@ class LatentAttention(nn.Module):
         return out_BTHC.unflatten(1, (new, self.heads))
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(_Watched):
     """The baseline: every group of query heads shares one key-value head (arXiv 2305.13245). As many key-value heads as
     heads is MHA, one is MQA. The cache keeps keys and values."""
 
@@ -174,7 +186,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         q_BTHK, k_BTGK, v_BTGK = self.projected(x_BTD, turn_TR)
         if cache is None:
-            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT, self.narrow)
+            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT, self.narrow, self.peaks)
         else:
             sequences = cache.append(k_BTGK[0], v_BTGK[0])
             out_BTHK = torch.cat([self.continued(q_BTHK[:, rows], k[None], v[None]) for rows, k, v in sequences], dim=1)

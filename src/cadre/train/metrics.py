@@ -3,6 +3,7 @@
 Every record has "step". Which of these keys it has says what it is:
 
     training    loss (nats/token, main head), tokens (seen so far), mtp_loss (one per module), grad_norm, learning_rate,
+                attention_logit (under qk_clip: the step's largest, before it was clipped),
                 tokens_per_second, mfu (a fraction), seconds (of training so far), seconds_per_step,
                 balance_loss (sequence-wise), batch_balance_loss, global_balance_loss, router_z_loss: those in use, each
                 without its weight and averaged over sparse layers;
@@ -47,6 +48,7 @@ TAGS = {
     "eval_seconds": "eval/seconds",
     "grad_norm": "optimizer/grad_norm",
     "learning_rate": "optimizer/learning_rate",
+    "attention_logit": "optimizer/attention_logit",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
     "seconds_per_step": "speed/seconds_per_step",

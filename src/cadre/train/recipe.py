@@ -110,6 +110,7 @@ class OptimizerSection(_Section):
     momentum: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
+    qk_clip: float | None = Field(default=None, gt=0)
 
 
 class ScheduleSection(_Section):

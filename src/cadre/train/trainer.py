@@ -26,6 +26,7 @@ from cadre.train.collapse import CollapseAlarm
 from cadre.train.metrics import MetricsLog, NoMetrics
 from cadre.train.objective import MicroBatch, Step
 from cadre.train.optimizer import Optimizer
+from cadre.train.qk_clip import QKClip
 from cadre.train.run import Run, only_writer
 from cadre.train.saving import Saver
 from cadre.train.schedule import rate
@@ -89,6 +90,8 @@ class Trainer:
         self.model.compute_in(run.dtype)
         self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.parallel, narrow=run.dtype == torch.bfloat16)
         self.balance = Balance(self.model, self.recipe.balance, self.parallel)
+        most = self.recipe.optimizer.qk_clip
+        self.qk_clip = None if most is None else QKClip(self.model, most, self.parallel)
         layers = [index for index, _ in self.balance.layers]
         self.alarm = CollapseAlarm(layers, self.recipe.balance, self.recipe.optimizer.router_lr_scale)
         seq_len = self.recipe.data.seq_len
@@ -160,6 +163,8 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         self.balance.reset()
+        if self.qk_clip is not None:
+            self.qk_clip.reset()
         work = Step(
             list(self._micro_batches(batch)), self.balance, self.micro_batch / recipe.batch / self.parallel.layout.context,
             self._mtp_weight(), self.mtp_share,
@@ -172,10 +177,13 @@ class Trainer:
         sums = totals.tolist()
         norm = self.optimizer.clip(recipe.clip)
         factor = rate(self.recipe.schedule, progress.step, progress.total_steps)
+        more: dict[str, float] = {}
         finite = math.isfinite(norm) and all(math.isfinite(value) for value in sums)
         if finite:
             self.balance.update(factor)
             self.optimizer.step(factor)
+            if self.qk_clip is not None:
+                more["attention_logit"] = self.qk_clip.clip()
             progress.skipped_in_row = 0
             progress.window.append(sums)
         progress.step += 1
@@ -185,7 +193,7 @@ class Trainer:
         progress.seconds = time.perf_counter() - self.began
         if not finite:
             self._skipped(sums, norm)
-        return {"grad_norm": norm, "learning_rate": self.optimizer.lr * factor}
+        return {"grad_norm": norm, "learning_rate": self.optimizer.lr * factor, **more}
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """On the device; the further-token modules are joined where they train any process's sequences."""

@@ -7,6 +7,8 @@ of it without position, R rotary width, V value width, X = N + V.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
@@ -25,7 +27,7 @@ class _Heads(Filled):
 class _CausalAttention(Filled):
     _fields_ = (
         *((name, _Heads) for name in ("q", "k", "v", "k_rotary", "out")),
-        *((name, c_void_p) for name in ("log_sum", "turn", "first")),
+        *((name, c_void_p) for name in ("log_sum", "turn", "first", "peak")),
         ("scale", c_float),
         *((name, c_int32) for name in ("batch", "queries", "length", "heads", "groups")),
         *((name, c_int32) for name in ("nope", "rotary", "value", "split", "factors", "threads")),
@@ -84,15 +86,26 @@ def _check(q_BTHK: Tensor, k: Tensor, v: Tensor, seen: torch.Size, first_BT: Ten
         )
 
 
+@contextmanager
+def _raised(peak_H: Tensor | None, batch: int) -> Iterator[Tensor | None]:
+    """Where the kernel leaves each sequence's largest logits, to which the peaks are raised."""
+    if peak_H is None or not batch:
+        yield None
+        return
+    peak_BH = peak_H.new_empty(batch, len(peak_H))
+    yield peak_BH
+    torch.maximum(peak_H, peak_BH.amax(dim=0), out=peak_H)
+
+
 class LatentCausalAttention(torch.autograd.Function):
     """q_BTHK: queries of the last T of S positions. kv_BSHX: keys without position, then values. k_BSR: the rotary key.
     turn_SR: complex64 [S, R/2], by which queries and rotary key are to be turned; None if they are. first_BT: `first_seen`,
-    or None. `narrow`: as in `kernels.linear`. Returns [B, T, H, V]."""
+    or None. `narrow`: as in `kernels.linear`. peak_H: raised to each head's largest logit. Returns [B, T, H, V]."""
 
     @staticmethod
     def forward(
         ctx: Any, q_BTHK: Tensor, kv_BSHX: Tensor, k_BSR: Tensor, turn_SR: Tensor | None, scale: float, split: bool,
-        first_BT: Tensor | None, narrow: bool,
+        first_BT: Tensor | None, narrow: bool, peak_H: Tensor | None,
     ) -> Tensor:  # fmt: skip
         B, T, H, K = q_BTHK.shape
         _check(q_BTHK, kv_BSHX[..., : K - k_BSR.shape[-1]], kv_BSHX, k_BSR.shape[:2], first_BT)
@@ -105,7 +118,8 @@ class LatentCausalAttention(torch.autograd.Function):
         turn = None if turn_SR is None else torch.view_as_real(turn_SR).contiguous()
         ctx.save_for_backward(q, kv, k, out, log_sum, turn, first_BT)
         ctx.scale, ctx.split, ctx.narrow = scale, split, narrow
-        _library().cadre_causal_attention(byref(_latent(ctx, *ctx.to_save)))
+        with _raised(peak_H, B) as peak_BH:
+            _library().cadre_causal_attention(byref(_latent(ctx, ctx.to_save, peak_BH)))
         return out
 
     @staticmethod
@@ -118,29 +132,30 @@ class LatentCausalAttention(torch.autograd.Function):
         grad = _ready(grad_BTHV.resolve_neg())
         grad_q, grad_kv, grad_k = q.new_empty(q.shape), q.new_empty(kv.shape), q.new_empty(B, S, H, R)
         gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_kv), _heads(grad_kv, N), _heads(grad_k))
-        _library().cadre_causal_attention_gradient(byref(_latent(ctx, *saved)), byref(gradient))
-        return grad_q, grad_kv, grad_k.sum(dim=2), None, None, None, None, None
+        _library().cadre_causal_attention_gradient(byref(_latent(ctx, saved)), byref(gradient))
+        return grad_q, grad_kv, grad_k.sum(dim=2), None, None, None, None, None, None
 
 
-def _latent(
-    ctx: Any, q: Tensor, kv: Tensor, k: Tensor, out: Tensor, log_sum: Tensor, turn: Tensor | None, first: Tensor | None
-) -> _CausalAttention:
+def _latent(ctx: Any, saved: Sequence[Any], peak: Tensor | None = None) -> _CausalAttention:
+    q, kv, k, out, log_sum, turn, first = saved
     (B, T, H, K), S, R, V = q.shape, kv.shape[1], k.shape[-1], out.shape[-1]
     return _CausalAttention(
         _heads(q), _heads(kv), _heads(kv, K - R), _heads(k), _heads(out), log_sum.data_ptr(), _address(turn), _address(first),
-        ctx.scale, B, T, S, H, H, K - R, R, V, ctx.split, ctx.narrow,
+        _address(peak), ctx.scale, B, T, S, H, H, K - R, R, V, ctx.split, ctx.narrow,
         torch.get_num_threads(),
     )  # fmt: skip
 
 
 class GroupedCausalAttention(torch.autograd.Function):
     """q_BTHK: queries of the last T of S positions; k_BSGK and v_BSGV: every H / G query heads share a key-value head.
-    first_BT: `first_seen`, or None. `narrow`: as in `kernels.linear`. Returns [B, T, H, V]."""
+    first_BT: `first_seen`, or None. `narrow`: as in `kernels.linear`. peak_H: raised to each head's largest logit. Returns
+    [B, T, H, V]."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, first_BT: Tensor | None, narrow: bool
-    ) -> Tensor:
+        ctx: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, first_BT: Tensor | None, narrow: bool,
+        peak_H: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         B, T, H, K = q_BTHK.shape
         _check(q_BTHK, k_BSGK, v_BSGV, k_BSGK.shape[:2], first_BT)
         if k_BSGK.shape[3] != K or H % k_BSGK.shape[2] or v_BSGV.shape[2] != k_BSGK.shape[2]:
@@ -150,7 +165,8 @@ class GroupedCausalAttention(torch.autograd.Function):
         out, log_sum = q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T)
         ctx.save_for_backward(q, k, v, out, log_sum, first_BT)
         ctx.scale, ctx.narrow = scale, narrow
-        _library().cadre_causal_attention(byref(_grouped(ctx, *ctx.to_save)))
+        with _raised(peak_H, B) as peak_BH:
+            _library().cadre_causal_attention(byref(_grouped(ctx, ctx.to_save, peak_BH)))
         return out
 
     @staticmethod
@@ -161,13 +177,14 @@ class GroupedCausalAttention(torch.autograd.Function):
         grad = _ready(grad_BTHV.resolve_neg())
         grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
         gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_k), _heads(grad_v), _Heads())
-        _library().cadre_causal_attention_gradient(byref(_grouped(ctx, *saved)), byref(gradient))
-        return grad_q, grad_k, grad_v, None, None, None
+        _library().cadre_causal_attention_gradient(byref(_grouped(ctx, saved)), byref(gradient))
+        return grad_q, grad_k, grad_v, None, None, None, None
 
 
-def _grouped(ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, first: Tensor | None) -> _CausalAttention:
+def _grouped(ctx: Any, saved: Sequence[Any], peak: Tensor | None = None) -> _CausalAttention:
+    q, k, v, out, log_sum, first = saved
     (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
     return _CausalAttention(
         _heads(q), _heads(k), _heads(v), _Heads(), _heads(out), log_sum.data_ptr(), None, _address(first),
-        ctx.scale, B, T, S, H, G, K, 0, V, False, ctx.narrow, torch.get_num_threads(),
+        _address(peak), ctx.scale, B, T, S, H, G, K, 0, V, False, ctx.narrow, torch.get_num_threads(),
     )  # fmt: skip

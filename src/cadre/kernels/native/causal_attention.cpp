@@ -20,6 +20,7 @@ struct CausalAttention {
     float* log_sum;        // [batch, heads, queries]: log of the softmax's denominator
     const float* turn;     // cosine and sine by position and rotary pair, or null
     const int32_t* first;  // [batch, queries] the first position that one sees; null: position 0
+    float* peak;           // [batch, heads]: a head's largest logit; null: not wanted
     float scale;
     int32_t batch, queries, length, heads, groups, nope, rotary, value, split;
     Factors factors;
@@ -292,7 +293,8 @@ void forward(const Shape& s, int b, int g, int then) {
     into_panels(key_words, s.padded, s.wide_k / F, deep_k, panels);
     s.values(b, g, values);
     into_columns<Kind>(values, s.padded, s.wide_v, value_words);
-    for (int h = g * per_group; h < (g + 1) * per_group; h++)
+    for (int h = g * per_group; h < (g + 1) * per_group; h++) {
+        float peak = -INFINITY;
         for (size_t from = 0; from < s.queries; from += QUERIES) {
             const size_t count = std::min((size_t)QUERIES, s.queries - from), stop = s.past + from + count;
             const size_t tall = up(count, ROWS_AT_ONCE);
@@ -347,8 +349,11 @@ void forward(const Shape& s, int b, int g, int then) {
                 const float share = 1.0f / total[i];
                 scaled(out + i * s.wide_v, share, s.V, to);
                 c.log_sum[((size_t)b * c.heads + h) * s.queries + from + i] = top[i] + std::log(total[i]);
+                peak = std::max(peak, top[i]);
             }
         }
+        if (c.peak) c.peak[(size_t)b * c.heads + h] = peak;
+    }
 }
 
 template <class Kind>

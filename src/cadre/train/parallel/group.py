@@ -96,6 +96,9 @@ class Parallel:
     def add(self, *tensors: Tensor) -> None:
         """Replace each by its sum over all processes."""
 
+    def most(self, tensor: Tensor) -> None:
+        """Replace it by its largest over all processes, element by element."""
+
     def agree(self, value: float) -> float:
         """The main process's value."""
         return value
@@ -109,6 +112,10 @@ class Parallel:
     def held(self, model: Transformer) -> dict[str, Tensor]:
         """What this process holds of each parameter."""
         return dict(model.named_parameters())
+
+    def rows(self, name: str, count: int) -> slice:
+        """Which of a parameter's rows `held` has, of so many."""
+        return slice(0, count)
 
     def hand_over_gradients(self) -> None:
         """Give the tensors of `held` the gradients of their parameters."""

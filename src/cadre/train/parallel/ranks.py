@@ -196,6 +196,14 @@ class Ranks(Parallel):
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
+    def most(self, tensor: Tensor) -> None:
+        if self.near is None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            return
+        said = tensor.new_empty(self.size, *tensor.shape)
+        self.near.all_gather(said, tensor)
+        torch.amax(said, dim=0, out=tensor)
+
     def agree(self, value: float) -> float:
         return float(self._sum(torch.tensor([value if self.main else 0.0], dtype=torch.float64)))
 
@@ -215,6 +223,9 @@ class Ranks(Parallel):
 
     def held(self, model: Transformer) -> dict[str, Tensor]:
         return {name: part.local for name, part in self.parts.items()}
+
+    def rows(self, name: str, count: int) -> slice:
+        return self.parts[name].rows(self.rank)
 
     def hand_over_gradients(self) -> None:
         for part in self.parts.values():
