@@ -60,11 +60,15 @@ def test_json_has_every_file_and_the_whole(model_dir, files, options):
 @pytest.mark.parametrize("ours", [True, False])
 def test_weights_of_bfloat16_score_as_their_values_do(model_dir, files, tmp_path, monkeypatch, ours):
     """By our products or by torch's in bfloat16."""
-    monkeypatch.setattr("cadre.kernels.limits.products_keep_up", lambda: ours and multiplies(narrow=True))
+    ours = ours and multiplies(narrow=True)
+    monkeypatch.setattr("cadre.kernels.limits.products_keep_up", lambda: ours)
+    chosen, compute_in = [], Transformer.compute_in
+    monkeypatch.setattr(Transformer, "compute_in", lambda model, dtype: chosen.append(dtype) or compute_in(model, dtype))
     loaded, tokenizer = cadre.load(model_dir)
     for name, dtype in (("narrow", torch.bfloat16), ("wide", torch.float32)):
         cadre.save(loaded.to(dtype), tmp_path / name, tokenizer)
     narrow, wide = (json.loads(run(tmp_path / name, "--data", *files, "--json").stdout) for name in ("narrow", "wide"))
+    assert chosen == ([torch.bfloat16] if ours else [])
     assert cadre.load(tmp_path / "narrow")[0].embed_tokens.weight.dtype == torch.bfloat16
     assert math.isclose(narrow["bits_per_byte"], wide["bits_per_byte"], rel_tol=0.01)
 

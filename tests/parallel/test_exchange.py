@@ -89,9 +89,10 @@ def test_experts_elsewhere_compute_the_same(counts, in_memory):
         torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_rows_in_8_bits_are_near_and_so_are_their_gradients():
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_rows_in_8_bits_are_near_and_so_are_their_gradients(in_memory):
     counts = [5, 9]
-    answers = world(2, spread_run, counts, torch.float32, 8, True)
+    answers = world(2, spread_run, counts, torch.float32, 8, True, in_memory)
     at_home, summed = mixture(), {}
     for rank, answer in enumerate(answers):
         y, x_grad, summed = run(at_home, tokens(counts[rank], rank))
@@ -102,17 +103,19 @@ def test_rows_in_8_bits_are_near_and_so_are_their_gradients():
         assert 0 < (got - summed[name]).norm() < 0.12 * summed[name].norm(), name
 
 
-def test_the_bytes_of_rows_in_8_bits():
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_bytes_of_rows_in_8_bits(in_memory):
     """A byte an element and one for each run of 128 on the way to the experts, the compute dtype on the way home."""
     counts = [5, 9]
-    answers = world(2, spread_run, counts, torch.bfloat16, 8, True)
+    answers = world(2, spread_run, counts, torch.bfloat16, 8, True, in_memory)
     sent(answers, packed_width(WIDTH), 2 * WIDTH)
     assert all(answer["visits"] <= 2 * answer["routed"] for answer in answers)  # two ranks, three choices
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
-def test_the_bytes_sent_are_those_of_the_formula(dtype, size):
-    sent(world(2, spread_run, [5, 9], dtype), size * WIDTH, size * WIDTH)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_bytes_sent_are_those_of_the_formula(dtype, size, in_memory):
+    sent(world(2, spread_run, [5, 9], dtype, 8, False, in_memory), size * WIDTH, size * WIDTH)
 
 
 @pytest.mark.parametrize("size", [8, 16])

@@ -71,10 +71,10 @@ class Engine:
     """Runs requests against one model. Puts the model in eval mode.
 
     cache_bytes: the page pool's size; None for half of the memory that is free, or less if `max_batch` full contexts need
-    less. page_size: positions a page. max_batch: sequences that run at once. chunk: prompt tokens a step; of
-    more of them experts get more rows at a time, and latents are expanded less often, but others wait longer. prefix_sharing:
-    whether requests find the pages of others that begin alike. speculate: tokens that the model's multi-token prediction
-    modules draft at a time; 0 for none. Drafting stops by itself where it does not pay.
+    less. page_size: positions a page. max_batch: sequences that run at once. chunk: prompt tokens a step: the more, the more
+    rows experts get at a time, and the longer others wait. prefix_sharing: whether requests find the pages of others that begin
+    alike. speculate: tokens that the model's multi-token prediction modules draft at a time; 0 for none. Drafting stops by
+    itself where it does not pay.
 
     Raises `UsageError` for sizes below 1 and a cache that holds no page.
     """

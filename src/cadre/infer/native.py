@@ -228,7 +228,7 @@ class NativeModel:
             ExpertsLayer(
                 norm=norm,
                 router=router(mlp.gate.rule, keep.vector(mlp.gate.e_score_correction_bias), config.n_routed_experts or 0),
-                gate=keep.matrix(mlp.gate.weight.float()),  # nothing of its products is rounded
+                router_weight=keep.matrix(mlp.gate.weight.float()),  # nothing of its products is rounded
                 gate_up=keep.matrix(gate_up),
                 down=keep.matrix(down_stack),
                 shared_gate=keep.matrix(None if shared is None else weight_of(shared.gate_proj)),

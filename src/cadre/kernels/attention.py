@@ -14,6 +14,9 @@ from torch import Tensor
 from cadre.kernels.native.causal import GroupedCausalAttention, LatentCausalAttention, first_seen, takes
 from cadre.kernels.rotary import rotate_halves, rotate_pairs
 
+# Of which logits are held at once, to find the largest.
+_QUERIES = 512
+
 
 def attention_mask(length: int, document_BT: Tensor | None, device: torch.device) -> Tensor:
     """What each position may see: itself and earlier ones, of its own document if documents are given. bool [B|1, T, T]."""
@@ -50,14 +53,18 @@ def causal_attention_reference(
 
 @torch.no_grad()
 def largest_logits(q_BTHK: Tensor, k_BSGK: Tensor, scale: float, document_BS: Tensor | None = None) -> Tensor:
-    """Each head's largest logit, scaled and of what its query may see: float32 [H]. A head at a time."""
-    unseen = ~_seen(q_BTHK.shape[1], k_BSGK.shape[1], document_BS, q_BTHK.device)
-    repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
-    logits = (
-        (q_BTHK[:, :, head] @ k_BSGK[:, :, head // repeat].transpose(1, 2)).float().masked_fill_(unseen, float("-inf")).amax()
-        for head in range(q_BTHK.shape[2])
-    )
-    return torch.stack(list(logits)) * scale
+    """Each head's largest logit, scaled and of what its query may see: float32 [H]. A head and some queries at a time."""
+    (_, T, H), S = q_BTHK.shape[:3], k_BSGK.shape[1]
+    peak_H = q_BTHK.new_full((H,), float("-inf"), dtype=torch.float32)
+    for begin in range(0, T, _QUERIES):
+        end = min(begin + _QUERIES, T)
+        stop = S - T + end  # none of them sees further
+        unseen = ~_seen(end - begin, stop, None if document_BS is None else document_BS[:, :stop], q_BTHK.device)
+        for head in range(H):
+            key_BSK = k_BSGK[:, :stop, head // (H // k_BSGK.shape[2])].float()
+            logit = q_BTHK[:, begin:end, head].float() @ key_BSK.transpose(1, 2)
+            peak_H[head] = torch.maximum(peak_H[head], logit.masked_fill_(unseen, float("-inf")).amax() * scale)
+    return peak_H
 
 
 def causal_attention(
@@ -74,7 +81,7 @@ def causal_attention(
     if takes(q_BTHK, k_BSGK, v_BSGV):
         first_BT = _first_seen(q_BTHK, document_BS)
         return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT, narrow, peak_H)
-    if peak_H is not None:
+    if peak_H is not None and len(q_BTHK):
         torch.maximum(peak_H, largest_logits(q_BTHK, k_BSGK, scale, document_BS), out=peak_H)
     K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
     if V < K:

@@ -37,7 +37,7 @@ class _Watched(nn.Module):
     peak_H: Tensor | None = None
 
     @property
-    def peaks(self) -> Tensor | None:
+    def watched_peak_H(self) -> Tensor | None:
         return self.peak_H if self.training else None
 
 
@@ -92,7 +92,7 @@ class LatentAttention(_Watched):
         if cache is None:
             kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
             out_BTHV = latent_attention(
-                q_BTHK, kv_BTHX, k_BTR, turn_TR, self.scale, self.interleaved, document_BT, self.narrow, self.peaks
+                q_BTHK, kv_BTHX, k_BTR, turn_TR, self.scale, self.interleaved, document_BT, self.narrow, self.watched_peak_H
             )
         else:
             q_BTHN, q_BTHR = q_BTHK.split((self.nope, self.rotary), dim=-1)
@@ -186,7 +186,7 @@ class GroupedQueryAttention(_Watched):
     ) -> Tensor:
         q_BTHK, k_BTGK, v_BTGK = self.projected(x_BTD, turn_TR)
         if cache is None:
-            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT, self.narrow, self.peaks)
+            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, self.scale, document_BT, self.narrow, self.watched_peak_H)
         else:
             sequences = cache.append(k_BTGK[0], v_BTGK[0])
             out_BTHK = torch.cat([self.continued(q_BTHK[:, rows], k[None], v[None]) for rows, k, v in sequences], dim=1)

@@ -113,8 +113,8 @@ class Transformer(nn.Module):
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """Train in bfloat16 or float32, with weights of float32. On a CPU with our own products of bfloat16, bfloat16 means
-        those: what lies between products stays float32."""
+        """Compute in bfloat16 or float32, with weights of float32 (or, without gradients, of bfloat16). On a CPU with our own
+        products of bfloat16, bfloat16 means those: what lies between products stays float32."""
         narrow = dtype == torch.bfloat16 and self.device.type == "cpu" and multiplies(narrow=True)
         self.compute_dtype = torch.float32 if narrow else dtype
         self.round_factors(narrow)

@@ -30,6 +30,12 @@ class QKClip:
         for peak_H, attention in zip(self.peak_LH, self.attentions.values(), strict=True):
             attention.peak_H = peak_H
 
+    @classmethod
+    def of(cls, model: Transformer, most: float | None, parallel: Parallel) -> QKClip | None:
+        """None if there is no bound, or nothing that it would hold for."""
+        made = None if most is None else cls(model, most, parallel)
+        return made if made is not None and made.attentions else None
+
     def reset(self) -> None:
         self.peak_LH.fill_(float("-inf"))
 
@@ -44,9 +50,9 @@ class QKClip:
                 for part, row_factor in _row_factors(attention, factor_H).items():
                     if (path := f"{name}.{part}") in held:
                         local = held[path]
-                        own = row_factor[self.parallel.rows(path, len(row_factor))].to(local.device)
+                        own = row_factor[self.parallel.held_rows(path)].to(local.device)
                         local.mul_(own.view(-1, *(1,) * (local.ndim - 1)))
-        return float(self.peak_LH.max()) if len(self.peak_LH) else float("-inf")
+        return float(self.peak_LH.max())
 
 
 def _row_factors(attention: LatentAttention | GroupedQueryAttention, factor_H: Tensor) -> dict[str, Tensor]:

@@ -90,8 +90,7 @@ class Trainer:
         self.model.compute_in(run.dtype)
         self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.parallel, narrow=run.dtype == torch.bfloat16)
         self.balance = Balance(self.model, self.recipe.balance, self.parallel)
-        most = self.recipe.optimizer.qk_clip
-        self.qk_clip = None if most is None else QKClip(self.model, most, self.parallel)
+        self.qk_clip = QKClip.of(self.model, self.recipe.optimizer.qk_clip, self.parallel)
         layers = [index for index, _ in self.balance.layers]
         self.alarm = CollapseAlarm(layers, self.recipe.balance, self.recipe.optimizer.router_lr_scale)
         seq_len = self.recipe.data.seq_len

@@ -245,15 +245,6 @@ void into_panels(const Word* rows, size_t count, size_t wide, size_t width, Word
     }
 }
 
-const ints& lane_numbers() {
-    static const ints numbers = [] {
-        ints v;
-        for (int i = 0; i < LANES; i++) v[i] = i;
-        return v;
-    }();
-    return numbers;
-}
-
 // Minus infinity (`hidden`) outside [low, high).
 void hide(float* row, int n, int low, int high, float hidden) {
     for (int j = 0; j < n; j += LANES) {

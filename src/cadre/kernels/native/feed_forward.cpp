@@ -14,7 +14,7 @@ struct DenseLayer {
 struct ExpertsLayer {
     const float* norm;
     Router router;
-    Matrix gate, gate_up, down;  // gate: the router's; gate_up: rows [experts * 2 * width], gate first; down: rows [experts * hidden]
+    Matrix router_weight, gate_up, down;  // rows [experts], [experts * 2 * width] (gate first), [experts * hidden]
     Matrix shared_gate, shared_up, shared_down;  // data null without shared experts
     float eps;
     int32_t width;
@@ -158,7 +158,7 @@ extern "C" void cadre_experts(const ExpertsLayer* layer, const Step* step, int64
 #pragma omp parallel num_threads(step->threads)
     {
         team_norm(*step, e.norm, e.eps, normed);
-        team_linear(e.gate, nullptr, rows, M, logit);
+        team_linear(e.router_weight, nullptr, rows, M, logit);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (size_t m = 0; m < M; m++) route(e.router, logit + m * E, score + m * E, choice + m * K, weight + m * K);

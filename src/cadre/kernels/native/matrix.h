@@ -362,7 +362,8 @@ __attribute__((noinline)) static void sum_columns(const W& w, size_t row, size_t
 }
 
 #if defined(CADRE_BFLOAT16)
-// The same in words of two rows, for NV * 32 columns, or with `TAIL` for fewer than 32. a[m * stride + j / 2]: rounded, a zero beyond J.
+// The same in words of two rows, for NV * 32 columns, or with `TAIL` for fewer than 32. a[m * stride + j / 2]: rounded, a zero
+// beyond J.
 template <int MR, int NV, bool TAIL>
 __attribute__((noinline)) static void sum_word_tile(const Bfloat16& w, size_t row, size_t J, const uint32_t* a, size_t stride, size_t c,
                                                     size_t tail, float* const* y) {

@@ -18,16 +18,14 @@ void pause_briefly() {
 #endif
 }
 
-// Mostly the others come within microseconds, and a processor that has gone to sleep takes long to wake. Later on someone else may
-// need this one.
-constexpr int LOOKS = 64;
-constexpr double EAGER = 1e-3, PATIENT = 1e-2;
+constexpr int LOOKS = 64;  // between two looks at the clock
+constexpr double PATIENT = 1e-2;
 
 }  // namespace
 
-// Says in `mine` that this process has come to `turn`, with all that it has written, and waits until all `others` have. Returns
-// -1, or after so many seconds the first of them that has not.
-extern "C" int64_t cadre_meet(int64_t* mine, const int64_t* const* others, int64_t count, int64_t turn, double seconds) {
+// Says in `mine` that this process has come to `turn`, with all that it has written, and waits until all `others` have: for `eager`
+// seconds without letting go of its processor, for one that has gone to sleep takes long to wake. Whether they have within `seconds`.
+extern "C" int32_t cadre_meet(int64_t* mine, const int64_t* const* others, int64_t count, int64_t turn, double eager, double seconds) {
     __atomic_store_n(mine, turn, __ATOMIC_RELEASE);
     const double began = now();
     for (int64_t i = 0; i < count; i++)
@@ -38,13 +36,13 @@ extern "C" int64_t cadre_meet(int64_t* mine, const int64_t* const* others, int64
             }
             looks = 0;
             const double waited = now() - began;
-            if (waited > seconds) return i;
+            if (waited > seconds) return 0;
             if (waited > PATIENT) {
                 const timespec nap = {0, 100'000};
                 nanosleep(&nap, nullptr);
-            } else if (waited > EAGER) {
+            } else if (waited > eager) {
                 sched_yield();
             }
         }
-    return -1;
+    return 1;
 }

@@ -14,14 +14,9 @@ struct Router {
     float scaling;
 };
 
-constexpr float NOTHING = 1e-20f;  // what keeps a sum of vanished affinities from dividing by 0
+constexpr float TINY = 1e-20f;  // what keeps a sum of vanished affinities from dividing by 0
 
 static inline int64_t vectors_of(int64_t n) { return (n + LANES - 1) / LANES; }
-
-static inline ints lanes() {
-    alignas(64) static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return read<ints>(numbers);
-}
 
 static inline int32_t smallest(ints v) {
 #if defined(__AVX512F__)
@@ -35,12 +30,12 @@ static inline int32_t smallest(ints v) {
 // The first of the largest of `count` whole vectors.
 static inline int64_t best_of(const float* x, int64_t count) {
     floats best = load(x);
-    ints place = lanes();
+    ints place = lane_numbers();
     for (int64_t i = 1; i < count; i++) {
         floats v = load(x + i * LANES);
         ints better = v > best;
         best = better ? v : best;
-        place = better ? lanes() + (int32_t)(i * LANES) : place;
+        place = better ? lane_numbers() + (int32_t)(i * LANES) : place;
     }
     return smallest(best == all(largest(best)) ? place : INT32_MAX - ints{});
 }
@@ -112,6 +107,6 @@ static inline void route(const Router& r, const float* logit, float* score, Numb
         expert[k] = (Number)e;
         total += weight[k] = score[e];
     }
-    const float factor = all_of_them != all_of_them ? all_of_them : r.normed ? r.scaling / (total + NOTHING) : r.scaling;
+    const float factor = all_of_them != all_of_them ? all_of_them : r.normed ? r.scaling / (total + TINY) : r.scaling;
     for (int k = 0; k < r.top_k; k++) weight[k] *= factor;
 }

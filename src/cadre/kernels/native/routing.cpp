@@ -30,8 +30,8 @@ void route_back(const Routing& routing, const RoutingGradient& d, int64_t t) {
         const float* d_weight = d.weight + t * r.top_k;
         float total = 0.0f, along = 0.0f;
         for (int k = 0; k < r.top_k; k++) total += score[expert[k]], along += d_weight[k] * score[expert[k]];
-        const float factor = r.normed ? r.scaling / (total + NOTHING) : r.scaling;
-        const float mean = r.normed ? along / (total + NOTHING) : 0.0f;
+        const float factor = r.normed ? r.scaling / (total + TINY) : r.scaling;
+        const float mean = r.normed ? along / (total + TINY) : 0.0f;
         for (int k = 0; k < r.top_k; k++) to[expert[k]] += factor * (d_weight[k] - mean);
     }
     if (r.sigmoid) {

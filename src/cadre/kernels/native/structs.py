@@ -73,7 +73,7 @@ class ExpertsLayer(Filled):
     _fields_ = (
         ("norm", c_void_p),
         ("router", Router),
-        *((name, Matrix) for name in ("gate", "gate_up", "down", "shared_gate", "shared_up", "shared_down")),
+        *((name, Matrix) for name in ("router_weight", "gate_up", "down", "shared_gate", "shared_up", "shared_down")),
         ("eps", c_float),
         ("width", c_int32),
     )
@@ -180,8 +180,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_experts_training_gradient.argtypes = (POINTER(ExpertsTraining), POINTER(ExpertsGradient))
     library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_int32, c_void_p)
     library.cadre_muon.argtypes = (POINTER(MuonStep), c_int64, c_void_p, c_int32, c_int32)
-    library.cadre_meet.argtypes = (c_void_p, POINTER(c_void_p), c_int64, c_int64, c_double)
-    library.cadre_meet.restype = c_int64
+    library.cadre_meet.argtypes = (c_void_p, POINTER(c_void_p), c_int64, c_int64, c_double, c_double)
+    library.cadre_meet.restype = c_int32
     library.cadre_multiplies.argtypes, library.cadre_multiplies.restype = (c_int32,), c_int32
     for name in (
         *("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear", "use_sgemm", "sort_choices"),

@@ -52,6 +52,10 @@ static inline floats load_part(const float* from, size_t n) { return read_part<f
 static inline void store_part(float* to, floats v, size_t n) { std::memcpy(to, &v, n * sizeof(float)); }
 #endif
 static inline floats all(float x) { return x - floats{}; }
+static inline ints lane_numbers() {
+    alignas(64) static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return read<ints>(numbers);
+}
 
 // Calls f(first element, how many) for n elements: whole vectors (a constant LANES), then the rest.
 template <class F>

@@ -129,7 +129,9 @@ class CutLatentAttention(LatentAttention):
             def chunk(q_BTHK: Tensor, stop: int) -> Tensor:
                 document = None if document_BS is None else document_BS[:, :stop]
                 kv, k, turn = kv_BSHX[:, :stop], k_BSR[:, :stop], turn_SR[:stop]
-                return latent_attention(q_BTHK, kv, k, turn, self.scale, self.interleaved, document, self.narrow, self.peaks)
+                return latent_attention(
+                    q_BTHK, kv, k, turn, self.scale, self.interleaved, document, self.narrow, self.watched_peak_H
+                )
 
             return self.context.attend(q_BTHK, length, chunk)
 
@@ -159,7 +161,9 @@ class CutGroupedQueryAttention(GroupedQueryAttention):
 
         def chunk(q_BTHK: Tensor, stop: int) -> Tensor:
             document = None if document_BS is None else document_BS[:, :stop]
-            return causal_attention(q_BTHK, k_BSGK[:, :stop], v_BSGK[:, :stop], self.scale, document, self.narrow, self.peaks)
+            return causal_attention(
+                q_BTHK, k_BSGK[:, :stop], v_BSGK[:, :stop], self.scale, document, self.narrow, self.watched_peak_H
+            )
 
         return self.o_proj(self.context.attend(q_BTHK, length, chunk).flatten(-2))
 

@@ -3,7 +3,7 @@
 A token goes once to each rank that holds some of its experts, with its choices there, and comes back as the weighted sum of
 what they made of it (DeepSeek-V3 does so between nodes: its report, section 3.2.2). All by all-to-all:
 
-    counts      how many tokens go to each rank: a few integers, and the only wait for the processor
+    counts      how many tokens go to each rank: a few integers, for which all wait
     tokens      in the compute dtype or in 8 bits, and beside each the experts it chose and their weights; the shared experts
                 work meanwhile
     experts     on what has arrived, sorted by expert (by the experts' kernel itself, where there is one), added up by token

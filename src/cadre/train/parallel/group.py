@@ -113,9 +113,9 @@ class Parallel:
         """What this process holds of each parameter."""
         return dict(model.named_parameters())
 
-    def rows(self, name: str, count: int) -> slice:
-        """Which of a parameter's rows `held` has, of so many."""
-        return slice(0, count)
+    def held_rows(self, name: str) -> slice:
+        """Which of a parameter's rows `held` has."""
+        return slice(None)
 
     def hand_over_gradients(self) -> None:
         """Give the tensors of `held` the gradients of their parameters."""

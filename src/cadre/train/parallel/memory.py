@@ -39,6 +39,8 @@ _WORD = 8
 _LINE = 64
 # How long to wait before looking whether who is waited for is still there.
 _LOOK_SECONDS = 0.2
+# How long to look for the others without a pause: mostly they come within microseconds.
+_EAGER_SECONDS = 1e-3
 
 # Rows: elements of each, and their dtype.
 Kind = tuple[int, torch.dtype]
@@ -90,7 +92,10 @@ class Shared:
         self.mine = blocks[self.rank]
         self.others = [rank for rank in range(group.size()) if rank != self.rank]
         self.wait, self.native = wait, native
+        # Where processes outnumber processors, who waits takes time from whom it waits for.
+        self.eager = _EAGER_SECONDS if group.size() <= len(os.sched_getaffinity(0)) else 0.0
         self.turn = 0
+        self.uncollected = False
 
     @classmethod
     def open(cls, group: dist.ProcessGroup, device: torch.device, wait: timedelta) -> Shared | None:
@@ -115,6 +120,8 @@ class Shared:
 
     def room(self, size: int) -> Tensor:
         """Where this process writes so many bytes, uint8; they stay until the second `meet` from now."""
+        if self.uncollected:
+            raise RuntimeError("what is laid out has not been collected: this would overwrite it")
         block = self.mine[self.turn % 2]
         block.grow(_HEAD + size)
         return block.tensor[_HEAD : _HEAD + size]
@@ -122,22 +129,27 @@ class Shared:
     def meet(self) -> list[_Block]:
         """Wait until all have written. Returns the blocks of this turn, to be read before anything else is called."""
         self.turn += 1
-        counters = (ctypes.c_void_p * len(self.others))(*(self._counter(rank) for rank in self.others))
+        mine, *others = (self._counter(rank).data_ptr() for rank in (self.rank, *self.others))
+        places = (ctypes.c_void_p * len(others))(*others)
         began = time.monotonic()
-        while (late := self._meet(counters)) >= 0:
-            rank = self.others[late]
-            name = f"rank {dist.get_global_rank(self.group, rank)}"
-            if _gone(self.processes[rank]):
-                raise dist.DistError(f"the process of {name} is gone")
-            if time.monotonic() - began > self.wait.total_seconds():
-                raise dist.DistError(f"{name} has not answered for {self.wait}")
+        while not self.native.cadre_meet(mine, places, len(others), self.turn, self.eager, _LOOK_SECONDS):
+            missing = [rank for rank in self.others if self._misses(rank)]
+            for rank in missing:
+                # It may have come in the meantime, and ended after its last turn.
+                if _gone(self.processes[rank]) and self._misses(rank):
+                    raise dist.DistError(f"the process of {self._name(rank)} is gone")
+            if missing and time.monotonic() - began > self.wait.total_seconds():
+                raise dist.DistError(f"{self._name(missing[0])} has not answered for {self.wait}")
         return [blocks[(self.turn - 1) % 2] for blocks in self.blocks]
 
-    def _meet(self, counters: Any) -> int:
-        return self.native.cadre_meet(self._counter(self.rank), counters, len(counters), self.turn, _LOOK_SECONDS)
+    def _counter(self, rank: int) -> Tensor:
+        return self.blocks[rank][0].tensor[_COUNTER : _COUNTER + _WORD].view(torch.int64)
 
-    def _counter(self, rank: int) -> int:
-        return self.blocks[rank][0].tensor.data_ptr() + _COUNTER
+    def _misses(self, rank: int) -> bool:
+        return int(self._counter(rank)) < self.turn
+
+    def _name(self, rank: int) -> str:
+        return f"rank {dist.get_global_rank(self.group, rank)}"
 
     def lay_out(self, sizes: Sequence[int], kinds: Sequence[Kind]) -> list[Tensor]:
         """Where this process writes rows for each rank, `sizes` of them, one rank's after the other's: of each kind a tensor
@@ -146,12 +158,14 @@ class Shared:
         room = self.room(_places(rows, kinds)[-1])
         ends = torch.tensor([0, *sizes]).cumsum(0)
         self._head(self.mine[self.turn % 2])[: len(ends)] = ends
+        self.uncollected = True
         return _parts(room, rows, kinds)
 
     def collect(self, kinds: Sequence[Kind]) -> list[list[Tensor]]:
         """From each rank the rows that it has laid out for this one, of the same kinds. They lie where others will write: to be
         read before anything else is called."""
         found = []
+        self.uncollected = False
         for block in self.meet():
             ends = self._head(block)[: self.group.size() + 1].tolist()
             room = block.upto(_HEAD + _places(ends[-1], kinds)[-1])[_HEAD:]
@@ -226,7 +240,7 @@ def _gone(process: int) -> bool:
     """Whether a process has ended, if only its parent does not know yet."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+    except (FileNotFoundError, ProcessLookupError):
         return True
     return state in ("Z", "X")
 

@@ -224,7 +224,7 @@ class Ranks(Parallel):
     def held(self, model: Transformer) -> dict[str, Tensor]:
         return {name: part.local for name, part in self.parts.items()}
 
-    def rows(self, name: str, count: int) -> slice:
+    def held_rows(self, name: str) -> slice:
         return self.parts[name].rows(self.rank)
 
     def hand_over_gradients(self) -> None:
@@ -239,9 +239,8 @@ class Ranks(Parallel):
             part.parameter.grad = None
 
     def norm(self, norm: Tensor) -> Tensor:
-        square = self._sum(norm.double().square().view(1))[
-            0
-        ]  # over the replicas too, so that all have the same to the last bit
+        # Over the replicas too, so that all have the same to the last bit.
+        square = self._sum(norm.double().square().view(1))[0]
         return (square / self.layout.replicas).sqrt().to(norm.dtype)
 
     def muon(self, matrices: Iterable[Any], **options: Any) -> Muon:
