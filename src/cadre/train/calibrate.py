@@ -55,7 +55,7 @@ FILE_NAME = "prediction.json"
 _LEAST_SHARE = 0.25
 _GEMM_SIZES = (256, 512, 1024, 2048)
 # Steps after which memory grows no more, and half as many after an evaluation.
-_SETTLED = 6
+_SETTLED = 10
 
 
 @dataclass(frozen=True)
