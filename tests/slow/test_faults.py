@@ -21,7 +21,7 @@ from tests.slow.test_scale import PATIENCE, Job
 
 __all__ = ["recipe"]
 # Of `parallel.timeout`, in minutes, and what the processes may take to notice and end.
-TIMEOUT, GRACE = 0.2, 60
+TIMEOUT, GRACE = 0.1, 60
 
 
 def suspend(ranks: dict[int, psutil.Process]) -> None:
