@@ -131,3 +131,16 @@ def test_a_weight_of_bfloat16_is_taken_as_it_is(rows, out, into, biased, seed):
     torch.testing.assert_close(exact, torch.nn.functional.linear(x, weight.float(), None if bias is None else bias.float()))
     x.requires_grad_()
     torch.testing.assert_close(linear(x, weight, bias, narrow=True), made, **off)  # with a gradient: in torch
+
+
+@narrow_ones
+def test_only_the_products_of_gradients_may_be_narrow():
+    x, weight = (wide(*shape, seed=seed).float().requires_grad_() for seed, shape in enumerate(((40, 70), (30, 70))))
+    direction = wide(40, 30, seed=2).float()
+    y = linear(x, weight, narrow_back=True)
+    assert torch.equal(y, linear(x, weight))
+    for got, want in zip(
+        torch.autograd.grad(y, (x, weight), direction),
+        (rounded(direction) @ rounded(weight), rounded(direction).t() @ rounded(x)), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(got, want, **SUMS)

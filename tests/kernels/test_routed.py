@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from cadre.kernels.grouped import expert_swiglu_reference
-from cadre.kernels.native.library import training_library, trains, why_missing
+from cadre.kernels.native.library import multiplies, training_library, trains, why_missing
 from cadre.kernels.permute import sort_choices
 from cadre.kernels.routed import dense_swiglu, routed_swiglu, rows_swiglu
 
@@ -120,6 +120,32 @@ def test_rows_of_many_blocks_and_slices_equal_float64(threads: int, crowd: float
     for one, other, truth in zip(once, again, exact, strict=True):
         assert torch.equal(one, other)
         assert_close(one.double(), truth, atol=1e-5 * float(truth.detach().abs().max()), rtol=1e-4)
+
+
+@given(problems(), st.integers(1, 40), st.booleans(), st.sets(st.integers(0, 6), max_size=6))
+@example(problem(700, 2, 4, 20, 18), 30, False, set())
+def test_shared_experts_join_in_as_if_added_afterwards(given: Problem, width: int, narrow: bool, frozen: set[int]) -> None:
+    """To the last bit, whichever leaves want a gradient."""
+    narrow = narrow and multiplies(narrow=True)
+    hidden, generator = given.x_TD.shape[1], torch.Generator().manual_seed(3)
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    shared = tuple((torch.randn(shape, generator=generator) * 0.2).requires_grad_() for shape in shapes)
+    leaves = [*given.leaves(), *shared]
+    for number in frozen:
+        leaves[number].requires_grad_(False)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    joined = routed_swiglu(*vars(given).values(), narrow=narrow, shared=shared)
+    apart = routed_swiglu(*vars(given).values(), narrow=narrow) + dense_swiglu(given.x_TD, *shared, narrow=narrow)
+    assert torch.equal(joined, apart)
+    ours, truth = (torch.autograd.grad(y, wanted, direction(y)) for y in (joined, apart))
+    assert all(torch.equal(one, other) for one, other in zip(ours, truth, strict=True))
+
+
+def test_shared_experts_of_another_size_are_refused() -> None:
+    given = problem(3, 1, 2, 8, 4)
+    for shapes in (((4, 8), (4, 8), (4, 8)), ((4, 8), (5, 8), (8, 4)), ((4, 9), (4, 9), (9, 4))):
+        with pytest.raises(ValueError, match="do not fit"):
+            routed_swiglu(*vars(given).values(), shared=tuple(torch.zeros(shape) for shape in shapes))
 
 
 def test_matrices_wider_than_the_cache_equal_float64() -> None:

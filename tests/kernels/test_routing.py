@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadre.kernels.routing import RoutingRule, choose_experts
+from cadre.kernels import routing as module
+from cadre.kernels.routing import RoutingRule, choose_experts, frequency_met, frequency_met_reference, greatest
 
 
 @st.composite
@@ -21,6 +22,10 @@ def rules(draw: st.DrawFn) -> tuple[RoutingRule, int]:
     top_k = draw(st.integers(1, min(8, top_groups * size)))
     sigmoid, normed, scaling = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([1.0, 2.5]))
     return RoutingRule(top_k, groups, top_groups, sigmoid, normed, scaling), groups * size
+
+
+def through_torch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "trains", lambda *_: False)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -85,3 +90,40 @@ def test_extreme_logits_stay_finite() -> None:
         _, weight, score = choose_experts(logit, None, RoutingRule(2, 1, 1, sigmoid, True, 1.0))
         (gradient,) = torch.autograd.grad(weight.square().sum() + score.square().sum(), logit)
         assert weight.isfinite().all() and score.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 20), st.integers(0, 999))
+def test_the_greatest_are_those_that_sorting_finds(native: bool, experts: int, count: int, tokens: int, seed: int) -> None:
+    count, logit = min(count, experts), random(tokens, experts, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            through_torch(patch)
+        found = greatest(logit, count)
+    assert torch.equal(found.sort(dim=1).values, logit.argsort(dim=1, descending=True)[:, :count].sort(dim=1).values)
+
+
+def test_the_greatest_of_large_logits_are_told_apart() -> None:
+    """Where affinities are not: a sigmoid of either is 1."""
+    assert greatest(torch.tensor([[90.0, 80.0, 91.0, 85.0]]), 2).tolist() == [[2, 0]]
+
+
+def test_of_nan_some_experts_are_the_greatest() -> None:
+    found = greatest(torch.full((3, 5), torch.nan), 4)
+    assert ((found >= 0) & (found < 5)).all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 70), st.integers(0, 999))
+def test_frequencies_met_equal_float64(native: bool, stretches: int, length: int, experts: int, seed: int) -> None:
+    score = random(stretches * length, experts, seed=seed).sigmoid().requires_grad_()
+    frequency, direction = random(stretches, experts, seed=seed + 1).abs(), random(stretches * length, seed=seed + 2)
+    exact = score.detach().double().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            through_torch(patch)
+        ours = frequency_met(score, frequency)
+        gradient = torch.autograd.grad(ours, score, direction)[0]
+    truth = frequency_met_reference(exact, frequency.double())
+    assert_close(ours.double(), truth, atol=1e-6, rtol=1e-5)
+    assert_close(gradient.double(), torch.autograd.grad(truth, exact, direction.double())[0], atol=1e-5, rtol=1e-4)

@@ -268,6 +268,17 @@ def test_shared_experts_are_one_wide_feed_forward(shared):
         assert mixture.shared_experts is None
 
 
+@pytest.mark.parametrize("part", ["", "down_proj"])
+@pytest.mark.parametrize("when", ["register_forward_hook", "register_forward_pre_hook"])
+def test_shared_experts_that_are_watched_are_called(part, when):
+    mixture, x = filled(small("deepseek_v3", n_shared_experts=1)), random(1, 5, 24)
+    unwatched, seen = mixture(x), []
+    watched = mixture.shared_experts.get_submodule(part)
+    getattr(watched, when)(lambda module, *_: seen.append(module))
+    assert_close(mixture(x), unwatched)
+    assert seen == [watched]
+
+
 def test_routes_are_kept_for_balancing_only_while_training():
     mixture, x = filled(small("deepseek_v3")), random(1, 5, 24)
     mixture.eval()(x)

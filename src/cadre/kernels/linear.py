@@ -77,26 +77,29 @@ def _by_rows(x: Tensor) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, narrow: bool) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, narrow: bool, narrow_back: bool) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI)
-        ctx.narrow = narrow
+        ctx.narrow = narrow_back
         return product(x_TI, weight_OI.t(), narrow=narrow)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_TI, weight_OI = ctx.saved_tensors
         grad = grad_TO.resolve_neg()
         grad_x = product(grad, weight_OI, narrow=ctx.narrow) if ctx.needs_input_grad[0] else None
         grad_weight = product(grad.t(), x_TI, narrow=ctx.narrow) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
-def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, narrow: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, narrow: bool = False, narrow_back: bool | None = None
+) -> Tensor:
     """x W^T + b for x [..., I] in x's dtype: [..., O]. `narrow` where `multiplies(narrow)` says that there is such a thing;
-    x is float32 then."""
+    x is float32 then. `narrow_back`: the same of the gradients' products alone."""
     rows = x.numel() // max(1, x.shape[-1])
     if not (feeds(x, weight_OI, narrow=narrow) and multiplies(narrow) and rows >= _LEAST_ROWS):
         return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
-    y = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_OI, narrow).view(*x.shape[:-1], len(weight_OI))
+    back = narrow if narrow_back is None else narrow_back
+    y = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_OI, narrow, back).view(*x.shape[:-1], len(weight_OI))
     return y if bias_O is None else y + bias_O

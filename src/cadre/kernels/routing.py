@@ -37,12 +37,49 @@ def choose_experts(logit_TE: Tensor, correction_E: Tensor | None, rule: RoutingR
 
 
 def greatest(logit_TE: Tensor, count: int) -> Tensor:
-    """The so many experts of greatest affinity of each token, int64 [T, K] in any order; no gradient."""
+    """The so many experts of greatest logits of each token, int64 [T, K] in any order; no gradient."""
     logit_TE = logit_TE.detach()
-    if trains(logit_TE):
-        # By softmax: a sigmoid is 1 for large logits, whichever is larger.
-        return choose_experts(logit_TE, None, RoutingRule(count, 1, 1, sigmoid=False, normed=False, scaling=1.0))[0]
-    return logit_TE.topk(count, dim=-1, sorted=False).indices
+    if not trains(logit_TE):
+        return logit_TE.topk(count, dim=-1, sorted=False).indices
+    logit = logit_TE.contiguous()
+    expert_TK = logit.new_empty(len(logit), count, dtype=torch.int64)
+    _library().cadre_greatest(_at(logit), *logit.shape, count, torch.get_num_threads(), _at(expert_TK))
+    return expert_TK
+
+
+def frequency_met_reference(score_TE: Tensor, frequency_BE: Tensor) -> Tensor:
+    """For each token the sum over experts of its share of affinity, times the expert's frequency in the token's stretch, one
+    of B equal ones: [T]."""
+    share_TE = score_TE / score_TE.sum(dim=-1, keepdim=True)
+    return (share_TE.unflatten(0, (len(frequency_BE), -1)) * frequency_BE[:, None]).sum(dim=-1).flatten()
+
+
+def frequency_met(score_TE: Tensor, frequency_BE: Tensor) -> Tensor:
+    """As the reference, with a gradient of the affinities alone. Float32 on a CPU takes one pass over memory, and back one."""
+    if trains(score_TE, frequency_BE) and len(score_TE) % len(frequency_BE) == 0 and score_TE.shape[1] == frequency_BE.shape[1]:
+        return _FrequencyMet.apply(score_TE, frequency_BE)
+    return frequency_met_reference(score_TE, frequency_BE)
+
+
+class _FrequencyMet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, score_TE: Tensor, frequency_BE: Tensor) -> Tensor:
+        score, frequency = score_TE.contiguous(), frequency_BE.contiguous()
+        met_T, total_T = score.new_empty(len(score)), score.new_empty(len(score))
+        ctx.sizes = (*score.shape, len(score) // len(frequency), torch.get_num_threads())
+        _library().cadre_frequency_met(_at(score), _at(frequency), *ctx.sizes, _at(met_T), _at(total_T))
+        ctx.save_for_backward(frequency, met_T, total_T)
+        return met_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
+        frequency, met_T, total_T = ctx.saved_tensors
+        grad_T = grad_T.contiguous()
+        grad_TE = frequency.new_empty(ctx.sizes[:2])
+        at = (_at(tensor) for tensor in (frequency, met_T, total_T, grad_T))
+        _library().cadre_frequency_met_gradient(*at, *ctx.sizes, _at(grad_TE))
+        return grad_TE, None
 
 
 class _Choose(torch.autograd.Function):

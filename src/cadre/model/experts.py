@@ -19,7 +19,7 @@ from cadre.kernels.grouped import expert_swiglu
 from cadre.kernels.linear import linear
 from cadre.kernels.native.library import feeds, trains
 from cadre.kernels.permute import gather_rows, sort_choices, sum_choices
-from cadre.kernels.routed import routed_swiglu
+from cadre.kernels.routed import Dense, routed_swiglu
 from cadre.kernels.routing import RoutingRule, choose_experts
 from cadre.model.config import ModelConfig
 from cadre.model.layers import SwiGLU
@@ -37,7 +37,8 @@ class Routes:
 
 
 class Router(nn.Module):
-    """Scores every expert for every token and picks top-k, limited to the best groups. All arithmetic in float32.
+    """Scores every expert for every token and picks top-k, limited to the best groups. All arithmetic in float32, but for the
+    factors of its gradients' products where `narrow`.
 
     deepseek_v3, glm4_moe: sigmoid affinities; the choice (not the weight) adds `e_score_correction_bias`; a group counts
     by the sum of its two best (V3 report, equations 12-16). deepseek_v2: softmax affinities; a group counts by its best.
@@ -52,6 +53,7 @@ class Router(nn.Module):
             config.norm_topk_prob, config.routed_scaling_factor,
         )  # fmt: skip
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        self.narrow = False
         if config.scoring_func == "sigmoid":
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
         else:
@@ -69,7 +71,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routes:
         config = self.config
-        logit_TE = linear(x_TD.float(), self.weight.float())
+        logit_TE = linear(x_TD.float(), self.weight.float(), narrow_back=self.narrow)
         if trains(logit_TE):
             return Routes(*choose_experts(logit_TE, self.e_score_correction_bias, self.rule), logit_TE)
         score_TE = logit_TE.sigmoid() if config.scoring_func == "sigmoid" else logit_TE.softmax(dim=-1)
@@ -132,12 +134,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.narrow = False
 
-    def forward(self, x: Tensor, load_E: Tensor, plan: Plan | None = None) -> Tensor:
-        """Rows [R, D] sorted by expert in, rows out. With a plan, where `moves_rows`: tokens [T, D] in, tokens out."""
-        if plan is None:
-            return expert_swiglu(x, load_E, self.gate_up_proj, self.down_proj, self.narrow)
+    def forward(self, x: Tensor, load_E: Tensor, plan: Plan | None = None, shared: Dense | None = None) -> Tensor:
+        """Rows [R, D] sorted by expert in, rows out. With a plan, where `moves_rows`: tokens [T, D] in, tokens out, what the
+        shared experts make of them added if those are given."""
         matrices = self.gate_up_proj, self.down_proj
-        return routed_swiglu(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, *matrices, narrow=self.narrow)
+        if plan is None:
+            return expert_swiglu(x, load_E, *matrices, self.narrow)
+        return routed_swiglu(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, *matrices, self.narrow, shared)
 
     def moves_rows(self, x_TD: Tensor) -> bool:
         """Whether dispatch and combine can be had as part of the experts' kernel, so that no row is ever stored."""
@@ -167,14 +170,17 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_TD = x_BTD.flatten(0, -2)
         routes = self.gate(x_TD)
+        shared, joined = self.shared_experts, None
         if isinstance(self.experts, Experts) and self.experts.moves_rows(x_TD):
             plan = arrange(routes)
-            y_TD = self.experts(x_TD, plan.load_E, plan)
+            if shared is not None and not shared._forward_hooks and not shared._forward_pre_hooks:
+                joined = shared.weights(x_TD)
+            y_TD = self.experts(x_TD, plan.load_E, plan, joined)
         else:
             x_RD, plan = dispatch(x_TD, routes)
             y_TD = combine(self.experts(x_RD, plan.load_E), plan)
         if self.training and self.keeps_routes:
             self.routes = routes
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+        if shared is not None and joined is None:
+            y_TD = y_TD + shared(x_TD)
         return y_TD.view_as(x_BTD)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cadre.kernels.linear import linear
 from cadre.kernels.native.library import feeds
 from cadre.kernels.norm import rms_norm
-from cadre.kernels.routed import dense_swiglu
+from cadre.kernels.routed import Dense, dense_swiglu
 
 
 class Linear(nn.Linear):
@@ -52,10 +52,16 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.gate_proj, self.up_proj, self.down_proj
-        # Parts of another kind (quantized, adapted) or watched by hooks have to be called.
-        if all(type(part) is Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts):
-            gate, up, down = (part.weight for part in parts)
-            if feeds(x, gate, up, down, narrow=self.gate_proj.narrow):
-                return dense_swiglu(x, gate, up, down, self.gate_proj.narrow)
+        weights = self.weights(x)
+        if weights is not None:
+            return dense_swiglu(x, *weights, self.gate_proj.narrow)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def weights(self, x: Tensor) -> Dense | None:
+        """gate, up and down, where `dense_swiglu` takes them with x and no part has to be called: parts of another kind
+        (quantized, adapted) or watched by hooks have."""
+        parts = self.gate_proj, self.up_proj, self.down_proj
+        if not all(type(part) is Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts):
+            return None
+        gate, up, down = (part.weight for part in parts)
+        return (gate, up, down) if feeds(x, gate, up, down, narrow=self.gate_proj.narrow) else None

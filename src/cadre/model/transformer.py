@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         """Whether products of float32 on a CPU are made of factors rounded to bfloat16; weights may then be bfloat16 themselves
         where no gradient is asked for."""
         for module in self.modules():
-            if isinstance(module, (Linear, Experts, LatentAttention, GroupedQueryAttention)):
+            if isinstance(module, (Linear, Router, Experts, LatentAttention, GroupedQueryAttention)):
                 module.narrow = narrow
 
     def embed(self, ids_BT: Tensor) -> Tensor:

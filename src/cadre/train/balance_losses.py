@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cadre.kernels.routing import greatest
+from cadre.kernels.routing import frequency_met, greatest
 from cadre.model.experts import Router, Routes
 
 
@@ -57,11 +57,8 @@ def counted_loads(heard: Heard, stretches: int) -> Tensor:
 def balance_loss(score_TE: Tensor, load_BE: Tensor) -> Tensor:
     """Equations 17 to 20 without their factor, averaged over the B equal stretches of the T tokens. load_BE: the choices
     that count, in any unit, for each stretch or (B = 1) for all."""
-    experts = score_TE.shape[1]
-    share_TE = score_TE / score_TE.sum(dim=-1, keepdim=True)
-    affinity_BE = share_TE.unflatten(0, (len(load_BE), -1)).mean(dim=1)
-    frequency_BE = load_BE * (experts / load_BE.sum(dim=-1, keepdim=True))
-    return (frequency_BE * affinity_BE).sum(dim=-1).mean()
+    frequency_BE = load_BE * (score_TE.shape[1] / load_BE.sum(dim=-1, keepdim=True))
+    return frequency_met(score_TE, frequency_BE).mean()
 
 
 def _whole(load_BE: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadre.kernels.total_norm import total_norm
 from cadre.model.experts import Router
 from cadre.model.transformer import Transformer
 from cadre.train.parallel.group import Parallel
@@ -60,7 +61,7 @@ class Optimizer:
     def clip(self, most: float) -> float:
         """Take over the gradients and scale them down to a global norm of `most`. Returns the norm they had."""
         self.parallel.hand_over_gradients()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        norm = total_norm([p.grad for p in self.names if p.grad is not None])
         norm = self.parallel.norm(norm)
         if (size := float(norm)) > most:  # else all would be multiplied by 1; a norm that is no number is for the caller to see
             torch.nn.utils.clip_grads_with_norm_(self.names, most, norm)

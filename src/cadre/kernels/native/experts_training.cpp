@@ -21,6 +21,7 @@ struct ExpertsTraining {
     int64_t further;                  // elements from one expert's gate (and up) to the next one's
     Factors factors;
     int32_t halves;                   // whether the three matrices are of bfloat16: forward only
+    int32_t adds;                     // with `token`: whether the outputs of tokens, backward their gradients, add to what is there
     int32_t threads;
 };
 
@@ -112,12 +113,23 @@ std::vector<int64_t> starts_of(const ExpertsTraining& e) {
 }
 
 // Rows of the tokens [tokens, hidden] whose copies are rows `begin` on; copied to `copies` where the product cannot gather them.
-Operand rows_of(const ExpertsTraining& e, const float* tokens, int64_t begin, int64_t count, float* copies) {
+Operand rows_of(const ExpertsTraining& e, const Operand& tokens, int64_t begin, int64_t count, float* copies) {
     const size_t D = e.hidden;
-    if (!e.token) return {tokens + begin * D, D};
-    if (ours(e.factors)) return {tokens, D, false, e.token + begin};
-    gather(tokens, e.token + begin, count, D, copies);
+    if (!e.token) return tokens.from(begin, 0);
+    if (ours(e.factors)) return {tokens.data, D, false, e.token + begin, tokens.halves};
+    gather(tokens.data, e.token + begin, count, D, copies);
     return {copies, D};
+}
+
+// All tokens as they lie; of those that several rows are copies of, rounded ones, lest each copy be rounded.
+Operand tokens_of(const ExpertsTraining& e, const float* tokens, Scratch<uint16_t>& memory) {
+    const size_t D = e.hidden;
+    if (!e.token || e.factors == Factors::FLOAT32) return {tokens, D};
+    uint16_t* to = memory.of(e.tokens * D);
+#pragma omp parallel for num_threads(e.threads) schedule(static)
+    for (int64_t t = 0; t < e.tokens; t++)
+        by_vectors(D, [=](size_t d, auto n) { store_some(to + t * D + d, load_some(tokens + t * D + d, n), n); });
+    return {(const float*)to, D, false, nullptr, true};
 }
 
 // Fetch meanwhile what a product packs first of a matrix of so many rows.
@@ -126,15 +138,15 @@ void first_of(Ahead& ahead, const Operand& matrix, size_t high) {
 }
 
 // Fetch meanwhile what a block of rows begins with, copies of `tokens`, and the `high` rows of the matrices that multiply it.
-void expect(Ahead& ahead, const ExpertsTraining& e, const float* tokens, int64_t begin, int64_t end, Operand matrices = {}, size_t high = 0) {
+void expect(Ahead& ahead, const ExpertsTraining& e, const Operand& tokens, int64_t begin, int64_t end, Operand matrices = {}, size_t high = 0) {
     const size_t D = e.hidden, count = end - begin;
-    if (e.token) ahead.rows({tokens, D, false, e.token + begin}, count, D);
-    else ahead.rows({tokens + begin * D, D}, count, D);
+    if (e.token) ahead.rows({tokens.data, D, false, e.token + begin, tokens.halves}, count, D);
+    else ahead.rows(tokens.from(begin, 0), count, D);
     first_of(ahead, matrices, high);
 }
 
 // `then`: the task that this thread will probably have next, or null.
-void forward(const ExpertsTraining& e, const Task& task, const Task* then) {
+void forward(const ExpertsTraining& e, const Operand& tokens, const Task& task, const Task* then) {
     static thread_local Scratch<> memory;
     Ahead ahead;
     const Multiply multiply{e.factors, &ahead};
@@ -154,7 +166,7 @@ void forward(const ExpertsTraining& e, const Task& task, const Task* then) {
         const int64_t begin = blocks.start(i), end = blocks.start(i + 1);
         const size_t count = end - begin;
         float* inner = in_place ? (float*)e.inner + begin * 2 * F : h + most * F;
-        const Operand x = rows_of(e, e.x, begin, count, copies);
+        const Operand x = rows_of(e, tokens, begin, count, copies);
         if (i == 0) first_of(ahead, down, D);
         if (joined) {
             multiply(count, 2 * F, D, x, gate, inner, 2 * F);
@@ -169,10 +181,10 @@ void forward(const ExpertsTraining& e, const Task& task, const Task* then) {
             activate(inner, count, F, h, [=](size_t i, floats v, int n) { store_some(kept + i, v, n); });
         }
         if (i + 1 < blocks.count) {
-            expect(ahead, e, e.x, end, blocks.start(i + 2));
+            expect(ahead, e, tokens, end, blocks.start(i + 2));
         } else if (then) {
             const Blocks next(then->begin, then->end, BLOCK);
-            expect(ahead, e, e.x, then->begin, next.start(1), gate_of(then->expert), 2 * F);
+            expect(ahead, e, tokens, then->begin, next.start(1), gate_of(then->expert), 2 * F);
         }
         multiply(count, D, F, {h, F}, down, (e.token ? e.y : e.out) + begin * D, D);
     }
@@ -182,7 +194,8 @@ struct Sums {
     float *gate, *up, *down;
 };
 
-void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& task, const Task* then) {
+void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Operand& tokens, const Operand& d_tokens, const Task& task,
+              const Task* then) {
     static thread_local Scratch<> memory;
     Ahead ahead;
     const Multiply multiply{e.factors, &ahead};
@@ -205,11 +218,11 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
     for (int64_t i = 0; i < blocks.count; i++) {
         const int64_t begin = blocks.start(i);
         const size_t count = blocks.start(i + 1) - begin;
-        const Operand d_out = rows_of(e, d.out, begin, count, copies);
+        const Operand d_out = rows_of(e, d_tokens, begin, count, copies);
         const size_t line = e.factors == Factors::FLOAT32 ? 2 * F : F;  // floats that a row of `inner` takes
         ahead.rows({(const float*)e.inner + begin * line, line}, count, line);
         if (i == 0) ahead.rows({gate, D}, 2 * F, D);
-        if (d.gate) expect(ahead, e, e.x, begin, blocks.start(i + 1));
+        if (d.gate) expect(ahead, e, tokens, begin, blocks.start(i + 1));
         multiply(count, F, D, d_out, {down, F}, d_h, F);
         const float* weight = e.token ? d.weight_rows + begin : nullptr;
         float* along = e.token ? d.weight_rows + e.rows + begin : nullptr;
@@ -226,13 +239,13 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
             }
         }
         if (i + 1 < blocks.count) {
-            expect(ahead, e, d.out, blocks.start(i + 1), blocks.start(i + 2));
+            expect(ahead, e, d_tokens, blocks.start(i + 1), blocks.start(i + 2));
         } else if (then) {
             const Blocks next(then->begin, then->end, block);
-            expect(ahead, e, d.out, then->begin, next.start(1), {e.down + then->expert * (int64_t)(F * D), F}, D);
+            expect(ahead, e, d_tokens, then->begin, next.start(1), {e.down + then->expert * (int64_t)(F * D), F}, D);
         }
         if (!d.gate) continue;
-        const Operand x = rows_of(e, e.x, begin, count, copies + most * D);
+        const Operand x = rows_of(e, tokens, begin, count, copies + most * D);
         multiply(D, F, count, d_out.transposed(), {h, F}, to.down, F, i > 0);
         if (joined_sums) {
             multiply(2 * F, D, count, {d_inner, 2 * F, true}, x, to.gate, D, i > 0);
@@ -243,7 +256,7 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Task& ta
     }
 }
 
-// out[t] = the sum of the token's rows below `end`, weighted if there are weights.
+// out[t] = the sum of the token's rows below `end`, weighted if there are weights; `adds`: and what was there.
 void team_add_up(const ExpertsTraining& e, const float* rows, int64_t end, const float* weight, float* out) {
     const size_t D = e.hidden;
     const int64_t K = e.choices;
@@ -260,7 +273,7 @@ void team_add_up(const ExpertsTraining& e, const float* rows, int64_t end, const
                 floats v = load_some(rows + row[k] * D + d, n);
                 sums += weight ? v * weight[t * K + k] : v;
             }
-            store_some(out + t * D + d, sums, n);
+            store_some(out + t * D + d, e.adds ? sums + load_some(out + t * D + d, n) : sums, n);
         });
     }
 }
@@ -308,21 +321,25 @@ extern "C" void cadre_sort_choices(const int64_t* expert, int64_t tokens, int64_
 }
 
 extern "C" void cadre_experts_training(const ExpertsTraining* experts) {
+    static thread_local Scratch<uint16_t> rounded;
     const ExpertsTraining& e = *experts;
+    const Operand tokens = tokens_of(e, e.x, rounded);
     std::vector<Task> tasks = slices_of(e, 4 * e.threads, BLOCK);
     largest_first(tasks);
     const int64_t end = starts_of(e).back();
 #pragma omp parallel num_threads(e.threads)
     {
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < tasks.size(); i++) forward(e, tasks[i], after(tasks, i, e.threads));
+        for (size_t i = 0; i < tasks.size(); i++) forward(e, tokens, tasks[i], after(tasks, i, e.threads));
         if (e.token) team_add_up(e, e.y, end, e.weight, e.out);
     }
 }
 
 extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, const ExpertsGradient* gradient) {
+    static thread_local Scratch<uint16_t> rounded, d_rounded;
     const ExpertsTraining& e = *experts;
     const ExpertsGradient& d = *gradient;
+    const Operand tokens = tokens_of(e, e.x, rounded), d_tokens = tokens_of(e, d.out, d_rounded);
     const size_t matrix = e.hidden * e.width, room = 3 * matrix;
     const int64_t end = starts_of(e).back();
     std::vector<Task> tasks = slices_of(e, e.experts == 1 ? e.threads : 4 * e.threads, LEAST_SLICE);
@@ -350,7 +367,7 @@ extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, 
             for (int64_t i = 0; i < e.tokens * e.choices; i++) d.weight_rows[e.row[i]] = e.weight[i];
         }
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < tasks.size(); i++) backward(e, d, tasks[i], after(tasks, i, e.threads));
+        for (size_t i = 0; i < tasks.size(); i++) backward(e, d, tokens, d_tokens, tasks[i], after(tasks, i, e.threads));
         if (d.gate) {
 #pragma omp for schedule(dynamic) nowait
             for (int64_t i = 0; i < e.experts; i++)

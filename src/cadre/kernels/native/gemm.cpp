@@ -18,8 +18,17 @@ constexpr size_t APART = 16;  // words between the rows of a packed a beyond the
 // The processor does not foresee which of indexed rows is next. `left`: rows from this one on.
 void prefetch(const Operand& from, size_t row, size_t left, size_t columns) {
     constexpr size_t EARLY = 12, LINE = 16;
+    if (from.halves) columns = (columns + 1) / 2;
     if (from.index && left > EARLY)
         for (size_t i = 0; i < columns; i += LINE) __builtin_prefetch(from.row(row + EARLY) + i);
+}
+
+// Calls f with the pointers, to what lies there indeed.
+template <class Kind, class F, class... Pointer>
+void as_they_lie(const Operand& from, F f, Pointer... pointer) {
+    if constexpr (Kind::FACTORS == 2)
+        if (from.halves) return f((const uint16_t*)pointer...);
+    f(pointer...);
 }
 
 // Of `rows` rows that lie one after the other along K, their first `factors` factors: to[row][word], rows `stride` words apart.
@@ -28,8 +37,10 @@ void pack_along(const Operand& from, size_t rows, size_t factors, typename Kind:
     constexpr size_t STEP = 16 * Kind::FACTORS;
     for (size_t r = 0; r < rows; r++) {
         prefetch(from, r, rows - r, factors);
-        const float* row = from.row(r);
-        for (size_t k = 0; k < factors; k += STEP) Kind::store(to + r * stride + k / Kind::FACTORS, Kind::along(row + k, factors - k));
+        auto pack = [&](auto row) {
+            for (size_t k = 0; k < factors; k += STEP) Kind::store(to + r * stride + k / Kind::FACTORS, Kind::along(row + k, factors - k));
+        };
+        as_they_lie<Kind>(from, pack, from.row(r));
     }
 }
 
@@ -40,8 +51,10 @@ void pack_across(const Operand& from, size_t rows, size_t factors, typename Kind
         const bool last = k + 1 == factors;
         prefetch(from, k, factors - k, rows);
         if (!last) prefetch(from, k + 1, factors - k - 1, rows);
-        const float *first = from.row(k), *second = last ? first : from.row(k + 1);
-        for (size_t r = 0; r < rows; r += 16) Kind::store(to + r, Kind::across(first + r, second + r, rows - r, last));
+        auto pack = [&](auto first, auto second) {
+            for (size_t r = 0; r < rows; r += 16) Kind::store(to + r, Kind::across(first + r, second + r, rows - r, last));
+        };
+        as_they_lie<Kind>(from, pack, from.row(k), from.row(last ? k : k + 1));
     }
 }
 
@@ -56,12 +69,7 @@ void pack_turned(const Operand& from, size_t rows, size_t factors, typename Kind
             for (size_t i = 0; i < 16; i++) {
                 x[i] = typename Kind::words{};
                 if (r + i >= rows) continue;
-                if constexpr (Kind::FACTORS == 2)
-                    if (from.halves) {
-                        x[i] = Kind::along((const uint16_t*)from.row(r + i) + k, factors - k);
-                        continue;
-                    }
-                x[i] = Kind::along(from.row(r + i) + k, factors - k);
+                as_they_lie<Kind>(from, [&](auto row) { x[i] = Kind::along(row + k, factors - k); }, from.row(r + i));
             }
             turn(x);
             const size_t first = k / Kind::FACTORS, count = std::min<size_t>(16, words - first);

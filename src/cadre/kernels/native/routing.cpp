@@ -1,4 +1,4 @@
-// The router behind its logits, for training: every token's choices and their weights, and the gradient.
+// The router behind its logits, for training: every token's choices and their weights, what balance losses ask, and gradients.
 #include "router.h"
 
 struct Routing {
@@ -60,4 +60,51 @@ extern "C" void cadre_routing(const Routing* routing) {
 extern "C" void cadre_routing_gradient(const Routing* routing, const RoutingGradient* gradient) {
 #pragma omp parallel for num_threads(routing->threads) schedule(static)
     for (int64_t t = 0; t < routing->tokens; t++) route_back(*routing, *gradient, t);
+}
+
+// The `count` experts of greatest logits of each token, [tokens, count].
+extern "C" void cadre_greatest(const float* logit, int64_t tokens, int64_t experts, int64_t count, int32_t threads, int64_t* expert) {
+    const int64_t vectors = vectors_of(experts);
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Scratch<> memory;
+        float* wanted = memory.of(vectors * LANES);
+        std::fill(wanted, wanted + vectors * LANES, -INFINITY);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            std::copy_n(logit + t * experts, experts, wanted);
+            for (int64_t k = 0; k < count; k++) {
+                const int64_t e = std::min(best_of(wanted, vectors), experts - 1);
+                wanted[e] = -INFINITY, expert[t * count + k] = e;
+            }
+        }
+    }
+}
+
+// met[t] = <frequency, score[t]> / sum(score[t]), the frequencies [experts] being those of the token's stretch of `length` tokens;
+// total[t]: that sum.
+extern "C" void cadre_frequency_met(const float* score, const float* frequency, int64_t tokens, int64_t experts, int64_t length,
+                                    int32_t threads, float* met, float* total) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *own = score + t * experts, *with = frequency + t / length * experts;
+        floats sums = {}, dots = {};
+        by_vectors(experts, [&](int64_t e, auto n) {
+            const floats v = load_some(own + e, n);
+            sums += v, dots += v * load_some(with + e, n);
+        });
+        total[t] = sum(sums);
+        met[t] = sum(dots) / total[t];
+    }
+}
+
+// The gradient of score, from that of met.
+extern "C" void cadre_frequency_met_gradient(const float* frequency, const float* met, const float* total, const float* d_met,
+                                             int64_t tokens, int64_t experts, int64_t length, int32_t threads, float* d_score) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *with = frequency + t / length * experts, factor = d_met[t] / total[t], mean = met[t];
+        float* to = d_score + t * experts;
+        by_vectors(experts, [=](int64_t e, auto n) { store_some(to + e, (load_some(with + e, n) - mean) * factor, n); });
+    }
 }

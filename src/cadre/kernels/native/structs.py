@@ -92,12 +92,16 @@ class ExpertsTraining(Filled):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "token", "row", "load", "weight", "gate", "up", "down", "inner", "y", "out")),
         *((name, c_int64) for name in ("tokens", "rows", "hidden", "width", "experts", "choices", "further")),
-        *((name, c_int32) for name in ("factors", "halves", "threads")),
+        *((name, c_int32) for name in ("factors", "halves", "adds", "threads")),
     )
 
 
 class ExpertsGradient(Filled):
     _fields_ = tuple((name, c_void_p) for name in ("out", "x", "weight", "gate", "up", "down", "x_rows", "weight_rows"))
+
+
+class Span(Filled):
+    _fields_ = (("from", c_void_p), ("count", c_int64))
 
 
 class Routing(Filled):
@@ -172,6 +176,9 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_sort_choices.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
     library.cadre_routing.argtypes = (POINTER(Routing),)
     library.cadre_routing_gradient.argtypes = (POINTER(Routing), POINTER(RoutingGradient))
+    library.cadre_greatest.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p)
+    library.cadre_frequency_met.argtypes = (*(c_void_p,) * 2, *(c_int64,) * 3, c_int32, *(c_void_p,) * 2)
+    library.cadre_frequency_met_gradient.argtypes = (*(c_void_p,) * 4, *(c_int64,) * 3, c_int32, c_void_p)
     library.cadre_cross_entropy.argtypes = (*(c_void_p,) * 3, c_int64, c_int64, c_int32, c_int32, c_void_p)
     sizes = (c_int64, c_int64, c_int32, c_void_p, c_void_p)
     library.cadre_norm_training.argtypes = (c_void_p, c_int64, c_void_p, c_float, *sizes)
@@ -180,6 +187,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_experts_training_gradient.argtypes = (POINTER(ExpertsTraining), POINTER(ExpertsGradient))
     library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_int32, c_void_p)
     library.cadre_muon.argtypes = (POINTER(MuonStep), c_int64, c_void_p, c_int32, c_int32)
+    library.cadre_total_norm.argtypes, library.cadre_total_norm.restype = (POINTER(Span), c_int64, c_int32), c_double
     library.cadre_meet.argtypes = (c_void_p, POINTER(c_void_p), c_int64, c_int64, c_double, c_double)
     library.cadre_meet.restype = c_int32
     library.cadre_multiplies.argtypes, library.cadre_multiplies.restype = (c_int32,), c_int32
@@ -187,6 +195,7 @@ def declare(library: ctypes.CDLL) -> None:
         *("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear", "use_sgemm", "sort_choices"),
         *("product",),
         *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
-        *("routing_gradient", "cross_entropy", "orthogonalize", "muon"),
+        *("routing_gradient", "greatest", "frequency_met", "frequency_met_gradient"),
+        *("cross_entropy", "orthogonalize", "muon"),
     ):
         getattr(library, f"cadre_{name}").restype = None

@@ -44,11 +44,12 @@ struct Bfloat16Words {
     }
     // Two vectors, one after the other.
     static words join(floats first, floats second) { return (words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
-    // Two vectors, lane beside lane.
-    static words zip(floats first, floats second) {
+    // Two vectors, or what `join` made of them, lane beside lane.
+    static words zip(floats first, floats second) { return zip(join(first, second)); }
+    static words zip(words joined) {
         const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
                                                19, 3, 18, 2, 17, 1, 16, 0);
-        return (words)_mm512_permutexvar_epi16(order, (__m512i)join(first, second));
+        return (words)_mm512_permutexvar_epi16(order, (__m512i)joined);
     }
     static words along(const float* from, size_t n) {
         return join(load_part(from, std::min<size_t>(n, 16)), n <= 16 ? floats{} : load_part(from + 16, std::min<size_t>(n - 16, 16)));
@@ -61,6 +62,11 @@ struct Bfloat16Words {
     static words across(const float* first, const float* second, size_t n, bool last) {
         n = std::min<size_t>(n, 16);
         return zip(load_part(first, n), last ? floats{} : load_part(second, n));
+    }
+    static words across(const uint16_t* first, const uint16_t* second, size_t n, bool last) {
+        const __mmask16 some = n < 16 ? first_lanes(n) : (__mmask16)~0u;
+        const __m512i joined = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(some, first));
+        return zip((words)_mm512_inserti64x4(joined, _mm256_maskz_loadu_epi16(last ? 0 : some, second), 1));
     }
 };
 #endif
