@@ -134,7 +134,7 @@ Operand tokens_of(const ExpertsTraining& e, const float* tokens, Scratch<uint16_
 
 // Fetch meanwhile what a product packs first of a matrix of so many rows.
 void first_of(Ahead& ahead, const Operand& matrix, size_t high) {
-    ahead.rows(matrix, std::min<size_t>(high, 256), std::min<size_t>(matrix.stride, 512));
+    ahead.rows(matrix, std::min<size_t>(high, 512), std::min<size_t>(matrix.stride, 512));
 }
 
 // Fetch meanwhile what a block of rows begins with, copies of `tokens`, and the `high` rows of the matrices that multiply it.

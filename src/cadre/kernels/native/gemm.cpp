@@ -66,6 +66,10 @@ void pack_turned(const Operand& from, size_t rows, size_t factors, typename Kind
     for (size_t r = 0; r < rows; r += 16)
         for (size_t k = 0; k < factors; k += STEP) {
             typename Kind::words x[16];
+            // So many short stretches are more than the processor follows by itself.
+            if (r + 32 <= rows)
+                for (size_t i = 16; i < 32; i++)
+                    for (size_t line = 0; line < 2; line++) __builtin_prefetch(from.from(r + i, k).data + line * 16);
             for (size_t i = 0; i < 16; i++) {
                 x[i] = typename Kind::words{};
                 if (r + i >= rows) continue;

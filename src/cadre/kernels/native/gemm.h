@@ -30,7 +30,7 @@ struct Operand {
 // What will be read next, fetched a cache line at a time while products are made: memory would otherwise wait for arithmetic, and
 // arithmetic for memory. In order of `rows` and `block`; what finds no place is not fetched.
 class Ahead {
-    static constexpr size_t LINE = 16, MOST = 6144, PLACES = 8;  // floats of a line; lines that may lie in the cache unused
+    static constexpr size_t LINE = 16, MOST = 12288, PLACES = 8;  // floats of a line; lines that may lie in the cache unused
     struct Part {
         Operand from;
         size_t count, lines;
