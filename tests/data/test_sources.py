@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cadre.data.shards import prepare
 from cadre.data.sources import Document, read_documents
 from cadre.errors import UsageError
 
@@ -116,6 +117,16 @@ def test_missing_paths_and_unknown_kinds_are_refused_at_once(tmp_path):
             read_documents(str(tmp_path / name))
     with pytest.raises(UsageError, match="no text was named"):
         read_documents([])
+
+
+def test_what_cadre_data_made_is_no_corpus(tmp_path):
+    """Its held-out text could be read, and would be trained on."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"The book {name}.\n" * 50)
+    (tmp_path / "texts").mkdir()
+    prepare([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], vocab_size=300, out=tmp_path / "texts" / "shards")
+    for folder in ("texts", "texts/shards"):
+        assert "made by `cadre data`; give the text itself" in refusal(tmp_path / folder)
 
 
 def test_an_empty_corpus_is_refused(tmp_path):

@@ -135,6 +135,8 @@ def test_matrices_of_bfloat16(tokens: int, hidden: int, width: int, experts: int
         got = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, *halves, narrow=True)
         want = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, gate_up.float(), down.float(), narrow=True)
         assert torch.equal(got, want)
+        got = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, *halves, narrow=True, shared=tuple(alone))
+        assert torch.equal(got, want + dense_swiglu(x, *alone, narrow=True))
         assert torch.equal(
             dense_swiglu(x, *alone, narrow=True), dense_swiglu(x, *(part.float() for part in alone), narrow=True)
         )

@@ -122,23 +122,45 @@ def test_rows_of_many_blocks_and_slices_equal_float64(threads: int, crowd: float
         assert_close(one.double(), truth, atol=1e-5 * float(truth.detach().abs().max()), rtol=1e-4)
 
 
-@given(problems(), st.integers(1, 40), st.booleans(), st.sets(st.integers(0, 6), max_size=6))
-@example(problem(700, 2, 4, 20, 18), 30, False, set())
-def test_shared_experts_join_in_as_if_added_afterwards(given: Problem, width: int, narrow: bool, frozen: set[int]) -> None:
-    """To the last bit, whichever leaves want a gradient."""
+def shared_experts(hidden: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    gate, up, down = (
+        (torch.randn(shape, generator=generator) * 0.2).requires_grad_()
+        for shape in ((width, hidden), (width, hidden), (hidden, width))
+    )
+    return gate, up, down
+
+
+@given(problems(), st.integers(1, 40), st.booleans(), st.sets(st.integers(0, 6), max_size=6), st.booleans())
+@example(problem(700, 2, 4, 20, 18), 30, False, set(), False)
+@example(problem(40, 2, 4, 20, 18), 30, False, {0, 1, 2, 3}, True)
+def test_shared_experts_join_in_as_if_added_afterwards(
+    given: Problem, width: int, narrow: bool, frozen: set[int], fewer: bool
+) -> None:
+    """To the last bit, whichever leaves want a gradient, and if the last expert's rows are nobody's."""
     narrow = narrow and multiplies(narrow=True)
-    hidden, generator = given.x_TD.shape[1], torch.Generator().manual_seed(3)
-    shapes = ((width, hidden), (width, hidden), (hidden, width))
-    shared = tuple((torch.randn(shape, generator=generator) * 0.2).requires_grad_() for shape in shapes)
+    shared = shared_experts(given.x_TD.shape[1], width)
     leaves = [*given.leaves(), *shared]
     for number in frozen:
         leaves[number].requires_grad_(False)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    joined = routed_swiglu(*vars(given).values(), narrow=narrow, shared=shared)
-    apart = routed_swiglu(*vars(given).values(), narrow=narrow) + dense_swiglu(given.x_TD, *shared, narrow=narrow)
+    operands = list(vars(given).values())
+    if fewer and len(given.load_E) > 1:
+        operands[4:] = [of[:-1] for of in operands[4:]]
+    joined = routed_swiglu(*operands, narrow=narrow, shared=shared)
+    apart = routed_swiglu(*operands, narrow=narrow) + dense_swiglu(given.x_TD, *shared, narrow=narrow)
     assert torch.equal(joined, apart)
     ours, truth = (torch.autograd.grad(y, wanted, direction(y)) for y in (joined, apart))
     assert all(torch.equal(one, other) for one, other in zip(ours, truth, strict=True))
+
+
+def test_joined_experts_recomputed_in_backward_are_the_same() -> None:
+    given, shared = problem(30, 2, 4, 12, 8), shared_experts(12, 9)
+    leaves = [*given.leaves(), *shared]
+    once = routed_swiglu(*vars(given).values(), shared=shared)
+    again = checkpoint(lambda: routed_swiglu(*vars(given).values(), shared=shared), use_reentrant=False)
+    want, got = (torch.autograd.grad(y, leaves, direction(y)) for y in (once, again))
+    assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
 
 
 def test_shared_experts_of_another_size_are_refused() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cadre.kernels import grouped
+from cadre.kernels.native.library import multiplies
 from cadre.model import experts, layers
 from cadre.model.config import ModelConfig
 from cadre.model.experts import MixtureOfExperts, Router, Routes, combine, dispatch
+from cadre.model.layers import SwiGLU
 from tests.shapes import configs, small
 
 SPARSE = ("deepseek_v3", "deepseek_v2", "glm4_moe")
@@ -269,14 +271,51 @@ def test_shared_experts_are_one_wide_feed_forward(shared):
 
 
 @pytest.mark.parametrize("part", ["", "down_proj"])
-@pytest.mark.parametrize("when", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize(
+    "when",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"],
+)
 def test_shared_experts_that_are_watched_are_called(part, when):
-    mixture, x = filled(small("deepseek_v3", n_shared_experts=1)), random(1, 5, 24)
+    mixture, x = filled(small("deepseek_v3", n_shared_experts=1)), random(1, 5, 24).requires_grad_()
     unwatched, seen = mixture(x), []
     watched = mixture.shared_experts.get_submodule(part)
     getattr(watched, when)(lambda module, *_: seen.append(module))
-    assert_close(mixture(x), unwatched)
+    y = mixture(x)
+    y.sum().backward()
+    assert_close(y, unwatched)
     assert seen == [watched]
+
+
+def test_shared_experts_that_nobody_watches_join_the_routed_ones(monkeypatch):
+    mixture, x = filled(small("deepseek_v3", n_shared_experts=1)), random(1, 5, 24)
+    apart = mixture.shared_experts(x)
+    alone = MixtureOfExperts(small("deepseek_v3", n_shared_experts=0))
+    alone.load_state_dict(mixture.state_dict(), strict=False)
+    monkeypatch.setattr(SwiGLU, "forward", None)
+    assert_close(mixture(x), alone(x) + apart)
+
+
+def test_shared_experts_of_another_kind_are_called():
+    mixture, x = filled(small("deepseek_v3", n_shared_experts=1)), random(1, 5, 24)
+    whole = mixture(x)
+    apart = mixture.shared_experts(x)
+    mixture.shared_experts = torch.nn.Identity()
+    assert_close(mixture(x), whole - apart + x)
+
+
+def test_narrow_gradients_leave_the_router_itself_exact():
+    router = filled(small("deepseek_v3")).gate
+    x, results = random(40, 24), []
+    for narrow in (False, True):
+        router.narrow = narrow
+        leaf = x.clone().requires_grad_()
+        routes = router(leaf)
+        results.append([*vars(routes).values(), torch.autograd.grad(routes.weight_TK.square().sum(), leaf)[0]])
+    (*plain, gradient), (*same, rounded) = results
+    assert all(torch.equal(one, other) for one, other in zip(plain, same, strict=True))
+    if multiplies(narrow=True):
+        assert not torch.equal(gradient, rounded)
+    assert_close(gradient, rounded, rtol=0.02, atol=0.02 * float(gradient.abs().max()))
 
 
 def test_routes_are_kept_for_balancing_only_while_training():

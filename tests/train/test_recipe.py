@@ -1,6 +1,7 @@
 """Recipes: everything that is wrong is named in one line, and what is written down is read back the same."""
 
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -90,7 +91,6 @@ def test_set_replaces_one_value(override, where):
     ("data.separate_documents=yes", ["data.separate_documents", "boolean"]),
     ("data.source=3", ["data.source"]),
     ("data.vocab_size=10", ["data.vocab_size", "260"]),
-    ("data.tokenizer=x.json", ["tokenizer and vocab_size exclude each other"]),
     ("data.seq_len=65", ["data.seq_len is 65", "max_position_embeddings (64)"]),
     ("optimizer.lr=inf", ["optimizer.lr", "finite"]),
     ("optimizer.lr=nan", ["optimizer.lr"]),
@@ -115,6 +115,22 @@ def test_what_is_wrong_is_named_in_one_line(override, wanted):
     assert "\n" not in message
     for part in wanted:
         assert any(option in message for option in part.split("|")), message
+
+
+def test_a_tokenizer_takes_the_place_of_the_recipes_vocabulary_but_not_of_one_asked_for():
+    assert parse_recipe(TEXT, "here").data.vocab_size
+    data = parse_recipe(TEXT, "here", ["data.tokenizer=x.json"]).data
+    assert data.tokenizer == "x.json" and data.vocab_size is None
+    for overrides in (["data.tokenizer=x.json", "data.vocab_size=300"], ["data.vocab_size=300", " data.tokenizer = x.json"]):
+        with pytest.raises(UsageError, match="tokenizer and vocab_size exclude each other"):
+            parse_recipe(TEXT, "here", overrides)
+
+
+def test_the_example_in_the_docs_is_a_recipe():
+    lines = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
+    start, stop = lines.index("    [model]"), next(i for i, line in enumerate(lines) if line.startswith("`--steps`"))
+    recipe = parse_recipe("\n".join(line.removeprefix("    ") for line in lines[start:stop]), "docs/recipes.md")
+    assert recipe.config(4096).is_sparse(1) and not recipe.config(4096).is_sparse(0)
 
 
 def test_top_k_above_what_the_groups_allow_is_refused():

@@ -33,7 +33,7 @@ def compare(
         Path | None,
         typer.Option(metavar="DIR", help="Where it goes, and goes on. [default: studies/STUDY-TIME]", show_default=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A first answer: short runs, about 10 minutes on 2 cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A first answer: short runs, about 10 minutes here.")] = False,
     minutes: Annotated[
         float | None, typer.Option(metavar="N", help="Fit all of it into about so long, instead of the study's budget.")
     ] = None,

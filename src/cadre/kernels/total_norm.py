@@ -12,11 +12,11 @@ from cadre.kernels.native.structs import Span
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all elements of all tensors: float32 []. Of float32 on a CPU in one pass over memory, at twice the
-    rate of torch's norms tensor by tensor."""
+    """The Euclidean norm of all elements of all tensors together, []; of float32 on a CPU in one pass over memory."""
     if not (trains(*tensors) and all(tensor.is_contiguous() for tensor in tensors)):
         return torch.nn.utils.get_total_norm(tensors)
     native = library()
     assert native is not None
     spans = (Span * len(tensors))(*(Span(tensor.data_ptr(), tensor.numel()) for tensor in tensors))
-    return torch.tensor(native.cadre_total_norm(spans, len(tensors), torch.get_num_threads()))
+    norm = native.cadre_total_norm(spans, len(tensors), torch.get_num_threads())
+    return torch.tensor(norm, dtype=torch.float32, device="cpu")

@@ -22,7 +22,7 @@ from cadre.kernels.permute import gather_rows, sort_choices, sum_choices
 from cadre.kernels.routed import Dense, routed_swiglu
 from cadre.kernels.routing import RoutingRule, choose_experts
 from cadre.model.config import ModelConfig
-from cadre.model.layers import SwiGLU
+from cadre.model.layers import SwiGLU, is_watched
 
 
 @dataclass
@@ -139,6 +139,7 @@ class Experts(nn.Module):
         shared experts make of them added if those are given."""
         matrices = self.gate_up_proj, self.down_proj
         if plan is None:
+            assert shared is None
             return expert_swiglu(x, load_E, *matrices, self.narrow)
         return routed_swiglu(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, *matrices, self.narrow, shared)
 
@@ -170,10 +171,10 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_TD = x_BTD.flatten(0, -2)
         routes = self.gate(x_TD)
-        shared, joined = self.shared_experts, None
+        shared, joined = self.shared_experts, None  # shared experts that the routed ones' kernel computes, too
         if isinstance(self.experts, Experts) and self.experts.moves_rows(x_TD):
             plan = arrange(routes)
-            if shared is not None and not shared._forward_hooks and not shared._forward_pre_hooks:
+            if isinstance(shared, SwiGLU) and not is_watched(shared) and shared.gate_proj.narrow == self.experts.narrow:
                 joined = shared.weights(x_TD)
             y_TD = self.experts(x_TD, plan.load_E, plan, joined)
         else:

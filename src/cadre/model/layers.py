@@ -30,6 +30,12 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, self.narrow)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks wait for the module to be called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, its statistics in float32."""
 
@@ -61,7 +67,7 @@ class SwiGLU(nn.Module):
         """gate, up and down, where `dense_swiglu` takes them with x and no part has to be called: parts of another kind
         (quantized, adapted) or watched by hooks have."""
         parts = self.gate_proj, self.up_proj, self.down_proj
-        if not all(type(part) is Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts):
+        if not all(type(part) is Linear and not is_watched(part) for part in parts):
             return None
         gate, up, down = (part.weight for part in parts)
         return (gate, up, down) if feeds(x, gate, up, down, narrow=self.gate_proj.narrow) else None

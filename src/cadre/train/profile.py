@@ -2,7 +2,8 @@
 
 One clock runs through the whole step and is always charged to exactly one part, so the parts add up to the step. Forward,
 hooks on modules say whose time it is. Backward, every autograd node is charged to the part whose forward pass made it.
-Nothing of this is in place outside of `watched`.
+Nothing of this is in place outside of `watched`. Watched, shared experts are computed apart from the routed ones, which a
+step that nobody watches does not do where a kernel can have both.
 
 Letters in names: T tokens of a step, D hidden, R routed rows.
 """

@@ -279,12 +279,18 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: not valid TOML: {error}") from None
     values.setdefault("name", name)
+    if _names(overrides, "data.tokenizer") and not _names(overrides, "data.vocab_size"):
+        values.get("data", {}).pop("vocab_size", None)  # the recipe's, which the tokenizer's own takes the place of
     for override in overrides or []:
         _apply(values, override)
     try:
         return Recipe(**values)
     except ValidationError as error:
         raise UsageError(f"{where}: {_explain(error)}") from None
+
+
+def _names(overrides: list[str] | None, key: str) -> bool:
+    return any(override.partition("=")[0].strip() == key for override in overrides or [])
 
 
 def _explain(error: ValidationError) -> str:

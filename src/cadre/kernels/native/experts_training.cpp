@@ -39,6 +39,10 @@ constexpr int64_t BLOCK = 256, BLOCK_SMALL = 128;
 int64_t block_back(size_t D, size_t F) { return 3 * D * F > (1 << 20) ? BLOCK : BLOCK_SMALL; }
 constexpr int64_t LEAST_SLICE = 1024;  // rows for which a gradient of their own is worth adding up
 constexpr size_t CHUNK = 2048;
+constexpr int64_t FEW = 96;  // rows for which matrices of bfloat16 are better multiplied as they lie than packed
+
+// Rounded tokens, and gradients of their outputs.
+thread_local Scratch<uint16_t> rounded, rounded_back;
 
 struct Task {
     int64_t expert, begin, end;
@@ -124,7 +128,7 @@ Operand rows_of(const ExpertsTraining& e, const Operand& tokens, int64_t begin, 
 // All tokens as they lie; of those that several rows are copies of, rounded ones, lest each copy be rounded.
 Operand tokens_of(const ExpertsTraining& e, const float* tokens, Scratch<uint16_t>& memory) {
     const size_t D = e.hidden;
-    if (!e.token || e.factors == Factors::FLOAT32) return {tokens, D};
+    if (e.choices == 1 || e.factors == Factors::FLOAT32 || !ours(e.factors)) return {tokens, D};
     uint16_t* to = memory.of(e.tokens * D);
 #pragma omp parallel for num_threads(e.threads) schedule(static)
     for (int64_t t = 0; t < e.tokens; t++)
@@ -145,8 +149,48 @@ void expect(Ahead& ahead, const ExpertsTraining& e, const Operand& tokens, int64
     first_of(ahead, matrices, high);
 }
 
+#if defined(CADRE_BFLOAT16)
+// to[c][r] = from[r][c].
+void transpose(const float* from, size_t rows, size_t columns, float* to, size_t stride) {
+    for (size_t c = 0; c < columns; c += 16)
+        for (size_t r = 0; r < rows; r += 16) {
+            const int high = (int)std::min<size_t>(16, rows - r), wide = (int)std::min<size_t>(16, columns - c);
+            floats x[16] = {};
+            for (int i = 0; i < high; i++) x[i] = load_some(from + (r + i) * columns + c, wide);
+            turn(x);
+            for (int i = 0; i < wide; i++) store_some(to + (c + i) * stride + r, x[i], high);
+        }
+}
+
+// The same turned around: matrices times columns of tokens, which are packed instead of the larger matrices.
+void forward_few(const ExpertsTraining& e, const Operand& tokens, const Task& task, const Task* then) {
+    static thread_local Scratch<> memory;
+    Ahead ahead;
+    const Multiply multiply{e.factors, &ahead};
+    const size_t D = e.hidden, F = e.width, count = task.end - task.begin;
+    const Operand x = rows_of(e, tokens, task.begin, count, nullptr).transposed();
+    float* inner = memory.of(count * (3 * F + D));
+    float *h = inner + count * 2 * F, *y = h + count * F;
+    auto matrix = [](const float* first, size_t at, size_t columns) {
+        return Operand{(const float*)((const uint16_t*)first + at), columns, false, nullptr, true};
+    };
+    auto gate_of = [&](int64_t expert) { return matrix(e.gate, expert * e.further, D); };
+    const Operand down = matrix(e.down, task.expert * F * D, F);
+    multiply(F, count, D, gate_of(task.expert), x, inner, count);
+    first_of(ahead, down, D);
+    multiply(F, count, D, matrix(e.up, task.expert * e.further, D), x, inner + F * count, count);
+    activate(inner, 1, F * count, h, [](size_t, floats, int) {});
+    if (then) expect(ahead, e, tokens, then->begin, then->end, gate_of(then->expert), F);
+    multiply(D, count, F, down, {h, count}, y, count);
+    transpose(y, D, count, (e.token ? e.y : e.out) + task.begin * D, D);
+}
+#endif
+
 // `then`: the task that this thread will probably have next, or null.
 void forward(const ExpertsTraining& e, const Operand& tokens, const Task& task, const Task* then) {
+#if defined(CADRE_BFLOAT16)
+    if (e.halves && !e.inner && task.end - task.begin <= FEW) return forward_few(e, tokens, task, then);
+#endif
     static thread_local Scratch<> memory;
     Ahead ahead;
     const Multiply multiply{e.factors, &ahead};
@@ -260,6 +304,7 @@ void backward(const ExpertsTraining& e, const ExpertsGradient& d, const Operand&
 void team_add_up(const ExpertsTraining& e, const float* rows, int64_t end, const float* weight, float* out) {
     const size_t D = e.hidden;
     const int64_t K = e.choices;
+    const bool adds = e.adds;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < e.tokens; t++) {
         const int64_t* row = e.row + t * K;
@@ -273,7 +318,7 @@ void team_add_up(const ExpertsTraining& e, const float* rows, int64_t end, const
                 floats v = load_some(rows + row[k] * D + d, n);
                 sums += weight ? v * weight[t * K + k] : v;
             }
-            store_some(out + t * D + d, e.adds ? sums + load_some(out + t * D + d, n) : sums, n);
+            store_some(out + t * D + d, adds ? sums + load_some(out + t * D + d, n) : sums, n);
         });
     }
 }
@@ -321,7 +366,6 @@ extern "C" void cadre_sort_choices(const int64_t* expert, int64_t tokens, int64_
 }
 
 extern "C" void cadre_experts_training(const ExpertsTraining* experts) {
-    static thread_local Scratch<uint16_t> rounded;
     const ExpertsTraining& e = *experts;
     const Operand tokens = tokens_of(e, e.x, rounded);
     std::vector<Task> tasks = slices_of(e, 4 * e.threads, BLOCK);
@@ -336,10 +380,9 @@ extern "C" void cadre_experts_training(const ExpertsTraining* experts) {
 }
 
 extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, const ExpertsGradient* gradient) {
-    static thread_local Scratch<uint16_t> rounded, d_rounded;
     const ExpertsTraining& e = *experts;
     const ExpertsGradient& d = *gradient;
-    const Operand tokens = tokens_of(e, e.x, rounded), d_tokens = tokens_of(e, d.out, d_rounded);
+    const Operand tokens = d.gate ? tokens_of(e, e.x, rounded) : Operand{}, d_tokens = tokens_of(e, d.out, rounded_back);
     const size_t matrix = e.hidden * e.width, room = 3 * matrix;
     const int64_t end = starts_of(e).back();
     std::vector<Task> tasks = slices_of(e, e.experts == 1 ? e.threads : 4 * e.threads, LEAST_SLICE);

@@ -23,7 +23,7 @@ void prefetch(const Operand& from, size_t row, size_t left, size_t columns) {
         for (size_t i = 0; i < columns; i += LINE) __builtin_prefetch(from.row(row + EARLY) + i);
 }
 
-// Calls f with the pointers, to what lies there indeed.
+// Calls f with the pointers as what they are: to floats, or of `halves` to bfloat16.
 template <class Kind, class F, class... Pointer>
 void as_they_lie(const Operand& from, F f, Pointer... pointer) {
     if constexpr (Kind::FACTORS == 2)
@@ -68,8 +68,11 @@ void pack_turned(const Operand& from, size_t rows, size_t factors, typename Kind
             typename Kind::words x[16];
             // So many short stretches are more than the processor follows by itself.
             if (r + 32 <= rows)
-                for (size_t i = 16; i < 32; i++)
-                    for (size_t line = 0; line < 2; line++) __builtin_prefetch(from.from(r + i, k).data + line * 16);
+                for (size_t i = 16; i < 32; i++) {
+                    const float* next = from.from(0, k).row(r + i);
+                    __builtin_prefetch(next);
+                    if (STEP > 16 && !from.halves) __builtin_prefetch(next + 16);
+                }
             for (size_t i = 0; i < 16; i++) {
                 x[i] = typename Kind::words{};
                 if (r + i >= rows) continue;
@@ -123,11 +126,14 @@ template <class Kind>
 void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* c, size_t c_stride, float keep, float scale,
                      Ahead& ahead) {
     static thread_local Scratch<typename Kind::word> memory;
-    // Of weights that are read once for few rows half as many: they lie in the cache beside those that are fetched meanwhile.
-    const size_t broad = b.halves ? BROAD / 2 : BROAD;
+    // Of weights of bfloat16, which are read once for few rows, half as many: they lie in the cache beside those that are fetched
+    // meanwhile.
+    const size_t broad = b.halves && b.turned && !b.index ? BROAD / 2 : BROAD;
     constexpr size_t FACTORS = DEPTH * Kind::FACTORS, STRIDE = std::max(DEPTH, TALL) + APART;
     typename Kind::word* a_packed = memory.of(TALL * STRIDE + BROAD * DEPTH + 16 * DEPTH);
     typename Kind::word* b_packed = a_packed + TALL * STRIDE;
+    // Rows of bfloat16 whose pairs are words already.
+    const bool lies_packed = Kind::FACTORS == 2 && a.halves && !a.turned && !a.index && a.stride % 2 == 0 && K % 2 == 0;
     if (K == 0)
         for (size_t m = 0; m < M; m++)
             for (size_t n = 0; n < N; n++) c[m * c_stride + n] = keep == 0.0f ? 0.0f : keep * c[m * c_stride + n];
@@ -144,8 +150,10 @@ void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* 
             }
             for (size_t m = 0; m < M; m += TALL) {
                 const size_t rows = std::min(TALL, M - m);
-                const size_t stride = a.turned ? TALL + APART : (words + 15) / 16 * 16 + APART;
-                if (a.turned) pack_across<Kind>(a.from(k, m), rows, factors, a_packed, stride);
+                const typename Kind::word* a_words = a_packed;
+                size_t stride = a.turned ? TALL + APART : (words + 15) / 16 * 16 + APART;
+                if (lies_packed) a_words = (const typename Kind::word*)a.from(m, k).data, stride = a.stride / Kind::FACTORS;
+                else if (a.turned) pack_across<Kind>(a.from(k, m), rows, factors, a_packed, stride);
                 else pack_along<Kind>(a.from(m, k), rows, factors, a_packed, stride);
                 if (m + rows < M) {
                     ahead.block(a, m + rows, k, std::min(TALL, M - m - rows), factors);
@@ -163,7 +171,7 @@ void multiply_packed(size_t M, size_t N, size_t K, Operand a, Operand b, float* 
                     const size_t first = n + v * 16;
                     const int tail = (int)(std::min(wide * 16, N - first) - (wide - 1) * 16);
                     auto tiles = [&](auto width, auto across) {
-                        column_of_tiles<Kind, width, across>(rows, a_packed, stride, panel, words, c + m * c_stride + first, c_stride, tail,
+                        column_of_tiles<Kind, width, across>(rows, a_words, stride, panel, words, c + m * c_stride + first, c_stride, tail,
                                                              keep, scale, ahead);
                     };
                     auto of_width = [&](auto width) { a.turned ? tiles(width, std::true_type()) : tiles(width, std::false_type()); };

@@ -11,7 +11,7 @@ typedef void Sgemm(const char* a_turned, const char* b_turned, const int32_t* m,
 inline Sgemm* blas_sgemm = nullptr;  // set once, right after loading
 
 // Rows apart by `stride` elements; `turned`: the matrix meant is the transpose of what lies there. `index` and `halves` are for
-// kernels of ours alone: row i of what lies there is row index[i] of `data`; its elements are bfloat16, as factors must be.
+// kernels of ours alone: row i of what lies there is row index[i] of `data`; its elements are bfloat16. Factors must be, too.
 struct Operand {
     const float* data;
     size_t stride;

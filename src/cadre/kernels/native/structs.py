@@ -101,7 +101,7 @@ class ExpertsGradient(Filled):
 
 
 class Span(Filled):
-    _fields_ = (("from", c_void_p), ("count", c_int64))
+    _fields_ = (("data", c_void_p), ("count", c_int64))
 
 
 class Routing(Filled):

@@ -6,7 +6,7 @@
 #include "vector.h"
 
 struct Span {
-    const float* from;
+    const float* data;
     int64_t count;
 };
 
@@ -36,10 +36,10 @@ float squares_of(const float* x, int64_t count) {
 extern "C" double cadre_total_norm(const Span* spans, int64_t count, int32_t threads) {
     std::vector<Span> chunks;
     for (const Span* span = spans; span < spans + count; span++)
-        for (int64_t i = 0; i < span->count; i += CHUNK) chunks.push_back({span->from + i, std::min(CHUNK, span->count - i)});
+        for (int64_t i = 0; i < span->count; i += CHUNK) chunks.push_back({span->data + i, std::min(CHUNK, span->count - i)});
     std::vector<float> squares(chunks.size());
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (size_t i = 0; i < chunks.size(); i++) squares[i] = squares_of(chunks[i].from, chunks[i].count);
+    for (size_t i = 0; i < chunks.size(); i++) squares[i] = squares_of(chunks[i].data, chunks[i].count);
     double total = 0;
     for (float square : squares) total += square;
     return std::sqrt(total);
