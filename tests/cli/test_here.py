@@ -82,7 +82,6 @@ def test_a_config_is_predicted_with_the_options_given(asked, monkeypatch, capsys
     (["deepseek-v3"], "--here deepseek-v3: trains blocks to measure them; give a recipe, a run or a config.json"),
     (["config.json", "--precision", "fp8"], "--precision fp8: --here measures fp32 and bf16"),
     (["config.json", "--context", "65"], "--context 65: the model's context is 64"),
-    (["config.json", "--context", "8", "--optimizer", "adamw-bf16"], "--optimizer adamw-bf16: --here measures adamw and muon"),
     (["foreign.json"], "foreign.json"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(asked, monkeypatch, capsys, arguments, wanted):

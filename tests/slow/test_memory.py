@@ -94,7 +94,7 @@ LAYOUTS: list[tuple[int, dict[str, int]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-bf16", "muon"])
 def test_the_memory_of_a_rank_falls_as_counted(tmp_path, recipe, monkeypatch, optimizer):
     monkeypatch.setattr(shard, "GATHERED_AT_ONCE", 0)  # as a large model is cut
     alone = stepped(Parallel(), recipe, tmp_path / "alone", 1, {}, optimizer)

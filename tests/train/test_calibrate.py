@@ -40,7 +40,7 @@ def test_one_block_of_each_kind_is_left(config: ModelConfig, wanted: int, sparse
     assert (few.hidden_size, few.vocab_size) == (config.hidden_size, config.vocab_size)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw-bf16", "muon"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
 def test_every_part_is_measured(family: str, name: str):
     config = small(family, num_hidden_layers=3)

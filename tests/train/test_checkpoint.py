@@ -51,7 +51,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw-bf16", "muon"])
 @pytest.mark.parametrize("kind, changes", [
     ("deepseek_v3", {"num_nextn_predict_layers": 1}), ("llama", {"tie_word_embeddings": True}),
 ])  # fmt: skip

@@ -94,7 +94,7 @@ def test_set_replaces_one_value(override, where):
     ("data.seq_len=65", ["data.seq_len is 65", "max_position_embeddings (64)"]),
     ("optimizer.lr=inf", ["optimizer.lr", "finite"]),
     ("optimizer.lr=nan", ["optimizer.lr"]),
-    ("optimizer.name=sgd", ["optimizer.name", "'adamw' or 'muon'"]),
+    ("optimizer.name=sgd", ["optimizer.name", "'adamw', 'adamw-bf16' or 'muon'"]),
     ("train.micro_batch=3", ["micro_batch is 3", "divide batch (4)"]),
     ("model.n_group=3", ["model.n_group is 3", "divisor of n_routed_experts (4)"]),
     ("model.num_experts_per_tok=5", ["model.num_experts_per_tok is 5", "1 to 4"]),

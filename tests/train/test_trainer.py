@@ -232,7 +232,7 @@ def test_interrupted_twice_equals_uninterrupted_bit_for_bit(lab, more):
     assert (last.steps, last.loss, last.bits_per_byte) == (whole.steps, whole.loss, whole.bits_per_byte)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-bf16", "muon"])
 def test_n_and_n_steps_equal_2n(lab, optimizer):
     options = [f"optimizer.name={optimizer}", "schedule.kind=constant", "train.log_every=2", "eval.every=100"]
     lab.train(lab.start("whole", *options, "train.steps=12"))

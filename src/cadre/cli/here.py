@@ -76,9 +76,7 @@ def _step(request: Request, recipe: Recipe | None) -> Step:
         batch = request.batch or step.batch
         return dataclasses.replace(step, batch=batch, micro_batch=min(step.micro_batch, batch), seq_len=request.context)
     batch = request.batch or 8
-    if request.optimizer == "adamw-bf16":
-        raise UsageError("--optimizer adamw-bf16: --here measures adamw and muon, which Cadre trains with")
-    optimizer = OptimizerSection(name="muon" if request.optimizer == "muon" else "adamw", lr=1e-3)
+    optimizer = OptimizerSection.model_validate({"name": request.optimizer, "lr": 1e-3})
     return Step(batch, batch, request.context, 1.0, optimizer)
 
 

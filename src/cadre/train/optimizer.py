@@ -11,12 +11,14 @@ from torch import Tensor
 from cadre.kernels.total_norm import total_norm
 from cadre.model.experts import Router
 from cadre.model.transformer import Transformer
+from cadre.train.adamw import NarrowAdamW
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import OptimizerSection
 
 
 class Optimizer:
-    """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest. Norms and biases do not decay.
+    """AdamW for everything, with moments of float32 or of bfloat16, or Muon for the matrices inside blocks and AdamW for the
+    rest. Norms and biases do not decay.
 
     Each parameter group keeps its own peak rate; `step(factor)` multiplies all of them by the schedule's factor.
     `narrow`: Muon may multiply in bfloat16.
@@ -49,8 +51,12 @@ class Optimizer:
         ]  # fmt: skip
         fused = {p.device.type for p in self.names} <= {"cpu", "cuda"}
         betas = (section.beta1, section.beta2)
+        groups = [g for g in groups if g["params"]]
+        self.moments = torch.bfloat16 if section.name == "adamw-bf16" else torch.float32
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=section.eps, fused=fused)
+            torch.optim.AdamW(groups, betas=betas, eps=section.eps, fused=fused)
+            if self.moments == torch.float32
+            else NarrowAdamW(groups, betas, section.eps)
         ]
         if matrices:
             options = {"lr": section.lr, "momentum": section.momentum, "weight_decay": decay, "narrow": narrow}
@@ -93,7 +99,7 @@ class Optimizer:
         parameters = {name: parameter for parameter, name in self.names.items()}
         split = ((name, *name.rpartition(".")[::2]) for name in names)
         return {
-            full_name: torch.zeros(()) if key == "step" else torch.zeros_like(parameters[name])
+            full_name: torch.zeros(()) if key == "step" else torch.zeros_like(parameters[name], dtype=self.moments)
             for full_name, name, key in split
         }
 

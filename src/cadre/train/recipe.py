@@ -98,10 +98,15 @@ class TrainSection(_Section):
         return self
 
 
-class OptimizerSection(_Section):
-    """AdamW, or Muon for the matrices inside blocks with AdamW for the rest (embeddings, head, router, norms)."""
+# Beyond it a moment would stand still: what it loses in a step is less than half of what bfloat16 tells apart.
+MOST_BETA_OF_BFLOAT16 = 0.99
 
-    name: Literal["adamw", "muon"] = "adamw"
+
+class OptimizerSection(_Section):
+    """AdamW, the same with moments of bfloat16, or Muon for the matrices inside blocks with AdamW for the rest (embeddings,
+    head, router, norms)."""
+
+    name: Literal["adamw", "adamw-bf16", "muon"] = "adamw"
     lr: float = Field(gt=0)
     adamw_lr: float | None = Field(default=None, gt=0)
     router_lr_scale: float = Field(default=1.0, gt=0)
@@ -111,6 +116,13 @@ class OptimizerSection(_Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     qk_clip: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _moments_that_move(self) -> Self:
+        for name in ("beta1", "beta2"):
+            if self.name == "adamw-bf16" and (beta := getattr(self, name)) > MOST_BETA_OF_BFLOAT16:
+                raise ValueError(f"{name} is {beta}; with moments of bfloat16 it must be at most {MOST_BETA_OF_BFLOAT16}")
+        return self
 
 
 class ScheduleSection(_Section):

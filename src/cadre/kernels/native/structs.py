@@ -100,6 +100,14 @@ class ExpertsGradient(Filled):
     _fields_ = tuple((name, c_void_p) for name in ("out", "x", "weight", "gate", "up", "down", "x_rows", "weight_rows"))
 
 
+class AdamWStep(Filled):
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "gradient", "mean", "square")),
+        ("count", c_int64),
+        *((name, c_float) for name in ("beta1", "beta2", "eps", "keep", "rate", "unbias")),
+    )
+
+
 class Span(Filled):
     _fields_ = (("data", c_void_p), ("count", c_int64))
 
@@ -187,6 +195,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_experts_training_gradient.argtypes = (POINTER(ExpertsTraining), POINTER(ExpertsGradient))
     library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_int32, c_void_p)
     library.cadre_muon.argtypes = (POINTER(MuonStep), c_int64, c_void_p, c_int32, c_int32)
+    library.cadre_adamw.argtypes = (POINTER(AdamWStep), c_int64, c_int32)
     library.cadre_total_norm.argtypes, library.cadre_total_norm.restype = (POINTER(Span), c_int64, c_int32), c_double
     library.cadre_meet.argtypes = (c_void_p, POINTER(c_void_p), c_int64, c_int64, c_double, c_double)
     library.cadre_meet.restype = c_int32
@@ -196,6 +205,6 @@ def declare(library: ctypes.CDLL) -> None:
         *("product",),
         *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
         *("routing_gradient", "greatest", "frequency_met", "frequency_met_gradient"),
-        *("cross_entropy", "orthogonalize", "muon"),
+        *("cross_entropy", "orthogonalize", "muon", "adamw"),
     ):
         getattr(library, f"cadre_{name}").restype = None

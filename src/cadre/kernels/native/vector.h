@@ -172,6 +172,15 @@ static inline floats reciprocal(floats x) {
 #endif
 }
 
+static inline floats square_root(floats x) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_sqrt_ps((__m512)x);
+#else
+    for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
 // e^x to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Cephes' expf).
 static inline floats exponential(floats x) {
     x = x < all(-87.0f) ? all(-87.0f) : x;
