@@ -28,7 +28,11 @@ def content(path, *, finals: bool = True) -> list:
     metrics, and its model's bytes."""
     newest = checkpoints(path)[-1]
     files = [load_file(newest / name) for name in ("weights.safetensors", "optimizer.safetensors")]
-    tensors = [(name, tensor.dtype, tensor.numpy().tobytes()) for file in files for name, tensor in sorted(file.items())]
+    tensors = [
+        (name, tensor.dtype, tensor.flatten().view(torch.uint8).numpy().tobytes())
+        for file in files
+        for name, tensor in sorted(file.items())
+    ]
     state = {key: value for key, value in read_state(newest).items() if key not in ("seconds", "length")}
     records = [{k: v for k, v in record.items() if k not in TIMING} for record in read_metrics(path) if "event" not in record]
     if not finals:
