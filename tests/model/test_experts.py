@@ -299,6 +299,8 @@ def test_shared_experts_of_another_kind_are_called():
     mixture, x = filled(small("deepseek_v3", n_shared_experts=1)), random(1, 5, 24)
     whole = mixture(x)
     apart = mixture.shared_experts(x)
+    mixture.shared_experts.gate_proj = torch.nn.Sequential(mixture.shared_experts.gate_proj)
+    assert_close(mixture(x), whole)
     mixture.shared_experts = torch.nn.Identity()
     assert_close(mixture(x), whole - apart + x)
 

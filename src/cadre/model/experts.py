@@ -174,8 +174,10 @@ class MixtureOfExperts(nn.Module):
         shared, joined = self.shared_experts, None  # shared experts that the routed ones' kernel computes, too
         if isinstance(self.experts, Experts) and self.experts.moves_rows(x_TD):
             plan = arrange(routes)
-            if isinstance(shared, SwiGLU) and not is_watched(shared) and shared.gate_proj.narrow == self.experts.narrow:
+            if isinstance(shared, SwiGLU) and not is_watched(shared):
                 joined = shared.weights(x_TD)
+                if joined is not None and shared.gate_proj.narrow != self.experts.narrow:
+                    joined = None
             y_TD = self.experts(x_TD, plan.load_E, plan, joined)
         else:
             x_RD, plan = dispatch(x_TD, routes)

@@ -291,8 +291,9 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: not valid TOML: {error}") from None
     values.setdefault("name", name)
-    if _names(overrides, "data.tokenizer") and not _names(overrides, "data.vocab_size"):
-        values.get("data", {}).pop("vocab_size", None)  # the recipe's, which the tokenizer's own takes the place of
+    data, asked = values.get("data"), _names(overrides, "data.tokenizer") and not _names(overrides, "data.vocab_size")
+    if asked and isinstance(data, dict):
+        data.pop("vocab_size", None)  # the recipe's, which the tokenizer's own takes the place of
     for override in overrides or []:
         _apply(values, override)
     try:
