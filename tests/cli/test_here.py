@@ -79,6 +79,7 @@ def test_a_config_is_predicted_with_the_options_given(asked, monkeypatch, capsys
 @pytest.mark.parametrize("arguments, wanted", [
     (["pocket", "--hardware", "h100"], "--here and --hardware exclude each other"),
     (["pocket", "--devices", "2"], "--here and --devices exclude each other"),
+    (["pocket", "--optimizer", "adamw-bf16"], "--optimizer adamw-bf16: --here measures the recipe's own, muon"),
     (["deepseek-v3"], "--here deepseek-v3: trains blocks to measure them; give a recipe, a run or a config.json"),
     (["config.json", "--precision", "fp8"], "--precision fp8: --here measures fp32 and bf16"),
     (["config.json", "--context", "65"], "--context 65: the model's context is 64"),

@@ -113,6 +113,9 @@ def test_sorted_rows_and_dense_layers() -> None:
 )  # fmt: skip
 @example(tokens=900, hidden=80, width=32, experts=2, seed=0)
 @example(tokens=3, hidden=17, width=15, experts=9, seed=0)
+@example(tokens=50, hidden=1040, width=530, experts=3, seed=0)  # more than is packed at a time, in rows and in depth
+@example(tokens=96, hidden=1040, width=531, experts=3, seed=0)
+@example(tokens=97, hidden=18, width=16, experts=3, seed=0)
 def test_matrices_of_bfloat16(tokens: int, hidden: int, width: int, experts: int, seed: int) -> None:
     """Without gradients they are taken as they are, to the same numbers as if they were widened first."""
     choices = min(3, experts)

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cadre.errors import DiskFullError, UsageError
-from cadre.train.checkpoint import checkpoints, read_state
+from cadre.model.transformer import Transformer
+from cadre.train.checkpoint import checkpoints, load_checkpoint, read_state
+from cadre.train.optimizer import Optimizer
 from cadre.train.parallel import checkpoint
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
@@ -52,6 +55,24 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(tmp_path, recipe):
     shutil.copytree(tmp_path / "alone", tmp_path / "more")
     world(2, go_on, tmp_path / "more", 1)
     assert_same_run(tmp_path / "run", tmp_path / "more")
+
+
+def test_moments_of_bfloat16_come_back_as_what_they_are(tmp_path, recipe):
+    """From the parts that several processes wrote."""
+    settings = [*SETTINGS, "train.steps=3", "optimizer.name=adamw-bf16"]
+    train(Parallel(), recipe, tmp_path / "alone", settings)
+    world(4, several, recipe, tmp_path, {"run": 2}, settings)
+    made = read_recipe(str(tmp_path / "run" / "recipe.toml"))
+    model = Transformer(made.config(made.model["vocab_size"]))
+    optimizer = Optimizer(model, made.optimizer)
+    load_checkpoint(checkpoints(tmp_path / "run")[-1], model, optimizer)
+    whole = load_file(checkpoints(tmp_path / "alone")[-1] / "optimizer.safetensors")
+    state = optimizer.tensors()
+    assert state.keys() == whole.keys()
+    for name, value in whole.items():
+        assert state[name].dtype == value.dtype == (torch.float32 if name.endswith(".step") else torch.bfloat16)
+        near = dict(rtol=2**-6, atol=1e-3 * float(value.abs().max()))
+        torch.testing.assert_close(state[name].float(), value.float(), **near, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def disk_full_on_one(ranks: Parallel, recipe: Path, out: Path) -> str:

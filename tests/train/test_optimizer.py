@@ -129,6 +129,21 @@ def test_moments_of_bfloat16_go_where_those_of_float32_go():
         assert 0 < (parameter.detach() - exact).norm() < 0.01 * (exact - start[name]).norm(), name
 
 
+def test_the_rate_that_is_logged_is_the_one_that_is_taken():
+    assert build("muon", lr=0.02, adamw_lr=0.004)[1].lr == 0.02
+    assert build("adamw", lr=0.02, adamw_lr=0.004)[1].lr == 0.004
+
+
+@pytest.mark.parametrize(
+    "name, other", [("adamw", "adamw-bf16"), ("adamw-bf16", "adamw"), ("muon", "adamw"), ("adamw", "muon")]
+)
+def test_the_state_of_another_optimizer_is_refused(name, other):
+    model, optimizer = build(name)
+    step(model, optimizer, 0)
+    with pytest.raises(KeyError):
+        build(other)[1].load_tensors(optimizer.tensors())
+
+
 def test_zero_grad_forgets_gradients():
     model, optimizer = build("muon")
     step(model, optimizer, 0)

@@ -126,6 +126,21 @@ def test_a_tokenizer_takes_the_place_of_the_recipes_vocabulary_but_not_of_one_as
             parse_recipe(TEXT, "here", overrides)
 
 
+@pytest.mark.parametrize("overrides, rate, adamw", [
+    (["optimizer.name=adamw"], 0.015, 0.0075), (["optimizer.name=adamw-bf16", "optimizer.lr=0.002"], 0.002, None),
+    (["optimizer.lr=0.02"], 0.02, 0.0075),
+    (["optimizer.lr=0.02", "optimizer.adamw_lr=0.004", "optimizer.name=adamw"], 0.02, 0.004),
+])  # fmt: skip
+def test_a_rate_asked_for_is_the_one_without_muon(overrides, rate, adamw):
+    optimizer = read_recipe("pocket", overrides).optimizer
+    assert (optimizer.lr, optimizer.adamw_lr) == (rate, adamw)
+
+
+def test_a_section_that_is_none_is_named_whatever_is_asked_for():
+    with pytest.raises(UsageError, match="data is no section"):
+        parse_recipe('data = "texts/"\n', "here", ["data.tokenizer=x.json"])
+
+
 def test_the_example_in_the_docs_is_a_recipe():
     lines = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
     start, stop = lines.index("    [model]"), next(i for i, line in enumerate(lines) if line.startswith("`--steps`"))

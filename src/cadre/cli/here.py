@@ -72,6 +72,8 @@ def _step(request: Request, recipe: Recipe | None) -> Step:
     from cadre.train.recipe import OptimizerSection
 
     if recipe is not None:
+        if request.optimizer != recipe.optimizer.name:
+            raise UsageError(f"--optimizer {request.optimizer}: --here measures the recipe's own, {recipe.optimizer.name}")
         step = Step.of(recipe)
         batch = request.batch or step.batch
         return dataclasses.replace(step, batch=batch, micro_batch=min(step.micro_batch, batch), seq_len=request.context)

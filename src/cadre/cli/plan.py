@@ -40,7 +40,7 @@ def plan(
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a sequence. [default: 4096 or the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences a training step. [default: 8 a device]")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Compute in. [default: bf16 where the device has it]")] = None,
-    optimizer: Annotated[Optimizer | None, typer.Option(help="Whose states to hold. [default: adamw]")] = None,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="Whose states to hold. [default: a recipe's, else adamw]")] = None,
     mfu: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of peak reached. [default: predicted]")] = None,
     rent: Annotated[float | None, typer.Option(metavar="USD", help="Dollars a device-hour. [default: the catalogue's]")] = None,
     mtp: Annotated[

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SOTU = "sotu"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-# Of folders with token shards, whose held-out text must not be taken for a corpus (`shards.py`).
+# Of folders with token shards (`shards.py`), whose held-out text must not be taken for a corpus by whoever names the folder.
 MANIFEST, HELD_OUT_TEXT = "manifest.json", "held_out.jsonl"
 _KINDS = ".txt .md .jsonl .parquet (and their .gz)"
 
@@ -82,21 +82,30 @@ def _files(entry: str) -> list[tuple[Path | Remote, str]]:
         matches = sorted(p for p in matched if _kind(p) in SUFFIXES and p.is_file())
         if not matches:
             raise UsageError(f"{entry}: the pattern matches no file that can be read; wanted {_KINDS}")
+        _refuse_shards(matches)
         return [(p, str(p)) for p in matches]
     if path.is_dir():
         inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
         below = sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
         if not below:
             raise UsageError(f"{path}: the folder holds no file that can be read; wanted {_KINDS}")
-        for p in below:
-            if p.name == HELD_OUT_TEXT and (p.parent / MANIFEST).exists():
-                raise UsageError(f"{p.parent}: was made by `cadre data`; give the text itself, which training tokenises")
+        _refuse_shards(below)
         return [(p, str(p)) for p in below]
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     if _kind(path) not in SUFFIXES:
         raise UsageError(f"{path}: cannot read a {path.suffix or 'file without suffix'}; wanted {_KINDS}")
     return [(path, str(path))]
+
+
+def _refuse_shards(files: list[Path]) -> None:
+    for file in files:
+        try:
+            manifest = json.loads((file.parent / MANIFEST).read_text("utf-8")) if file.name == HELD_OUT_TEXT else {}
+        except (OSError, ValueError):
+            continue  # somebody else's file of that name
+        if isinstance(manifest, dict) and manifest.keys() >= {"format", "vocab_size", "held_out"}:
+            raise UsageError(f"{file.parent}: was made by `cadre data`: give the text itself (or {file}, what it holds out)")
 
 
 def _kind(path: Path | Remote) -> str:

@@ -171,13 +171,10 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_TD = x_BTD.flatten(0, -2)
         routes = self.gate(x_TD)
-        shared, joined = self.shared_experts, None  # shared experts that the routed ones' kernel computes, too
+        shared, joined = self.shared_experts, None
         if isinstance(self.experts, Experts) and self.experts.moves_rows(x_TD):
             plan = arrange(routes)
-            if isinstance(shared, SwiGLU) and not is_watched(shared):
-                joined = shared.weights(x_TD)
-                if joined is not None and shared.gate_proj.narrow != self.experts.narrow:
-                    joined = None
+            joined = self._shared_weights(x_TD)
             y_TD = self.experts(x_TD, plan.load_E, plan, joined)
         else:
             x_RD, plan = dispatch(x_TD, routes)
@@ -187,3 +184,11 @@ class MixtureOfExperts(nn.Module):
         if shared is not None and joined is None:
             y_TD = y_TD + shared(x_TD)
         return y_TD.view_as(x_BTD)
+
+    def _shared_weights(self, x_TD: Tensor) -> Dense | None:
+        """The shared experts' matrices, where the routed ones' kernel can compute both."""
+        shared = self.shared_experts
+        if not isinstance(shared, SwiGLU) or is_watched(shared):
+            return None
+        weights = shared.weights(x_TD)
+        return weights if weights is not None and shared.gate_proj.narrow == self.experts.narrow else None

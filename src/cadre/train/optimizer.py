@@ -12,6 +12,7 @@ from cadre.kernels.total_norm import total_norm
 from cadre.model.experts import Router
 from cadre.model.transformer import Transformer
 from cadre.train.adamw import NarrowAdamW
+from cadre.train.muon import Muon
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import OptimizerSection
 
@@ -61,8 +62,9 @@ class Optimizer:
         if matrices:
             options = {"lr": section.lr, "momentum": section.momentum, "weight_decay": decay, "narrow": narrow}
             self.parts.append(self.parallel.muon(_muon_groups(matrices, self.names), **options))
+        self.owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         self.peak = [group["lr"] for part in self.parts for group in part.param_groups]
-        self.lr = section.lr
+        self.lr = section.lr if matrices else adamw_lr
 
     def clip(self, most: float) -> float:
         """Take over the gradients and scale them down to a global norm of `most`. Returns the norm they had."""
@@ -95,23 +97,33 @@ class Optimizer:
         }
 
     def empty(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors to read a state of such names into. Raises `KeyError` for a name that no parameter here has."""
+        """Tensors to read a state of such names into. Raises `KeyError` for a name that no parameter's state here has."""
         parameters = {name: parameter for parameter, name in self.names.items()}
-        split = ((name, *name.rpartition(".")[::2]) for name in names)
-        return {
-            full_name: torch.zeros(()) if key == "step" else torch.zeros_like(parameters[name], dtype=self.moments)
-            for full_name, name, key in split
-        }
+        made = {}
+        for full_name in names:
+            name, _, key = full_name.rpartition(".")
+            dtype = self._kept(parameters[name])[key]
+            made[full_name] = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[name], dtype=dtype)
+        return made
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave, bit for bit."""
+        """Restore what `tensors` gave, bit for bit. Raises `KeyError` for what is no state of this optimizer's."""
         parameters = {name: parameter for parameter, name in self.names.items()}
-        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition(".")
             parameter = parameters[name]
-            device = parameter.device if value.ndim or parameter.device.type == "cuda" else value.device
-            owner[parameter].state[parameter][key] = value.to(device)
+            if self._kept(parameter)[key] != value.dtype:
+                raise KeyError(f"{full_name} in {str(value.dtype).removeprefix('torch.')}")
+            # torch's fused AdamW wants its count of steps on an accelerator as well.
+            fused = parameter.device.type == "cuda" and self.moments == torch.float32
+            device = parameter.device if value.ndim or fused else value.device
+            self.owner[parameter].state[parameter][key] = value.to(device)
+
+    def _kept(self, parameter: Tensor) -> dict[str, torch.dtype]:
+        """What the state of a parameter is made of."""
+        if isinstance(self.owner[parameter], Muon):
+            return {"momentum": torch.float32}
+        return {"step": torch.float32, "exp_avg": self.moments, "exp_avg_sq": self.moments}
 
 
 # Newton-Schulz iterations of experts: as good as 5 (docs/log.md), and with many experts most of what an update takes.
