@@ -116,6 +116,19 @@ std::vector<int64_t> starts_of(const ExpertsTraining& e) {
     return start;
 }
 
+// Of one expert, as they lie.
+struct Matrices {
+    Operand gate, up, down;
+    Matrices(const ExpertsTraining& e, int64_t expert) {
+        auto matrix = [&](const float* first, size_t row, size_t columns) {
+            return Operand{first, columns, false, nullptr, e.halves != 0}.from(row, 0);
+        };
+        const size_t inward = expert * e.further / e.hidden;
+        gate = matrix(e.gate, inward, e.hidden), up = matrix(e.up, inward, e.hidden);
+        down = matrix(e.down, expert * e.hidden, e.width);
+    }
+};
+
 // Rows of the tokens [tokens, hidden] whose copies are rows `begin` on; copied to `copies` where the product cannot gather them.
 Operand rows_of(const ExpertsTraining& e, const Operand& tokens, int64_t begin, int64_t count, float* copies) {
     const size_t D = e.hidden;
@@ -171,17 +184,13 @@ void forward_few(const ExpertsTraining& e, const Operand& tokens, const Task& ta
     const Operand x = rows_of(e, tokens, task.begin, count, nullptr).transposed();
     float* inner = memory.of(count * (3 * F + D));
     float *h = inner + count * 2 * F, *y = h + count * F;
-    auto matrix = [](const float* first, size_t at, size_t columns) {
-        return Operand{(const float*)((const uint16_t*)first + at), columns, false, nullptr, true};
-    };
-    auto gate_of = [&](int64_t expert) { return matrix(e.gate, expert * e.further, D); };
-    const Operand down = matrix(e.down, task.expert * F * D, F);
-    multiply(F, count, D, gate_of(task.expert), x, inner, count);
-    first_of(ahead, down, D);
-    multiply(F, count, D, matrix(e.up, task.expert * e.further, D), x, inner + F * count, count);
+    const Matrices own(e, task.expert);
+    multiply(F, count, D, own.gate, x, inner, count);
+    first_of(ahead, own.down, D);
+    multiply(F, count, D, own.up, x, inner + F * count, count);
     activate(inner, 1, F * count, h, [](size_t, floats, int) {});
-    if (then) expect(ahead, e, tokens, then->begin, then->end, gate_of(then->expert), F);
-    multiply(D, count, F, down, {h, count}, y, count);
+    if (then) expect(ahead, e, tokens, then->begin, then->end, Matrices(e, then->expert).gate, F);
+    multiply(D, count, F, own.down, {h, count}, y, count);
     transpose(y, D, count, (e.token ? e.y : e.out) + task.begin * D, D);
 }
 #endif
@@ -199,11 +208,8 @@ void forward(const ExpertsTraining& e, const Operand& tokens, const Task& task, 
     const bool in_place = e.inner && e.factors == Factors::FLOAT32;
     float* h = memory.of(most * (in_place ? F : 3 * F) + (e.token ? most * D : 0));
     float* copies = h + most * (in_place ? F : 3 * F);
-    auto matrix = [&](const float* first, size_t row, size_t columns) {
-        return Operand{first, columns, true, nullptr, e.halves != 0}.from(row, 0);
-    };
-    auto gate_of = [&](int64_t expert) { return matrix(e.gate, expert * e.further / D, D); };
-    const Operand gate = gate_of(task.expert), up = matrix(e.up, task.expert * e.further / D, D), down = matrix(e.down, task.expert * D, F);
+    const Matrices own(e, task.expert);
+    const Operand gate = own.gate.transposed(), up = own.up.transposed(), down = own.down.transposed();
     const bool joined = up.data == gate.at(F * D);
     const Blocks blocks(task.begin, task.end, BLOCK);
     for (int64_t i = 0; i < blocks.count; i++) {
@@ -228,7 +234,7 @@ void forward(const ExpertsTraining& e, const Operand& tokens, const Task& task, 
             expect(ahead, e, tokens, end, blocks.start(i + 2));
         } else if (then) {
             const Blocks next(then->begin, then->end, BLOCK);
-            expect(ahead, e, tokens, then->begin, next.start(1), gate_of(then->expert), 2 * F);
+            expect(ahead, e, tokens, then->begin, next.start(1), Matrices(e, then->expert).gate, 2 * F);
         }
         multiply(count, D, F, {h, F}, down, (e.token ? e.y : e.out) + begin * D, D);
     }
