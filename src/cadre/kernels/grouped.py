@@ -41,9 +41,11 @@ def expert_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: T
 
 
 def _grouped_mm_takes(x_RD: Tensor, down_EDF: Tensor) -> bool:
-    """torch.nn.functional.grouped_mm wants at most 32 bits, rows in order whose stride is a multiple of 16 bytes, and at
-    least one row."""
+    """torch.nn.functional.grouped_mm wants at most 32 bits, on a card 16, rows in order whose stride is a multiple of 16 bytes,
+    and at least one row."""
     width = 16 // x_RD.element_size()
-    if x_RD.dtype == torch.float64 or not x_RD.is_contiguous() or x_RD.shape[0] == 0:
+    if x_RD.dtype == torch.float64 or (x_RD.is_cuda and x_RD.dtype != torch.bfloat16):
+        return False
+    if not x_RD.is_contiguous() or x_RD.shape[0] == 0:
         return False
     return x_RD.shape[1] % width == 0 and down_EDF.shape[2] % width == 0

@@ -50,7 +50,13 @@ def sort_choices_reference(expert_TK: Tensor, experts: int) -> tuple[Tensor, Ten
     order_R = flat_R.argsort(stable=True)
     row_R = torch.empty_like(order_R)
     row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    return row_R.view(expert_TK.shape), order_R // expert_TK.shape[1], torch.bincount(flat_R, minlength=experts)
+    return row_R.view(expert_TK.shape), order_R // expert_TK.shape[1], count_choices(expert_TK, experts)
+
+
+def count_choices(expert_TK: Tensor, experts: int) -> Tensor:
+    """How many choices fell on each expert, int64 [E]. `bincount` would make an accelerator's program wait for its result."""
+    flat_R = expert_TK.flatten()
+    return flat_R.new_zeros(experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
 
 
 def sort_choices(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadre.kernels.permute import count_choices
 from cadre.model.experts import MixtureOfExperts
 from cadre.model.transformer import Transformer
 from cadre.train.balance_losses import BalanceLoss, BatchLoss, GlobalLoss, Heard, RouterZLoss, SequenceLoss
@@ -85,8 +86,7 @@ class Balance:
     def count(self, heard: list[Heard]) -> None:
         """Add a micro-batch to the step's loads."""
         for one in heard:
-            flat = one.routes.expert_TK.flatten()
-            self.load_LE[one.layer] += torch.bincount(flat, minlength=self.load_LE.shape[1])
+            self.load_LE[one.layer] += count_choices(one.routes.expert_TK, self.load_LE.shape[1])
             self.logit_squares_L[one.layer] += one.routes.logit_TE.square().sum()
 
     def survey(self, heard: list[Heard]) -> None:
