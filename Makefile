@@ -16,8 +16,13 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 demo: setup
 	$(BIN)/cadre train pocket
 
-test: setup check
+test: setup check $(VENV)/.triton
 	$(BIN)/python -m pytest
+
+# Interprets and compiles the kernels for cards. torch's CUDA build brings its own, which must stay.
+$(VENV)/.triton: $(VENV)/.installed
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
+	touch $@
 
 # The chat page in a real browser: apt-get install chromium
 test-browser: setup

@@ -9,7 +9,7 @@ import pytest
 from cadre.cli import bench_tables, bench_train
 from cadre.cli import main as module
 from cadre.plan.count import count
-from cadre.train import peer, profile, sweep, tax
+from cadre.train import fp8_step, peer, profile, sweep, tax
 from tests.shapes import small
 from tests.workers import Here
 
@@ -69,7 +69,7 @@ def test_a_config_that_cannot_be_built_is_refused_in_one_line(monkeypatch, capsy
 @pytest.fixture
 def here(monkeypatch):
     """Every mode on few and small points, without processes or measured limits of this machine."""
-    for owner in (peer, tax, sweep):
+    for owner in (peer, tax, sweep, fp8_step):
         monkeypatch.setattr(owner, "Worker", Here)
     monkeypatch.setattr(peer, "modes", lambda config: [peer.Mode("eager", "float32"), peer.Mode("batched_mm", "float32")])
     monkeypatch.setattr(peer, "selected_bytes", lambda config, mode, tokens: 2**50 * (mode.experts == "batched_mm"))
@@ -85,6 +85,7 @@ MODES = {
     "peer": (("--peer", "transformers"), {"peer", "ours", "speed_ratio", "memory_ratio", "probe"}, "times as fast"),
     "tax": (("--tax", "--quick"), {"rows"}, "routing tax: at most"),
     "sweep": (("--sweep",), {"axes"}, "than the arithmetic"),
+    "fp8": (("--fp8",), {"plain", "fp8", "speed_ratio"}, "a step with experts in FP8 is"),
     "profile": (("--profile",), {"parts", "watched_seconds", "difference"}, "embedding, head and loss"),
 }
 
@@ -136,6 +137,8 @@ def test_a_mode_that_cannot_be_is_one_line(monkeypatch, capsys, tmp_path, config
     dense.write_text(json.dumps(small("llama").to_hf()))
     assert bench(monkeypatch, "--config", dense, "--tax", "--seq", 8) == 2
     assert capsys.readouterr().err.startswith("cadre: --tax: the config has no experts")
+    assert bench(monkeypatch, "--config", dense, "--fp8", "--seq", 8) == 2
+    assert capsys.readouterr().err == "cadre: --fp8: the model has no experts\n"
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert bench(monkeypatch, "--config", config, "--peer", "transformers") == 2
     assert capsys.readouterr().err.startswith("cadre: --peer transformers: it is not installed here")

@@ -15,9 +15,10 @@ from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
+from cadre.train import run as run_module
 from cadre.train.checkpoint import checkpoints, read_state
 from cadre.train.recipe import read_recipe
-from cadre.train.run import check_memory, held_recipe, only_writer, resume
+from cadre.train.run import check_fp8, check_memory, held_recipe, only_writer, resume
 from tests.runs import write_corpus
 from tests.shapes import small
 
@@ -68,6 +69,8 @@ def test_a_given_tokenizer_is_taken(lab):
     (["data.source=/nowhere/at/all"], "no such file or folder"),
     (["eval.prompts=['all the people of the nation and their house were here to see what the law had made for them ']",
       "model.max_position_embeddings=16"], "eval.prompts: .* the model's context"),
+    (["train.fp8_experts=true", "model.first_k_dense_replace=2", "model.num_nextn_predict_layers=0"],
+     "train.fp8_experts: the model has no experts"),
     (["model.model_type='deepseek_v2'"], "num_nextn_predict_layers is 1; a deepseek_v2 model"),
 ])  # fmt: skip
 def test_what_cannot_be_run_leaves_no_folder(lab, overrides, wanted):
@@ -307,6 +310,17 @@ def test_a_model_larger_than_the_machine_is_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     with pytest.raises(UsageError, match=r"the model has [\d,]+ parameters: .* GiB"):
         check_memory(small("deepseek_v3"), torch.device("cpu"))
+
+
+def test_experts_in_fp8_want_a_card_that_has_it(monkeypatch):
+    check_fp8(small("deepseek_v3"), torch.device("cpu"))
+    for able in (True, False):
+        monkeypatch.setattr(run_module, "multiplies_fp8", lambda device, able=able: able)
+        if able:
+            check_fp8(small("deepseek_v3"), torch.device("cuda"))
+        else:
+            with pytest.raises(UsageError, match=r"train.fp8_experts: needs Triton and a card .* leave it out"):
+                check_fp8(small("deepseek_v3"), torch.device("cuda"))
 
 
 def test_a_run_has_one_writer_at_a_time(lab):

@@ -110,6 +110,14 @@ def test_bfloat16_compute_keeps_float32_masters(lab):
     assert losses[-1] < losses[0]
 
 
+def test_experts_in_fp8_learn_what_others_do(lab):
+    losses = []
+    for name, fp8 in (("plain", "false"), ("fp8", "true")):
+        result, _ = lab.train(lab.start(name, f"train.fp8_experts={fp8}", "train.steps=30"))
+        losses.append(result.loss)
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 @pytest.mark.parametrize("rule", ["sign", "proportional"])
 def test_gradient_accumulation_is_the_same_training(lab, rule):
     """One batch of 16 and four micro-batches of 4, with every loss that asks the same of both."""

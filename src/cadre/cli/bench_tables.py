@@ -10,7 +10,7 @@ _GIB = 2**30
 
 def lines(result: dict[str, Any]) -> list[str]:
     """By the result's `mode`."""
-    show = {"train": _train, "peer": _peer, "tax": _tax, "sweep": _sweep, "profile": _profile}[result["mode"]]
+    show = {"train": _train, "peer": _peer, "tax": _tax, "sweep": _sweep, "fp8": _fp8, "profile": _profile}[result["mode"]]
     return list(show(result))
 
 
@@ -45,6 +45,15 @@ def _tax(result: dict[str, Any]) -> Iterator[str]:
     yield from _table(rows)
     worst = max(result["rows"], key=lambda row: row["ratio"])
     yield f"routing tax: at most {worst['ratio']:.3f} ({worst['experts']} experts, top {worst['top_k']}), {result['dtype']}"
+
+
+def _fp8(result: dict[str, Any]) -> Iterator[str]:
+    rows = [("experts", "s a step", "tokens/s", "peak memory")]
+    for name, side in ((result["dtype"], result["plain"]), ("fp8", result["fp8"])):
+        rows.append((name, f"{side['step_seconds_median']:.3f}", f"{side['tokens_per_second']:,.0f}",
+                     _gib(side["peak_memory_bytes"])))  # fmt: skip
+    yield from _table(rows)
+    yield f"a step with experts in FP8 is {result['speed_ratio']:.2f} times as fast"
 
 
 def _sweep(result: dict[str, Any]) -> Iterator[str]:

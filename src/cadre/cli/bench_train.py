@@ -41,12 +41,15 @@ def bench_train(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="How time and memory grow with experts, width, length and batch.")
     ] = False,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Experts that multiply in FP8, against those of the compute type.")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Where the time goes, and how near the limits.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points of --tax or --sweep.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time full optimizer steps of a model on random tokens, against the machine's GEMM rate."""
-    mode = _mode({"peer": peer is not None, "tax": tax, "sweep": sweep, "profile": profile}, quick)
+    mode = _mode({"peer": peer is not None, "tax": tax, "sweep": sweep, "fp8": fp8, "profile": profile}, quick)
     from cadre.cli import bench_tables
     from cadre.model.config import ModelConfig
 
@@ -82,6 +85,10 @@ def _bench(mode: str, quick: bool) -> Callable[..., dict[str, Any]]:
         from cadre.train.sweep import bench_sweep
 
         return partial(bench_sweep, quick=quick)
+    if mode == "fp8":
+        from cadre.train.fp8_step import bench_fp8
+
+        return bench_fp8
     # These measure in this process.
     from cadre.kernels.allocator import keep_freed_memory
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadre.kernels.fp8 import grouped_linear_fp8
 from cadre.kernels.native.library import feeds
 from cadre.kernels.routed import rows_swiglu
 from cadre.kernels.swiglu import swiglu, swiglu_reference
@@ -28,9 +29,13 @@ def expert_swiglu_reference(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, d
     return torch.cat(outputs)
 
 
-def expert_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor, narrow: bool = False) -> Tensor:
+def expert_swiglu(
+    x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor, narrow: bool = False, fp8: bool = False
+) -> Tensor:
     """As the reference: in C++ where it can be had, else with one grouped GEMM per matrix. Shapes that the grouped GEMM refuses
-    take the reference. `narrow`: as in `kernels.linear`, in C++."""
+    take the reference. `narrow`: as in `kernels.linear`, in C++. `fp8`: both products in FP8 instead (`kernels.fp8`)."""
+    if fp8:
+        return grouped_linear_fp8(swiglu(grouped_linear_fp8(x_RD, load_E, gate_up_END)), load_E, down_EDF)
     if feeds(x_RD, gate_up_END, down_EDF, narrow=narrow):
         return rows_swiglu(x_RD, load_E, gate_up_END, down_EDF, narrow)
     if not _grouped_mm_takes(x_RD, down_EDF):

@@ -132,7 +132,7 @@ class Experts(nn.Module):
         experts, hidden, width = config.n_routed_experts or 0, config.hidden_size, config.moe_intermediate_size or 0
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
-        self.narrow = False
+        self.narrow = self.fp8 = False
 
     def forward(self, x: Tensor, load_E: Tensor, plan: Plan | None = None, shared: Dense | None = None) -> Tensor:
         """Rows [R, D] sorted by expert in, rows out. With a plan, where `moves_rows`: tokens [T, D] in, tokens out, what the
@@ -140,12 +140,12 @@ class Experts(nn.Module):
         matrices = self.gate_up_proj, self.down_proj
         if plan is None:
             assert shared is None
-            return expert_swiglu(x, load_E, *matrices, self.narrow)
+            return expert_swiglu(x, load_E, *matrices, self.narrow, self.fp8)
         return routed_swiglu(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, *matrices, self.narrow, shared)
 
     def moves_rows(self, x_TD: Tensor) -> bool:
         """Whether dispatch and combine can be had as part of the experts' kernel, so that no row is ever stored."""
-        return feeds(x_TD, self.gate_up_proj, self.down_proj, narrow=self.narrow)
+        return not self.fp8 and feeds(x_TD, self.gate_up_proj, self.down_proj, narrow=self.narrow)
 
 
 class MixtureOfExperts(nn.Module):

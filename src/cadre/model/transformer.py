@@ -112,12 +112,16 @@ class Transformer(nn.Module):
         """Where its parameters are, but for those without storage."""
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def compute_in(self, dtype: torch.dtype, fp8_experts: bool = False) -> None:
         """Compute in bfloat16 or float32, with weights of float32 (or, without gradients, of bfloat16). On a CPU with our own
-        products of bfloat16, bfloat16 means those: what lies between products stays float32."""
+        products of bfloat16, bfloat16 means those: what lies between products stays float32. `fp8_experts`: routed experts
+        multiply in FP8."""
         narrow = dtype == torch.bfloat16 and self.device.type == "cpu" and multiplies(narrow=True)
         self.compute_dtype = torch.float32 if narrow else dtype
         self.round_factors(narrow)
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.fp8 = fp8_experts
 
     def round_factors(self, narrow: bool) -> None:
         """Whether products of float32 on a CPU are made of factors rounded to bfloat16; weights may then be bfloat16 themselves

@@ -29,18 +29,27 @@ ADAMW = OptimizerSection(name="adamw", lr=1e-3)
 
 class TrainingStep:
     """A model in training, and its optimizer step on `batch` x `seq_len` fresh random tokens. Float32 masters, computing in
-    `dtype`. Calling it makes one step and returns its seconds, the making of the tokens left out.
+    `dtype`, experts in FP8 if told to. Calling it makes one step and returns its seconds, the making of the tokens left out.
 
     Raises `UsageError` for a sequence beyond the model's context and a model beyond the machine's memory.
     """
 
-    def __init__(self, config: ModelConfig, *, batch: int, seq_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch: int,
+        seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fp8_experts: bool = False,
+    ) -> None:
         check_length(config, seq_len)
         check_memory(config, device)
         torch.manual_seed(0)
         self.batch, self.seq_len, self.device = batch, seq_len, device
         self.model = Transformer(config).initialize(0).to(device)
-        self.model.compute_in(dtype)
+        self.model.compute_in(dtype, fp8_experts)
         self.model.train()
         self.optimizer = Optimizer(self.model, ADAMW)
         self.balance = Balance(self.model, BalanceSection())

@@ -130,14 +130,15 @@ def take_turns(workers: Sequence[Worker | Team], steps: int, note: Callable[[int
     return [taken[WARM_UP:] for taken in seconds]
 
 
-def ours(config: ModelConfig, *, batch: int, seq_len: int, dtype: torch.dtype) -> Build:
+def ours(config: ModelConfig, *, batch: int, seq_len: int, dtype: torch.dtype, fp8_experts: bool = False) -> Build:
     """Cadre's own step, with memory kept as `cadre train` keeps it."""
-    return partial(_ours, config, batch, seq_len, dtype)
+    return partial(_ours, config, batch, seq_len, dtype, fp8_experts)
 
 
-def _ours(config: ModelConfig, batch: int, seq_len: int, dtype: torch.dtype) -> TrainingStep:
+def _ours(config: ModelConfig, batch: int, seq_len: int, dtype: torch.dtype, fp8_experts: bool) -> TrainingStep:
     keep_freed_memory()
-    return TrainingStep(config, batch=batch, seq_len=seq_len, dtype=dtype, device=default_device())
+    shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len}
+    return TrainingStep(config, **shape, dtype=dtype, device=default_device(), fp8_experts=fp8_experts)
 
 
 def result(config: ModelConfig, *, batch: int, seq_len: int, seconds: list[float], memory: Memory) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def bench_peer(
     dtype = dtype or training_dtype(device)
     best, probes = _probe(config, batch, seq_len, note)
     gemm = gemm_flops_per_second(dtype, device)
-    shape = {"batch": batch, "seq_len": seq_len}
+    shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len}
     rounds = WARM_UP + steps
     with (
         Worker(f"transformers ({best})", peer_step(config, best, **shape)) as theirs,

@@ -63,6 +63,7 @@ class TrainSection(_Section):
     micro_batch: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    fp8_experts: bool = False
     seed: int = Field(default=0, ge=0, lt=2**63)
     mtp_weight: float = Field(default=0.3, ge=0)
     mtp_weight_final: float | None = Field(default=None, ge=0)

@@ -27,6 +27,7 @@ from cadre.files import replace_file, require_folder
 from cadre.hub.directory import load_config, model_directory
 from cadre.hub.save import check_expressible
 from cadre.hub.tokenizer import check_vocabulary, special_ids, tokenizer_hash
+from cadre.kernels.fp8 import multiplies_fp8
 from cadre.kernels.limits import training_dtype
 from cadre.kernels.memory import total_bytes
 from cadre.model.config import ModelConfig
@@ -85,6 +86,8 @@ def start(
         check_expressible(config)
         recipe = settle(recipe, config, parallel.size, here, note)
         parallel.check(recipe, config)
+        if recipe.train.fp8_experts:
+            check_fp8(config, device)
         check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
         _check_samples(recipe, config, data)
         batches = _batches(recipe, config, data, parallel)
@@ -144,6 +147,16 @@ def check_memory(
         )
 
 
+def check_fp8(config: ModelConfig, device: torch.device, what: str = "train.fp8_experts") -> None:
+    """Refuse experts in FP8 for a model without experts, and on a card without FP8."""
+    if not config.has_experts:
+        raise UsageError(f"{what}: the model has no experts")
+    if device.type == "cuda" and not multiplies_fp8(device):
+        raise UsageError(
+            f"{what}: needs Triton and a card that multiplies FP8 (compute capability 8.9 or higher): leave it out"
+        )
+
+
 def held_recipe(path: Path) -> Recipe:
     """The recipe of the run in `path`. Raises `UsageError` if there is no run."""
     file = path / "recipe.toml"
@@ -175,6 +188,8 @@ def resume(
         check_vocabulary(data.tokenizer, config.vocab_size)
         recipe = settle(recipe, config, parallel.size, here, note)
         parallel.check(recipe, config)
+        if recipe.train.fp8_experts:
+            check_fp8(config, device)
         batches = _batches(recipe, config, data, parallel)
     dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device, parallel)
     train = wanted.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})

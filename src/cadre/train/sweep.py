@@ -160,7 +160,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measure(point: Point, steps: int, dtype: torch.dtype) -> dict[str, Any]:
-    shape = {"batch": point.batch, "seq_len": point.seq_len}
+    shape: dict[str, Any] = {"batch": point.batch, "seq_len": point.seq_len}
     known = {**shape, "total_parameters": count(point.config).total_parameters, "flops": point.flops}
     try:
         with Worker(f"{point.axis} {point.value}", ours(point.config, **shape, dtype=dtype)) as worker:

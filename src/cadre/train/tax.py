@@ -89,7 +89,7 @@ def bench_tax(
 
 def _row(config: ModelConfig, batch: int, seq_len: int, steps: int, dtype: torch.dtype) -> dict[str, Any]:
     twin = dense_twin(config)
-    shape = {"batch": batch, "seq_len": seq_len}
+    shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len}
     with (
         Worker("experts", ours(config, **shape, dtype=dtype)) as sparse,
         Worker("dense", ours(twin, **shape, dtype=dtype)) as dense,

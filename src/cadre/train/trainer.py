@@ -87,7 +87,7 @@ class Trainer:
         self.run, self.observer, self.parallel = run, observer, run.parallel
         self.recipe, self.model = run.recipe, run.model
         self.device = self.model.device
-        self.model.compute_in(run.dtype)
+        self.model.compute_in(run.dtype, self.recipe.train.fp8_experts)
         self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.parallel, narrow=run.dtype == torch.bfloat16)
         self.balance = Balance(self.model, self.recipe.balance, self.parallel)
         self.qk_clip = QKClip.of(self.model, self.recipe.optimizer.qk_clip, self.parallel)

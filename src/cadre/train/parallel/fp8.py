@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_RUN = 128
-_ELEMENT = torch.float8_e4m3fn
-# The largest E4M3 number is 448 = 0.875 x 2^9.
-_MANTISSA, _EXPONENT = 0.875, 9
-# Of a float32's exponent; all ones mean infinity.
-_BIAS, _INFINITE = 127, 255
+from cadre.kernels.fp8 import ELEMENT, RUN, exponent_of, power_of_two
+
+# Of a float32's exponent.
+_BIAS = 127
 
 
 def packed_width(width: int) -> int:
@@ -27,26 +25,23 @@ def pack(rows_RD: Tensor) -> Tensor:
     """uint8 [R, packed_width(D)] of floating-point rows. What comes back differs by at most 1/16 of an element, or 2^-17 of
     the largest in its run if that is more; of a run that holds an infinity or NaN nothing finite comes back."""
     height, width = rows_RD.shape
-    runs_RG = F.pad(rows_RD.float(), (0, -width % _RUN)).view(height, _runs(width), _RUN)
-    most_RG = runs_RG.abs().amax(dim=2)
-    mantissa_RG, exponent_RG = torch.frexp(most_RG)
-    exponent_RG = exponent_RG - _EXPONENT + (mantissa_RG > _MANTISSA).int()
-    byte_RG = (exponent_RG + _BIAS).clamp(min=1).where(most_RG.isfinite(), _INFINITE).to(torch.uint8)
-    narrow_RD = (runs_RG / _scale(byte_RG)[..., None]).to(_ELEMENT).view(torch.uint8)
+    runs_RG = F.pad(rows_RD.float(), (0, -width % RUN)).view(height, _runs(width), RUN)
+    byte_RG = (exponent_of(runs_RG.abs().amax(dim=2)) + _BIAS).to(torch.uint8)
+    narrow_RD = (runs_RG / _scale(byte_RG)[..., None]).to(ELEMENT).view(torch.uint8)
     return torch.cat((narrow_RD.flatten(1)[:, :width], byte_RG), dim=1)
 
 
 def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The rows again: [R, width]."""
-    narrow_RD, byte_RG = packed[:, :width].contiguous().view(_ELEMENT), packed[:, width:]
-    scale_RD = _scale(byte_RG).repeat_interleave(_RUN, dim=1)[:, :width]
+    narrow_RD, byte_RG = packed[:, :width].contiguous().view(ELEMENT), packed[:, width:]
+    scale_RD = _scale(byte_RG).repeat_interleave(RUN, dim=1)[:, :width]
     return (narrow_RD.float() * scale_RD).to(dtype)
 
 
 def _runs(width: int) -> int:
-    return -(-width // _RUN)
+    return -(-width // RUN)
 
 
 def _scale(byte_RG: Tensor) -> Tensor:
-    """2^(byte - 127), exactly: the byte as a float32's exponent."""
-    return (byte_RG.int() << 23).view(torch.float32)
+    """2^(byte - 127), exactly."""
+    return power_of_two(byte_RG.int() - _BIAS)
