@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cadre.kernels.card import has_triton
 from cadre.kernels.native import structs
 from cadre.kernels.native.library import library, plain, trains
 
@@ -46,16 +47,21 @@ def adamw_reference(steps: Sequence[AdamWStep]) -> None:
 
 
 def adamw_in_place(steps: Sequence[AdamWStep]) -> None:
-    """As the reference; on a CPU all parameters in one pass over memory."""
+    """As the reference, in one pass over memory: by our kernel on a CPU, on a card by Triton."""
     wide = [tensor for step in steps for tensor in (step.weight, step.gradient)]
     narrow = [tensor for step in steps for tensor in (step.mean, step.square)]
-    mine = trains(*wide) and plain(*narrow, dtype=torch.bfloat16)
-    if not mine or not all(tensor.is_contiguous() for tensor in (*wide, *narrow)):
+    if not all(tensor.is_contiguous() for tensor in (*wide, *narrow)):
         adamw_reference(steps)
-        return
-    native = library()
-    assert native is not None
-    native.cadre_adamw((structs.AdamWStep * len(steps))(*map(_native, steps)), len(steps), torch.get_num_threads())
+    elif steps and all(has_triton(step.weight.device) for step in steps):
+        from cadre.kernels.adamw_triton import adamw_on_card
+
+        adamw_on_card(steps)
+    elif trains(*wide) and plain(*narrow, dtype=torch.bfloat16):
+        native = library()
+        assert native is not None
+        native.cadre_adamw((structs.AdamWStep * len(steps))(*map(_native, steps)), len(steps), torch.get_num_threads())
+    else:
+        adamw_reference(steps)
 
 
 def _native(step: AdamWStep) -> structs.AdamWStep:

@@ -8,14 +8,14 @@ Letters in names: R row, rows sorted by expert; E expert; K width of a row, N of
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cadre.kernels.card import multiplies_fp8
 
 RUN = 128
 ELEMENT = torch.float8_e4m3fn
@@ -118,11 +118,3 @@ def _products(x_RK: Tensor) -> Any:
     from cadre.kernels.fp8_triton import Products
 
     return Products
-
-
-@functools.cache
-def multiplies_fp8(device: torch.device) -> bool:
-    """Whether a device has products of FP8 and Triton to reach them: NVIDIA's from Ada and Hopper on."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)

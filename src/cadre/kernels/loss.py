@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 from cadre.kernels.linear import product
 from cadre.kernels.native.library import library, trains
 
-# Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products.
+# Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products; on a card 256 MB,
+# rows enough to outlast the launching of what follows.
 _CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS_OF_A_CARD = 1 << 26
 
 
 def linear_cross_entropy_reference(hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_head = (needs and keeps for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_head = torch.zeros_like(head_WD, dtype=torch.float32) if needs_head else None
-        rows = max(64, _CHUNK_ELEMENTS // len(head_WD))
+        rows = max(64, (_CHUNK_ELEMENTS_OF_A_CARD if hidden_ND.is_cuda else _CHUNK_ELEMENTS) // len(head_WD))
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
             hidden = hidden_ND[part]

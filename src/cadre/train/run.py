@@ -27,7 +27,7 @@ from cadre.files import replace_file, require_folder
 from cadre.hub.directory import load_config, model_directory
 from cadre.hub.save import check_expressible
 from cadre.hub.tokenizer import check_vocabulary, special_ids, tokenizer_hash
-from cadre.kernels.fp8 import multiplies_fp8
+from cadre.kernels.card import multiplies_fp8
 from cadre.kernels.limits import training_dtype
 from cadre.kernels.memory import total_bytes
 from cadre.model.config import ModelConfig
