@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -84,9 +85,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As the reference; float32 activations take the closed form, on a CPU in C++."""
+    """As the reference; float32 activations take the closed form, on a CPU in C++, and a card torch's own fused norm, which
+    rounds once, after the weight."""
     if weight_D.shape != x.shape[-1:]:
         raise ValueError(f"a norm of {len(weight_D)} cannot take {tuple(x.shape)}")
+    if x.is_cuda:
+        return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
     if x.dtype == torch.float32 and weight_D.dtype == torch.float32 and x.ndim > 1:
         if trains(x, weight_D):
             return _NativeRMSNorm.apply(x, weight_D, eps)
