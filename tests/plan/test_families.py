@@ -166,6 +166,47 @@ def test_the_language_model_of_a_multimodal_config():
     )
 
 
+@pytest.mark.parametrize("name", sorted(published.ALL))
+def test_a_field_that_is_missing_is_refused_or_changes_nothing(name):
+    """Nothing that a count needs is guessed where a published file says it and a copy of it does not."""
+    values = published.ALL[name]
+    whole = count(read_shape(values).shape)
+    latent = "kv_lora_rank" in values
+    # What these families have where the config is silent is part of what they are.
+    off = {"num_nextn_predict_layers", "tie_word_embeddings", "attention_bias", "max_position_embeddings", "head_dim"}
+    off |= {"use_qk_norm", "topk_method"} | ({"num_key_value_heads"} if values["model_type"] == "llama" else set())
+    refused = set()
+    for field in values.keys() - off:
+        less = {other: value for other, value in values.items() if other != field}
+        try:
+            assert count(read_shape(less).shape) == whole, field
+        except UsageError as error:
+            assert "is missing" in str(error) and "\n" not in str(error)
+            refused.add(field)
+    assert refused >= {"hidden_size", "num_hidden_layers", "vocab_size", "model_type"}
+    assert "q_lora_rank" in refused or not latent
+
+
+def test_silence_of_the_others_is_no_multi_head_attention():
+    for kind in ("glm4_moe", "mixtral", "qwen2", "qwen3", "qwen3_moe"):
+        values = {"model_type": kind, **SMALL[kind]}
+        del values["num_key_value_heads"]
+        with pytest.raises(UsageError, match=f"num_key_value_heads is missing; {kind} needs it: null, or a whole number"):
+            read_shape(values)
+        assert read_shape({**values, "num_key_value_heads": None}).shape.attention.num_key_value_heads == 4
+
+
+def test_fields_around_a_multimodal_config_are_named():
+    inner = {"model_type": "kimi_k2", **SMALL["deepseek_v3"]}
+    outer = {"model_type": "kimi_k25", "text_config": inner, "tie_word_embeddings": True, "num_nextn_predict_layers": 4}
+    assert read_shape({**outer, "vocab_size": 48}).ignored == ("num_nextn_predict_layers", "tie_word_embeddings")
+
+
+def test_experts_of_a_dense_family_are_named():
+    values = {"model_type": "llama", **SMALL["llama"], "num_local_experts": 8, "num_experts_per_tok": 2}
+    assert read_shape(values).ignored == ("num_experts_per_tok", "num_local_experts")
+
+
 def test_what_is_not_understood_is_named():
     strange = {"sparse_attention": {"top": 4}, "loops": 3, "nothing": None, "off": False}
     values = {"model_type": "llama", **SMALL["llama"], **strange}
@@ -185,7 +226,12 @@ def test_what_is_not_understood_is_named():
         ("llama", {"head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5}, "must be a divisor of hidden_size"),
         ("mixtral", {"num_experts_per_tok": 7}, r"x: num_experts_per_tok is 7; it must be 1 to num_local_experts \(6\)"),
         ("qwen3_moe", {"num_experts": None}, "x: num_experts is missing; qwen3_moe needs it"),
-        ("qwen3_moe", {"mlp_only_layers": "0"}, "x: mlp_only_layers is .0.; it must be a list of layer numbers"),
+        ("qwen3_moe", {"mlp_only_layers": "0"}, "x: mlp_only_layers is .0.; it must be a list of layer numbers, 0 to 3"),
+        ("qwen3_moe", {"mlp_only_layers": [4]}, r"x: mlp_only_layers is \[4\]; it must be a list of layer numbers, 0 to 3"),
+        ("qwen3_moe", {"layer_types": ["linear_attention"] * 4}, "it must be 4 times full_attention or sliding_attention"),
+        ("deepseek_v3", {"mlp_layer_types": ["dense"] * 4}, "it must be what the other fields say: 1 dense, 3 sparse"),
+        ("deepseek_v3", {"qk_head_dim": 99}, "x: qk_head_dim is 99; it must be 10, by the widths of the heads' parts"),
+        ("deepseek_v3", {"head_dim": 999}, "x: head_dim is 999; it must be 4 or 5 or 10"),
         ("qwen2", {"use_sliding_window": True}, "x: sliding_window is missing"),
         ("deepseek_v3", {"kv_lora_rank": None}, "x: kv_lora_rank is missing; deepseek_v3 needs it"),
         ("deepseek_v3", {"moe_intermediate_size": None}, "x: moe_intermediate_size is missing"),

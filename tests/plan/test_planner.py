@@ -43,6 +43,18 @@ def test_a_given_mfu_sets_the_hours():
     flops = 1e12 * made["training_flops_per_token"]
     assert made["device_hours"] == pytest.approx(flops / (0.5 * 989.4e12 * 3600))
     assert made["mfu"] == 0.5 and made["layout"]
+    assert made["tokens_per_second"] == pytest.approx(made["batch"] * 4096 / made["step_seconds"])
+    assert sum(made["step_terms_seconds"].values()) == pytest.approx(made["step_seconds"])
+    assert made["layouts"][0]["step_seconds"] == pytest.approx(made["step_seconds"])
+
+
+def test_what_fits_on_no_number_of_devices_is_said_so():
+    less = planned(devices=8, context=10**8, batch=8)
+    assert not less["fits"]
+    assert any("nor on any other number of them" in note for note in less["notes"])
+    (note,) = (note for note in planned(devices=1)["notes"] if "does not fit" in note)
+    enough = int(note.rpartition("; ")[2].split()[0].replace(",", ""))
+    assert planned(devices=enough)["fits"]
 
 
 def test_memory_by_part_adds_up_and_fits():

@@ -58,6 +58,8 @@ def test_a_budget_below_a_calibration_is_refused():
     said = r"budget of 1.28e\+03 tokens is too small: a sweep over 50% of it is 10 steps of arm dense"
     with pytest.raises(UsageError, match=said):
         plan_jobs(study, arms, SECONDS, 1.0, 1280)
+    with pytest.raises(UsageError, match=r"it is 0\.00781 steps of arm dense, .* give at least 2,560 times as much"):
+        plan_jobs(study, arms, SECONDS, 1.0, 1)
     with pytest.raises(UsageError, match=r"0.1 minutes are too few: its 8 runs need at least \d+ minutes"):
         amount_for(study, arms, SECONDS, 1.0, 6, 1000)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,8 +65,9 @@ def compare(
         study = DEFAULT
     wanted = None if study is None else read_study(study)
     path = out or Path("studies") / f"{wanted[0].name if wanted else DEFAULT}-{time.strftime('%Y%m%d-%H%M%S')}"
+    there = path.exists()
     _make(path)
-    with only_writer(path), _watching(json_output) as watch:
+    with _left_empty(path, there), only_writer(path), _watching(json_output) as watch:
         state = find(path, wanted[0] if wanted else None, wanted[1] if wanted else None, quick) if going_on else None
         if state is None:
             assert wanted is not None
@@ -90,6 +92,17 @@ def compare(
             watch.note(f"interrupted; continue with: cadre compare --out {path}")
             raise
     _end(state, json_output, json.loads((path / NUMBERS).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _left_empty(path: Path, was_there: bool) -> Iterator[None]:
+    """A folder that was made for a study that is refused goes again, with whatever timing left in it."""
+    try:
+        yield
+    except UsageError:
+        if not was_there and not (path / "study.json").exists():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _lasting(entry: str) -> str:

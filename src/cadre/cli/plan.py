@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from cadre.train.recipe import Recipe
 
 
+# What is planned for unless a recipe or the caller says otherwise.
+_CARD = "h100"
+
+
 class Precision(StrEnum):
     bf16 = "bf16"
     fp8 = "fp8"
@@ -35,7 +39,9 @@ class Optimizer(StrEnum):
 def plan(
     model: Annotated[str, typer.Argument(help="Catalogue name, config.json, recipe, model or run directory.")],
     tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens to train on: 14.8T, 300B, 5e9.")] = None,
-    hardware: Annotated[str | None, typer.Option(metavar="NAME", help="Device. [default: h100; recipes: cpu-2core]")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Device. [default: h100; recipes: cpu-2core if one does]")
+    ] = None,
     devices: Annotated[int | None, typer.Option(metavar="N", help="How many. [default: the fewest that do]")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a sequence. [default: 4096 or the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences a training step. [default: 8 a device]")] = None,
@@ -53,7 +59,7 @@ def plan(
 ) -> None:
     """Count a model and predict memory, time, price and decoding rate before anything runs."""
     from cadre.plan.hardware import hardware as device
-    from cadre.plan.planner import Request, check, make_plan
+    from cadre.plan.planner import Request, check, fits, make_plan
 
     if here:
         _refuse_with_here(hardware=hardware, devices=devices, mfu=mfu, rent=rent)
@@ -61,7 +67,7 @@ def plan(
     recipe: Recipe | None = read.pop("recipe")
     request = Request(
         **read,
-        device=device(hardware or ("cpu-2core" if recipe else "h100")),
+        device=device(hardware or ("cpu-2core" if recipe else _CARD)),
         context=_first(context, recipe.data.seq_len if recipe else None, 4096),
         devices=_first(devices, 1 if recipe and not hardware else None),
         precision=precision,
@@ -75,6 +81,9 @@ def plan(
         rent=rent,
     )
     check(request)
+    if recipe and not (hardware or here or fits(request, devices or 1)):
+        said = f"{devices or 1} x {request.device.name} cannot hold this recipe's training: planned for {_CARD} instead"
+        request = replace(request, device=device(_CARD), devices=devices, notes=(*request.notes, said))
     if here:
         _plan_here(model, request, recipe, mtp, context, json_output)
         return
@@ -129,6 +138,8 @@ def _read(model: str, mtp: bool | None) -> dict[str, Any]:
     from cadre.plan.families import read_config, read_shape
     from cadre.train.recipe import shipped
 
+    if not model:
+        raise UsageError("MODEL is empty: give a catalogue name, a config.json, a recipe, or a model or run directory")
     path = Path(model)
     entry = catalogue.lookup(model)
     if entry is not None:

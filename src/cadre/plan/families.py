@@ -20,10 +20,10 @@ from cadre.plan.shape import Block, Experts, Grouped, Latent, Shape
 _IRRELEVANT = frozenset((
     "_attn_implementation_autoset", "_moe_implementation", "_name_or_path", "architectures", "attention_dropout",
     "attn_implementation", "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "clip_qkv",
-    "device_map", "dtype", "eos_token_id", "ep_size", "head_dim", "hidden_act", "id2label", "initializer_range",
-    "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "max_window_layers", "mlp_layer_types",
+    "device_map", "dtype", "eos_token_id", "ep_size", "hidden_act", "id2label", "initializer_range",
+    "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "max_window_layers",
     "model_type", "norm_topk_prob", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "partial_rotary_factor", "pretraining_tp", "problem_type", "qk_head_dim", "return_dict", "rms_norm_eps",
+    "partial_rotary_factor", "pretraining_tp", "problem_type", "return_dict", "rms_norm_eps",
     "rope_interleave", "rope_parameters", "rope_scaling", "rope_theta", "routed_scaling_factor", "router_aux_loss_coef",
     "router_jitter_noise", "scoring_func", "seq_aux", "tokenizer_class", "topk_method", "torch_dtype",
     "transformers_version", "use_cache", "use_sliding_window",
@@ -80,6 +80,13 @@ class _Fields:
             self.refuse(name, value, f"a whole number, at least {least}")
         return value
 
+    def stated(self, name: str, least: int = 1) -> int | None:
+        """The same, and null where the config says null: silence would mean what the library's default happens to be."""
+        if self.values.keys().isdisjoint((name, *_ALIASES.get(name, ()))):
+            kind = self.values.get("model_type")
+            raise UsageError(f"{self.where}: {name} is missing; {kind} needs it: null, or a whole number, at least {least}")
+        return self.maybe(name, least)
+
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
@@ -97,9 +104,14 @@ class _Fields:
         raise UsageError(f"{self.where}: {name} is {json.dumps(value, default=repr)}; it must be {allowed}")
 
     def ignored(self) -> tuple[str, ...]:
-        """What nobody asked for and could matter, sorted. An empty or switched-off field says nothing."""
-        unread = self.values.keys() - self.asked - _IRRELEVANT
-        return tuple(sorted(name for name in unread if self.values[name] not in (None, False, 0, "", [], {})))
+        """What nobody asked for and could matter, sorted."""
+        return _unread(self.values, self.asked)
+
+
+def _unread(values: dict[str, Any], asked: set[str]) -> tuple[str, ...]:
+    """An empty or switched-off field says nothing."""
+    unread = values.keys() - asked - _IRRELEVANT
+    return tuple(sorted(name for name in unread if values[name] not in (None, False, 0, "", [], {})))
 
 
 def read_shape(values: dict[str, Any], where: str = "config") -> Reading:
@@ -108,11 +120,14 @@ def read_shape(values: dict[str, Any], where: str = "config") -> Reading:
     Raises `UsageError` naming the family that is unknown, the field that is missing or wrong, and what would be right.
     """
     notes: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
     kind, inner = values.get("model_type"), values.get("text_config")
     if not _known(kind) and isinstance(inner, dict) and _known(inner.get("model_type")):
         others = ", ".join(sorted(name for name in values if name.endswith("_config") and name != "text_config"))
         left = f" ({others} not counted)" if others else ""
         notes = (f"only the language model of this {kind} is planned: its text_config, a {inner['model_type']}{left}",)
+        repeated = {name for name in values if name.endswith("_config") or values[name] == inner.get(name)}
+        around = _unread(values, repeated)
         values, where = inner, f"{where}: text_config"
         kind = values["model_type"]
     if not _known(kind):
@@ -120,7 +135,7 @@ def read_shape(values: dict[str, Any], where: str = "config") -> Reading:
         raise UsageError(f"{where}: model_type is {said}; cadre plan knows {', '.join(sorted(_READERS))}")
     fields = _Fields(values, where)
     shape = _READERS[str(kind)](fields, str(kind))
-    return Reading(shape, fields.ignored(), notes)
+    return Reading(shape, tuple(sorted({*around, *fields.ignored()})), notes)
 
 
 def _known(kind: object) -> bool:
@@ -152,16 +167,22 @@ def _latent(f: _Fields) -> Latent:
     groups = f.maybe("num_key_value_heads")
     if groups not in (None, heads):
         f.refuse("num_key_value_heads", groups, f"{heads}, the number of heads: latent attention has no groups")
+    nope, rotary, value = f.whole("qk_nope_head_dim"), f.whole("qk_rope_head_dim"), f.whole("v_head_dim")
+    # What transformers 5 writes beside them.
+    for name, may_be in (("qk_head_dim", {nope + rotary}), ("head_dim", {nope + rotary, rotary, value})):
+        if f.maybe(name) not in (None, *may_be):
+            f.refuse(name, f.get(name), f"{' or '.join(map(str, sorted(may_be)))}, by the widths of the heads' parts")
     return Latent(
-        heads, f.whole("kv_lora_rank"), f.maybe("q_lora_rank"), f.whole("qk_nope_head_dim"), f.whole("qk_rope_head_dim"),
-        f.whole("v_head_dim"), f.flag("attention_bias"),
+        heads, f.whole("kv_lora_rank"), f.stated("q_lora_rank"), nope, rotary, value, f.flag("attention_bias")
     )  # fmt: skip
 
 
 def _grouped(f: _Fields, *, bias: bool, output_bias: bool, qk_norm: Any = None, head_dim: int | None = None) -> Grouped:
     """`head_dim`: what the family takes where the config is silent; None for hidden size by heads."""
     heads, hidden = f.whole("num_attention_heads"), f.whole("hidden_size")
-    groups = f.maybe("num_key_value_heads") or heads
+    # Where these two are silent each head has its own; the others' silence would mean 4, 8 or 32.
+    silent = f.values.get("model_type") in ("llama", "olmoe")
+    groups = (f.maybe if silent else f.stated)("num_key_value_heads") or heads
     width = f.maybe("head_dim") or head_dim
     if heads % groups:
         f.refuse("num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
@@ -174,6 +195,11 @@ def _grouped(f: _Fields, *, bias: bool, output_bias: bool, qk_norm: Any = None, 
 
 def _shape(f: _Fields, kind: str, attention: Latent | Grouped, blocks: list[Block], **rest: Any) -> Shape:
     """The shape with the fields that every family has."""
+    types, has = f.get("mlp_layer_types"), ["sparse" if block.sparse else "dense" for block in blocks]
+    if types not in (None, has):
+        f.refuse(
+            "mlp_layer_types", types, f"what the other fields say: {has.count('dense')} dense, {has.count('sparse')} sparse"
+        )
     return Shape(
         model_type=kind,
         vocab_size=f.whole("vocab_size"),
@@ -191,15 +217,15 @@ def _windows(f: _Fields, kind: str) -> list[int | None]:
     families from `max_window_layers` on."""
     layers, types = f.layers(), f.get("layer_types")
     f.maybe("sliding_window")
+    kinds = ("full_attention", "sliding_attention")
+    if types is not None and (not isinstance(types, list) or len(types) != layers or not all(kind in kinds for kind in types)):
+        f.refuse("layer_types", types, f"{layers} times full_attention or sliding_attention")
     if not f.flag("use_sliding_window"):
         return [None] * layers
     window = f.whole("sliding_window")
     if types is None:
         first = 0 if kind == "qwen3_moe" else f.whole("max_window_layers", 0)
         return [window if layer >= first else None for layer in range(layers)]
-    kinds = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != layers or not all(kind in kinds for kind in types):
-        f.refuse("layer_types", types, f"{layers} times full_attention or sliding_attention")
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
@@ -224,9 +250,10 @@ def _deepseek(f: _Fields, kind: str, attention: Latent | Grouped | None = None) 
 
 def _experts(f: _Fields, kind: str) -> Experts:
     routed, top_k = f.whole("n_routed_experts"), f.whole("num_experts_per_tok")
-    groups, limit = f.maybe("n_group") or 1, f.maybe("topk_group") or 1
     if kind == "deepseek_v2" and f.get("topk_method") in (None, "greedy"):
         groups = limit = 1  # greedy never looks at groups
+    else:
+        groups, limit = f.stated("n_group") or 1, f.stated("topk_group") or 1
     if routed % groups:
         f.refuse("n_group", groups, f"a divisor of n_routed_experts ({routed})")
     if limit > groups:
@@ -234,7 +261,7 @@ def _experts(f: _Fields, kind: str) -> Experts:
     reachable = limit * (routed // groups)
     if top_k > reachable:
         f.refuse("num_experts_per_tok", top_k, f"1 to {reachable}: {limit} of {groups} groups of {routed // groups} experts")
-    width, shared = f.whole("moe_intermediate_size"), f.maybe("n_shared_experts", 0) or 0
+    width, shared = f.whole("moe_intermediate_size"), f.stated("n_shared_experts", 0) or 0
     return Experts(routed, top_k, width, shared, kind != "deepseek_v2", groups, limit)
 
 
@@ -254,8 +281,9 @@ def _qwen3_moe(f: _Fields, kind: str) -> Shape:
     bias = f.flag("attention_bias")
     f.flag("use_qk_norm")  # written by Qwen, always so in transformers
     step, only = f.maybe("decoder_sparse_step") or 1, f.get("mlp_only_layers") or []
-    if not isinstance(only, list) or not all(isinstance(layer, int) for layer in only):
-        f.refuse("mlp_only_layers", only, "a list of layer numbers")
+    places = range(f.layers())
+    if not isinstance(only, list) or not all(type(layer) is int and layer in places for layer in only):
+        f.refuse("mlp_only_layers", only, f"a list of layer numbers, 0 to {len(places) - 1}")
     blocks = [Block(layer not in only and (layer + 1) % step == 0, window) for layer, window in enumerate(_windows(f, kind))]
     dense = any(not block.sparse for block in blocks)
     return _shape(
@@ -280,8 +308,6 @@ def _mixtral(f: _Fields, kind: str) -> Shape:
 
 def _llama(f: _Fields, kind: str) -> Shape:
     bias = f.flag("attention_bias")
-    for name in ("n_routed_experts", "num_experts_per_tok"):
-        f.get(name)  # transformers' own tests write them; llama reads neither
     return _shape(
         f, kind, _grouped(f, bias=bias, output_bias=bias), [Block(False)] * f.layers(),
         intermediate_size=f.whole("intermediate_size"), mlp_bias=f.flag("mlp_bias"),

@@ -62,7 +62,7 @@ def make_plan(request: Request, alternatives: int = 10) -> dict[str, Any]:
     device, shape = request.device, request.shape
     counted = count(shape, context=request.context, cache_bytes=CACHE_BYTES[precision])
     counted = replace(counted, training_flops_per_token=round(counted.training_flops(request.mtp_share)))
-    devices = request.devices or _enough(request, precision)
+    devices = request.devices or _enough(request, precision) or _MOST_DEVICES
     work = _work(request, precision, devices)
     found = steps.search(work, devices, keep=alternatives)
     notes = list(request.notes)
@@ -74,6 +74,8 @@ def make_plan(request: Request, alternatives: int = 10) -> dict[str, Any]:
         notes.append(_why_not(request, work, devices, leanest))
     chosen = found[0] if found else leanest
     speed, mfu = _speed(request, counted, precision, devices, found)
+    # A given MFU is the whole step's: every term takes its share of it.
+    pace = work.batch * work.context / (speed * found[0].seconds) if found else 1.0
     return {
         "model": request.name,
         "model_type": shape.model_type,
@@ -89,11 +91,17 @@ def make_plan(request: Request, alternatives: int = 10) -> dict[str, Any]:
         "layout": _layout(found[0].layout) if found else None,
         "idle_devices": devices - found[0].layout.devices if found else 0,
         "memory_per_device_bytes": _memory(chosen, work) if chosen else None,
-        "step_seconds": found[0].seconds if found else None,
-        "step_terms_seconds": found[0].terms if found else None,
-        "step_hidden_seconds": found[0].hidden if found else None,
+        "step_seconds": found[0].seconds * pace if found else None,
+        "step_terms_seconds": _times(found[0].terms, pace) if found else None,
+        "step_hidden_seconds": _times(found[0].hidden, pace) if found else None,
         "layouts": [
-            {**_layout(p.layout), "step_seconds": p.seconds, "memory_bytes": p.memory.total, "terms": p.terms} for p in found
+            {
+                **_layout(p.layout),
+                "step_seconds": p.seconds * pace,
+                "memory_bytes": p.memory.total,
+                "terms": _times(p.terms, pace),
+            }
+            for p in found
         ],
         "mfu": mfu,
         "tokens_per_second": speed,
@@ -105,6 +113,10 @@ def make_plan(request: Request, alternatives: int = 10) -> dict[str, Any]:
         "ignored": list(request.ignored),
         "notes": notes,
     }
+
+
+def _times(seconds: dict[str, float], pace: float) -> dict[str, float]:
+    return {name: value * pace for name, value in seconds.items()}
 
 
 def check(request: Request) -> None:
@@ -121,6 +133,11 @@ def check(request: Request) -> None:
         raise UsageError(f"--rent is {request.rent:g}; it must be US dollars a device-hour, at least 0")
     if request.optimizer not in OPTIMIZERS:
         raise UsageError(f"--optimizer {request.optimizer}: must be one of {', '.join(OPTIMIZERS)}")
+
+
+def fits(request: Request, devices: int) -> bool:
+    """Whether training fits on so many devices."""
+    return steps.fits(_work(request, _precision(request), devices), devices)
 
 
 def _precision(request: Request) -> str:
@@ -143,12 +160,10 @@ def _work(request: Request, precision: str, devices: int) -> Workload:
     )  # fmt: skip
 
 
-def _enough(request: Request, precision: str) -> int:
-    """The fewest devices, of the powers of two, on which training fits."""
-    devices = 1
-    while devices < _MOST_DEVICES and not steps.fits(_work(request, precision, devices), devices):
-        devices *= 2
-    return devices
+def _enough(request: Request, precision: str) -> int | None:
+    """The fewest devices, of the powers of two, on which training fits; None if it does on none."""
+    powers = (2**power for power in range(_MOST_DEVICES.bit_length()))
+    return next((devices for devices in powers if steps.fits(_work(request, precision, devices), devices)), None)
 
 
 def _why_not(request: Request, work: Workload, devices: int, leanest: steps.Prediction | None) -> str:
@@ -163,7 +178,9 @@ def _why_not(request: Request, work: Workload, devices: int, leanest: steps.Pred
     need = f"the leanest layout needs {leanest.memory.total / 1e9:,.1f} GB a device of {room}"
     if request.devices is None:
         return f"training fits on no number of {work.device.name}: {need}"
-    return f"training does not fit on {devices} {work.device.name}: {need}; {_enough(request, work.precision)} are enough"
+    enough = _enough(request, work.precision)
+    more = "nor on any other number of them" if enough is None else f"{enough:,} are enough"
+    return f"training does not fit on {devices} {work.device.name}: {need}; {more}"
 
 
 def _speed(

@@ -120,11 +120,12 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
     hop = _hop(work, layout)
     exchanges = replays * exchange
     compute = 3 * forward + again
-    hidden = {"all_to_all": 0.0, "gradients": 0.0}
+    hidden = {"all_to_all": 0.0, "pipeline": 0.0, "gradients": 0.0}
     if layout.schedule == "dualpipe":
         # Forward and backward of two micro-batches hide each other's communication (arXiv 2412.19437, section 3.2.1).
         exposed = max(0.0, exchanges - compute)
         hidden["all_to_all"] = micro_batches * (exchanges - exposed)
+        hidden["pipeline"] = micro_batches * 2 * hop
         transfers = 0.0
         both, backward = compute + exposed + split, 2 * forward + again + (replays - 1) * exchange
         bubble = (depth / 2 - 1) * max(0.0, both + backward - 3 * forward)

@@ -104,7 +104,7 @@ def _explain(out: Console, plan: dict[str, Any]) -> None:
     seconds, hidden = plan["step_seconds"], plan["step_hidden_seconds"]
     rows = [(_TERMS[name], _time(value), f"{value / seconds:.1%}") for name, value in plan["step_terms_seconds"].items()]
     rows.append(("step", _time(seconds), "100%"))
-    for name, label in (("all_to_all", "all-to-all"), ("gradients", "gradients and weights")):
+    for name, label in (("all_to_all", "all-to-all"), ("pipeline", "hand-over"), ("gradients", "gradients and weights")):
         rows.append((f"hidden behind computing: {label}", _time(hidden[name]), ""))
     _table(out, "Where a step's time goes", rows)
     others = [(describe(one), _time(one["step_seconds"]), _gb(one["memory_bytes"])) for one in plan["layouts"]]

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
 from cadre.study.jobs import AFTER_SECONDS, Job, amount_for, evaluating, plan_jobs, recipe_of, seconds_of
@@ -110,7 +112,8 @@ def conduct(state: State, watch: Watch) -> None:
         from cadre.study.decoding import decode_rates
 
         watch.note("timing decoding, in turn")
-        rates = decode_rates({n: a.config for n, a in state.arms.items()}, state.study.decode, watch.moving)
+        configs, dtype = {n: a.config for n, a in state.arms.items()}, getattr(torch, state.dtype)  # as the runs' models lie
+        rates = decode_rates(configs, state.study.decode, dtype, watch.moving)
         write_json(state.path / "decode.json", rates)
     watch.note(f"report: {write_report(state)}")
 

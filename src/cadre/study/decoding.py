@@ -7,8 +7,10 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from cadre.errors import UsageError
-from cadre.infer.bench import WARM_UP, Decoding, default_dtype, random_model
+from cadre.infer.bench import WARM_UP, Decoding, random_model
 from cadre.model.config import ModelConfig
 from cadre.study.spec import Decode
 
@@ -16,15 +18,18 @@ from cadre.study.spec import Decode
 _STEPS = 12
 
 
-def decode_rates(configs: dict[str, ModelConfig], decode: Decode, note: Callable[[str], None]) -> list[dict[str, Any]]:
+def decode_rates(
+    configs: dict[str, ModelConfig], decode: Decode, dtype: torch.dtype, note: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """A row per arm, context and batch: tokens/s over random weights (routing is then about even, as a balanced model's),
-    or why it could not be measured. The arms' contexts are raised where they are shorter than what is asked for."""
+    or why it could not be measured. `dtype`: of all arms' weights and caches. The arms' contexts are raised where they are
+    shorter than what is asked for."""
     total = WARM_UP + _STEPS
     longest = max(decode.contexts) + total
     models = {}
     for name, config in configs.items():
         reach = max(longest, config.max_position_embeddings)
-        models[name] = random_model(config.model_copy(update={"max_position_embeddings": reach}), default_dtype(config), None)
+        models[name] = random_model(config.model_copy(update={"max_position_embeddings": reach}), dtype, None)
     rows: list[dict[str, Any]] = []
     for context, batch in itertools.product(decode.contexts, decode.batches):
         note(f"decoding at context {context:,}, batch {batch}")
@@ -42,6 +47,6 @@ def decode_rates(configs: dict[str, ModelConfig], decode: Decode, note: Callable
             median = statistics.median(seconds[name][WARM_UP:])
             rows.append({
                 "arm": name, "context": context, "batch": batch, "tokens_per_second": batch / median,
-                "cache_bytes_per_token": decoding.engine.pool.bytes_per_token,
+                "cache_bytes_per_token": decoding.engine.pool.bytes_per_token, "dtype": str(dtype).removeprefix("torch."),
             })  # fmt: skip
     return rows

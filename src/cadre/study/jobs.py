@@ -50,13 +50,14 @@ def plan_jobs(
     steps = {arm.name: steps_of(study, arm, step_seconds[arm.name], rent, amount) for arm in arms}
     sweeping = len(study.sweep.factors) > 1
     for arm in arms:
-        shortest = round(steps[arm.name] * study.sweep.share) if sweeping else steps[arm.name]
-        if shortest < LEAST_STEPS:
+        part = study.sweep.share if sweeping else 1.0
+        if round(steps[arm.name] * part) < LEAST_STEPS:
+            shortest = paid_for(study, arm, step_seconds[arm.name], rent, amount) * part
             what = f"a sweep over {study.sweep.share:.0%} of it" if sweeping else "it"
             raise UsageError(
-                f"study {study.name}: the budget of {_said(study.budget, amount)} is too small: {what} is {shortest} steps of "
-                f"arm {arm.name}, fewer than the {LEAST_STEPS} that calibrating takes; give at least "
-                f"{LEAST_STEPS / max(shortest, 0.5):.0f} times as much"
+                f"study {study.name}: the budget of {_said(study.budget, amount)} is too small: {what} is {shortest:.3g} steps "
+                f"of arm {arm.name}, fewer than the {LEAST_STEPS} that calibrating takes; give at least "
+                f"{math.ceil(LEAST_STEPS / shortest):,} times as much"
             )
     jobs = [
         Job("sweep", arm.name, study.seeds[0], round(steps[arm.name] * study.sweep.share), factor)
@@ -68,8 +69,13 @@ def plan_jobs(
 
 def steps_of(study: Study, arm: Matched, step_seconds: float, rent: float, amount: float | None = None) -> int:
     """Steps of the arm that its share of the budget pays for."""
+    return int(paid_for(study, arm, step_seconds, rent, amount) + 1e-9)
+
+
+def paid_for(study: Study, arm: Matched, step_seconds: float, rent: float, amount: float | None = None) -> float:
+    """The same, the fraction of one step more included."""
     budget = (study.budget.amount if amount is None else amount) * study.arms[arm.name].share
-    return int(budget / _cost_of_step(study.budget, arm, step_seconds, rent) + 1e-9)
+    return budget / _cost_of_step(study.budget, arm, step_seconds, rent)
 
 
 def _cost_of_step(budget: Budget, arm: Matched, step_seconds: float, rent: float) -> float:

@@ -60,7 +60,7 @@ def render(found: dict[str, Any], pictures: dict[str, Any]) -> str:
         pictures=pictures,
         cards=_cards(found),
         colours={name: figures.colour(number) for number, name in enumerate(names)},
-        columns=["total parameters", "active", "FLOPs/token", "cache bytes/token", "matched"],
+        columns=["total parameters", "active", "FLOPs/token", "cache bytes/token, bfloat16", "matched"],
         shapes=[[name, *_shape(arm)] for name, arm in found["arms"].items()],
         races=[[name, *_race(arm)] for name, arm in found["arms"].items()],
         matrices=[(axis, [[_factor(found, a, b, axis) for b in names] for a in names]) for axis in ("seconds", "flops")],

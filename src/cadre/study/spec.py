@@ -7,7 +7,7 @@ import hashlib
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -65,20 +65,24 @@ class Sweep(_Section):
         return self
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1)]
+
+
 class Quick(_Section):
     """The first answer: the whole study in about `minutes`, whatever the machine, by as short runs as that takes."""
 
     minutes: float = Field(default=10, gt=0)
-    seeds: list[int] = Field(default=[0], min_length=1)
-    factors: list[float] = Field(default=[1.0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
+    factors: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
     arms: list[str] | None = None
 
 
 class Decode(_Section):
     """Where decoding is timed."""
 
-    contexts: list[int] = Field(default=[512, 2048], min_length=1)
-    batches: list[int] = Field(default=[1, 8], min_length=1)
+    contexts: list[Count] = Field(default=[512, 2048], min_length=1)
+    batches: list[Count] = Field(default=[1, 8], min_length=1)
 
 
 class Arm(_Section):
@@ -117,7 +121,7 @@ class Study(_Section):
     held: Held
     tolerance: float = Field(default=0.01, gt=0, lt=1)
     budget: Budget
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
     evaluations: int = Field(default=24, ge=4)
     rent: float | None = Field(default=None, gt=0)
     sweep: Sweep = Sweep()
