@@ -98,6 +98,14 @@ def test_bad_input_is_one_line_and_status_2(compare, tmp_path, capsys, arguments
     assert error.startswith("cadre: ") and error.count("\n") == 1 and said in error
 
 
+def test_a_study_that_is_refused_leaves_no_folder(compare, tmp_path):
+    assert compare("tiny.toml", "--out", "deep/race", "--minutes", "0.5") == 2
+    assert not (tmp_path / "deep" / "race").exists()
+    (tmp_path / "mine").mkdir()
+    assert compare("tiny.toml", "--out", "mine", "--minutes", "0.5") == 2
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_options_of_a_new_study_are_refused_for_one_that_has_begun(compare, capsys):
     assert compare("tiny.toml", "--out", "race", "--dry-run") == 0
     assert compare("--out", "race", "--minutes", "5") == 2

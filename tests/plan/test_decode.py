@@ -71,8 +71,8 @@ def test_a_sliding_window_bounds_the_cache():
 
 
 def test_latent_attention_serves_more_users_than_the_dense_model_of_its_cost():
-    """DeepSeek-V2 against 67B on 8 H800: the report has 5.76 times the throughput, with a cache of 6 bits and the dense model in
-    the weights it was served in. The bound with both in fp8 has 4.3 times, in bf16 2.1: it is not reproduced."""
+    """DeepSeek-V2 against 67B on 8 H800: the report has 5.76 times the throughput, by a cache of 6 bits among others. The
+    bound with both in fp8 has 4.3 times, in bf16 2.1: it is not reproduced."""
     sparse, dense = (serving(main(name), H800, 8, "fp8", 4096) for name in ("deepseek-v2", "deepseek-67b"))
     assert sparse.users * sparse.copies > 4 * dense.users * dense.copies
     ratio = sparse.copies * sparse.best.tokens_per_second / (dense.copies * dense.best.tokens_per_second)

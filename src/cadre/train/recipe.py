@@ -282,10 +282,8 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
             text, name = path.read_text(encoding="utf-8"), path.stem
         except FileNotFoundError:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UsageError(
-                f"recipe {name!r} is neither a file nor a shipped recipe; {hint}(shipped: {', '.join(known)})"
-            ) from None
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(f"recipe {name!r} is neither a file nor a shipped recipe{hint} ({', '.join(known)})") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"recipe {name!r} cannot be read ({error})") from None
     return parse_recipe(text, name_or_path, overrides, name)
