@@ -46,6 +46,7 @@ def test_a_run_leaves_its_times_curve_and_result(recipes, tmp_path, capsys):
     assert finals == [result["bits_per_byte"]]
     (accepted,) = result["acceptance"]
     assert 0 < accepted <= 1
+    assert result["drafting"].keys() == {"plain", "drafted"} and min(result["drafting"].values()) > 0
     # Steps alone: less than the run's clock, which holds six evaluations.
     assert 0 < result["wall_seconds"] < result["seconds"]
     assert result["cpu_seconds"] > 0

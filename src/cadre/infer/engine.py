@@ -74,7 +74,7 @@ class Engine:
     less. page_size: positions a page. max_batch: sequences that run at once. chunk: prompt tokens a step: the more, the more
     rows experts get at a time, and the longer others wait. prefix_sharing: whether requests find the pages of others that begin
     alike. speculate: tokens that the model's multi-token prediction modules draft at a time; 0 for none. Drafting stops by
-    itself where it does not pay.
+    itself where it does not pay, by `payoff`.
 
     Raises `UsageError` for sizes below 1 and a cache that holds no page.
     """
@@ -90,6 +90,7 @@ class Engine:
         chunk: int = 1024,
         prefix_sharing: bool = True,
         speculate: int = 0,
+        payoff: Payoff | None = None,
     ) -> None:
         if speculate < 0:
             raise UsageError(f"speculate is {speculate}; it must be at least 0")
@@ -111,7 +112,7 @@ class Engine:
         self.runner = Runner(model, self.pool)
         self.speculate = speculate
         self._drafter = Drafter(self.runner, speculate) if speculate else None
-        self._payoff = Payoff()
+        self._payoff = payoff or Payoff()
         self._proposed = self._accepted = 0
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, chunk=chunk, prefix_sharing=prefix_sharing)
         self._ends = end_ids(config)

@@ -107,6 +107,7 @@ def _arm(state: State, arm: Matched, drawn: dict[int, Curve]) -> dict[str, Any]:
     seconds = next(iter(drawn.values())).seconds if drawn else state.step_seconds[name]
     steps = jobs[0].steps
     acceptance = [result["acceptance"] for result in whole if result.get("acceptance")]
+    drafting = [result["drafting"] for result in whole if result.get("drafting")]
     return {
         "model_type": arm.config.model_type,
         "solved": arm.solved,
@@ -139,6 +140,7 @@ def _arm(state: State, arm: Matched, drawn: dict[int, Curve]) -> dict[str, Any]:
             str(job.seed): r["bits_per_byte"] for job, r in ended if not r["diverged"] and r["bits_per_byte"] is not None
         },
         "acceptance": [statistics.fmean(depth) for depth in zip(*acceptance, strict=True)],
+        "drafting": {key: statistics.fmean(one[key] for one in drafting) for key in ("plain", "drafted")} if drafting else None,
         "diverged": [{"seed": job.seed, "message": r["diverged"]} for job, r in ended if r["diverged"]],
         "curves": {
             str(seed): {

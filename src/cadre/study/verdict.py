@@ -183,6 +183,10 @@ def _beside(results: dict[str, Any], name: str) -> str:
             said.append(f"it decodes {speed:.2f} times as fast at context {context:,}, batch {batch}")
     if here["acceptance"]:
         said.append("its drafts agree with it " + ", ".join(f"{a:.0%}" for a in here["acceptance"]) + " of the time")
+    if (rates := here.get("drafting")) is not None:
+        said.append(
+            f"with them one text at a time is made at {rates['drafted']:,.0f} tokens/s, without at {rates['plain']:,.0f}"
+        )
     return _capital("; ".join(said)) + "." if said else ""
 
 

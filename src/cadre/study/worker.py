@@ -25,9 +25,8 @@ import torch
 from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
 from cadre.hub.load import load
-from cadre.model.transformer import Transformer
+from cadre.study.drafting import acceptance, drafting_rates
 from cadre.train.metrics import read_metrics
-from cadre.train.run import Run
 from cadre.train.trainer import Result, Trainer
 
 RESULT, STEPS = "result.json", "steps.jsonl"
@@ -155,38 +154,18 @@ def _begun(out: Path) -> bool:
 def _finish(trainer: TimedTrainer, ended: Result, kind: str) -> None:
     run, out = trainer.run, trainer.run.path
     result = {**asdict(ended), **step_times(out), "flops_per_token": trainer.flops_per_token, "diverged": None}
-    # Of several processes none has the model whole, but what they have saved is.
-    whole = run.model if run.parallel.size == 1 else load(out / "model")[0]
-    result["acceptance"] = acceptance(whole, run) if kind == "run" and len(run.model.mtp) else []
+    result["acceptance"], result["drafting"] = [], None
     if kind == "run":
+        if len(run.model.mtp):
+            held_out, length = run.data.held_out, run.recipe.data.seq_len
+            # Of several processes none has the model whole, but what they have saved is.
+            whole = run.model if run.parallel.size == 1 else load(out / "model")[0]
+            result["acceptance"] = acceptance(whole, held_out, length)
+            result["drafting"] = drafting_rates(out / "model", held_out, length)
         from cadre.train.report import write_report
 
         write_report(out, {"name": run.recipe.name, "config": run.config.to_hf(), "result": asdict(ended)})
     _write(out / RESULT, json.dumps(result))
-
-
-def acceptance(model: Transformer, run: Run, windows: int = 32) -> list[float]:
-    """Of each module of multi-token prediction, at how many of the held-out positions its first choice is the one the main
-    model makes there a step later: what greedy speculation accepts, given the true text."""
-    depth, length = len(model.mtp), run.recipe.data.seq_len
-    size = length + 1 + depth
-    count = min(windows, len(run.data.held_out) // size)
-    agreed = [0] * depth
-    total = 0
-    model.eval()
-    with torch.no_grad():
-        for window in range(count):
-            ids = torch.from_numpy(run.data.held_out.tokens(window * size, (window + 1) * size).astype("int64"))
-            ids_BT = ids[None].to(model.embed_tokens.weight.device)
-            hidden = model.hidden(ids_BT[:, :length])
-            main_T = model.lm_head(hidden)[0].argmax(-1)
-            for stage in range(depth):
-                hidden = model.further_hidden(hidden, ids_BT[:, stage + 1 : length + stage + 1], stage)
-                draft_T = model.lm_head(hidden)[0].argmax(-1)
-                agreed[stage] += int((draft_T[: length - stage - 1] == main_T[stage + 1 :]).sum())
-            total += length
-    # A module one deeper has one position less to compare in every window.
-    return [a / max(1, total - count * (stage + 1)) for stage, a in enumerate(agreed)]
 
 
 def read_steps(run_dir: Path) -> list[dict[str, float]]:

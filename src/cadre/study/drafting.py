@@ -1,0 +1,68 @@
+"""What a model's modules of multi-token prediction do for it: how often they are right, and what drafting by them is worth."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cadre.data.shards import Tokens
+from cadre.hub.load import load
+from cadre.infer.engine import Engine
+from cadre.infer.request import Request
+from cadre.infer.sampling import Sampling
+from cadre.infer.speculate import Payoff
+from cadre.model.transformer import Transformer
+
+# Texts that are continued one at a time, each once plainly and once with drafts, so many times over.
+_TEXTS, _TURNS = 4, 3
+
+
+def acceptance(model: Transformer, held_out: Tokens, length: int, windows: int = 32) -> list[float]:
+    """Of each module of multi-token prediction, at how many of the held-out positions its first choice is the one the main
+    model makes there a step later: what greedy speculation accepts, given the true text."""
+    depth = len(model.mtp)
+    size = length + 1 + depth
+    count = min(windows, len(held_out) // size)
+    agreed = [0] * depth
+    total = 0
+    model.eval()
+    with torch.no_grad():
+        for window in range(count):
+            ids = torch.from_numpy(held_out.tokens(window * size, (window + 1) * size).astype("int64"))
+            ids_BT = ids[None].to(model.embed_tokens.weight.device)
+            hidden = model.hidden(ids_BT[:, :length])
+            main_T = model.lm_head(hidden)[0].argmax(-1)
+            for stage in range(depth):
+                hidden = model.further_hidden(hidden, ids_BT[:, stage + 1 : length + stage + 1], stage)
+                draft_T = model.lm_head(hidden)[0].argmax(-1)
+                agreed[stage] += int((draft_T[: length - stage - 1] == main_T[stage + 1 :]).sum())
+            total += length
+    # A module one deeper has one position less to compare in every window.
+    return [a / max(1, total - count * (stage + 1)) for stage, a in enumerate(agreed)]
+
+
+def drafting_rates(directory: Path, held_out: Tokens, length: int) -> dict[str, float] | None:
+    """Tokens/s of the model in `directory` that continues held-out text greedily, one text at a time: `plain`, and `drafted` by
+    as many tokens as it has modules, whether that pays or not; medians, in turn. None where there is too little text."""
+    model, _ = load(directory)
+    begin, new = length // 2, length // 2 - len(model.mtp)
+    texts = [held_out.tokens(at, at + begin).tolist() for at in range(0, min(len(held_out), _TEXTS * begin) - begin + 1, begin)]
+    if not texts or new < 1:
+        return None
+    rates: dict[int, list[float]] = {0: [], len(model.mtp): []}
+    for _ in range(_TURNS):
+        for drafts, found in rates.items():
+            always = Payoff(trial=sys.maxsize, period=sys.maxsize)
+            engine = Engine(model, max_batch=1, prefix_sharing=False, speculate=drafts, payoff=always)
+            start, made = time.perf_counter(), 0
+            for number, text in enumerate(texts):
+                engine.add(Request(str(number), tuple(text), new, Sampling(0.0), ignore_eos=True))
+                while engine.busy:
+                    made += sum(len(output.tokens) for output in engine.step())
+            found.append(made / (time.perf_counter() - start))
+    plain, drafted = (statistics.median(found) for found in rates.values())
+    return {"plain": plain, "drafted": drafted}
