@@ -19,14 +19,13 @@ gpus=8
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / gpus))
 
-if [ -f "$RUN/recipe.toml" ]; then
-  run=(--resume "$RUN")
-else
-  run=("$RECIPE" --out "$RUN" --set "data.source=[\"$TEXT\"]")
-fi
+# A run that is there already goes on.
+run=("$RECIPE" --out "$RUN" --set "data.source=[\"$TEXT\"]")
 
 # Agents give their processes so many seconds to save after TERM; torchrun's default is 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570
+# Without this the agents of several nodes cannot start again together.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # srun does not take over what sbatch was told.
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # TERM, which Slurm sends ten minutes before the time is up, makes all of them save and end.

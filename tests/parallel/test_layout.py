@@ -57,7 +57,9 @@ def test_a_dense_model_has_no_experts_to_spread():
 
 
 @pytest.mark.parametrize("setting, message", [
-    ("parallel.data=0", r"parallel\.data: is 0; it must be 'auto' or at least 1"), 
+    ("parallel.data=0", r"parallel\.data: is 0; it must be 'auto' or a whole number, at least 1"),
+    ("parallel.expert=true", r"parallel\.expert: is True; it must be 'auto' or a whole number, at least 1"),
+    ("parallel.timeout=1e300", r"parallel\.timeout"),
     ("parallel.tensor=2", "parallel: there is no tensor parallelism: data ranks .* and `context`"),
     ("parallel.context=0", r"parallel\.context"),
     ("parallel.expert=0", r"parallel\.expert"), ("parallel.timeout=0", r"parallel\.timeout"),

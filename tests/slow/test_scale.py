@@ -159,16 +159,72 @@ def test_torchrun_starts_it_too(tmp_path, recipe):
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "finished"
 
 
+class Machines:
+    """Two torchrun agents that find each other, as on two machines that share a folder."""
+
+    def __init__(self, folder: Path, recipe: Path, steps: int, *settings: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folder, self.out = folder, folder / "run"
+        self.agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
+                      "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr",
+                      "127.0.0.1"]  # fmt: skip
+        self.work = ["-m", "cadre", "train", str(recipe), "--out", str(self.out), "--steps", str(steps), *settings]
+        for setting in ("train.log_every=1", "checkpoint.every=5", "parallel.timeout=0.5"):
+            self.work += ["--set", setting]
+        self.agents = [self.start(number) for number in range(2)]
+
+    def start(self, number: int) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        with self.log(number).open("a") as log:
+            return subprocess.Popen([*self.agent, *self.work], stdout=log, stderr=log, env=environment)
+
+    def log(self, number: int) -> Path:
+        return self.folder / f"machine{number}.log"
+
+    def worker(self, number: int) -> psutil.Process:
+        (worker,) = psutil.Process(self.agents[number].pid).children()
+        return worker
+
+    def until(self, step: int) -> None:
+        end = time.monotonic() + PATIENCE
+        while not any(r.get("step", 0) >= step for r in read_metrics(self.out) if "event" not in r):
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.05)
+
+    def said(self) -> list[str]:
+        return [self.log(number).read_text() for number in range(2)]
+
+    def end(self) -> list[int]:
+        return [agent.wait(PATIENCE) for agent in self.agents]
+
+
 def test_two_machines(tmp_path, recipe):
-    """Two agents that find each other, as on two machines that share a folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = tmp_path / "run"
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]  # fmt: skip
-    work = ["-m", "cadre", "train", str(recipe), "--out", str(out), "--steps", "4", "--set", "parallel.expert=2"]
-    machines = [subprocess.Popen([*agent, *work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
-    said = [machine.communicate(timeout=PATIENCE)[0].decode() for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
-    assert sorted("step 3/4" in text for text in said) == [False, True]
+    machines = Machines(tmp_path, recipe, 4, "--set", "parallel.expert=2")
+    assert machines.end() == [0, 0], machines.said()
+    assert sorted("step 3/4" in text for text in machines.said()) == [False, True]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_machines_start_again_when_a_process_of_one_is_killed(tmp_path, recipe, victim):
+    machines = Machines(tmp_path, recipe, 300)
+    machines.until(12)
+    machines.worker(victim).kill()
+    assert machines.end() == [0, 0], machines.said()
+    assert [record["event"] for record in read_metrics(machines.out) if "event" in record] == ["resumed", "finished"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "evicted"])
+def test_a_machine_that_is_replaced_goes_on(tmp_path, recipe, number):
+    """The agent of the second machine ends, and its worker with it; the same line is started there again."""
+    machines = Machines(tmp_path, recipe, 400)
+    machines.until(12)
+    second = machines.worker(1)
+    machines.agents[1].send_signal(number)
+    machines.agents[1].wait(PATIENCE)
+    second.wait(PATIENCE)
+    assert machines.agents[0].poll() is None
+    machines.agents[1] = machines.start(1)
+    assert machines.end() == [0, 0], machines.said()
+    assert read_metrics(machines.out)[-1]["event"] == "finished"

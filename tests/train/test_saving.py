@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_a_signal_waits_for_what_is_being_written(lab, monkeypatch, number):
     assert [path.name for path in checkpoints(run.path)] == ["step-00000008", "step-00000009"]
 
 
-def test_a_full_disk_is_said_at_the_next_checkpoint(lab, monkeypatch):
+def test_a_full_disk_ends_the_run_before_the_next_checkpoint(lab, monkeypatch):
     real = checkpoint.save_file
 
     def full(held, path, **options):
@@ -158,11 +159,16 @@ def test_a_full_disk_is_said_at_the_next_checkpoint(lab, monkeypatch):
         real(held, path, **options)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    run = lab.start("run", "train.log_every=1", "train.steps=100")
+    run = lab.start("run", "train.log_every=1", "train.steps=100", "checkpoint.every=4")
     steps: list[int] = []
+
+    def log(step):
+        steps.append(step)
+        time.sleep(0.05 * (step > 8))
+
     with pytest.raises(RunError, match=r"step-00000008: checkpoint not written, .*: the disk is full"):
-        lab.train(run, {step: lambda step=step: steps.append(step) for step in range(100)})
-    assert steps[-1] == 12 and [path.name for path in checkpoints(run.path)] == ["step-00000004"]
+        lab.train(run, {step: partial(log, step) for step in range(100)})
+    assert 8 <= steps[-1] < 12 and [path.name for path in checkpoints(run.path)] == ["step-00000004"]
 
 
 def test_killed_while_writing_it_has_the_checkpoint_before(lab, monkeypatch):

@@ -60,7 +60,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(_app()(standalone_mode=False) or 0)
-    except (UsageError, RunError) as error:
+    except UsageError as error:
+        if int(os.environ.get("RANK", "0")):  # all processes find the same fault, and the first one says it
+            sys.exit(error.status)
+        _end(str(error), error.status)
+    except RunError as error:
         _end(str(error), error.status)
     except KeyboardInterrupt:
         _end("interrupted", 130)

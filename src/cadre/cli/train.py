@@ -41,22 +41,22 @@ def train(
     from cadre.cli.progress import TrainingLine
     from cadre.kernels.allocator import keep_freed_memory
     from cadre.train.checkpoint import checkpoints
-    from cadre.train.parallel.launch import is_main, joined, launch, restarted, started
+    from cadre.train.parallel.launch import by_torchrun, goes_on, is_main, joined, launch, started, without_restarts
     from cadre.train.recipe import read_recipe
     from cadre.train.run import held_recipe, start
     from cadre.train.run import resume as resume_run
-    from cadre.train.trainer import Trainer
+    from cadre.train.trainer import OTHERS, Trainer
 
     if sum(x is not None for x in (steps, tokens, budget)) > 1:
         raise UsageError("--steps, --tokens and --budget exclude each other: give one")
     if resume is not None and out is not None:
         raise UsageError("--out and --resume exclude each other: a resumed run stays in its directory")
+    if (restarts or logs is not None) and (nproc or 1) == 1 and not started():
+        raise UsageError("--restarts and --logs are for several processes: give them with --nproc 2 or more")
     if hardware is not None and budget is None:
         raise UsageError("--hardware says what money is spent on: give it with a --budget such as 5usd")
     began = time.monotonic()
     keep_freed_memory()
-    if restarted() and out is not None and (out / "recipe.toml").is_file():
-        resume, out = out, None
     if resume is not None:
         held_recipe(resume)
     line: TrainingLine | _Silent = TrainingLine() if is_main() else _Silent()
@@ -82,6 +82,10 @@ def train(
             raise RunError(f"{error}{again if checkpoints(path) else ''}") from None
         return
     with joined(chosen.parallel.timeout) as (parallel, device):
+        if (why := without_restarts()) is not None:
+            line.note(why)
+        if out is not None and goes_on() and parallel.agree((out / "recipe.toml").is_file()):
+            resume = out
         if resume is not None:
             run = resume_run(resume, chosen, device, line.note, parallel)
         else:
@@ -96,6 +100,8 @@ def train(
             result = trainer.train()
         if parallel.main:
             _finish(run, result)
+        if result.stopped == OTHERS and by_torchrun():  # which would take it for done
+            raise RunError(f"stopped after step {result.steps} by the end of another process")
 
 
 class _Silent:
@@ -217,10 +223,13 @@ def _finish(run: Run, result: Result) -> None:
     from cadre.infer.generate import generate
     from cadre.train.report import write_report
 
-    samples = []
-    if result.stopped is None:
+    samples: list[dict[str, str]] = []
+    alone = run.parallel.size == 1
+    if result.stopped is None and not alone and not _has_room(run.path / "model"):
+        print("no samples: this machine's memory has no room for the whole model")
+    elif result.stopped is None:
         # Of several processes none has the model whole, but what they have saved is.
-        model = run.model.eval() if run.parallel.size == 1 else load(run.path / "model")[0]
+        model = run.model.eval() if alone else load(run.path / "model")[0]
         for number, prompt in enumerate(run.recipe.eval.prompts):
             text = generate(model, run.data.tokenizer, prompt, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number)
             samples.append({"prompt": prompt, "text": text})
@@ -240,6 +249,16 @@ def _finish(run: Run, result: Result) -> None:
     print(f"model            {run.path / 'model'}")
     print(f'in transformers  python -c "{load_line(run.path / "model")}"')
     print(f'try it           cadre generate {here} "Fellow citizens"')
+
+
+def _has_room(directory: Path) -> bool:
+    """Whether this process can hold a model directory's weights, and half as much again, beside what it holds."""
+    import torch
+
+    from cadre.kernels.memory import free_bytes
+
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return 1.5 * size < free_bytes(torch.device("cpu"))
 
 
 def _command() -> str:

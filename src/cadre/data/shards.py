@@ -365,4 +365,5 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _open_tokens(path: Path, part: str, manifest: dict[str, Any]) -> Tokens:
     names = [f"{part}-{number:05}.bin" for number in range(manifest[part]["shards"])]
     shards: list[np.ndarray] = [np.memmap(path / name, dtype=manifest["dtype"], mode="r") for name in names]
-    return Tokens(shards, np.fromfile(path / f"{part}.idx", dtype=np.int64))
+    starts = path / f"{part}.idx"
+    return Tokens(shards, np.memmap(starts, dtype=np.int64, mode="r") if starts.stat().st_size else np.zeros(0, dtype=np.int64))

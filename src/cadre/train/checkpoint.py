@@ -2,7 +2,7 @@
 
 checkpoints/step-00000500/weights.safetensors     float32 masters and router biases
                           optimizer.safetensors   moments by parameter name
-                          state.json              step, data position, schedule, identity of model and data, file stamps
+                          state.json              step, data position, schedule, identity of model and data, checksums
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cadre.errors import UsageError, write_error
-from cadre.files import stamp, sync
+from cadre.files import checksum, sync
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -60,12 +60,16 @@ def save_checkpoint(run_dir: Path, tensors: Tensors, state: dict[str, Any], keep
         begin(partial)
         _write_tensors(tensors.weights, partial / "weights.safetensors")
         _write_tensors(tensors.moments, partial / "optimizer.safetensors")
-        publish(partial, final, state, keep)
+        publish(partial, final, state, {file.name: checksum(file) for file in partial.iterdir()}, keep)
     return final
 
 
 def name_of(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 @contextmanager
@@ -85,9 +89,9 @@ def begin(partial: Path) -> None:
     partial.mkdir()
 
 
-def publish(partial: Path, final: Path, state: dict[str, Any], keep: int) -> None:
-    """Complete a checkpoint whose tensors are written, give it its name, and drop older ones. Raises OSError."""
-    files = {file.name: stamp(file) for file in sorted(partial.iterdir())}
+def publish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, Any], keep: int) -> None:
+    """Complete a checkpoint whose tensors are written in `files`, by name their `checksum`, give it its name, and drop older
+    ones. Raises OSError."""
     with (partial / "state.json").open("w", encoding="utf-8") as file:
         json.dump({**state, "files": files}, file, indent=1)
         file.flush()
@@ -140,7 +144,7 @@ def _check_files(path: Path) -> None:
         if not file.is_file():
             raise DamagedError(path, f"{name} is missing")
         try:
-            intact = stamp(file) == written
+            intact = checksum(file) == written
         except OSError as error:
             raise DamagedError(path, f"{name} cannot be read: {error.strerror or error}") from None
         if not intact:

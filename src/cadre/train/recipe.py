@@ -190,14 +190,19 @@ class ParallelSection(_Section):
     context: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
-    timeout: float = Field(default=10.0, gt=0)
+    timeout: float = Field(default=10.0, gt=0, le=7 * 24 * 60)
 
-    @field_validator("data", "replicas", "expert")
+    @field_validator("data", "replicas", "expert", mode="before")
     @classmethod
-    def _counts(cls, degree: str | int) -> str | int:
-        if isinstance(degree, int) and degree < 1:
-            raise ValueError(f"is {degree}; it must be 'auto' or at least 1")
+    def _counts(cls, degree: Any) -> Any:
+        if degree != "auto" and (type(degree) is not int or degree < 1):
+            raise ValueError(f"is {degree!r}; it must be 'auto' or a whole number, at least 1")
         return degree
+
+    @property
+    def open(self) -> bool:
+        """Whether a degree is still to be chosen."""
+        return "auto" in (self.expert, self.replicas)
 
     @model_validator(mode="before")
     @classmethod

@@ -36,11 +36,11 @@ from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.plan.memory import state_bytes
 from cadre.plan.shape import Shape
-from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
+from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.auto import device_here, settle
 from cadre.train.parallel.group import Parallel
-from cadre.train.recipe import DataSection, Recipe, read_recipe
+from cadre.train.recipe import DataSection, ParallelSection, Recipe, read_recipe
 
 
 @dataclass
@@ -75,8 +75,10 @@ def start(
         if parallel.main:
             _refuse_used(path)
         words = recipe.model.get("vocab_size") or recipe.data.vocab_size
-        if words is not None and "from" not in recipe.model:  # before text is prepared for a model that is too large
+        if words is not None and "from" not in recipe.model:  # before text is prepared for what cannot be
             check_memory(recipe.config(words), device, recipe.optimizer.name, parallel.size)
+            if not recipe.parallel.open:
+                parallel.check(recipe, recipe.config(words))
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         data_section = recipe.data
         if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
@@ -84,6 +86,7 @@ def start(
         data = _prepare(data_section, recipe.model.get("vocab_size"), note, parallel)
         config = _config(recipe, source, data)
         check_expressible(config)
+        asked = recipe.parallel
         recipe = settle(recipe, config, parallel.size, here, note)
         parallel.check(recipe, config)
         if recipe.train.fp8_experts:
@@ -97,7 +100,7 @@ def start(
     fields = config.model_dump(exclude_none=True)
     resolved = recipe.model_copy(update={"train": train, "data": data_section, "model": fields})
     if parallel.main:
-        _write_recipe(path, resolved)
+        _write_recipe(path, resolved, asked)
     return Run(path, resolved, config, data, batches, model, dtype, None, train.most_steps, parallel)
 
 
@@ -190,11 +193,12 @@ def resume(
         parallel.check(recipe, config)
         if recipe.train.fp8_experts:
             check_fp8(config, device)
+        check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
         batches = _batches(recipe, config, data, parallel)
     dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device, parallel)
     train = wanted.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     recipe = recipe.model_copy(update={"train": train})
-    newest = next(reversed(checkpoints(path)), None)
+    newest = _newest(path, parallel)
     model = parallel.build(config, device, None if newest else train.seed)
     run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel)
     if run.checkpoint is not None:
@@ -207,8 +211,15 @@ def resume(
         if state["step"] >= run.total_steps and _ended(path):
             raise UsageError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
     if parallel.main:
-        _write_recipe(path, recipe)
+        _write_recipe(path, recipe, wanted.parallel)
     return run
+
+
+def _newest(path: Path, parallel: Parallel) -> Path | None:
+    """The newest checkpoint, as the main process sees the disk: others may see it later. It has set damaged ones aside."""
+    found = checkpoints(path)
+    step = parallel.agree(step_of(found[-1]) if found else -1)
+    return None if step < 0 else path / "checkpoints" / name_of(int(step))
 
 
 def _ended(path: Path) -> bool:
@@ -302,7 +313,9 @@ def _refuse_other_identity(path: Path, now: dict[str, Any], then: dict[str, Any]
             )
 
 
-def _write_recipe(path: Path, recipe: Recipe) -> None:
+def _write_recipe(path: Path, recipe: Recipe, asked: ParallelSection) -> None:
+    """With the layout that was asked for: an "auto" is chosen anew by whoever goes on."""
+    recipe = recipe.model_copy(update={"parallel": asked})
     try:
         path.mkdir(parents=True, exist_ok=True)
         replace_file(path / "recipe.toml", recipe.to_toml().encode("utf-8"))

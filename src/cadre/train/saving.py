@@ -19,11 +19,11 @@ class Saver:
 
     The copies lie in host memory (pinned, of an accelerator's tensors) and take as much of it as what this process holds of
     weights and optimizer state; they are made at the first save and used again by the next. `note` hears of it if they do not
-    fit: then the training waits for the disk.
+    fit: then the training waits for the disk. `anyone`: whether something holds of any process of the run.
     """
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
+    def __init__(self, note: Callable[[str], None], anyone: Callable[[bool], bool] = bool) -> None:
+        self._note, self._anyone = note, anyone
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -33,7 +33,7 @@ class Saver:
         raises what that raised."""
         self.wait()
         here = Tensors(local(tensors.weights), local(tensors.moments))
-        if not self._fits({**here.weights, **here.moments}):
+        if self._anyone(not self._fits({**here.weights, **here.moments})):
             write(here)
             return
         copies = Tensors(self._copied(here.weights), self._copied(here.moments))
@@ -51,6 +51,11 @@ class Saver:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has failed, which `wait` would raise."""
+        return self._error is not None
 
     def _work(self, write: Callable[[Tensors], None], copies: Tensors) -> None:
         try:

@@ -34,6 +34,9 @@ from cadre.train.schedule import rate
 # A step whose loss or gradient is not finite is skipped; this many in a row end the run.
 _SKIPS_ALLOWED = 5
 
+# What ended a run that no signal did.
+OTHERS = "the end of another process"
+
 # How much of a document an evaluation during training reads at least: its first words say little of a model.
 _LEAST_LETTERS = 1000
 
@@ -107,7 +110,7 @@ class Trainer:
         self.eval_seconds_per_token = 0.0
         self.last_loss: float | None = None
         self.bits_per_byte: float | None = None
-        self.saver = Saver(observer.note)
+        self.saver = Saver(observer.note, self.parallel.anyone)
         if run.checkpoint is not None:
             self._restore()
 
@@ -137,8 +140,9 @@ class Trainer:
                     # Weights that give no finite loss must not push out those that did.
                     if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
                         self.save()
-                stopped = (stop.signal or "the end of another process") if progress.step < progress.total_steps else None
+                stopped = (stop.signal or OTHERS) if progress.step < progress.total_steps else None
                 if stopped:
+                    self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
                     self._event("stopped", f"by {stopped} after step {progress.step}")
                 self.save()
                 self.saver.wait()
@@ -153,7 +157,7 @@ class Trainer:
         return self._result(stopped)
 
     def _stopping(self, stop: _StopSignals) -> bool:
-        return self.parallel.anyone(stop.signal is not None or self.parallel.abandoned)
+        return self.parallel.anyone(stop.signal is not None or self.parallel.abandoned or self.saver.failed)
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step over all micro-batches: losses, gradients, balance, update. Returns its record."""

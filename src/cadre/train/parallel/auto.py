@@ -38,7 +38,7 @@ def settle(recipe: Recipe, config: ModelConfig, processes: int, device: Device, 
     """The recipe with every degree of `[parallel]` a number; `note` is told what was chosen and why. Raises `UsageError` if
     no layout fits. What else is wrong with the recipe's layout is `compose`'s to say."""
     section, train = recipe.parallel, recipe.train
-    if "auto" not in (section.expert, section.replicas):
+    if not section.open:
         return recipe
     narrow = train.dtype == "bfloat16" or (train.dtype == "auto" and "bf16" in device.flops)
     precision = "bf16" if narrow else "fp32"

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from cadre.errors import RunError, UsageError
-from cadre.files import sync
+from cadre.files import checksum, sync
 from cadre.train.checkpoint import DamagedError, begin, name_of, publish
 
 if TYPE_CHECKING:
@@ -50,8 +50,12 @@ def save_parts(
     partial = run_dir / "checkpoints" / ".partial-parts"
     try:
         ranks.together(lambda: begin(partial) if ranks.main else None)
-        ranks.together(lambda: _write(tensors, _Writer(partial, copies), ranks.words))
-        ranks.together(lambda: publish(partial, final, state, keep) if ranks.main else None)
+        writer = _Writer(partial, copies)
+        ranks.together(lambda: _write(tensors, writer, ranks.words))
+        every: list[dict[str, Any]] = [{}] * ranks.size
+        dist.all_gather_object(every, writer.files, group=ranks.words)
+        files = {name: made for of_rank in every for name, made in of_rank.items()}
+        ranks.together(lambda: publish(partial, final, state, files, keep) if ranks.main else None)
     except RunError as error:
         if ranks.main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -59,12 +63,13 @@ def save_parts(
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """Writes what is this process's to write from `copies`, in one file. Torch's own makes the bytes of a file twice over in
-    memory first, and no other thread runs while it does."""
+    """Writes what is this process's to write from `copies`, in one file, whose `checksum` is then in `files`. Torch's own makes
+    the bytes of a file twice over in memory first, and no other thread runs while it does."""
 
     def __init__(self, folder: Path, copies: dict[str, Tensor]) -> None:
         super().__init__(str(folder), save_distributed=True)
         self.folder, self.copies = folder, copies
+        self.files: dict[str, Any] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         places = {item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets} for item in plan.items if item.tensor_data}
@@ -73,6 +78,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
             metadata = {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"}
             save_file({name: self.copies[name] for name in places}, file, metadata=metadata)
             sync(file)
+            self.files[file.name] = checksum(file)
         written: Future[list[WriteResult]] = Future()
         written.set_result([])
         return written

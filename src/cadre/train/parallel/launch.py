@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -43,6 +44,16 @@ def started() -> bool:
 
 def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def by_torchrun() -> bool:
+    return started() and _LAUNCHED not in os.environ
+
+
+def goes_on() -> bool:
+    """Whether a run that is found in `--out` may be this launch's own, from before processes failed. torchrun counts the
+    restarts of each machine for itself, and a machine that was replaced begins anew."""
+    return by_torchrun() or restarted()
 
 
 def is_main() -> bool:
@@ -85,8 +96,9 @@ def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path |
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        telling = any(file.stat().st_size for file in folder.rglob("std*.log"))
-        raise _cause(error, folder) from None
+        cause = _cause(error, folder)
+        telling = str(folder) in str(cause)
+        raise cause from None
     except SignalException as ended:
         # The processes were told, and have saved and ended: Ctrl-C asks no more.
         if ended.sigval not in (signal.SIGINT, signal.SIGTERM):
@@ -135,7 +147,8 @@ def joined(timeout: float) -> Iterator[tuple[Parallel, torch.device]]:
         raise
     except Exception as error:
         if _lost(error):
-            reason = " ".join(str(error).split())
+            # gloo ends with where it stands in its source, an address and good wishes.
+            reason = re.sub(r"\[[^\]]*\.cc:\d+\] |[.:] *(This|GLHF|https?:).*", "", " ".join(str(error).split()))
             message = f"rank {os.environ['RANK']} lost the other processes: {reason[:300]}"
             _tell(message, _LOST)
             raise RunError(message) from None
@@ -153,6 +166,15 @@ def _tell(message: str, status: int | None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # not by way of destructors that wait for processes which are gone
+
+
+def without_restarts() -> str | None:
+    """Why several machines could not start again together, in one line; None if they can, or are not several."""
+    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    if several and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        what = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+        return f"after a failure these machines could not start again together: {what}"
+    return None
 
 
 def _lost(error: Exception) -> bool:

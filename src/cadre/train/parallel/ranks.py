@@ -53,8 +53,10 @@ class Ranks(Parallel):
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         self.wait = wait = timedelta(minutes=timeout)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=wait))
-        # The elastic agent may keep its store over a restart, and with it the addresses of processes that are gone.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The elastic agent keeps its store over a restart, and with it the addresses of processes that are gone. Only one
+            # agent's count is known to all; of several, the store must be the processes' own.
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
         self.device = device
         # For the disk, whose thread has it to itself once the training has begun.
