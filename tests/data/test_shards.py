@@ -194,6 +194,25 @@ def test_an_out_folder_with_something_else_is_refused_by_name(corpus, tmp_path):
         prepare(corpus, vocab_size=300, out=full / "thesis.doc" / "below")
 
 
+def test_a_folder_that_was_prepared_is_a_source(corpus, tmp_path, monkeypatch):
+    made = prepare(corpus, vocab_size=300, out=tmp_path / "shards", held_out=0.2)
+    Path(corpus).unlink()
+    for source in (str(tmp_path / "shards"), [str(tmp_path / "shards")]):
+        for choices in ({}, {"vocab_size": 300}, {"vocab_size": 4096}, {"tokenizer": tmp_path / "shards"}):
+            again = prepare(source, **choices)
+            assert again.path == made.path and again.manifest == made.manifest
+            assert [d.text for d in again.held_out_documents()] == [d.text for d in made.held_out_documents()]
+    with pytest.raises(UsageError, match=r"was made with a vocabulary of 300, but 280 are asked for: set vocab_size to that"):
+        prepare(str(tmp_path / "shards"), vocab_size=280)
+    with pytest.raises(UsageError, match="was made with another tokenizer: leave the tokenizer out"):
+        prepare(str(tmp_path / "shards"), tokenizer=foreign_tokenizer(tmp_path, ["</s>"]))
+    with pytest.raises(UsageError, match="was made by `cadre data`"):
+        prepare(str(tmp_path / "shards"), vocab_size=300, out=tmp_path / "other")
+    damage(tmp_path / "shards", "train-00000.bin")
+    with pytest.raises(UsageError, match=r"damaged token data, train-00000\.bin"):
+        prepare(str(tmp_path / "shards"))
+
+
 def test_an_empty_out_folder_is_filled(corpus, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -126,7 +126,7 @@ def test_what_cadre_data_made_is_no_corpus(tmp_path):
     (tmp_path / "texts").mkdir()
     prepare([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], vocab_size=300, out=tmp_path / "texts" / "shards")
     for folder in ("texts", "texts/shards", "texts/shards/*.jsonl", "texts/**"):
-        assert "made by `cadre data`: give the text itself" in refusal(tmp_path / folder)
+        assert "made by `cadre data`: train on it alone, or give the text itself" in refusal(tmp_path / folder)
     held_out = tmp_path / "texts" / "shards" / "held_out.jsonl"
     assert len(list(read_documents(str(held_out)))) == 1
     (held_out.parent / "manifest.json").write_text("[]")

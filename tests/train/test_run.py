@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from cadre.data.shards import prepare
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
 from cadre.hub.load import load
@@ -310,6 +311,15 @@ def test_a_model_larger_than_the_machine_is_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     with pytest.raises(UsageError, match=r"the model has [\d,]+ parameters: .* GiB"):
         check_memory(small("deepseek_v3"), torch.device("cpu"))
+
+
+def test_a_prepared_folder_is_trained_on_and_resumed_without_its_text(lab):
+    shards = prepare(str(lab.folder / "corpus"), vocab_size=300, out=lab.folder / "shards")
+    shutil.rmtree(lab.folder / "corpus")
+    source = f"data.source={lab.folder / 'shards'}"
+    lab.train(lab.start("run", source, "train.steps=6"))
+    run = lab.resume("run", "train.steps=8")
+    assert run.data.path == shards.path and lab.train(run)[0].steps == 8
 
 
 def test_experts_in_fp8_want_a_card_that_has_it(monkeypatch):

@@ -98,14 +98,20 @@ def _files(entry: str) -> list[tuple[Path | Remote, str]]:
     return [(path, str(path))]
 
 
+def is_token_data(folder: Path) -> bool:
+    """Whether a folder is one that `cadre data` made."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False  # or somebody else's file of that name
+    return isinstance(manifest, dict) and manifest.keys() >= {"format", "vocab_size", "held_out"}
+
+
 def _refuse_shards(files: list[Path]) -> None:
     for file in files:
-        try:
-            manifest = json.loads((file.parent / MANIFEST).read_text("utf-8")) if file.name == HELD_OUT_TEXT else {}
-        except (OSError, ValueError):
-            continue  # somebody else's file of that name
-        if isinstance(manifest, dict) and manifest.keys() >= {"format", "vocab_size", "held_out"}:
-            raise UsageError(f"{file.parent}: was made by `cadre data`: give the text itself (or {file}, what it holds out)")
+        if file.name == HELD_OUT_TEXT and is_token_data(file.parent):
+            instead = f"train on it alone, or give the text itself (or {file}, what it holds out)"
+            raise UsageError(f"{file.parent}: was made by `cadre data`: {instead}")
 
 
 def _kind(path: Path | Remote) -> str:
