@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,16 @@ def test_families_that_cadre_does_not_run(planned, tmp_path, name):
     by_name, by_file = planned(name), planned(tmp_path)
     differing = {key for key in by_name if by_name[key] != by_file[key]}
     assert differing == {"model", "source"}
+
+
+def test_a_recipe_too_large_for_two_cores_is_planned_for_cards(planned, tmp_path):
+    made = planned("node")
+    assert (made["hardware"], made["devices"]) == ("h100", 1) and any("planned for h100" in note for note in made["notes"])
+    assert planned("node", "--hardware", "cpu-2core")["hardware"] == "cpu-2core"
+    assert planned("pocket", "--precision", "fp8")["hardware"] == "h100"
+    spread = tmp_path / "spread.toml"
+    spread.write_text((resources.files("cadre.recipes") / "pocket.toml").read_text() + "\n[parallel]\nexpert = 2\n")
+    assert planned(spread)["hardware"] == "cpu-2core"  # not for one process, but not too large either
 
 
 def test_a_shipped_recipe_brings_its_own_numbers(planned):

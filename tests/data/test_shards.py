@@ -202,7 +202,9 @@ def test_a_folder_that_was_prepared_is_a_source(corpus, tmp_path, monkeypatch):
             again = prepare(source, **choices)
             assert again.path == made.path and again.manifest == made.manifest
             assert [d.text for d in again.held_out_documents()] == [d.text for d in made.held_out_documents()]
-    with pytest.raises(UsageError, match=r"was made with a vocabulary of 300, but 280 are asked for: set vocab_size to that"):
+    with pytest.raises(
+        UsageError, match=r"was made with a vocabulary of 300, but 280 are asked for: set data\.vocab_size, or model"
+    ):
         prepare(str(tmp_path / "shards"), vocab_size=280)
     with pytest.raises(UsageError, match="was made with another tokenizer: leave the tokenizer out"):
         prepare(str(tmp_path / "shards"), tokenizer=foreign_tokenizer(tmp_path, ["</s>"]))

@@ -9,9 +9,37 @@ import pytest
 import torch
 
 from cadre.errors import RunError, UsageError
+from cadre.train.parallel import launch as launch_module
 from cadre.train.parallel.launch import _cause, joined, launch
 from cadre.train.parallel.ranks import Ranks
 from tests.parallel.world import world
+
+
+def test_what_a_process_knows_of_its_launch(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "CADRE_LAUNCHED"):
+        monkeypatch.delenv(name, raising=False)
+    assert not launch_module.by_torchrun() and not launch_module.goes_on()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert launch_module.by_torchrun() and launch_module.goes_on()  # a count of restarts is one machine's alone
+    monkeypatch.setenv("CADRE_LAUNCHED", "1")
+    assert not launch_module.by_torchrun() and not launch_module.goes_on()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert launch_module.goes_on()
+
+
+def test_machines_that_could_not_start_again_together_say_so(monkeypatch):
+    several = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in several.items():
+        monkeypatch.setenv(name, value)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in launch_module.without_restarts()
+    for name, value in (
+        ("GROUP_WORLD_SIZE", "1"),
+        ("TORCHELASTIC_MAX_RESTARTS", "0"),
+        ("TORCHELASTIC_USE_AGENT_STORE", "False"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert launch_module.without_restarts() is None
 
 
 def failure(exitcode: int, told: str = "<NONE>", timestamp: int = 100) -> Any:
@@ -25,7 +53,7 @@ LOST = "rank 0 lost the other processes: Connection closed by peer"
 @pytest.mark.parametrize("failures, kind, message", [
     # Killed; the other noticed at once, and may be found first.
     ({0: failure(75, LOST), 1: failure(-9)}, RunError, "rank 1 was ended by SIGKILL"),
-    ({0: failure(-11), 1: failure(75, LOST)}, RunError, "rank 0 was ended by SIGSEGV"),
+    ({0: failure(-11), 1: failure(75, LOST)}, RunError, "rank 0 was ended by SIGSEGV; what it printed is in logs"),
     # An error of one, after which the agent ended the other.
     ({0: failure(2, "train.batch is 3"), 1: failure(-15)}, UsageError, "train.batch is 3"),
     ({0: failure(-15, timestamp=101), 1: failure(1, "rank 1: the disk is full")}, RunError, "rank 1: the disk is full"),

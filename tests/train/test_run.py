@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 from cadre.data.shards import prepare
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
+from cadre.files import checksum, stamp
 from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
 from cadre.train import run as run_module
-from cadre.train.checkpoint import checkpoints, read_state
+from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
 from cadre.train.recipe import read_recipe
 from cadre.train.run import check_fp8, check_memory, held_recipe, only_writer, resume
 from tests.runs import write_corpus
@@ -311,6 +312,32 @@ def test_a_model_larger_than_the_machine_is_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     with pytest.raises(UsageError, match=r"the model has [\d,]+ parameters: .* GiB"):
         check_memory(small("deepseek_v3"), torch.device("cpu"))
+
+
+def test_checkpoints_without_checksums_of_whole_files_are_still_whole(lab):
+    """Their states say `files`, with the checksums of both ends of each."""
+    run = lab.start("run", "train.steps=4")
+    lab.train(run)
+    path = checkpoints(run.path)[-1]
+    state = json.loads((path / "state.json").read_text())
+    large = path / "weights.safetensors"
+    with large.open("ab") as file:
+        file.truncate(3 * 2**20)
+    state["files"] = {large.name: stamp(large)}
+    assert stamp(large) != checksum(large) and state.pop("checksums").keys() == {large.name, "optimizer.safetensors"}
+    (path / "state.json").write_text(json.dumps(state))
+    notes: list[str] = []
+    set_aside_damaged(run.path, notes.append)
+    assert not notes
+    state["checksums"] = {large.name: checksum(large)}
+    (path / "state.json").write_text(json.dumps(state))
+    with large.open("r+b") as file:
+        file.seek(3 * 2**19)
+        file.write(b"x")
+    with pytest.raises(UsageError, match=r"weights\.safetensors is not as it was written"):
+        for other in checkpoints(run.path)[:-1]:
+            shutil.rmtree(other)
+        set_aside_damaged(run.path, notes.append)
 
 
 def test_a_prepared_folder_is_trained_on_and_resumed_without_its_text(lab):

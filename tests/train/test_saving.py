@@ -18,6 +18,8 @@ from cadre.errors import RunError
 from cadre.train import checkpoint, saving
 from cadre.train.checkpoint import Tensors, checkpoints
 from cadre.train.saving import Saver
+from cadre.train.trainer import Trainer
+from tests.train.conftest import Watcher
 
 PATIENCE = 60
 
@@ -164,10 +166,13 @@ def test_a_full_disk_ends_the_run_before_the_next_checkpoint(lab, monkeypatch):
 
     def log(step):
         steps.append(step)
-        time.sleep(0.05 * (step > 8))
+        end = time.monotonic() + 30
+        while step == 9 and not trainer.saver.failed and time.monotonic() < end:
+            time.sleep(0.01)
 
+    trainer = Trainer(run, Watcher({step: partial(log, step) for step in range(100)}))
     with pytest.raises(RunError, match=r"step-00000008: checkpoint not written, .*: the disk is full"):
-        lab.train(run, {step: partial(log, step) for step in range(100)})
+        trainer.train()
     assert 8 <= steps[-1] < 12 and [path.name for path in checkpoints(run.path)] == ["step-00000004"]
 
 

@@ -67,7 +67,7 @@ def compare(
     path = out or Path("studies") / f"{wanted[0].name if wanted else DEFAULT}-{time.strftime('%Y%m%d-%H%M%S')}"
     there = path.exists()
     _make(path)
-    with _left_empty(path, there), only_writer(path), _watching(json_output) as watch:
+    with only_writer(path), _left_empty(path, there), _watching(json_output) as watch:
         state = find(path, wanted[0] if wanted else None, wanted[1] if wanted else None, quick) if going_on else None
         if state is None:
             assert wanted is not None

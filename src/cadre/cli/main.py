@@ -61,8 +61,8 @@ def main() -> None:
     try:
         sys.exit(_app()(standalone_mode=False) or 0)
     except UsageError as error:
-        if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
-            sys.exit(error.status)  # all processes find the same fault, and the first one says it
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(error.status)  # the first process of the machine has found the same fault, and says it
         _end(str(error), error.status)
     except RunError as error:
         _end(str(error), error.status)

@@ -40,7 +40,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="Catalogue name, config.json, recipe, model or run directory.")],
     tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens to train on: 14.8T, 300B, 5e9.")] = None,
     hardware: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Device. [default: h100; recipes: cpu-2core if one does]")
+        str | None, typer.Option(metavar="NAME", help="Device. [default: h100; of a recipe cpu-2core, if that can hold it]")
     ] = None,
     devices: Annotated[int | None, typer.Option(metavar="N", help="How many. [default: the fewest that do]")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a sequence. [default: 4096 or the recipe's]")] = None,
@@ -59,7 +59,7 @@ def plan(
 ) -> None:
     """Count a model and predict memory, time, price and decoding rate before anything runs."""
     from cadre.plan.hardware import hardware as device
-    from cadre.plan.planner import Request, check, fits, make_plan
+    from cadre.plan.planner import Request, check, exceeds, make_plan
 
     if here:
         _refuse_with_here(hardware=hardware, devices=devices, mfu=mfu, rent=rent)
@@ -81,8 +81,8 @@ def plan(
         rent=rent,
     )
     check(request)
-    if recipe and not (hardware or here or fits(request, devices or 1)):
-        said = f"{devices or 1} x {request.device.name} cannot hold this recipe's training: planned for {_CARD} instead"
+    if recipe and not (hardware or here) and (_foreign(request) or exceeds(request, devices or 1)):
+        said = f"{devices or 1} x {request.device.name} cannot hold or do this recipe's training: planned for {_CARD} instead"
         request = replace(request, device=device(_CARD), devices=devices, notes=(*request.notes, said))
     if here:
         _plan_here(model, request, recipe, mtp, context, json_output)
@@ -130,6 +130,11 @@ def _plan_here(
 def _first(*values: Any) -> Any:
     """The first value that is there."""
     return next((value for value in values if value is not None), None)
+
+
+def _foreign(request: Request) -> bool:
+    """Whether the device lacks the precision that is asked for."""
+    return request.precision is not None and request.precision not in request.device.flops
 
 
 def _read(model: str, mtp: bool | None) -> dict[str, Any]:
@@ -204,9 +209,12 @@ def _of_recipe(source: str, name: str, mtp: bool | None) -> dict[str, Any]:
 
 def vocabulary(recipe: Recipe) -> int:
     """The vocabulary that the run's tokenizer will have."""
-    from cadre.data.shards import DEFAULT_VOCAB_SIZE
+    from cadre.data.shards import DEFAULT_VOCAB_SIZE, TokenData
+    from cadre.data.sources import token_data
     from cadre.hub.tokenizer import load_tokenizer, vocabulary_size
 
+    if (made := token_data(recipe.data.source)) is not None:
+        return TokenData.open(made).vocab_size
     if recipe.data.tokenizer is None:
         return recipe.data.vocab_size or DEFAULT_VOCAB_SIZE
     return vocabulary_size(load_tokenizer(recipe.data.tokenizer))

@@ -43,7 +43,7 @@ def train(
     from cadre.train.checkpoint import checkpoints
     from cadre.train.parallel.launch import by_torchrun, goes_on, is_main, joined, launch, started, without_restarts
     from cadre.train.recipe import read_recipe
-    from cadre.train.run import held_recipe, start
+    from cadre.train.run import FinishedError, held_recipe, start
     from cadre.train.run import resume as resume_run
     from cadre.train.trainer import OTHERS, Trainer
 
@@ -85,9 +85,16 @@ def train(
         if (why := without_restarts()) is not None:
             line.note(why)
         if out is not None and goes_on() and parallel.agree((out / "recipe.toml").is_file()):
+            line.note(f"--out {out}: holds a run, which goes on")
             resume = out
         if resume is not None:
-            run = resume_run(resume, chosen, device, line.note, parallel)
+            try:
+                run = resume_run(resume, chosen, device, line.note, parallel)
+            except FinishedError as error:
+                if out is None:
+                    raise
+                line.note(str(error))  # a launch that is repeated finds its work done
+                return
         else:
             run = start(chosen, out or _new_folder(chosen.name, parallel.agree(time.time())), device, line.note, parallel)
         _announce(run, line.note)
@@ -100,8 +107,10 @@ def train(
             result = trainer.train()
         if parallel.main:
             _finish(run, result)
-        if result.stopped == OTHERS and by_torchrun():  # which would take it for done
-            raise RunError(f"stopped after step {result.steps} by the end of another process")
+        if result.stopped is not None and by_torchrun():
+            parallel.anyone(False)  # the main process has said what there is to say
+            if result.stopped == OTHERS:  # which torchrun would take for done
+                raise RunError(f"stopped after step {result.steps} by the end of another process")
 
 
 class _Silent:

@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, Document, is_token_data, read_documents
+from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, Document, read_documents, token_data
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from cadre.errors import UsageError, write_error
@@ -146,7 +146,8 @@ def prepare(
     a cache folder named after the content, under $CADRE_CACHE, $XDG_CACHE_HOME or ~/.cache. held_out: the share of
     documents held out (see `split_documents`). progress: called with one line as each stage starts.
 
-    A source that is a folder this has made is opened as it is, tokenizer and held-out documents included, and no text read.
+    A source that is itself a folder of token data is opened as it is, with its tokenizer and held-out documents; no text is
+    read.
 
     The folder appears whole or not at all. Raises UsageError for input that cannot be used and for an `out` that
     holds something else, RunError if the disk is full or the text changes meanwhile.
@@ -161,8 +162,8 @@ def prepare(
     if given is not None:
         _separator(given)
     names = [source] if isinstance(source, str) else list(source)
-    if out is None and len(names) == 1 and is_token_data(Path(names[0])):
-        return _made(Path(names[0]), given, vocab_size)
+    if out is None and (made := token_data(source)) is not None:
+        return _made(made, given, vocab_size)
     say(f"reading {' '.join(names)}")
     split = split_documents(read_documents(source), held_out)
     inputs = {
@@ -201,11 +202,13 @@ def _made(path: Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> To
     """The token data in a folder, if its tokenizer is the one that is asked for, or not too large."""
     data = TokenData.open(path.resolve())
     if tokenizer is not None and tokenizer_hash(tokenizer) != data.manifest["tokenizer_hash"]:
-        raise UsageError(f"{path}: was made with another tokenizer: leave the tokenizer out, the folder brings its own")
+        raise UsageError(
+            f"{path}: was made with another tokenizer: the folder brings its own, so leave the tokenizer (or model.from) out"
+        )
     if vocab_size is not None and data.vocab_size > vocab_size:
         raise UsageError(
-            f"{path}: was made with a vocabulary of {data.vocab_size:,}, but {vocab_size:,} are asked for: set vocab_size to "
-            "that"
+            f"{path}: was made with a vocabulary of {data.vocab_size:,}, but {vocab_size:,} are asked for: set "
+            "data.vocab_size, or model.vocab_size where the recipe has it, to that"
         )
     return data
 

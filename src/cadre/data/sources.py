@@ -98,8 +98,13 @@ def _files(entry: str) -> list[tuple[Path | Remote, str]]:
     return [(path, str(path))]
 
 
-def is_token_data(folder: Path) -> bool:
-    """Whether a folder is one that `cadre data` made."""
+def token_data(source: str | list[str]) -> Path | None:
+    """The folder that `cadre data` made, if that is what a source is."""
+    (name, *more) = [source] if isinstance(source, str) else source or [""]
+    return Path(name) if name and not more and name != SOTU and not is_remote(name) and _is_token_data(Path(name)) else None
+
+
+def _is_token_data(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError):
@@ -109,7 +114,7 @@ def is_token_data(folder: Path) -> bool:
 
 def _refuse_shards(files: list[Path]) -> None:
     for file in files:
-        if file.name == HELD_OUT_TEXT and is_token_data(file.parent):
+        if file.name == HELD_OUT_TEXT and _is_token_data(file.parent):
             instead = f"train on it alone, or give the text itself (or {file}, what it holds out)"
             raise UsageError(f"{file.parent}: was made by `cadre data`: {instead}")
 

@@ -135,6 +135,13 @@ def _scale(most):
 
 
 @triton.jit
+def _inverse(scale):
+    """One over a scale, exactly, which a card's own division need not be; of an infinite one 0."""
+    exponent = scale.to(tl.int32, bitcast=True) >> 23
+    return (tl.where(exponent < 255, 254 - exponent, 0) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _narrow(value):
     """E4M3 of sizes up to 448, to nearest, ties to even. It is rounded to a multiple of its last place by a large number that
     is added and taken away, so that the cast has nothing left to round: Triton's interpreter forgets to carry there."""
@@ -152,7 +159,7 @@ def _round_rows(x, rounded, scale, R, K, runs, RUN: tl.constexpr):
     at = row.to(tl.int64)[:, None] * K + column[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     own = _scale(tl.max(_size(value), axis=1))
-    tl.store(rounded + at, _narrow(value / own[:, None]), mask=inside)
+    tl.store(rounded + at, _narrow(value * _inverse(own)[:, None]), mask=inside)
     tl.store(scale + row.to(tl.int64) * runs + run, own, mask=row < R)
 
 
@@ -164,7 +171,7 @@ def _round_turned(x, rounded, scale, first, stop, C, tiles, RUN: tl.constexpr):
     inside = (row < tl.load(stop + tile))[:, None] & (column < C)[None, :]
     value = tl.load(x + row.to(tl.int64)[:, None] * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
     own = _scale(tl.max(_size(value), axis=0))
-    turned = tl.trans(_narrow(value / own[None, :]))
+    turned = tl.trans(_narrow(value * _inverse(own)[None, :]))
     padded = tile * RUN + tl.arange(0, RUN)
     at = column.to(tl.int64)[:, None] * (tiles * RUN) + padded[None, :]
     tl.store(rounded + at, turned, mask=(column < C)[:, None] & (padded < tiles * RUN)[None, :])
@@ -180,7 +187,7 @@ def _round_blocks(w, rounded, turned, scale, N, K, runs_n, runs_k, RUN: tl.const
     at = expert * N * K + n[:, None] * K + k[None, :]
     value = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
     own = _scale(tl.max(tl.max(_size(value), axis=1), axis=0))
-    narrow = _narrow(value / own)
+    narrow = _narrow(value * _inverse(own))
     tl.store(rounded + at, narrow, mask=inside)
     tl.store(turned + expert * N * K + k[:, None] * N + n[None, :], tl.trans(narrow), mask=tl.trans(inside))
     tl.store(scale + (expert * runs_n + over_n) * runs_k + over_k, own)

@@ -169,9 +169,10 @@ def _latent(f: _Fields) -> Latent:
         f.refuse("num_key_value_heads", groups, f"{heads}, the number of heads: latent attention has no groups")
     nope, rotary, value = f.whole("qk_nope_head_dim"), f.whole("qk_rope_head_dim"), f.whole("v_head_dim")
     # What transformers 5 writes beside them.
-    for name, may_be in (("qk_head_dim", {nope + rotary}), ("head_dim", {nope + rotary, rotary, value})):
-        if f.maybe(name) not in (None, *may_be):
-            f.refuse(name, f.get(name), f"{' or '.join(map(str, sorted(may_be)))}, by the widths of the heads' parts")
+    if f.maybe("qk_head_dim") not in (None, nope + rotary):
+        f.refuse("qk_head_dim", f.get("qk_head_dim"), f"{nope + rotary}, by the widths of the heads' parts")
+    if f.values.get("head_dim") in (nope + rotary, rotary, value):
+        f.get("head_dim")
     return Latent(
         heads, f.whole("kv_lora_rank"), f.stated("q_lora_rank"), nope, rotary, value, f.flag("attention_bias")
     )  # fmt: skip

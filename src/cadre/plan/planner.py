@@ -135,9 +135,10 @@ def check(request: Request) -> None:
         raise UsageError(f"--optimizer {request.optimizer}: must be one of {', '.join(OPTIMIZERS)}")
 
 
-def fits(request: Request, devices: int) -> bool:
-    """Whether training fits on so many devices."""
-    return steps.fits(_work(request, _precision(request), devices), devices)
+def exceeds(request: Request, devices: int) -> bool:
+    """Whether training takes more memory than so many devices have, in the leanest layout that there is on them."""
+    leanest = steps.smallest(_work(request, _precision(request), devices), devices)
+    return leanest is not None and leanest.memory.total > request.device.memory_bytes
 
 
 def _precision(request: Request) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from cadre.data.shards import Tokens
+from cadre.errors import UsageError
 from cadre.hub.load import load
 from cadre.infer.engine import Engine
 from cadre.infer.request import Request
 from cadre.infer.sampling import Sampling
 from cadre.infer.speculate import Payoff
+from cadre.kernels.limits import default_device
 from cadre.model.transformer import Transformer
 
 # Texts that are continued one at a time, each once plainly and once with drafts, so many times over.
@@ -47,22 +49,35 @@ def acceptance(model: Transformer, held_out: Tokens, length: int, windows: int =
 
 def drafting_rates(directory: Path, held_out: Tokens, length: int) -> dict[str, float] | None:
     """Tokens/s of the model in `directory` that continues held-out text greedily, one text at a time: `plain`, and `drafted` by
-    as many tokens as it has modules, whether that pays or not; medians, in turn. None where there is too little text."""
-    model, _ = load(directory)
+    as many tokens as it has modules, whether that pays or not; from the first new token on, medians, in turn. None where there
+    is too little text, or memory."""
+    model, _ = load(directory, device=default_device())
     begin, new = length // 2, length // 2 - len(model.mtp)
     texts = [held_out.tokens(at, at + begin).tolist() for at in range(0, min(len(held_out), _TEXTS * begin) - begin + 1, begin)]
-    if not texts or new < 1:
+    if not texts or new < 2:
         return None
     rates: dict[int, list[float]] = {0: [], len(model.mtp): []}
-    for _ in range(_TURNS):
-        for drafts, found in rates.items():
-            always = Payoff(trial=sys.maxsize, period=sys.maxsize)
-            engine = Engine(model, max_batch=1, prefix_sharing=False, speculate=drafts, payoff=always)
-            start, made = time.perf_counter(), 0
-            for number, text in enumerate(texts):
-                engine.add(Request(str(number), tuple(text), new, Sampling(0.0), ignore_eos=True))
-                while engine.busy:
-                    made += sum(len(output.tokens) for output in engine.step())
-            found.append(made / (time.perf_counter() - start))
+    try:
+        for _ in range(_TURNS):
+            for drafts, found in rates.items():
+                found.append(_rate(model, texts, new, drafts))
+    except UsageError:  # no room for their caches
+        return None
     plain, drafted = (statistics.median(found) for found in rates.values())
     return {"plain": plain, "drafted": drafted}
+
+
+def _rate(model: Transformer, texts: list[list[int]], new: int, drafts: int) -> float:
+    """Tokens/s of the texts' continuations, one after the other, their prompts' reading left out."""
+    always = Payoff(trial=sys.maxsize, period=sys.maxsize)
+    engine = Engine(model, max_batch=1, prefix_sharing=False, speculate=drafts, payoff=always)
+    seconds, made = 0.0, 0
+    for number, text in enumerate(texts):
+        engine.add(Request(str(number), tuple(text), new, Sampling(0.0), ignore_eos=True))
+        while not any(output.tokens for output in engine.step()):
+            pass
+        start = time.perf_counter()
+        while engine.busy:
+            made += sum(len(output.tokens) for output in engine.step())
+        seconds += time.perf_counter() - start
+    return made / seconds

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 
-from cadre.data.sources import SUFFIXES, Document, read_documents
+from cadre.data.shards import TokenData
+from cadre.data.sources import SUFFIXES, Document, read_documents, token_data
 from cadre.data.split import split_documents
 from cadre.errors import UsageError
 
@@ -65,6 +66,8 @@ def held_out_text(run: Path) -> Iterator[Document]:
     from cadre.train.run import held_recipe
 
     section = held_recipe(run).data
+    if (made := token_data(section.source)) is not None:
+        return iter(TokenData.open(made).held_out_documents())
     if not section.held_out:
         raise UsageError(f"{run}: the run held no text out: say with --data what to read")
     try:

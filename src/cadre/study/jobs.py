@@ -57,7 +57,7 @@ def plan_jobs(
             raise UsageError(
                 f"study {study.name}: the budget of {_said(study.budget, amount)} is too small: {what} is {shortest:.3g} steps "
                 f"of arm {arm.name}, fewer than the {LEAST_STEPS} that calibrating takes; give at least "
-                f"{math.ceil(LEAST_STEPS / shortest):,} times as much"
+                f"{max(2, math.ceil(LEAST_STEPS / shortest)):,} times as much"
             )
     jobs = [
         Job("sweep", arm.name, study.seeds[0], round(steps[arm.name] * study.sweep.share), factor)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cadre.errors import UsageError, write_error
-from cadre.files import checksum, sync
+from cadre.files import checksum, stamp, sync
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def publish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, 
     """Complete a checkpoint whose tensors are written in `files`, by name their `checksum`, give it its name, and drop older
     ones. Raises OSError."""
     with (partial / "state.json").open("w", encoding="utf-8") as file:
-        json.dump({**state, "files": files}, file, indent=1)
+        json.dump({**state, "checksums": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync(partial)
@@ -139,12 +139,15 @@ def set_aside_damaged(run_dir: Path, note: Callable[[str], None]) -> None:
 
 
 def _check_files(path: Path) -> None:
-    for name, written in read_state(path).get("files", {}).items():
+    state = read_state(path)
+    # Before there were checksums of whole files a state had `files`, with those of both ends.
+    check = checksum if "checksums" in state else stamp
+    for name, written in state.get("checksums", state.get("files", {})).items():
         file = path / name
         if not file.is_file():
             raise DamagedError(path, f"{name} is missing")
         try:
-            intact = checksum(file) == written
+            intact = check(file) == written
         except OSError as error:
             raise DamagedError(path, f"{name} cannot be read: {error.strerror or error}") from None
         if not intact:

@@ -1,6 +1,6 @@
 """A run directory: what is in it, who may write to it, and whether it can go on.
 
-recipe.toml      every choice, fully resolved
+recipe.toml      every choice resolved, but for "auto" in [parallel], which is chosen anew by whoever goes on
 model/           the model so far, in the Hugging Face layout
 checkpoints/     what `--resume` continues from
 metrics.jsonl    one object per logged step; tensorboard/ has the same
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from cadre.data.batches import Batches
-from cadre.data.shards import DEFAULT_VOCAB_SIZE, TokenData, prepare
+from cadre.data.shards import TokenData, prepare
 from cadre.errors import UsageError, write_error
 from cadre.files import replace_file, require_folder
 from cadre.hub.directory import load_config, model_directory
@@ -71,6 +71,8 @@ def start(
     """Prepare a new run in `path`. Raises `UsageError` if `path` holds anything already, or the recipe cannot be run."""
     parallel = parallel or Parallel()
     here = device_here(device, parallel)
+    dtype = _dtype(recipe.train.dtype, device, parallel)
+    recipe = _computing_in(recipe, dtype)
     with parallel.in_turn():
         if parallel.main:
             _refuse_used(path)
@@ -79,6 +81,8 @@ def start(
             check_memory(recipe.config(words), device, recipe.optimizer.name, parallel.size)
             if not recipe.parallel.open:
                 parallel.check(recipe, recipe.config(words))
+            if recipe.train.fp8_experts:
+                check_fp8(recipe.config(words), device)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         data_section = recipe.data
         if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
@@ -95,13 +99,10 @@ def start(
         _check_samples(recipe, config, data)
         batches = _batches(recipe, config, data, parallel)
     model = parallel.build(config, device, recipe.train.seed, source)
-    dtype = _dtype(recipe.train.dtype, device, parallel)
-    train = recipe.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    fields = config.model_dump(exclude_none=True)
-    resolved = recipe.model_copy(update={"train": train, "data": data_section, "model": fields})
+    resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
     if parallel.main:
         _write_recipe(path, resolved, asked)
-    return Run(path, resolved, config, data, batches, model, dtype, None, train.most_steps, parallel)
+    return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel)
 
 
 def _refuse_used(path: Path) -> None:
@@ -150,6 +151,10 @@ def check_memory(
         )
 
 
+class FinishedError(UsageError):
+    """There is nothing to resume."""
+
+
 def check_fp8(config: ModelConfig, device: torch.device, what: str = "train.fp8_experts") -> None:
     """Refuse experts in FP8 for a model without experts, and on a card without FP8."""
     if not config.has_experts:
@@ -174,13 +179,14 @@ def resume(
     """Open a run to continue it from its newest checkpoint that is whole, or from the start if it has none.
 
     `wanted` may differ from the run's recipe in how training goes on, as in the weights of sources, but not in the model, its
-    data or the batches: a
-    difference there raises `UsageError` and is named, and so does a run that has ended.
+    data or the batches: a difference there raises `UsageError` and is named. A run that has ended raises `FinishedError`.
     """
     parallel = parallel or Parallel()
     here = device_here(device, parallel)
+    held = held_recipe(path)
+    dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device, parallel)
+    wanted = _computing_in(wanted, dtype)
     with parallel.in_turn():
-        held = held_recipe(path)
         _refuse_difference(path, held, wanted)
         if parallel.main:
             set_aside_damaged(path, note)
@@ -195,10 +201,7 @@ def resume(
             check_fp8(config, device)
         check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
         batches = _batches(recipe, config, data, parallel)
-    dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device, parallel)
-    train = wanted.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    recipe = recipe.model_copy(update={"train": train})
-    newest = _newest(path, parallel)
+    newest, train = _newest(path, parallel), wanted.train
     model = parallel.build(config, device, None if newest else train.seed)
     run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel)
     if run.checkpoint is not None:
@@ -209,7 +212,7 @@ def resume(
         elif recipe.schedule.kind != "constant":
             note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
         if state["step"] >= run.total_steps and _ended(path):
-            raise UsageError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
+            raise FinishedError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
     if parallel.main:
         _write_recipe(path, recipe, wanted.parallel)
     return run
@@ -238,6 +241,10 @@ def _check_samples(recipe: Recipe, config: ModelConfig, data: TokenData) -> None
                 f"eval.prompts: {prompt[:20]!r}... has {length} tokens; the model's context (max_position_embeddings) "
                 f"is {config.max_position_embeddings}"
             )
+
+
+def _computing_in(recipe: Recipe, dtype: torch.dtype) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})})
 
 
 def _dtype(choice: str, device: torch.device, parallel: Parallel) -> torch.dtype:
@@ -279,7 +286,7 @@ def only_writer(path: Path, main: bool = True) -> Iterator[None]:
 
 
 def _prepare(section: DataSection, vocab_size: int | None, note: Callable[[str], None], parallel: Parallel) -> TokenData:
-    vocab_size = section.vocab_size or (None if section.tokenizer else vocab_size or DEFAULT_VOCAB_SIZE)
+    vocab_size = section.vocab_size or (None if section.tokenizer else vocab_size)
     make = partial(prepare, section.source, tokenizer=section.tokenizer, vocab_size=vocab_size, held_out=section.held_out)
     return parallel.prepared(partial(make, progress=note))
 

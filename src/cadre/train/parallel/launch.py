@@ -96,7 +96,8 @@ def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path |
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        cause = _cause(error, folder)
+        printed = any(file.stat().st_size for file in folder.rglob("std*.log"))
+        cause = _cause(error, folder if printed else None)
         telling = str(folder) in str(cause)
         raise cause from None
     except SignalException as ended:
@@ -108,16 +109,20 @@ def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path |
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cause(error: ChildFailedError, folder: Path) -> Exception:
-    """The failure that the others followed from, as one line."""
+def _cause(error: ChildFailedError, folder: Path | None) -> Exception:
+    """The failure that the others followed from, as one line. `folder`: where what the processes printed is, if they did."""
     earliest = min(failure.timestamp for failure in error.failures.values())
     at_once = {rank: failure for rank, failure in error.failures.items() if failure.timestamp <= earliest + 1}
     rank, first = min(at_once.items(), key=lambda item: (item[1].exitcode in _FOLLOWING, item[1].exitcode > 0, item[0]))
-    if first.exitcode < 0:
-        return RunError(f"rank {rank} was ended by {first.signal_name()}")
     told = str(first.error_file_data["message"])
+    look = "" if folder is None else f"; what it printed is in {folder}"
+    if first.exitcode < 0:
+        ended = f"rank {rank} was ended by {first.signal_name()}"
+        return RunError(ended if -first.exitcode in (signal.SIGKILL, signal.SIGTERM) else ended + look)
     if told == _EMPTY:
-        return RunError(f"rank {rank} ended with status {first.exitcode}; what it printed is in {folder}")
+        return RunError(f"rank {rank} ended with status {first.exitcode}{look}")
+    if told.startswith(f"rank {rank} failed: "):
+        return RunError(told + look)
     if first.exitcode == _LOST:
         # Those that had to be killed afterwards are those that hung.
         hung = [str(other) for other, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL]
@@ -171,8 +176,9 @@ def _tell(message: str, status: int | None) -> None:
 def without_restarts() -> str | None:
     """Why several machines could not start again together, in one line; None if they can, or are not several."""
     several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-    if several and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        what = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+    wanted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if several and wanted and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        what = "give torchrun --rdzv-backend c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
         return f"after a failure these machines could not start again together: {what}"
     return None
 
