@@ -206,7 +206,7 @@ def test_a_folder_that_was_prepared_is_a_source(corpus, tmp_path, monkeypatch):
         UsageError, match=r"was made with a vocabulary of 300, but 280 are asked for: set data\.vocab_size, or model"
     ):
         prepare(str(tmp_path / "shards"), vocab_size=280)
-    with pytest.raises(UsageError, match="was made with another tokenizer: leave the tokenizer out"):
+    with pytest.raises(UsageError, match="was made with another tokenizer: the folder brings its own"):
         prepare(str(tmp_path / "shards"), tokenizer=foreign_tokenizer(tmp_path, ["</s>"]))
     with pytest.raises(UsageError, match="was made by `cadre data`"):
         prepare(str(tmp_path / "shards"), vocab_size=300, out=tmp_path / "other")
