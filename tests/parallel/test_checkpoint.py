@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, recipe, harm):
     with pytest.raises(UsageError, match=r"step-00000003: damaged checkpoint \(shard-.*\); delete this folder"):
         resume(run, wanted, torch.device("cpu"), lambda line: None)
     state = newest / "state.json"
-    state.write_text(json.dumps({key: value for key, value in read_state(newest).items() if key != "files"}))
+    state.write_text(json.dumps({key: value for key, value in read_state(newest).items() if key != "checksums"}))
     # Without stamps the reader finds it.
     with pytest.raises(UsageError, match=r"step-00000003: damaged checkpoint .*; delete this folder"):
         Trainer(resume(run, wanted, torch.device("cpu"), lambda line: None), Nobody())

@@ -65,7 +65,7 @@ def test_comes_back_bit_for_bit(tmp_path, name, kind, changes):
     assert_same(everything(other, other_optimizer), everything(model, optimizer))
     assert (other.lm_head.weight is other.embed_tokens.weight) == (kind == "llama")
     read = read_state(path)
-    assert read.pop("files").keys() == {"optimizer.safetensors", "weights.safetensors"} and read == state(7)
+    assert read.pop("checksums").keys() == {"optimizer.safetensors", "weights.safetensors"} and read == state(7)
 
 
 def test_before_the_first_step_there_is_no_optimizer_state(tmp_path):
@@ -222,7 +222,7 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
 
 def test_state_is_plain_json(tmp_path):
     path = save_checkpoint(tmp_path, *build(1), state(1), keep=1)
-    assert json.loads((path / "state.json").read_text()) == {**state(1), "files": read_state(path)["files"]}
+    assert json.loads((path / "state.json").read_text()) == {**state(1), "checksums": read_state(path)["checksums"]}
 
 
 def three(folder: Path) -> list[Path]:

@@ -99,7 +99,7 @@ def test_each_point_is_measured_once_and_one_that_fails_is_named(monkeypatch):
     built, notes = [], []
 
     def seconds(build):
-        config, batch, seq_len, _ = build.args
+        config, batch, seq_len, *_ = build.args
         built.append((config.model_dump_json(), batch, seq_len))
         if config.n_routed_experts == 128:
             return RunError("its process died")
