@@ -82,7 +82,8 @@ def plan(
     )
     check(request)
     if recipe and not (hardware or here) and (_foreign(request) or exceeds(request, devices or 1)):
-        said = f"{devices or 1} x {request.device.name} cannot hold or do this recipe's training: planned for {_CARD} instead"
+        why = f"has no {request.precision}" if _foreign(request) else "cannot hold this recipe's training"
+        said = f"{devices or 1} x {request.device.name} {why}: planned for {_CARD} instead"
         request = replace(request, device=device(_CARD), devices=devices, notes=(*request.notes, said))
     if here:
         _plan_here(model, request, recipe, mtp, context, json_output)

@@ -95,6 +95,8 @@ def start(
         parallel.check(recipe, config)
         if recipe.train.fp8_experts:
             check_fp8(config, device)
+            if device.type == "cpu":
+                note("no processor multiplies FP8: experts compute the same in float32, which takes several times as long")
         check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
         _check_samples(recipe, config, data)
         batches = _batches(recipe, config, data, parallel)
