@@ -29,9 +29,10 @@ $(VENV)/.triton: $(VENV)/.installed
 test-browser: setup
 	$(BIN)/python -m pytest tests/browser
 
-# lm-eval as a client of the server: some 50 packages more, which change versions pinned in requirements.txt
+# lm-eval as a client of the server: some 50 packages more, which change versions pinned in requirements.txt. llama.cpp as a reader
+# of our GGUF files: compiled here, some ten minutes on 2 cores.
 test-slow: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval]' llama-cpp-python==0.3.36
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slow
 
 check: setup

@@ -15,6 +15,7 @@ def _app() -> typer.Typer:
     from cadre.cli.bench import bench_app
     from cadre.cli.chat import chat
     from cadre.cli.compare import compare
+    from cadre.cli.convert import convert
     from cadre.cli.data import data
     from cadre.cli.evaluate import evaluate
     from cadre.cli.generate import generate
@@ -37,6 +38,7 @@ def _app() -> typer.Typer:
     app.command("serve")(serve)
     app.command("eval")(evaluate)
     app.command("data")(data)
+    app.command("convert")(convert)
     app.command("plan")(plan)
     app.command("compare")(compare)
     app.command("routes")(routes)

@@ -62,14 +62,14 @@ def load(
     """
     directory = model_directory(path)
     config = read_config(directory)
-    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    raw = _raw_config(directory)
     check_quantization(raw, str(directory / "config.json"))
     stored = stored_tensors(directory)
     config = without_absent_modules(config, stored)
-    tokenizer = _tokenizer(directory, config)
+    tokenizer = load_tokenizer_of(directory, config)
     model = skeleton(config)
     plan = _plan(directory, config, model, stored)
-    model.to(dtype or _stored_dtype(stored, raw))
+    model.to(dtype or _dtype_of(stored, raw))
     model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -77,7 +77,8 @@ def load(
     return model.eval(), tokenizer
 
 
-def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+def load_tokenizer_of(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer of a model directory, None if it has none. Raises `UsageError` if it has more ids than the model."""
     if not (directory / "tokenizer.json").is_file():
         return None
     from cadre.hub.tokenizer import check_vocabulary, load_tokenizer
@@ -142,7 +143,17 @@ def _check_modules(directory: Path, config: ModelConfig, stored: dict[str, Store
         )
 
 
-def _stored_dtype(stored: dict[str, Stored], raw: dict[str, Any]) -> torch.dtype:
+def stored_dtype(directory: Path) -> torch.dtype:
+    """What `load` makes of a model directory's tensors unless it is told otherwise."""
+    return _dtype_of(stored_tensors(directory), _raw_config(directory))
+
+
+def _raw_config(directory: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return raw
+
+
+def _dtype_of(stored: dict[str, Stored], raw: dict[str, Any]) -> torch.dtype:
     size: Counter[str] = Counter()
     for name, tensor in stored.items():
         if not name.endswith((_CORRECTION_BIAS, SCALE_SUFFIX, "rotary_emb.inv_freq")):
@@ -160,6 +171,7 @@ def read_values(path: str | Path, dtype: torch.dtype) -> Iterator[tuple[str, Ten
     model with, for one that is not to be whole in memory. Raises `UsageError` as `load` does."""
     directory = model_directory(path)
     config = load_config(directory)
+    check_quantization(_raw_config(directory), str(directory / "config.json"))
     stored = stored_tensors(directory)
     model = skeleton(config)
     plan = _plan(directory, config, model, stored)

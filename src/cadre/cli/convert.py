@@ -1,0 +1,66 @@
+"""`cadre convert`: a model as other programs want it."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cadre.cli.generate import Model
+from cadre.errors import UsageError
+
+
+class Format(StrEnum):
+    gguf = "gguf"
+    hf = "hf"
+
+
+class Dtype(StrEnum):
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+
+
+def convert(
+    source: Model,
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A file NAME.gguf, or a folder.", show_default=False)],
+    to: Annotated[
+        Format | None,
+        typer.Option(help="GGUF for llama.cpp, or a Hugging Face directory. [default: by DST's ending]", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the matrices; q8_0 is GGUF's 8 bits. [default: as they are stored]", show_default=False),
+    ] = None,
+) -> None:
+    """Write a model as GGUF, which llama.cpp and Ollama read, or as a Hugging Face directory of another dtype."""
+    if (to or (Format.gguf if target.suffix == ".gguf" else Format.hf)) == Format.gguf:
+        from cadre.hub.gguf import write_gguf
+
+        if target.is_dir():
+            raise UsageError(f"{target}: is a folder; a GGUF model is a file, such as {target / 'model.gguf'}")
+        write_gguf(source, target, dtype.value if dtype else None, _progress if sys.stderr.isatty() else lambda *_: None)
+    else:
+        import torch
+
+        from cadre.hub.load import load
+        from cadre.hub.save import save
+
+        if dtype == Dtype.q8_0:
+            raise UsageError("--dtype q8_0 is for GGUF; a Hugging Face directory takes f32, f16 or bf16")
+        kinds = {Dtype.f32: torch.float32, Dtype.f16: torch.float16, Dtype.bf16: torch.bfloat16}
+        model, tokenizer = load(source, dtype=kinds[dtype] if dtype else None)
+        large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+        if large:
+            raise UsageError(f"{source}: {large[0]} holds numbers too large for {dtype}; take bf16 or f32")
+        save(model, target, tokenizer)
+    size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
+    typer.echo(f"written to {target}: {size / 2**20:,.1f} MiB")
+
+
+def _progress(done: int, total: int) -> None:
+    typer.echo(f"\r{done:,} of {total:,} tensors", err=True, nl=done == total)

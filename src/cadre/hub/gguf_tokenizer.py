@@ -1,0 +1,97 @@
+"""A tokenizer as GGUF holds it: byte-level BPE whose way to split text llama.cpp knows by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cadre.errors import UsageError
+from cadre.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+# The name of the patterns that split a text one after the other, and of whether an entry of the vocabulary is never split.
+_SPLITS = {
+    ((_LLAMA3,), True): "llama-bpe",
+    ((_LLAMA3,), False): "smaug-bpe",
+    (("gpt-2",), False): "gpt-2",
+    (_DEEPSEEK_V3, False): "deepseek-v3",
+}
+
+
+def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> dict[str, Any]:
+    """The `tokenizer.*` keys of a model in `directory`. Raises `UsageError` for a tokenizer that llama.cpp would not follow."""
+    whole = json.loads(tokenizer.to_str())
+    name = _SPLITS.get((_splits(whole["pre_tokenizer"]), bool(whole["model"].get("ignore_merges"))))
+    plain = whole["model"]["type"] == "BPE" and not whole["model"].get("byte_fallback") and not _steps(whole["normalizer"])
+    before = tokenizer.encode("").ids
+    if name is None or not plain or before not in ([], [config.bos_token_id]):
+        raise UsageError(
+            f"{directory / 'tokenizer.json'}: splits text in another way than {', '.join(_SPLITS.values())}, which llama.cpp is"
+            " known to follow; its own convert_hf_to_gguf.py reads this directory and knows more"
+        )
+    entries, kinds = _entries(tokenizer, config.vocab_size)
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in whole["model"]["merges"]]
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids = {"bos": config.bos_token_id, "eos": ends[0], "eot": ends[1] if ends[1:] else None, "padding": config.pad_token_id}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.tokens": entries,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        **{f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items() if value is not None},
+        "tokenizer.ggml.add_bos_token": bool(before),
+        **_chat_template(directory),
+    }
+
+
+def _entries(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
+    """Each id's entry and kind, as many as the model has embeddings."""
+    entries, kinds = [f"[PAD{number}]" for number in range(size)], [_UNUSED] * size
+    for entry, number in tokenizer.get_vocab(with_added_tokens=True).items():
+        entries[number], kinds[number] = entry, _NORMAL
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        entries[number], kinds[number] = added.content, _CONTROL if added.special else _USER_DEFINED
+    return entries, kinds
+
+
+def _splits(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
+    """The patterns that a byte-level pre-tokenizer splits at; empty if it is of another kind."""
+    *splits, last = _steps(pre_tokenizer) or [{"type": None}]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        return ()
+    patterns = [step["pattern"].get("Regex") for step in splits if step["type"] == "Split" and step["behavior"] == "Isolated"]
+    if len(patterns) < len(splits) or None in patterns:
+        return ()
+    # A line end may stand in a pattern as itself.
+    patterns = [pattern.replace("\r", r"\r").replace("\n", r"\n") for pattern in patterns]
+    return (*patterns, *(["gpt-2"] if last["use_regex"] else []))
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What a normalizer or pre-tokenizer does, one after the other."""
+    if part is None:
+        return []
+    inner = part.get("pretokenizers", part.get("normalizers"))
+    return [part] if inner is None else [step for each in inner for step in _steps(each)]
+
+
+def _chat_template(directory: Path) -> dict[str, str]:
+    template: Any = None
+    if (directory / "chat_template.jinja").is_file():
+        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (directory / "tokenizer_config.json").is_file():
+        template = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    return {"tokenizer.chat_template": template} if isinstance(template, str) else {}

@@ -1,0 +1,66 @@
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import cadre
+from cadre.cli.convert import convert
+from cadre.errors import UsageError
+
+gguf = pytest.importorskip("gguf")
+APP = typer.Typer()
+APP.command()(convert)
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+
+
+def test_gguf_by_the_ending(model_dir, tmp_path):
+    result = run(model_dir, tmp_path / "there" / "m.gguf", "--dtype", "q8_0")
+    assert result.exit_code == 0, result.output
+    assert "m.gguf: 0." in result.stdout
+    fields = gguf.GGUFReader(tmp_path / "there" / "m.gguf").fields
+    assert fields["general.architecture"].contents() == "deepseek2" and fields["general.name"].contents() == "m"
+
+
+def test_gguf_by_name(model_dir, tmp_path):
+    result = run(model_dir, tmp_path / "m", "--to", "gguf")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "m").read_bytes()[:4] == b"GGUF"
+
+
+def test_another_dtype(model_dir, tmp_path):
+    result = run(model_dir, tmp_path / "half", "--dtype", "bf16")
+    assert result.exit_code == 0, result.output
+    whole, (half, tokenizer) = cadre.load(model_dir)[0], cadre.load(tmp_path / "half")
+    assert half.embed_tokens.weight.dtype == torch.bfloat16 and tokenizer is not None
+    assert torch.equal(half.embed_tokens.weight, whole.embed_tokens.weight.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "target, options, message",
+    [
+        (".", ["--to", "gguf"], "is a folder"),
+        ("half", ["--dtype", "q8_0"], "q8_0 is for GGUF"),
+    ],
+)
+def test_bad_usage(model_dir, tmp_path, target, options, message):
+    result = run(model_dir, tmp_path / target, *options)
+    assert isinstance(result.exception, UsageError) and message in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_model(tmp_path):
+    result = run(tmp_path / "absent", tmp_path / "m.gguf")
+    assert isinstance(result.exception, UsageError) and "no such folder" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_large_for_16_bits(model_dir, tmp_path):
+    model, _ = cadre.load(model_dir)
+    with torch.no_grad():
+        model.norm.weight[0] = 1e5
+    cadre.save(model, tmp_path / "large")
+    result = run(tmp_path / "large", tmp_path / "half", "--dtype", "f16")
+    assert isinstance(result.exception, UsageError) and "norm.weight holds numbers too large for f16" in str(result.exception)
