@@ -65,6 +65,38 @@ def test_the_training_stalls_for_less_than_a_twentieth_of_what_the_disk_takes():
     assert min(stalls) < 0.05 * disk < disk * 0.9 < time.perf_counter() - start + min(stalls)
 
 
+def test_copies_that_are_prepared_are_those_that_are_written():
+    held, saver, written = tensors(), Saver(nobody), []
+    saver.prepare(held)
+    places = {name: copy.data_ptr() for name, copy in saver._copies.items()}
+    for tensor in held.moments.values():
+        tensor.add_(1.0)
+    saver.save(held, written.append)
+    saver.wait()
+    assert {name: copy.data_ptr() for name, copy in {**written[0].weights, **written[0].moments}.items()} == places
+    assert all(torch.equal(written[0].moments[name], tensor) for name, tensor in held.moments.items())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_prepares_after_its_first_step(lab, monkeypatch, resumed):
+    run = lab.start("run")
+    if resumed:
+        lab.train(run, {6: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+        run = lab.resume("run")
+    seen: list[str] = []
+    prepare, step = Saver.prepare, Trainer._step
+
+    def prepared(saver, tensors):
+        assert tensors.moments
+        seen.append("prepare")
+        prepare(saver, tensors)
+
+    monkeypatch.setattr(Saver, "prepare", prepared)
+    monkeypatch.setattr(Trainer, "_step", lambda trainer, batch: (seen.append("step"), step(trainer, batch))[1])
+    lab.train(run)
+    assert seen[:3] == ["step", "prepare", "step"] and seen.count("prepare") == 1
+
+
 def test_one_save_at_a_time():
     saver, at_work = Saver(nobody), []
 

@@ -18,8 +18,8 @@ class Saver:
     """Writes copies of a run's tensors in a thread, one checkpoint at a time.
 
     The copies lie in host memory (pinned, of an accelerator's tensors) and take as much of it as what this process holds of
-    weights and optimizer state; they are made at the first save and used again by the next. `note` hears of it if they do not
-    fit: then the training waits for the disk. `anyone`: whether something holds of any process of the run.
+    weights and optimizer state; `prepare` makes them, else the first save, and every save uses them. `note` hears of it if they
+    do not fit: then the training waits for the disk. `anyone`: whether something holds of any process of the run.
     """
 
     def __init__(self, note: Callable[[str], None], anyone: Callable[[bool], bool] = bool) -> None:
@@ -27,6 +27,13 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def prepare(self, tensors: Tensors) -> None:
+        """Make the copies before they are wanted. A page of memory costs far more when it is touched first than ever after, and
+        a run that they do not leave room for should not learn that at its first checkpoint."""
+        here = {**local(tensors.weights), **local(tensors.moments)}
+        if not self._anyone(not self._fits(here)):
+            self._copied(here)
 
     def save(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
         """Have `write` called with a copy of this process's part of each tensor, as it is now. Waits for the save before, and

@@ -129,6 +129,8 @@ class Trainer:
                 self.began = time.perf_counter() - progress.seconds
                 while progress.step < progress.total_steps and not self._stopping(stop):
                     record = self._step(next(self.run.batches))
+                    if progress.step == (resumed or 0) + 1:  # the optimizer has its state now
+                        self.saver.prepare(self.parallel.tensors(self.model, self.optimizer))
                     progress.batches = self.run.batches.state()
                     self._fit_the_minutes()
                     if progress.step % recipe.train.log_every == 0 or progress.step >= progress.total_steps:
