@@ -136,8 +136,8 @@ def check_gguf(config: ModelConfig, where: str) -> None:
         raise UsageError(f"{where}: rope_parameters has mscale, which llama.cpp reads of latent attention only")
     if kind == "glm4_moe" and not config.has_experts:
         refuse("first_k_dense_replace", "llama.cpp reads no glm4moe without experts")
-    if config.has_experts and not config.n_shared_experts and kind != "glm4_moe":
-        refuse("n_shared_experts", "llama.cpp reads no deepseek2 whose experts are all routed")
+    if config.has_experts and not config.n_shared_experts:
+        refuse("n_shared_experts", "llama.cpp reads no model of this kind whose experts are all routed")
 
 
 def _keys(config: ModelConfig) -> dict[str, Any]:
