@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 import typer
@@ -36,6 +39,24 @@ def test_another_dtype(model_dir, tmp_path):
     whole, (half, tokenizer) = cadre.load(model_dir)[0], cadre.load(tmp_path / "half")
     assert half.embed_tokens.weight.dtype == torch.bfloat16 and tokenizer is not None
     assert torch.equal(half.embed_tokens.weight, whole.embed_tokens.weight.bfloat16())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_weights_change(model_dir, tmp_path, in_place):
+    """Templates and settings are the model's own, and nowhere else once it is converted in place."""
+    source = tmp_path / "source"
+    shutil.copytree(model_dir, source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [1, 2]}')
+    kept = {file.name: file.read_bytes() for file in source.iterdir() if file.suffix != ".safetensors"}
+    target = source if in_place else tmp_path / "target"
+    result = run(source, target, "--dtype", "bf16")
+    assert result.exit_code == 0, result.output
+    found = {file.name: file.read_bytes() for file in target.iterdir() if file.suffix != ".safetensors"}
+    configs = [json.loads(files.pop("config.json")) for files in (kept, found)]
+    assert found == kept and "chat_template.jinja" in found
+    assert configs[1] == configs[0] | {"dtype": "bfloat16", "eos_token_id": [1, 2]}
+    assert cadre.load(target)[0].norm.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,9 @@ def test_bad_usage(monkeypatch, capsys, model_dir, tmp_path):
     for arguments, says in [
         (["--port", 70000], "--port"),
         (["--host", "no such host"], "no such host or address"),
+        (["--host", "a..b"], "is no name of a host"),
+        (["--cache", "9" * 400], "more than any machine has"),
+        (["--cache", "99999999TiB"], "more than any machine has"),
         (["--max-batch", 0], "--max-batch"),
         (["--cache", "much"], "--cache is 'much'; it must be a size such as 2GiB"),
         (["--cache", "1"], "cache"),

@@ -209,19 +209,24 @@ def test_what_llama_cpp_would_compute_differently(build, tmp_path, kind, changes
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+MERGES = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+
+
 def other_tokenizers():
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
-    lower = Tokenizer(models.BPE({"a": 0}, []))
+    lower = Tokenizer(MERGES)
     lower.normalizer, lower.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    spaces = Tokenizer(models.BPE({"a": 0}, []))
+    spaces = Tokenizer(MERGES)
     spaces.pre_tokenizer = pre_tokenizers.Whitespace()
-    prefix = Tokenizer(models.BPE({"a": 0}, []))
+    prefix = Tokenizer(MERGES)
     prefix.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    digits = Tokenizer(models.BPE({"a": 0}, []))
+    digits = Tokenizer(MERGES)
     digits.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    return [unigram, lower, spaces, prefix, digits, Tokenizer(models.BPE({"a": 0}, []))]
+    letters = Tokenizer(models.BPE({"a": 0}, []))  # llama.cpp reads no BPE without merges
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return [unigram, lower, spaces, prefix, digits, letters, Tokenizer(MERGES)]
 
 
 @pytest.mark.parametrize("other", other_tokenizers())
@@ -231,8 +236,27 @@ def test_a_tokenizer_that_llama_cpp_would_not_follow(build, tmp_path, other):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf")
 
 
+def test_the_default_of_several_templates(build, tokenizer, tmp_path):
+    save(build(vocab_size=310), tmp_path / "model", tokenizer)
+    config = tmp_path / "model" / "tokenizer_config.json"
+    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": named}))
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    assert read(tmp_path / "model.gguf")[0]["tokenizer.chat_template"] == "D"
+    config.write_text("{")
+    with pytest.raises(UsageError, match=r"tokenizer_config\.json: the chat template cannot be read"):
+        write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("target", ["model/config.json/m.gguf", "x" * 250 + ".gguf"])
+def test_no_place_for_a_file(build, tmp_path, target):
+    save(build(), tmp_path / "model")
+    with pytest.raises(RunError, match="not written"):
+        write_gguf(tmp_path / "model", tmp_path / target)
+
+
 def test_gpt2_splits(build, tmp_path):
-    gpt2 = Tokenizer(models.BPE({"a": 0}, []))
+    gpt2 = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     gpt2.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     save(build(), tmp_path / "model", gpt2)
     write_gguf(tmp_path / "model", tmp_path / "model.gguf")

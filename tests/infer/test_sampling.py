@@ -354,7 +354,9 @@ def test_an_empty_batch_has_no_tokens():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1; it must be a finite number of at least 0"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be from 0 to 1000"),
+        ({"temperature": 1e39}, "temperature is 1e\\+39; it must be from 0 to 1000"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be from 0 to 1000"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),

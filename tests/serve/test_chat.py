@@ -121,6 +121,7 @@ def test_an_answer_of_a_transcript_ends_with_its_line(bare):
     ({"top_logprobs": 2}, None, "top_logprobs need logprobs: true"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema belongs to"),
     ({"prompt": "x"}, "prompt", "is not a field"),
+    ({"messages": [HI[0] | {"a": None, "b": 1, "c": 2}]}, "messages", "messages.0.b is not a field"),
 ])  # fmt: skip
 def test_what_is_refused(live, fields, param, says):
     answer = live.post("/v1/chat/completions", {"messages": HI} | fields)
@@ -135,6 +136,14 @@ def test_asking_for_no_tools_is_fine(live, fields):
 
 
 def test_history_of_other_servers_is_taken(live):
-    said = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": None, "audio": None}
+    said = {
+        "role": "assistant",
+        "content": "yes",
+        "refusal": None,
+        "tool_calls": None,
+        "audio": None,
+        "annotations": [],
+        "other": None,
+    }
     plain = {"role": "assistant", "content": "yes"}
     assert chat(live, [*HI, said, *HI])["choices"] == chat(live, [*HI, plain, *HI])["choices"]

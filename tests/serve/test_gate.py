@@ -1,4 +1,5 @@
 import json
+import socket
 
 import pytest
 
@@ -70,10 +71,24 @@ def test_pages_of_other_sites_are_refused(keyed, origin, allowed):
 def test_any_host_where_none_is_named(live):
     assert raw_status(live, ["Host: models.example.org"]) == (200, None)
     assert raw_status(live, ["Host: a.example", "Origin: http://b.example"]) == (403, "foreign_origin")
-    assert raw_status(live, ["Host: a.example", "Origin: https://a.example"]) == (200, None)
+    assert raw_status(live, ["Host: 10.0.0.3:8000", "Origin: http://10.0.0.3:8000"]) == (200, None)
     with Live(hosts=["models.example.org"]) as server:
         assert raw_status(server, ["Host: 10.0.0.3:8000", "Origin: https://models.example.org"]) == (200, None)
         assert raw_status(server, ["Host: 10.0.0.3:8000", "Origin: https://b.example"]) == (403, "foreign_origin")
+
+
+def test_a_name_that_was_pointed_here_serves_no_pages(live):
+    """On any address a page could be of a site whose own name was made to mean this server (DNS rebinding)."""
+    page = ["Host: a.example:8000", "Origin: http://a.example:8000"]
+    assert raw_status(live, page) == (403, "unknown_host")
+    machine = socket.gethostname()
+    for name in (machine, f"{machine.upper()}.local:80", "[fe80::1]:80", "localhost"):
+        assert raw_status(live, [f"Host: {name}", f"Origin: http://{name}"]) == (200, None)
+    assert raw_status(live, [f"Host: {machine}.a.example", f"Origin: http://{machine}.a.example"]) == (403, "unknown_host")
+    with Live(hosts=["a.example"]) as server:
+        assert raw_status(server, page) == (200, None)
+    with Live(api_key=KEY) as server:
+        assert raw_status(server, page, "/health") == (200, None)
 
 
 def test_too_large_a_body_by_its_length(live):

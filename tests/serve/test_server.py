@@ -182,6 +182,24 @@ def test_a_slow_reader_gets_everything(live):
     assert texts[0] == texts[1]
 
 
+def test_a_slow_reader_of_a_long_answer_gets_everything(monkeypatch):
+    """It lies in one piece in the server, which has nothing more to write, for longer than a client may stand still."""
+    monkeypatch.setattr(server_module, "STILL_SECONDS", 0.4)
+    monkeypatch.setattr(server_module, "LEAST_READ", 4 << 10)
+    with narrow() as server:
+        body = LONG | {"logprobs": 20}  # half a MB in one piece
+        whole = server.post("/v1/completions", body).content
+        with start(server, body, receive_buffer=4096) as connection:
+            server.until(server.idle, 60)
+            got, began = b"", time.monotonic()
+            while len(got) < len(whole):
+                time.sleep(0.02)
+                piece = connection.recv(6 << 10)
+                assert piece, f"given up after {len(got):,} bytes"
+                got += piece
+            assert time.monotonic() - began > 3 * server_module.STILL_SECONDS
+
+
 def test_a_stalled_connection_is_closed_once_its_answer_has_piled_up(monkeypatch):
     monkeypatch.setattr(server_module, "STILL_SECONDS", 0.3)
     with narrow() as server:

@@ -5,8 +5,13 @@ from transformers import PreTrainedTokenizerFast
 
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
-from cadre.hub.tokenizer import save_tokenizer
-from cadre.serve.template import AnswerLine, ChatTemplate, read_template, transcript
+from cadre.hub.tokenizer import save_tokenizer, template_source
+from cadre.serve.template import AnswerLine, ChatTemplate, chat_template, transcript
+
+
+def read_template(folder):
+    return chat_template(*template_source(folder))
+
 
 MESSAGES = [
     {"role": "system", "content": "Be {{ brief }}."},
@@ -121,3 +126,12 @@ def test_an_answer_is_one_line(pieces, answer):
             break
     assert given == answer
     assert line.ended == ("\n" in "".join(pieces).lstrip())
+
+
+def test_a_mark_of_what_an_assistant_says():
+    """For training; here it is what it holds."""
+    source = (
+        "{% for message in messages %}{% generation %}{{ message.content }}{% endgeneration %}{% endfor %}"
+        "{{ messages[0].content | tojson(ensure_ascii=True) }}{{ messages[1].content | tojson }}"
+    )
+    assert ChatTemplate(source, {}).render(MESSAGES[:2]) == 'Be {{ brief }}.naïve?\n"Be {{ brief }}.""naïve?\\n"'

@@ -34,6 +34,8 @@ def chat(
     loaded, tokenizer = load_with_tokenizer(model)
     conversation = Conversation(loaded, tokenizer, sampling, max_tokens, seed)
     # Prompts are for people: with lines from a pipe, standard output holds the answers only.
+    if sys.stdin is None:
+        return
     console = Console(highlight=False) if sys.stdin.isatty() and sys.stdout.isatty() else None
     if console:
         console.print("/reset forgets what was said, /quit or Ctrl-D leaves, Ctrl-C stops an answer.", style="dim")

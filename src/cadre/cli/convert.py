@@ -47,6 +47,7 @@ def convert(
     else:
         import torch
 
+        from cadre.hub.directory import model_directory
         from cadre.hub.load import load
         from cadre.hub.save import save
 
@@ -57,7 +58,7 @@ def convert(
         large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
         if large:
             raise UsageError(f"{source}: {large[0]} holds numbers too large for {dtype}; take bf16 or f32")
-        save(model, target, tokenizer)
+        save(model, target, tokenizer, like=model_directory(source))
     size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
     typer.echo(f"written to {target}: {size / 2**20:,.1f} MiB")
 

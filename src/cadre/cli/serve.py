@@ -53,12 +53,12 @@ def serve(
     except ImportError as error:
         raise UsageError(f"serving needs {error.name}, which is not installed: pip install 'cadre-lm[serve]'") from None
     from cadre.hub.directory import model_directory
-    from cadre.hub.tokenizer import CHAT_TEMPLATE
+    from cadre.hub.tokenizer import CHAT_TEMPLATE, template_source
     from cadre.infer.engine import Engine
     from cadre.plan.count import count
     from cadre.serve.app import create_app
     from cadre.serve.service import Card
-    from cadre.serve.template import read_template
+    from cadre.serve.template import chat_template
 
     cache_bytes = None if cache is None else parse_size(cache)
     if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
@@ -66,7 +66,7 @@ def serve(
     directory = model_directory(model)
     listener = listen(host, port)  # before the model loads: a port that is taken is told at once
     loaded, tokenizer = load_with_tokenizer(model, quantize)
-    template = read_template(directory)
+    template = chat_template(*template_source(directory))
     engine = Engine(loaded, tokenizer, cache_bytes=cache_bytes, max_batch=max_batch, speculate=speculate)
     counted = count(loaded.config, cache_bytes=engine.pool.first.element_size())
     card = Card(
@@ -101,9 +101,11 @@ def serve(
 def parse_size(text: str) -> int:
     """Bytes of a size such as 2GiB, 500 MB or 1000000. Raises `UsageError` for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b|b|)\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    size = int(min(float(match[1]) * _UNITS[match[2].lower()], 2.0**62)) if match else 0
     if size < 1:
-        raise UsageError(f"--cache is {text!r}; it must be a size such as 2GiB or 500MB")
+        raise UsageError(f"--cache is {text[:40]!r}; it must be a size such as 2GiB or 500MB")
+    if size >= 2**62:
+        raise UsageError(f"--cache is {text[:40]!r}, more than any machine has")
     return size
 
 

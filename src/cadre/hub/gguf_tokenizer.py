@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cadre.errors import UsageError
+from cadre.hub.tokenizer import template_source
 from cadre.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -34,13 +35,19 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
     """The `tokenizer.*` keys of a model in `directory`. Raises `UsageError` for a tokenizer that llama.cpp would not follow."""
     whole = json.loads(tokenizer.to_str())
     name = _SPLITS.get((_splits(whole["pre_tokenizer"]), bool(whole["model"].get("ignore_merges"))))
-    plain = whole["model"]["type"] == "BPE" and not whole["model"].get("byte_fallback") and not _steps(whole["normalizer"])
+    plain = (
+        whole["model"]["type"] == "BPE"
+        and whole["model"]["merges"]
+        and not whole["model"].get("byte_fallback")
+        and not _steps(whole["normalizer"])
+    )
     before = tokenizer.encode("").ids
     if name is None or not plain or before not in ([], [config.bos_token_id]):
         raise UsageError(
             f"{directory / 'tokenizer.json'}: splits text in another way than {', '.join(_SPLITS.values())}, which llama.cpp is"
             " known to follow; its own convert_hf_to_gguf.py reads this directory and knows more"
         )
+    template, _ = template_source(directory)
     entries, kinds = _entries(tokenizer, config.vocab_size)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in whole["model"]["merges"]]
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -53,7 +60,7 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
         "tokenizer.ggml.merges": merges,
         **{f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items() if value is not None},
         "tokenizer.ggml.add_bos_token": bool(before),
-        **_chat_template(directory),
+        **({} if template is None else {"tokenizer.chat_template": template}),
     }
 
 
@@ -86,12 +93,3 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     inner = part.get("pretokenizers", part.get("normalizers"))
     return [part] if inner is None else [step for each in inner for step in _steps(each)]
-
-
-def _chat_template(directory: Path) -> dict[str, str]:
-    template: Any = None
-    if (directory / "chat_template.jinja").is_file():
-        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (directory / "tokenizer_config.json").is_file():
-        template = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    return {"tokenizer.chat_template": template} if isinstance(template, str) else {}

@@ -31,6 +31,9 @@ _REPLACEABLE = (
     *("added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", INDEX),
 )
 
+# Of them, what says how the weights lie.
+_MADE = ("config.json", INDEX)
+
 
 def save(
     model: Transformer,
@@ -40,13 +43,15 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 2**30,
     fetch: Fetch | None = None,
+    like: Path | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json`, safetensors of at most `max_shard_bytes` each (one tensor may be
     larger) with their index, and the tokenizer's files. `dtype` casts on the way; the router's correction bias stays
     float32. A model that is already there is replaced as a whole, its tokenizer included.
 
     `fetch` gives the tensors of a model that is not whole in this process's memory; never more than a file's are asked for
-    before they are written.
+    before they are written. `like`: a model directory whose files beside config and weights (tokenizer, templates, settings of
+    generation) are kept as they are, in the place of those that would be made; it may be `path` itself.
 
     Everything is written to a folder beside `path` and flushed to disk; then two renames put the old model aside and
     the new one in place. A crash leaves the old model or the new one; between the renames, a moment, the old one is at
@@ -69,6 +74,8 @@ def save(
         new.mkdir()
         try:
             _write(model, new, tokenizer, dtype, max_shard_bytes, fetch or _Held(model).fetch)
+            if like is not None:
+                _keep(like, new)
             _swap(new, target, old)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -76,6 +83,14 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise write_error(f"{target}: the model was not saved", error) from error
+
+
+def _keep(like: Path, new: Path) -> None:
+    """The files of a model directory that say nothing of its weights."""
+    for name in _REPLACEABLE:
+        if name not in _MADE and (like / name).is_file():
+            shutil.copyfile(like / name, new / name)
+            sync(new / name)
 
 
 def check_expressible(config: ModelConfig) -> None:

@@ -85,6 +85,22 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
     replace_file(directory / "tokenizer_config.json", (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
 
 
+def template_source(directory: Path) -> tuple[str | None, dict[str, Any]]:
+    """The chat template of a model directory, None if it has none, and what its `tokenizer_config.json` holds: the template is
+    in `chat_template.jinja` or there (the one named `default` if there are several). Raises `UsageError` for files that cannot
+    be read."""
+    config, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    try:
+        values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        source = own.read_text(encoding="utf-8") if own.is_file() else values.get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{config}: the chat template cannot be read ({error})") from None
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    return source if isinstance(source, str) and source else None, values
+
+
 def special_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
     """(bos id, eos id), by the names in common use; None for one that the tokenizer lacks."""
     # Only added tokens count: "</s>" may well be an ordinary entry learnt from HTML.

@@ -62,8 +62,8 @@ class Sampling:
     regex: str | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature is {self.temperature}; it must be a finite number of at least 0")
+        if not 0 <= self.temperature <= 1e3:
+            raise UsageError(f"temperature is {self.temperature}; it must be from 0 to 1000")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:

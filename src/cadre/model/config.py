@@ -134,6 +134,8 @@ class ModelConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         values = dict(values)
+        if values.get("eos_token_id") == []:
+            values["eos_token_id"] = None
         kind = values.get("model_type", "deepseek_v3")
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values.get("num_attention_heads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import socket
 from collections.abc import Collection
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
@@ -33,7 +34,8 @@ def is_loopback(name: str) -> bool:
 
 class Gate:
     """Wraps the application. `open_paths` need no key. `hosts`: names that proxies give this server. `local`: whether it
-    listens on this machine's own address alone, and so goes by no other name than these and its own.
+    listens on this machine's own address alone, and so goes by no other name than these and its own; elsewhere a page's
+    requests must call it by an address, by the machine's name or by one of these.
 
     Browsers send a page's origin along: a page of another site may not use the server of whoever visits it. A name that
     is not the server's own means that a foreign name was pointed at this address (DNS rebinding).
@@ -53,6 +55,8 @@ class Gate:
         self.app, self.metrics = app, metrics
         self.key = None if api_key is None else api_key.encode()
         self.hosts, self.local = {host.lower() for host in hosts}, local
+        machine = socket.gethostname().lower()
+        self.machine = (machine, f"{machine}.local")
         self.open_paths, self.known_paths = frozenset(open_paths), frozenset(known_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,12 +87,16 @@ class Gate:
         await (self.app if error is None else ErrorResponse(error))(scope, bounded, counted)
 
     def refusal(self, path: str, headers: Headers) -> ApiError | None:
-        host = headers.get("host", "")
-        if self.local and not (_name(host) in self.hosts or is_loopback(_name(host))):
-            return ApiError(403, f"this server does not go by the name {host[:80]!r}", code="unknown_host")
-        origin = headers.get("origin")
-        if origin is not None and not self._own(origin, host):
+        host, origin = headers.get("host", ""), headers.get("origin")
+        own = _name(host) in self.hosts or is_loopback(_name(host))
+        stranger = f"this server does not go by the name {host[:80]!r}; --allow-host gives it one"
+        if self.local and not own:
+            return ApiError(403, stranger, code="unknown_host")
+        if origin is not None and not self._same(origin, host):
             return ApiError(403, "pages of other sites may not use this server", code="foreign_origin")
+        # A page of another site has no key. A name that was pointed here is no address, and not the machine's own.
+        if origin is not None and self.key is None and not (own or _is_address(_name(host)) or _name(host) in self.machine):
+            return ApiError(403, stranger, code="unknown_host")
         length = headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
             return ApiError(413, _TOO_LARGE, code="request_too_large")
@@ -104,13 +112,21 @@ class Gate:
             message = "the API key is wrong"
         return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
-    def _own(self, origin: str, host: str) -> bool:
+    def _same(self, origin: str, host: str) -> bool:
         try:
             parts = urlsplit(origin)
         except ValueError:
             return False
         # A proxy need not pass on the host that the browser asked for.
         return bool(parts.netloc) and (parts.netloc.lower() == host.lower() or parts.hostname in self.hosts)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+        return True
+    except ValueError:
+        return False
 
 
 def _name(host: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from cadre.serve.errors import unsupported
 
@@ -19,6 +19,7 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_GRAMMAR = 64 << 10  # characters of a JSON schema or a regular expression
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 MAX_MESSAGES = 4096
 
 
@@ -36,9 +37,33 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterVali
 Grammar = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR), AfterValidator(_unicode)]
 
 
+def _few(values: Any) -> Any:
+    """Pydantic would look at each of them first, while everybody waits."""
+    if isinstance(values, dict) and len(values) > MAX_BIASES:
+        raise ValueError(f"has {len(values):,} entries; {MAX_BIASES:,} are the most")
+    return values
+
+
+def _few_prompts(values: Any) -> Any:
+    if isinstance(values, list) and len(values) > MAX_CHOICES and not isinstance(values[0], int):
+        raise ValueError(f"has {len(values):,} entries; {MAX_CHOICES} are the most")
+    return values
+
+
 class _Fields(BaseModel):
     # Strict: "0.5" is no number and true no 1, as in the published schema.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stranger(cls, values: Any) -> Any:
+        """Of fields that nobody knows those that are null say nothing, and one other is enough to be refused: pydantic would
+        complain about each."""
+        if not isinstance(values, dict):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        strangers = [name for name, value in values.items() if name not in known and value is not None]
+        return {name: value for name, value in values.items() if name in known or name in strangers[:1]}
 
 
 class StreamOptions(_Fields):
@@ -83,9 +108,11 @@ class Generation(_Fields):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=1024
-    )
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None,
+        Field(max_length=MAX_BIASES),
+        BeforeValidator(_few),
+    ] = None
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -148,12 +175,13 @@ class CompletionRequest(Generation):
     IDLE = {"suffix": ("",)}
     REASON = {"suffix": "models here continue a text, they do not fill gaps in one"}
 
-    prompt: (
+    prompt: Annotated[
         Text
         | Ids
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
-    ) = Field(description="one text, its token ids, or a list of either")
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)],
+        BeforeValidator(_few_prompts),
+    ] = Field(description="one text, its token ids, or a list of either")
     max_tokens: int | None = Field(None, ge=0, lt=1 << 31, description="16 if absent")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -188,7 +216,7 @@ class Message(_Fields):
         for part in parts if isinstance(parts, list) else ():
             if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
                 raise unsupported(f"content of type {part['type'][:40]} is not offered: models here read text only", "messages")
-        idle = ("tool_calls", "function_call", "refusal", "audio")
+        idle = ("tool_calls", "function_call", "refusal", "audio", "annotations")
         return {name: value for name, value in values.items() if name not in idle or value not in (None, [])}
 
     @property

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 STILL_SECONDS = 60.0
 # Bytes that a client may send ahead, while its request is at work.
 MOST_AHEAD = 64 << 10
+# Bytes of a long answer that a client reads meanwhile, or is given up.
+LEAST_READ = 64 << 10
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -33,6 +35,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except socket.gaierror as error:
         raise UsageError(f"--host {host}: no such host or address ({error.strerror})") from None
+    except UnicodeError:
+        raise UsageError(f"--host {host}: is no name of a host") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UsageError(f"--port {port}: another program listens on it; choose another port") from None
@@ -103,6 +107,7 @@ class Connection(H11Protocol):
     read its answer."""
 
     patience: asyncio.TimerHandle | None = None
+    unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -138,10 +143,19 @@ class Connection(H11Protocol):
         """Start the clock when the next move is the client's, stop it when it is not."""
         waits = self.flow.write_paused or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
         if waits and self.patience is None:
-            self.patience = self.loop.call_later(STILL_SECONDS, self.transport.abort)
+            self.unread = self.transport.get_write_buffer_size()
+            self.patience = self.loop.call_later(STILL_SECONDS, self._lost_patience)
         elif not waits and self.patience is not None:
             self.patience.cancel()
             self.patience = None
+
+    def _lost_patience(self) -> None:
+        """Who has read a kilobyte a second of a long answer does not stand still."""
+        self.patience = None
+        if self.flow.write_paused and self.transport.get_write_buffer_size() <= self.unread - LEAST_READ:
+            self._watch()
+        else:
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is answered in the shape of every other error."""

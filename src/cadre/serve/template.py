@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from cadre.errors import UsageError
@@ -25,7 +24,7 @@ class ChatTemplate:
 
         # As transformers sets up its own (utils/chat_template_utils.py): templates rely on it.
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _refuse
@@ -44,23 +43,9 @@ class ChatTemplate:
             raise UsageError(f"the model's chat template refuses these messages: {error}") from None
 
 
-def read_template(directory: Path) -> ChatTemplate | None:
-    """The chat template of a model directory: of `chat_template.jinja`, or of `tokenizer_config.json` (the one named
-    `default` if there are several). None if it has none. Raises `UsageError` for files that cannot be read.
-    """
-    config = directory / "tokenizer_config.json"
-    try:
-        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        own = directory / "chat_template.jinja"
-        source = own.read_text(encoding="utf-8") if own.is_file() else values.get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{config}: the chat template cannot be read ({error})") from None
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    if not isinstance(source, str) or not source:
-        return None
-    return ChatTemplate(source, _special(values))
+def chat_template(source: str | None, config: dict[str, Any]) -> ChatTemplate | None:
+    """Of what `hub.tokenizer.template_source` has read: the template and the content of `tokenizer_config.json`."""
+    return None if source is None else ChatTemplate(source, _special(config))
 
 
 def transcript(messages: Messages) -> str:
@@ -96,8 +81,22 @@ def _special(values: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _generation_tag() -> Any:
+    """`{% generation %}...{% endgeneration %}` marks what an assistant says, for training; here it is its content."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = frozenset({"generation"})  # type: ignore[assignment]
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
 
 
 def _refuse(message: str) -> None:
