@@ -398,4 +398,4 @@ def test_a_run_that_diverges_is_one_line_with_advice(recipe, monkeypatch, capsys
     status = train(monkeypatch, recipe, "--out", "run", *options)
     assert_refused(capsys, status, r"not finite in 5 steps in a row.*--set optimizer\.lr=5e\+29", code=1)
     events = [record["event"] for record in read_metrics(Path("run")) if "event" in record]
-    assert events == ["skipped"] * 5
+    assert [event for event in events if event != "unsaved"] == ["skipped"] * 5

@@ -247,7 +247,9 @@ def test_no_process_always_gets_the_same_stream():
 
 
 def test_a_stream_shorter_than_a_sequence_is_refused_by_its_place():
-    with pytest.raises(UsageError, match=r"source 2 of 2 has 7 tokens of training text; a sequence needs 8"):
+    with pytest.raises(
+        UsageError, match=r"source 2 of 2 has 7 tokens of training text, less what is held out; a sequence needs 8"
+    ):
         Batches(counting(100), counting(7), batch=2, seq_len=8)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from cadre.data import shards
 from cadre.data.shards import TokenData, Tokens, prepare
@@ -164,6 +164,41 @@ def test_a_given_tokenizer_of_many_entries_is_stored_in_32_bits(corpus, tmp_path
     ids = data.train.tokens(0, len(data.train))
     assert np.count_nonzero(ids == 70_001) == len(TEXTS)
     assert data.tokenizer.decode(ids, skip_special_tokens=True) == "".join(TEXTS)
+
+
+def test_what_the_tokenizer_puts_before_a_text_stands_before_each(corpus, tmp_path):
+    """As Llama 3's does: scoring and generating start from it, so training has to."""
+    plain = train_tokenizer(TEXTS, 300)
+    starting = Tokenizer.from_str(plain.to_str())
+    starting.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    save_tokenizer(starting, tmp_path / "starting")
+    data = prepare(corpus, tokenizer=tmp_path / "starting", held_out=0.2)
+    ids = data.train.tokens(0, len(data.train))
+    assert all(ids[start] == 0 for start in data.train.document_starts)
+    assert (ids == 0).sum() == (ids == 1).sum() == 16 and ids[-1] == 1
+    save_tokenizer(plain, tmp_path / "plain")
+    assert len(prepare(corpus, tokenizer=tmp_path / "plain", held_out=0.2).train) == len(data.train) - 16
+
+
+def test_one_token_that_begins_and_ends_texts_stands_once_between_them(corpus, tmp_path):
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|eos|> $A", special_tokens=[("<|eos|>", 1)])
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    data = prepare(corpus, tokenizer=tmp_path / "tokenizer", held_out=0.2)
+    ids = data.train.tokens(0, len(data.train))
+    assert np.flatnonzero(ids == 1).tolist() == data.train.document_starts.tolist()
+
+
+def test_few_large_documents_are_held_out_in_part(tmp_path, cache):
+    """And what was prepared when whole ones were held out is not taken for it."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"A line of book {name}.\n" * 400)
+    said: list[str] = []
+    data = prepare([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], vocab_size=300, held_out=0.1, progress=said.append)
+    assert "holding out the ends of 2 documents: whole ones would be too much of the text" in said
+    assert data.manifest["inputs"]["ends"] == "of every document"
+    assert 0.09 < data.manifest["held_out"]["bytes"] / (2 * 400 * 17) < 0.22
+    assert [len(tokens) > 0 for tokens in data.train_of_each()] == [True, True]
 
 
 def test_bos_separates_documents_where_there_is_no_eos(corpus, tmp_path):

@@ -34,6 +34,25 @@ def test_held_out_text_is_in_no_training_document(texts, share):
         assert train == set(texts)
 
 
+def test_few_large_documents_give_up_their_ends():
+    """Whole ones would be most of the text."""
+    texts = [f"Book {name}.\n" + f"A line of book {name}.\n" * lines for name, lines in (("a", 5000), ("b", 300), ("c", 3))]
+    split = split_documents(documents(texts), 0.05)
+    divided = list(split.divide(documents(texts)))
+    held = sum(len(document.text) for held, document in divided if held)
+    assert 0.04 < held / sum(map(len, texts)) < 0.11
+    by_name = {name: "".join(d.text for _, d in divided if d.name == name) for name in ("d0", "d1", "d2")}
+    assert list(by_name.values()) == texts  # nothing is lost, and ends follow beginnings
+    assert [held for held, d in divided if d.name == "d2"] == [False]  # too short to be cut
+    assert all(document.text.startswith("A line") for held, document in divided if held)
+
+
+def test_documents_of_about_one_size_are_held_out_whole():
+    texts = [f"Book {name}.\n" + f"A line of book {name}.\n" * 300 for name in range(30)]
+    divided = list(split_documents(documents(texts), 0.05).divide(documents(texts)))
+    assert sum(held for held, _ in divided) == 2 and [d.text for _, d in divided] == texts
+
+
 @given(TEXTS, SHARES, st.randoms())
 def test_the_choice_depends_on_neither_order_nor_name(texts, share, random):
     shuffled = list(texts)

@@ -20,8 +20,8 @@ from cadre.model.transformer import Transformer
 from cadre.train import run as run_module
 from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
 from cadre.train.recipe import read_recipe
-from cadre.train.run import check_fp8, check_memory, held_recipe, only_writer, resume
-from tests.runs import write_corpus
+from cadre.train.run import check_fp8, check_memory, held_recipe, only_writer, resume, start
+from tests.runs import RECIPE, write_corpus
 from tests.shapes import small
 
 
@@ -365,6 +365,62 @@ def test_a_run_has_one_writer_at_a_time(lab):
     with only_writer(run.path), pytest.raises(UsageError, match="another process is training this run"):
         lab.train(run)
     assert lab.train(run)[0].steps == run.total_steps
+
+
+def test_a_run_that_is_being_trained_is_left_as_it_is(lab):
+    """By whoever is refused: its recipe is what it will be resumed with after a crash."""
+    lab.train(lab.start("run", "train.steps=8"))
+    path = lab.folder / "run"
+    (checkpoints(path)[-1] / "weights.safetensors").write_bytes(b"damaged")
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    with only_writer(path), pytest.raises(UsageError, match="another process is training this run"):
+        lab.resume("run", "train.steps=20", "optimizer.lr=3.0")
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["train.steps=20", "schedule.warmup_steps=20"], "the rate warms up over 20 steps, all of this run"),
+        (["balance.bias_update=none", "balance.sequence_weight=0.0"], "nothing keeps the experts evenly used: balance."),
+        (["balance.bias_speed=0.0", "balance.sequence_weight=0.0"], "nothing keeps the experts evenly used: balance."),
+        (["balance.sequence_weight=0.0"], None),
+        (["balance.bias_update=none"], None),
+        (["model.model_type=deepseek_v2", "model.num_nextn_predict_layers=0"], None),
+        (
+            ["model.model_type=deepseek_v2", "model.num_nextn_predict_layers=0", "balance.sequence_weight=0.0"],
+            "nothing keeps the experts evenly used (routers of deepseek_v2 own no bias)",
+        ),
+    ],
+)
+def test_what_is_hardly_meant_is_said(lab, overrides, says):
+    notes: list[str] = []
+    start(read_recipe(str(lab.recipe), overrides), lab.folder / "run", torch.device("cpu"), notes.append)
+    said = [note for note in notes if "warms up" in note or "evenly used" in note]
+    assert len(said) == (says is not None) and (says is None or said[0].startswith(says))
+
+
+def test_a_model_goes_on_with_its_own_tokenizer(lab):
+    """With another one every embedding would mean another token."""
+    lab.train(lab.start("first", "train.steps=2"))
+    text = RECIPE.format(source=json.dumps(str(lab.folder / "corpus")))
+    rest = text[text.index("[data]") :].replace("vocab_size = 300", "")
+    recipe = lab.folder / "from.toml"
+    recipe.write_text(f'[model]\nfrom = "{lab.folder / "first"}"\n{rest}')
+
+    def go_on(name, *overrides):
+        return start(read_recipe(str(recipe), list(overrides)), lab.folder / name, torch.device("cpu"), lambda line: None)
+
+    with pytest.raises(UsageError, match=r"data\.vocab_size: the model of .* has a vocabulary of its own"):
+        go_on("second", "data.vocab_size=290")
+    save_tokenizer(train_tokenizer(["other words"] * 3, 270), lab.folder / "other")
+    with pytest.raises(UsageError, match=r"data\.tokenizer .*other: is not the tokenizer of model\.from"):
+        go_on("second", f"data.tokenizer={lab.folder / 'other'}")
+    assert not (lab.folder / "second").exists()
+    own = (lab.folder / "first" / "model" / "tokenizer.json").read_bytes()
+    for name, overrides in (("second", []), ("third", [f"data.tokenizer={lab.folder / 'first' / 'model'}"])):
+        lab.train(go_on(name, *overrides))
+        assert (lab.folder / name / "model" / "tokenizer.json").read_bytes() == own
 
 
 def test_weights_of_sources_may_change_on_the_way(lab):

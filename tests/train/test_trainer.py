@@ -18,7 +18,9 @@ from cadre.train import collapse, objective
 from cadre.train import trainer as module
 from cadre.train.checkpoint import checkpoints, read_state
 from cadre.train.metrics import read_metrics
+from cadre.train.run import FinishedError
 from cadre.train.trainer import Trainer
+from tests.train.conftest import Watcher
 
 TIMING = {"seconds", "seconds_per_step", "tokens_per_second", "mfu", "eval_seconds"}
 
@@ -439,11 +441,70 @@ def test_steps_longer_than_the_budget_end_after_few(lab, monkeypatch):
     assert 1 <= result.steps <= 5
 
 
+def test_a_run_whose_minutes_are_over_has_ended(lab):
+    """They count from its start: a run must not begin a last step at the peak rate."""
+    lab.train(lab.start("run", "train.minutes=0.02", "train.steps=1000000"))
+    with pytest.raises(FinishedError, match=r"has taken 0\.0 minutes already, and 0\.0 are given in all"):
+        lab.resume("run", "train.minutes=0.005")
+
+
+def test_a_run_of_more_minutes_goes_on_where_its_schedule_is(lab):
+    run = lab.start("run", "train.minutes=0.03", "train.steps=1000000", "train.log_every=1")
+    lab.train(run)
+    state = read_state(checkpoints(run.path)[-1])
+    more = lab.resume("run", f"train.minutes={state['seconds'] / 60 * 1.08}", "train.log_every=1")
+    assert state["step"] < more.total_steps <= state["step"] * 1.08
+    _, watcher = lab.train(more)
+    rates = [record["learning_rate"] for record in watcher.records if "learning_rate" in record]
+    assert state["step"] > 20 and rates[0] < 0.6 * 0.003  # in the last part of its decay
+
+
+@pytest.mark.parametrize("how", ["a checkpoint is due", "the run ends", "it is stopped"])
+def test_weights_that_are_not_finite_push_out_none_that_are(lab, how):
+    run = lab.start("run", "train.log_every=1", "checkpoint.every=4", "eval.every=100")
+
+    def break_it() -> None:
+        with torch.no_grad():
+            trainer.model.norm.weight[0] = float("inf")
+        if how == "it is stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    step = {"a checkpoint is due": 8, "the run ends": 12, "it is stopped": 6}[how]
+    trainer = Trainer(run, Watcher({step: break_it}))
+    if how == "it is stopped":
+        assert trainer.train().stopped == "SIGTERM"
+    else:
+        with pytest.raises(RunError, match=r"(are not finite after the last step|was not finite in 5 steps).*optimizer\.lr="):
+            trainer.train()
+    good = {8: 4, 12: 8, 6: 4}[step]
+    assert [path.name for path in checkpoints(run.path)][-1] == f"step-{good:08}"
+    assert load(run.path)[0].norm.weight.isfinite().all()
+    assert any(record.get("event") == "unsaved" for record in read_metrics(run.path))
+
+
+def test_much_held_out_text_leaves_time_to_train(lab, monkeypatch):
+    """The last evaluation takes a share of the minutes, whatever there is to read, and says so."""
+    monkeypatch.setattr(Trainer, "_most_read", lambda trainer: 250)
+    result, watcher = lab.train(lab.start("run", "train.minutes=0.05", "train.steps=1000000", "data.held_out=0.5"))
+    assert result.steps > 12
+    assert any(note.startswith("in part the last evaluation reads 250 of") for note in watcher.notes)
+    last = [record for record in watcher.records if "bits_per_byte" in record][-1]
+    assert last["final"] and last["part"]
+
+
+@pytest.mark.parametrize("seconds, read", [(0.0, 10_000), (1e-3, 3_000), (1.0, 200), (1e-9, 10_000)])
+def test_how_much_the_last_evaluation_reads(lab, seconds, read):
+    trainer = Trainer(lab.start("run", "train.minutes=0.5", "train.steps=100"), Watcher())
+    trainer.run.data.manifest["held_out"]["tokens"] = 10_000
+    trainer.eval_seconds_per_token = seconds
+    assert trainer._most_read() == read
+
+
 def test_a_run_that_ended_by_the_clock_goes_on_when_given_more(lab):
     run = lab.start("run", "train.minutes=0.01", "train.steps=1000000")
     first, _ = lab.train(run)
     more = lab.resume("run", "train.minutes=0.02")
-    assert more.total_steps == 1000000
+    assert more.total_steps == pytest.approx(2 * first.steps, rel=0.7)  # at the pace so far
     second, _ = lab.train(more)
     assert second.steps > first.steps and 0.01 * 60 * 0.8 < second.seconds < 0.02 * 60 + 2
     assert json.loads((checkpoints(run.path)[-1] / "state.json").read_text())["length"] == [1000000, 0.02]

@@ -33,7 +33,8 @@ class TrainingLine:
 
     def record(self, record: dict[str, Any], total_steps: int) -> None:
         if "bits_per_byte" in record:
-            kind = "held-out, all of it" if record.get("final") else "held-out"
+            whole = record.get("final") and not record.get("part")
+            kind = "held-out, all of it" if whole else "held-out"
             self.note(f"step {record['step']}: {record['bits_per_byte']:.4f} bits per byte ({kind})")
             return
         # Where only the clock ends a run, the steps are known once the clock has told how long one takes.

@@ -65,8 +65,8 @@ class Batches:
             )
         if min(lengths) < seq_len:
             raise UsageError(
-                f"source {lengths.index(min(lengths)) + 1} of {len(lengths)} has {min(lengths):,} tokens of training text; a "
-                f"sequence needs {seq_len:,}: give it more text, or leave it out"
+                f"source {lengths.index(min(lengths)) + 1} of {len(lengths)} has {min(lengths):,} tokens of training text, "
+                f"less what is held out; a sequence needs {seq_len:,}: give it more text, or leave it out"
             )
         self._streams = [_Stream(number if len(streams) > 1 else None, stream, seq_len, seed)
                          for number, stream in enumerate(streams)]  # fmt: skip

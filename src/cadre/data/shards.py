@@ -86,8 +86,9 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class TokenData:
-    """Token data on disk, opened. `train` and `held_out` are memory-mapped streams in which each document ends with
-    the tokenizer's end-of-text token (or, where it has none, starts with its beginning-of-text token)."""
+    """Token data on disk, opened. `train` and `held_out` are memory-mapped streams in which each document starts with what the
+    tokenizer itself puts before a text and ends with its end-of-text token (or, where it has neither, starts with its
+    beginning-of-text token)."""
 
     path: Path
     manifest: dict[str, Any]
@@ -171,6 +172,11 @@ def prepare(
         "tokenizer": f"trained to {size:,} entries" if given is None else tokenizer_hash(given),
         "held_out": held_out,
     }
+    if given is not None and (own := given.encode("").ids[:1]):
+        inputs["before"] = own
+    if split.tail and len(split.digests) > 1:
+        inputs["ends"] = "of every document"
+        say(f"holding out the ends of {len(split.digests):,} documents: whole ones would be too much of the text")
     if len(names) > 1:
         inputs["documents"] = [split.entries[number] for number in range(len(names))]
     key = hashlib.sha256(json.dumps([FORMAT, inputs], sort_keys=True).encode()).hexdigest()[:32]
@@ -357,8 +363,12 @@ def _write(
 
 
 def _separator(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """(ids before, ids after) each document."""
+    """(ids before, ids after) each document: what the tokenizer itself puts before a text, and the end-of-text token; one of
+    them is enough."""
     bos, eos = special_ids(tokenizer)
+    own = tokenizer.encode("").ids[:1]
+    if own:
+        return own, [eos] if eos is not None and eos != own[0] else []
     if eos is not None:
         return [], [eos]
     if bos is not None:

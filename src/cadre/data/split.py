@@ -15,6 +15,10 @@ from cadre.errors import RunError, UsageError
 # DeepSeek's) makes one token of both sides, so the pieces' tokens are the whole's.
 _SEAM = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
 _SEAM_REACH = 4096
+# How far the held-out documents' share of the text may exceed what was asked for.
+_MOST_TIMES = 3
+# Characters of a document below which its end is too little to hold out, where there are longer ones.
+_LEAST_TO_CUT = 1000
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,15 @@ class Split:
     """A corpus divided into training and held-out text.
 
     digests: the documents' SHA-256, in the order they are read. held_out: the digests that are held out, so copies
-    of a held-out document are held out too. entries: how many documents each entry of the source has. tail: for a
-    corpus of one document, the share of its end held out.
+    of a held-out document are held out too. entries: how many documents each entry of the source has. tail: of a
+    corpus of one document, or of few large ones, the share of each document's end held out.
     """
 
     digests: list[bytes]
     held_out: frozenset[bytes]
     entries: Counter[int]
     tail: float = 0.0
+    longest: int = 0
 
     @property
     def content(self) -> str:
@@ -44,6 +49,9 @@ class Split:
             if count > len(self.digests) or digest != self.digests[count - 1]:
                 raise RunError(f"{document.name}: the text changed while it was being prepared; run it again")
             if self.tail:
+                if len(document.text) < _LEAST_TO_CUT <= self.longest:
+                    yield False, document
+                    continue
                 cut = _cut_tail(document.text, self.tail)
                 yield False, replace(document, text=document.text[:cut])
                 yield True, replace(document, text=document.text[cut:])
@@ -57,7 +65,8 @@ def split_documents(documents: Iterable[Document], held_out: float) -> Split:
     """Hold out a share of the documents: those whose hashes rank first, at least one, never all.
 
     The choice depends on the documents' contents alone, not on their order or names. A corpus of one document gives
-    up its end instead, cut where a paragraph or line ends. `held_out` 0 holds nothing out.
+    up its end instead, cut where a paragraph or line ends; and so does each of few documents where whole ones would take more
+    than three times that share of the text. `held_out` 0 holds nothing out.
 
     Raises UsageError if `held_out` is not in [0, 1).
     """
@@ -65,15 +74,18 @@ def split_documents(documents: Iterable[Document], held_out: float) -> Split:
         raise UsageError(f"held_out {held_out} is out of range: a share of the documents, from 0 up to but not 1")
     digests: list[bytes] = []
     entries: Counter[int] = Counter()
+    sizes: dict[bytes, int] = {}
     for document in documents:
         digests.append(_digest(document))
         entries[document.entry] += 1
-    ranked = sorted(set(digests))
+        sizes[digests[-1]] = len(document.text)
+    ranked = sorted(sizes)
     if not held_out:
         return Split(digests, frozenset(), entries)
-    if len(ranked) == 1:
-        return Split(digests, frozenset(), entries, tail=held_out)
     count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
+    taken, longest = sum(sizes[digest] for digest in ranked[:count]), max(sizes.values(), default=0)
+    if len(ranked) == 1 or (longest >= _LEAST_TO_CUT and taken > _MOST_TIMES * held_out * sum(sizes.values())):
+        return Split(digests, frozenset(), entries, held_out, longest)
     return Split(digests, frozenset(ranked[:count]), entries)
 
 

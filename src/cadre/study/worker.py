@@ -66,7 +66,7 @@ class TimedTrainer(Trainer):
         super()._evaluate(final=False)
         super()._evaluate(final=True)
 
-    def save(self) -> None:
+    def save(self) -> bool:
         # Before the checkpoint: whoever resumes from it finds the times of all its steps.
         if self.parallel.main:
             try:
@@ -75,8 +75,9 @@ class TimedTrainer(Trainer):
             except OSError as error:
                 raise write_error(f"{self.times_file}: cannot be written", error) from None
         self.pending = []
-        super().save()
+        saved = super().save()
         self.saver.wait()  # what it writes must not be in the seconds of the steps
+        return saved
 
 
 class _Silent:

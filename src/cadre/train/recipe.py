@@ -139,6 +139,13 @@ class ScheduleSection(_Section):
     step_at: list[float] = [0.8, 0.9]
     step_factor: float = Field(default=0.316, gt=0, le=1)
 
+    @field_validator("step_at")
+    @classmethod
+    def _shares_of_the_run(cls, step_at: list[float]) -> list[float]:
+        if not all(0 < share < 1 for share in step_at) or step_at != sorted(step_at):
+            raise ValueError(f"is {step_at}; it must hold shares of the run, above 0 and below 1, in order")
+        return step_at
+
 
 class BalanceSection(_Section):
     """The bias that sigmoid routers own is used (added when experts are chosen) and updated, each by its own switch;

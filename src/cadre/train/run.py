@@ -26,7 +26,7 @@ from cadre.errors import UsageError, write_error
 from cadre.files import replace_file, require_folder
 from cadre.hub.directory import load_config, model_directory
 from cadre.hub.save import check_expressible
-from cadre.hub.tokenizer import check_vocabulary, special_ids, tokenizer_hash
+from cadre.hub.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash
 from cadre.kernels.card import multiplies_fp8
 from cadre.kernels.limits import training_dtype
 from cadre.kernels.memory import total_bytes
@@ -40,7 +40,7 @@ from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_d
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.auto import device_here, settle
 from cadre.train.parallel.group import Parallel
-from cadre.train.recipe import DataSection, ParallelSection, Recipe, read_recipe
+from cadre.train.recipe import DataSection, ParallelSection, Recipe, TrainSection, read_recipe
 
 
 @dataclass
@@ -85,8 +85,8 @@ def start(
                 check_fp8(recipe.config(words), device)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         data_section = recipe.data
-        if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
-            data_section = data_section.model_copy(update={"tokenizer": str(source)})
+        if source is not None:
+            data_section = data_section.model_copy(update={"tokenizer": _tokenizer_of(source, data_section)})
         data = _prepare(data_section, recipe.model.get("vocab_size"), note, parallel)
         config = _config(recipe, source, data)
         check_expressible(config)
@@ -99,12 +99,25 @@ def start(
                 note("no processor multiplies FP8: experts compute the same in float32, which takes several times as long")
         check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
         _check_samples(recipe, config, data)
+        _advise(recipe, config, note)
         batches = _batches(recipe, config, data, parallel)
     model = parallel.build(config, device, recipe.train.seed, source)
     resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
     if parallel.main:
         _write_recipe(path, resolved, asked)
     return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel)
+
+
+def _tokenizer_of(source: Path, section: DataSection) -> str:
+    """Of a model that training goes on with, the tokenizer: with another one every embedding would mean another token."""
+    own = source / "tokenizer.json"
+    if section.vocab_size is not None:
+        raise UsageError(f"data.vocab_size: the model of {source} has a vocabulary of its own: leave it out beside model.from")
+    if section.tokenizer is None:
+        return str(source)
+    if own.is_file() and tokenizer_hash(load_tokenizer(own)) != tokenizer_hash(load_tokenizer(section.tokenizer)):
+        raise UsageError(f"data.tokenizer {section.tokenizer}: is not the tokenizer of model.from ({own}): leave it out")
+    return section.tokenizer
 
 
 def _refuse_used(path: Path) -> None:
@@ -191,7 +204,8 @@ def resume(
     with parallel.in_turn():
         _refuse_difference(path, held, wanted)
         if parallel.main:
-            set_aside_damaged(path, note)
+            with only_writer(path):  # what another process trains must stay as it is
+                set_aside_damaged(path, note)
         data_section = held.data.model_copy(update={"weights": wanted.data.weights or held.data.weights})
         recipe = wanted.model_copy(update={"model": held.model, "data": data_section, "name": held.name})
         data = _prepare(recipe.data, recipe.model["vocab_size"], note, parallel)
@@ -211,13 +225,29 @@ def resume(
         _refuse_other_identity(path, run.identity(), state["identity"])
         if state["length"] == [train.steps, train.minutes]:
             run.total_steps = state["total_steps"]
-        elif recipe.schedule.kind != "constant":
-            note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
+        else:
+            run.total_steps = _expected_steps(path, state, train)
+            if recipe.schedule.kind != "constant":
+                note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
         if state["step"] >= run.total_steps and _ended(path):
             raise FinishedError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
     if parallel.main:
-        _write_recipe(path, recipe, wanted.parallel)
+        with only_writer(path):
+            _write_recipe(path, recipe, wanted.parallel)
     return run
+
+
+def _expected_steps(path: Path, state: dict[str, Any], train: TrainSection) -> int:
+    """Where a run will end that has another length now: by its minutes, at the pace it has had. They count from its start.
+    Raises `FinishedError` if they are over."""
+    if train.minutes is None or not state["step"]:
+        return train.most_steps
+    spent, given = state["seconds"], train.minutes * 60
+    if spent >= given:
+        raise FinishedError(
+            f"--resume {path}: has taken {spent / 60:.1f} minutes already, and {train.minutes:.1f} are given in all: give more"
+        )
+    return min(train.most_steps, int(state["step"] * given / spent))
 
 
 def _newest(path: Path, parallel: Parallel) -> Path | None:
@@ -231,6 +261,18 @@ def _ended(path: Path) -> bool:
     """Whether a run's last words are written: a crash may fall between its last step and those."""
     records = read_metrics(path)
     return bool(records) and records[-1].get("event") == "finished" and (path / "report.html").is_file()
+
+
+def _advise(recipe: Recipe, config: ModelConfig, note: Callable[[str], None]) -> None:
+    """Say what is allowed and hardly meant."""
+    schedule, balance = recipe.schedule, recipe.balance
+    if recipe.train.steps is not None and schedule.warmup_steps >= recipe.train.steps:
+        note(f"the rate warms up over {schedule.warmup_steps} steps, all of this run: schedule.warmup_steps sets fewer")
+    losses = (balance.sequence_weight, balance.batch_weight, balance.global_weight)
+    biased = config.scoring_func == "sigmoid" and balance.use_bias and balance.bias_update != "none" and balance.bias_speed > 0
+    if config.has_experts and not biased and not any(losses):
+        why = " (routers of deepseek_v2 own no bias)" if config.scoring_func == "softmax" else ""
+        note(f"nothing keeps the experts evenly used{why}: balance.sequence_weight=0.001 would")
 
 
 def _check_samples(recipe: Recipe, config: ModelConfig, data: TokenData) -> None:

@@ -28,7 +28,7 @@ from cadre.train.objective import MicroBatch, Step
 from cadre.train.optimizer import Optimizer
 from cadre.train.qk_clip import QKClip
 from cadre.train.run import Run, only_writer
-from cadre.train.saving import Saver
+from cadre.train.saving import Saver, local
 from cadre.train.schedule import rate
 
 # A step whose loss or gradient is not finite is skipped; this many in a row end the run.
@@ -39,6 +39,9 @@ OTHERS = "the end of another process"
 
 # How much of a document an evaluation during training reads at least: its first words say little of a model.
 _LEAST_LETTERS = 1000
+
+# Of a run that the clock ends, the share of its time that the last evaluation may take.
+_EVALUATED_SHARE = 0.1
 
 
 class Observer(Protocol):
@@ -110,6 +113,7 @@ class Trainer:
         self.eval_seconds_per_token = 0.0
         self.last_loss: float | None = None
         self.bits_per_byte: float | None = None
+        self.excerpts: list[Document] | None = None
         self.saver = Saver(observer.note, self.parallel.anyone)
         if run.checkpoint is not None:
             self._restore()
@@ -139,14 +143,14 @@ class Trainer:
                         break
                     if progress.step % recipe.eval.every == 0:
                         self._evaluate(final=False)
-                    # Weights that give no finite loss must not push out those that did.
-                    if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
+                    if progress.step % recipe.checkpoint.every == 0:
                         self.save()
                 stopped = (stop.signal or OTHERS) if progress.step < progress.total_steps else None
                 if stopped:
                     self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
                     self._event("stopped", f"by {stopped} after step {progress.step}")
-                self.save()
+                if not self.save() and not stopped:
+                    raise RunError(f"{self.run.path}: the weights are not finite after the last step; {self._lower_rate()}")
                 self.saver.wait()
                 if not stopped:
                     self._evaluate(final=True)
@@ -219,8 +223,11 @@ class Trainer:
         if progress.skipped_in_row >= _SKIPS_ALLOWED:
             raise RunError(
                 f"{self.run.path}: the {what} was not finite in {_SKIPS_ALLOWED} steps in a row, last at step {progress.step}; "
-                f"resume from the last checkpoint with a lower rate, such as --set optimizer.lr={self.optimizer.lr / 2:g}"
+                f"{self._lower_rate()}"
             )
+
+    def _lower_rate(self) -> str:
+        return f"resume from the last checkpoint with a lower rate, such as --set optimizer.lr={self.optimizer.lr / 2:g}"
 
     def _mtp_weight(self) -> float:
         """V3's schedule: the first weight for two thirds of the run (10T of 14.8T tokens), then the final one."""
@@ -270,13 +277,13 @@ class Trainer:
 
     def _evaluate(self, final: bool) -> None:
         """Bits per byte of held-out text: a fixed part of it during training, all of it with a sliding context at last."""
-        documents = self.run.data.held_out_documents()
+        if not final and self.excerpts is None:
+            self.excerpts = self._beginnings(self.run.data.held_out_documents(), self.recipe.eval.tokens)
+        documents = self._last_read() if final else self.excerpts
         if not documents:
             return
         seq_len = self.recipe.data.seq_len
         stride = seq_len // 2 if final else seq_len
-        if not final:
-            documents = _first_tokens(documents, self.recipe.eval.tokens, self.run.data.manifest["bytes_per_token"])
         start = time.perf_counter()
         self.model.eval()
         score = self.parallel.score(self.model, self.run.data.tokenizer, documents, context=seq_len, stride=stride)
@@ -288,8 +295,30 @@ class Trainer:
             "step": self.progress.step, "tokens": self.progress.tokens, "bits_per_byte": score.bits_per_byte,
             "eval_seconds": elapsed, "seconds": self.progress.seconds, "final": final,
         }  # fmt: skip
+        if final and score.bytes < self.run.data.manifest["held_out"]["bytes"]:
+            record["part"] = True
         self.metrics.write(record)
         self.observer.record(record, self.progress.total_steps)
+
+    def _last_read(self) -> list[Document]:
+        """All held-out text; where the clock ends the run, no more than a share of its time has room for."""
+        documents, manifest = self.run.data.held_out_documents(), self.run.data.manifest
+        most = self._most_read()
+        if most >= manifest["held_out"]["tokens"]:
+            return documents
+        self._event("in part", f"the last evaluation reads {most:,} of {manifest['held_out']['tokens']:,} held-out tokens")
+        return self._beginnings(documents, most)
+
+    def _beginnings(self, documents: list[Document], tokens: int) -> list[Document]:
+        return _first_tokens(documents, tokens, self.run.data.manifest["bytes_per_token"]) if documents else []
+
+    def _most_read(self) -> int:
+        """Held-out tokens that the last evaluation reads at most; all processes are told the same."""
+        held_out, minutes = self.run.data.manifest["held_out"]["tokens"], self.recipe.train.minutes
+        if minutes is None or not self.eval_seconds_per_token:
+            return held_out
+        room = self.parallel.agree(minutes * 60 * _EVALUATED_SHARE / self.eval_seconds_per_token)
+        return int(min(held_out, max(self.recipe.eval.tokens, room)))
 
     def _event(self, event: str, message: str, **more: Any) -> None:
         self.metrics.write({"step": self.progress.step, "event": event, "message": message, **more})
@@ -307,20 +336,26 @@ class Trainer:
         step_seconds = statistics.median(self.step_seconds)
         held_out = self.run.data.manifest["held_out"]["tokens"]
         per_token = self.eval_seconds_per_token or step_seconds / self.tokens_per_step
-        left = minutes * 60 - progress.seconds - held_out * per_token
+        left = minutes * 60 - progress.seconds - min(held_out * per_token, minutes * 60 * _EVALUATED_SHARE)
         possible = progress.step + max(0, int(left / step_seconds))
         return max(progress.step, min(possible, self.recipe.train.most_steps))
 
     # ------------------------------------------------------------------------------------------------- what is kept of it
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Checkpoint, then the model in the Hugging Face layout, written while training goes on. Raises `RunError` when the
-        save before this one failed, as for a full disk."""
+        save before this one failed, as for a full disk. False: nothing is written, for weights that are not finite, or give
+        no finite loss, must not push out those that did."""
         train = self.recipe.train
+        broken = any(not value.isfinite().all() for value in local(dict(self.model.named_parameters())).values())
+        if self.progress.skipped_in_row or self.parallel.anyone(broken):
+            self._event("unsaved", f"step {self.progress.step}: its weights give no finite loss")
+            return False
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
         state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity()}
         tensors = self.parallel.tensors(self.model, self.optimizer)
         self.saver.save(tensors, partial(self._write, tensors, state))
+        return True
 
     def _write(self, tensors: Tensors, state: dict[str, Any], copies: Tensors) -> None:
         run = self.run
@@ -384,6 +419,7 @@ class _StopSignals:
 
 def _first_tokens(documents: list[Document], tokens: int, bytes_per_token: float) -> list[Document]:
     """The beginnings, equally long, of documents evenly spread over all: about `tokens` in all."""
-    letters = int(tokens * bytes_per_token)
+    text = sum(len(document.text) for document in documents)
+    letters = int(tokens * bytes_per_token * text / max(1, sum(len(document.text.encode()) for document in documents)))
     some = documents[:: max(1, -(-len(documents) * _LEAST_LETTERS // letters))]
     return [Document(document.name, document.text[: max(1, letters // len(some))]) for document in some]
