@@ -14,7 +14,8 @@ from cadre.kernels.loss import linear_cross_entropy, linear_cross_entropy_refere
 from cadre.kernels.native.library import plain
 from cadre.kernels.norm import rms_norm, rms_norm_reference
 from cadre.kernels.permute import sort_choices
-from cadre.kernels.routing import greatest
+from cadre.kernels.routed import dense_swiglu, routed_swiglu
+from cadre.kernels.routing import RoutingRule, choose_experts, frequency_met, greatest
 from cadre.model.layers import Linear, RMSNorm, SwiGLU
 from cadre.model.transformer import Transformer
 from tests.shapes import small
@@ -84,6 +85,33 @@ def test_views_that_negate_and_modes_that_watch_go_through_torch():
         assert not plain(torch.ones(2))
         assert causal_attention(*(torch.ones(1, 3, 1, 4) for _ in range(3)), 1.0).shape == (1, 3, 1, 4)
     assert plain(torch.ones(2))
+
+
+def test_gradients_that_negate_are_those_of_what_they_are():
+    """Their elements lie in memory with the other sign."""
+    torch.manual_seed(0)
+    rule = RoutingRule(2, 1, 1, True, True, 1.0)
+    cases = [
+        (dense_swiglu, [torch.randn(shape) for shape in ((5, 8), (12, 8), (12, 8), (8, 12))]),
+        (lambda logit: choose_experts(logit, None, rule)[1], [torch.randn(5, 6)]),
+        (lambda score: frequency_met(score, torch.rand(1, 6)), [torch.rand(5, 6)]),
+    ]
+    for function, leaves in cases:
+        y = function(*(leaf.requires_grad_() for leaf in leaves))
+        grad = torch.randn_like(y)
+        plainly = torch.autograd.grad(y, leaves, -grad, retain_graph=True)
+        for one, other in zip(torch.autograd.grad(y, leaves, torch._neg_view(grad)), plainly, strict=True):
+            assert_close(one, other)
+
+
+def test_what_would_be_written_elsewhere_is_refused():
+    with pytest.raises(RuntimeError):
+        greatest(torch.randn(2, 3), 5)
+    x, weight, row, token = torch.randn(2, 8), torch.rand(2, 1), torch.tensor([[0], [1]]), torch.tensor([0, 1])
+    matrices = torch.randn(2, 24, 8), torch.randn(2, 8, 12)
+    for load in ([1, 2], [3, -1]):
+        with pytest.raises(ValueError):
+            routed_swiglu(x, weight, row, token, torch.tensor(load), *matrices)
 
 
 def test_parts_that_are_adapted_or_watched_are_called():

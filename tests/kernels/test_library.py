@@ -119,6 +119,14 @@ def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert (library.why_missing() or "").endswith("failed: x.cpp:3: error: no")
 
 
+def test_what_the_linker_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linker = tmp_path / "link"
+    linker.write_text("#!/bin/sh\necho warning >&2; echo '/usr/bin/ld: cannot find -lomp' >&2; exit 1\n")
+    linker.chmod(0o700)
+    with pytest.raises(library._MissingError, match=r"link failed: /usr/bin/ld: cannot find -lomp$"):
+        library._output([str(linker), "-shared"])
+
+
 def test_what_nobody_used_for_long_goes(place: Place) -> None:
     place.libraries.mkdir(parents=True)
     old, young = place.libraries / "0123.so", place.libraries / "4567-89.so"

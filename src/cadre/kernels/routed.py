@@ -33,7 +33,8 @@ def routed_swiglu(
     of the sum, and of its gradient, without a pass over memory to add it. Raises `ValueError` for operands that do not fit."""
     fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_TD.shape[1])
     fits &= weight_TK.shape == row_TK.shape and len(row_TK) == len(x_TD) and token_R.numel() == row_TK.numel()
-    fits &= row_TK.dtype == token_R.dtype == torch.int64
+    fits &= row_TK.dtype == token_R.dtype == torch.int64 and len(load_E) > 0
+    fits = fits and int(load_E.min()) >= 0 and int(load_E.sum()) <= token_R.numel()
     _check(x_TD, down_EDF, fits and (narrow or down_EDF.dtype == torch.float32), load_E)
     if shared is not None:
         _check_dense(x_TD, shared, narrow)
@@ -111,7 +112,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         experts, inner, dense, kept = saved[:7], saved[7], saved[8:11], saved[11]
-        grad, needs = grad_TD.contiguous(), ctx.needs_input_grad
+        grad, needs = grad_TD.resolve_neg().contiguous(), ctx.needs_input_grad
         grad_x = torch.empty_like(x) if needs[0] else None
         of_dense: list[Tensor | None] = [None] * 4
         of_experts = of_dense

@@ -39,7 +39,7 @@ def choose_experts(logit_TE: Tensor, correction_E: Tensor | None, rule: RoutingR
 def greatest(logit_TE: Tensor, count: int) -> Tensor:
     """The so many experts of greatest logits of each token, int64 [T, K] in any order; no gradient."""
     logit_TE = logit_TE.detach()
-    if not trains(logit_TE):
+    if not trains(logit_TE) or count > logit_TE.shape[-1]:  # which torch refuses
         return logit_TE.topk(count, dim=-1, sorted=False).indices
     logit = logit_TE.contiguous()
     expert_TK = logit.new_empty(len(logit), count, dtype=torch.int64)
@@ -76,7 +76,7 @@ class _FrequencyMet(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
         frequency, met_T, total_T = ctx.saved_tensors
-        grad_T = grad_T.contiguous()
+        grad_T = grad_T.resolve_neg().contiguous()
         grad_TE = frequency.new_empty(ctx.sizes[:2])
         at = (_at(tensor) for tensor in (frequency, met_T, total_T, grad_T))
         _library().cadre_frequency_met_gradient(*at, *ctx.sizes, _at(grad_TE))
@@ -102,7 +102,7 @@ class _Choose(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: None, grad_TK: Tensor | None, grad_TE: Tensor | None) -> tuple[Tensor, None, None]:
         score_TE, expert_TK = ctx.saved_tensors
-        weight, score = (None if grad is None else grad.contiguous() for grad in (grad_TK, grad_TE))
+        weight, score = (None if grad is None else grad.resolve_neg().contiguous() for grad in (grad_TK, grad_TE))
         grad_logit = torch.empty_like(score_TE)
         gradient = RoutingGradient(_at(weight), _at(score), _at(grad_logit))
         _library().cadre_routing_gradient(byref(_struct(None, None, score_TE, expert_TK, None, ctx.rule)), byref(gradient))

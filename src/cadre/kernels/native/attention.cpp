@@ -281,7 +281,7 @@ extern "C" void cadre_latent_attention(const LatentLayer* layer, const Cache* ca
                 size_t base = h * (N + V) + N;
                 for (size_t m = 0; m < M; m++) o[m] = mixed + (m * H + h) * C;
                 dots(reader, base + begin, base + end, o, M, C,
-                     [=](size_t m, size_t at, float v) { value[(m * H + h) * V + at - base] = v; });
+                     [=, to = value](size_t m, size_t at, float v) { to[(m * H + h) * V + at - base] = v; });
             }
         });
         team_dots(a.o, value_rows, M, [=, &a](size_t m, size_t d, float v) {

@@ -206,8 +206,7 @@ def _build(compiler: list[str], home: Path, key: str) -> Path:
         complaints = [job.communicate()[1].strip().splitlines() for job in jobs]
         for job, complaint in zip(jobs, complaints, strict=True):
             if job.returncode:
-                said = next((line for line in complaint if "error" in line), (complaint or ["no message"])[0])
-                raise _MissingError(f"{shlex.join(compiler)} failed: {said}")
+                raise _MissingError(f"{shlex.join(compiler)} failed: {_complaint(complaint)}")
         made = Path(folder) / "made.so"
         _output([*compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(made)])
         made.chmod(0o700)
@@ -233,8 +232,15 @@ def _prune(folder: Path) -> None:
 def _output(command: list[str]) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
+    except subprocess.CalledProcessError as error:
+        raise _MissingError(f"{command[0]} failed: {_complaint(error.stderr.strip().splitlines())}") from None
+    except OSError as error:
         raise _MissingError(f"{command[0]} failed: {error}") from None
+
+
+def _complaint(lines: list[str]) -> str:
+    """What a compiler or linker stumbled over."""
+    return next((line for line in lines if "error" in line or "cannot find" in line), (lines or ["no message"])[0])
 
 
 def _processor() -> str:

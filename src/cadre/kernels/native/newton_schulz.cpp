@@ -97,7 +97,7 @@ extern "C" void cadre_muon(const MuonStep* all, int64_t count, const float* coef
     const Multiply multiply{(Factors)factors};
     std::vector<std::pair<const MuonStep*, int64_t>> matrices;
     for (int64_t i = 0; i < count; i++)
-        for (int64_t which = 0; which < all[i].batch; which++) matrices.emplace_back(all + i, which);
+        for (int64_t which = 0; which < all[i].batch && all[i].rows && all[i].cols; which++) matrices.emplace_back(all + i, which);
     // The largest first: the threads then end together.
     std::stable_sort(matrices.begin(), matrices.end(),
                      [](auto a, auto b) { return a.first->rows * a.first->cols > b.first->rows * b.first->cols; });
@@ -110,6 +110,7 @@ extern "C" void cadre_orthogonalize(const float* from, int64_t batch, int64_t ro
                                     int32_t factors, int32_t threads, float* to) {
     const Multiply multiply{(Factors)factors};
     const size_t size = rows * cols;
+    if (!size) return;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < batch; i++) {
         static thread_local Scratch<> memory;

@@ -4,7 +4,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
@@ -214,7 +217,19 @@ struct Scratch {
     std::vector<T> kept;
     T* of(size_t size) {
         size += LINE / sizeof(T);
-        if (kept.size() < size) kept.resize(size);
+        if (kept.size() < size) grow(size);
         return (T*)(((uintptr_t)kept.data() + LINE - 1) / LINE * LINE);
+    }
+
+private:
+    // Nothing can be thrown out of a team of threads.
+    void grow(size_t size) {
+        std::vector<T>().swap(kept);
+        try {
+            kept.resize(size);
+        } catch (const std::bad_alloc&) {
+            std::fputs("cadre: this machine has not enough memory for that: use a smaller model, batch or sequence\n", stderr);
+            std::_Exit(1);
+        }
     }
 };
