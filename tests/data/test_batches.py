@@ -89,6 +89,18 @@ def test_documents_number_every_token(case):
             assert documents[0] == np.searchsorted(starts, ids[0], side="right") - 1
 
 
+@given(cases())
+def test_a_token_that_ends_a_document_is_what_the_next_is_predicted_from(case):
+    """As in scoring, where a document follows that token and nothing else."""
+    tokens, sizes = case
+    ended = Tokens([tokens.tokens(0, len(tokens)).astype(np.uint16)], tokens.document_starts, ended=True)
+    starts = tokens.document_starts
+    for batch in islice(Batches(ended, **sizes, separate_documents=True), 5):
+        for ids, documents in zip(batch.ids, batch.documents, strict=True):
+            last = np.isin(ids, (starts - 1) % len(tokens))
+            assert (np.diff(documents) == last[1:]).all()  # a document begins with the token before its first
+
+
 def test_documents_are_none_unless_asked_for():
     assert next(Batches(counting(100), batch=2, seq_len=8)).documents is None
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Batch:
     """ids: int64 [batch, seq_len + extra]. documents: int32 of the same shape, each token's document as a running
-    number over its stream, or None if documents are not kept apart."""
+    number over its stream, or None if documents are not kept apart. A token between two documents is the second's."""
 
     ids: np.ndarray
     documents: np.ndarray | None
@@ -133,7 +133,8 @@ class Batches:
 
     def _documents(self, window: _Window) -> np.ndarray:
         tokens = window.stream.tokens
-        lap, place = np.divmod(window.start + np.arange(self._length), len(tokens))
+        # The token that ends a document is what the next one is predicted from, in scoring too: it is the next one's first.
+        lap, place = np.divmod(window.start + np.arange(self._length) + tokens.ended, len(tokens))
         starts = tokens.document_starts
         return np.searchsorted(starts, place, side="right") - 1 + lap * len(starts)
 

@@ -48,12 +48,14 @@ class Tokens:
     """A stream of tokens over any number of shards.
 
     shards: arrays of token ids, end to end. document_starts: int64 [documents], increasing positions in the stream.
+    ended: whether documents end with the token that separates them, and begin with none.
     """
 
-    def __init__(self, shards: list[np.ndarray], document_starts: np.ndarray) -> None:
+    def __init__(self, shards: list[np.ndarray], document_starts: np.ndarray, ended: bool = False) -> None:
         self._shards = shards
         self._bounds = np.cumsum([0, *(len(shard) for shard in shards)])
         self.document_starts = document_starts
+        self.ended = ended
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -66,7 +68,7 @@ class Tokens:
             if low < high:
                 shards.append(shard[low:high])
         inside = (self.document_starts >= start) & (self.document_starts < stop)
-        return Tokens(shards, self.document_starts[inside] - start)
+        return Tokens(shards, self.document_starts[inside] - start, self.ended)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the ids at positions start to stop - 1. Raises IndexError outside the stream."""
@@ -122,8 +124,10 @@ class TokenData:
                 raise UsageError(
                     f"{path}: damaged token data, {name} is not as it was written: delete the folder and prepare again"
                 )
-        train, held_out = (_open_tokens(path, part, manifest) for part in _PARTS)
-        return cls(path, manifest, load_tokenizer(path / "tokenizer.json"), train, held_out)
+        tokenizer = load_tokenizer(path / "tokenizer.json")
+        ended = special_ids(tokenizer)[1] is not None and "before" not in manifest["inputs"]
+        train, held_out = (_open_tokens(path, part, manifest, ended) for part in _PARTS)
+        return cls(path, manifest, tokenizer, train, held_out)
 
     def held_out_documents(self) -> list[Document]:
         """The held-out documents' raw text; none if nothing was held out."""
@@ -392,8 +396,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _open_tokens(path: Path, part: str, manifest: dict[str, Any]) -> Tokens:
+def _open_tokens(path: Path, part: str, manifest: dict[str, Any], ended: bool) -> Tokens:
     names = [f"{part}-{number:05}.bin" for number in range(manifest[part]["shards"])]
     shards: list[np.ndarray] = [np.memmap(path / name, dtype=manifest["dtype"], mode="r") for name in names]
     starts = path / f"{part}.idx"
-    return Tokens(shards, np.memmap(starts, dtype=np.int64, mode="r") if starts.stat().st_size else np.zeros(0, dtype=np.int64))
+    places = np.memmap(starts, dtype=np.int64, mode="r") if starts.stat().st_size else np.zeros(0, dtype=np.int64)
+    return Tokens(shards, places, ended)
