@@ -176,6 +176,11 @@ def test_what_the_tokenizer_puts_before_a_text_stands_before_each(corpus, tmp_pa
     ids = data.train.tokens(0, len(data.train))
     assert all(ids[start] == 0 for start in data.train.document_starts)
     assert (ids == 0).sum() == (ids == 1).sum() == 16 and ids[-1] == 1
+    (data.path / "manifest.json").write_text(
+        json.dumps({**data.manifest, "inputs": {k: v for k, v in data.manifest["inputs"].items() if k != "before"}})
+    )
+    with pytest.raises(UsageError, match="was made without what its tokenizer puts before a text: prepare again"):
+        TokenData.open(data.path)  # by an older version
     save_tokenizer(plain, tmp_path / "plain")
     assert len(prepare(corpus, tokenizer=tmp_path / "plain", held_out=0.2).train) == len(data.train) - 16
 
@@ -195,8 +200,8 @@ def test_few_large_documents_are_held_out_in_part(tmp_path, cache):
         (tmp_path / f"{name}.txt").write_text(f"A line of book {name}.\n" * 400)
     said: list[str] = []
     data = prepare([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], vocab_size=300, held_out=0.1, progress=said.append)
-    assert "holding out the ends of 2 documents: whole ones would be too much of the text" in said
-    assert data.manifest["inputs"]["ends"] == "of every document"
+    assert "holding out the ends of 2 large documents: whole ones would be too much of the text" in said
+    assert data.manifest["inputs"]["ends"] == "of large documents"
     assert 0.09 < data.manifest["held_out"]["bytes"] / (2 * 400 * 17) < 0.22
     assert [len(tokens) > 0 for tokens in data.train_of_each()] == [True, True]
 

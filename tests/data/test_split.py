@@ -47,6 +47,21 @@ def test_few_large_documents_give_up_their_ends():
     assert all(document.text.startswith("A line") for held, document in divided if held)
 
 
+def test_one_large_document_among_many_small_ones():
+    """It gives up its end; the others are held out whole, as if it were not there."""
+    small = [f"Letter {number}.\n" + "A line of a letter.\n" * 60 for number in range(100)]
+    for name in range(200):  # one that ranks among the first
+        large = f"Book {name}.\n" + "A line of a book.\n" * 20_000
+        split = split_documents(documents([*small, large]), 0.05)
+        if split.cut:
+            break
+    divided = list(split.divide(documents([*small, large])))
+    whole = [document.text for held, document in divided if held and document.name != "d100"]
+    assert len(split.cut) == 1 and len(whole) == 5 and set(whole) < set(small)
+    (end,) = (document.text for held, document in divided if held and document.name == "d100")
+    assert large.endswith(end) and 0.04 < len(end) / len(large) < 0.11
+
+
 def test_documents_of_about_one_size_are_held_out_whole():
     texts = [f"Book {name}.\n" + f"A line of book {name}.\n" * 300 for name in range(30)]
     divided = list(split_documents(documents(texts), 0.05).divide(documents(texts)))

@@ -232,7 +232,7 @@ def other_tokenizers():
 @pytest.mark.parametrize("other", other_tokenizers())
 def test_a_tokenizer_that_llama_cpp_would_not_follow(build, tmp_path, other):
     save(build(), tmp_path / "model", other)
-    with pytest.raises(UsageError, match=r"tokenizer.json: splits text in another way"):
+    with pytest.raises(UsageError, match=r"tokenizer.json: treats text in another way"):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf")
 
 

@@ -34,7 +34,8 @@ def random_documents(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def written_out(model: Transformer, ids: torch.Tensor, documents: torch.Tensor | None, length: int):
-    """Nats of each head by V3 report, equations 21 to 24: position t of module k predicts token t + k + 1 (k from 1)."""
+    """Nats of each head by V3 report, equations 21 to 24: position t of module k predicts token t + k + 1 (k from 1), if what
+    stands before that is of its document: the token between two, which counts to the second, is the first's to predict."""
     inside = None if documents is None else documents[:, :length]
     hidden = model.hidden(ids[:, :length], document_BT=inside)
     stages = [hidden]
@@ -47,7 +48,7 @@ def written_out(model: Transformer, ids: torch.Tensor, documents: torch.Tensor |
         total = torch.zeros(())
         for b in range(len(ids)):
             for t in range(length):
-                within = k == 0 or documents is None or documents[b, t] == documents[b, t + k + 1]
+                within = k == 0 or documents is None or documents[b, t] == documents[b, t + k]
                 if within:
                     total = total - log_p[b, t, ids[b, t + k + 1]]
         result.append(total / (len(ids) * length))
@@ -81,6 +82,19 @@ def test_each_module_predicts_exactly_one_further(modules, separate, seed):
     expected = gradients(model, total)
     for name, gradient in gradients(model, got.total).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_modules_learn_where_a_document_ends():
+    """Token 4 lies between two documents and counts to the second: module 1 predicts it from position 2 of the first, and
+    nothing from position 3, whose target is the second's first word."""
+    model, ids = build(num_nextn_predict_layers=1), random_ids(1, 10)
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    stage = model.further_hidden(
+        model.hidden(ids[:, :8], document_BT=documents[:, :8]), ids[:, 1:9], 0, document_BT=documents[:, :8]
+    )
+    nats = -F.log_softmax(model.lm_head(stage), dim=-1)[0, torch.arange(8), ids[0, 2:]]
+    got = losses(model, ids, documents, balancing(model), mtp_weight=MTP_WEIGHT).further[0]
+    torch.testing.assert_close(got, (nats.sum() - nats[3]).detach() / 8)
 
 
 def test_modules_neither_look_nor_reach_across_documents():

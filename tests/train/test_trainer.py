@@ -489,15 +489,53 @@ def test_much_held_out_text_leaves_time_to_train(lab, monkeypatch):
     assert result.steps > 12
     assert any(note.startswith("in part the last evaluation reads 250 of") for note in watcher.notes)
     last = [record for record in watcher.records if "bits_per_byte" in record][-1]
-    assert last["final"] and last["part"]
+    assert last["final"] and last["part"] == result.read_share < 1
 
 
-@pytest.mark.parametrize("seconds, read", [(0.0, 10_000), (1e-3, 3_000), (1.0, 200), (1e-9, 10_000)])
-def test_how_much_the_last_evaluation_reads(lab, seconds, read):
+@pytest.mark.parametrize("seconds, step, read", [
+    (1e-3, 9.0, 3_000), (1.0, 9.0, 200), (1e-9, 9.0, 10_000), (0.0, 0.064, 3_000), (0.0, None, 10_000),
+])  # fmt: skip
+def test_how_much_the_last_evaluation_reads(lab, seconds, step, read):
+    """A tenth of the minutes: at the rate of the evaluation before, or else of a training step."""
     trainer = Trainer(lab.start("run", "train.minutes=0.5", "train.steps=100"), Watcher())
     trainer.run.data.manifest["held_out"]["tokens"] = 10_000
     trainer.eval_seconds_per_token = seconds
-    assert trainer._most_read() == read
+    trainer.step_seconds.extend([] if step is None else [step])
+    assert trainer._most_read() == pytest.approx(read, abs=1)
+
+
+def test_much_held_out_text_takes_no_more_than_its_share(lab):
+    """Without an evaluation on the way, too."""
+    text = lab.folder / "corpus" / "long.txt"
+    text.write_text("the people of a nation and its house were here to see what old law had made " * 6000)
+    run = lab.start("run", "train.minutes=0.05", "train.steps=1000000", "eval.every=1000000", "data.held_out=0.9")
+    result, watcher = lab.train(run)
+    last = [record for record in watcher.records if "bits_per_byte" in record]
+    assert len(last) == 1 and last[0]["part"] == result.read_share < 1
+    assert last[0]["eval_seconds"] < 0.5 * 0.05 * 60
+
+
+@pytest.mark.parametrize("how", ["the run ends", "it is stopped"])
+def test_a_step_that_is_skipped_at_the_end_loses_nothing(lab, monkeypatch, how):
+    """It has left the weights as they were."""
+    last = 12 if how == "the run ends" else 7
+    real, calls = objective.losses, []
+
+    def once(*arguments, **options):
+        calls.append(1)
+        found = real(*arguments, **options)
+        if len(calls) == last:
+            found.main = found.main * math.nan
+            if how == "it is stopped":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(objective, "losses", once)
+    run = lab.start("run", "train.log_every=1", "checkpoint.every=100")
+    result, _ = lab.train(run)
+    assert [record["step"] for record in read_metrics(run.path) if record.get("event") == "skipped"] == [last]
+    assert [path.name for path in checkpoints(run.path)] == [f"step-{result.steps:08}"] and result.steps == last
+    assert load(run.path)[0].norm.weight.isfinite().all()
 
 
 def test_a_run_that_ended_by_the_clock_goes_on_when_given_more(lab):

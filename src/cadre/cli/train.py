@@ -249,12 +249,15 @@ def _finish(run: Run, result: Result) -> None:
     if result.stopped:
         print(f"stopped by {result.stopped} after step {result.steps}; continue with: cadre train --resume {here}")
     elif result.bits_per_byte is not None:
-        print(f"held-out score   {result.bits_per_byte:.4f} bits per byte")
+        of = "" if result.read_share == 1 else f", of {result.read_share:.1%} of the held-out text"
+        print(f"held-out score   {result.bits_per_byte:.4f} bits per byte{of}")
     print(
         f"trained          {result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s "
         f"({result.tokens_per_second:,.0f} tokens/s, {result.mfu:.0%} of this machine's GEMM rate)"
     )
     print(f"report           {report}")
+    if not (run.path / "model").is_dir():
+        return
     print(f"model            {run.path / 'model'}")
     print(f'in transformers  python -c "{load_line(run.path / "model")}"')
     print(f'try it           cadre generate {here} "Fellow citizens"')

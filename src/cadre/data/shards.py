@@ -125,6 +125,8 @@ class TokenData:
                     f"{path}: damaged token data, {name} is not as it was written: delete the folder and prepare again"
                 )
         tokenizer = load_tokenizer(path / "tokenizer.json")
+        if "before" not in manifest["inputs"] and tokenizer.encode("").ids:
+            raise UsageError(f"{path}: was made without what its tokenizer puts before a text: prepare again")
         ended = special_ids(tokenizer)[1] is not None and "before" not in manifest["inputs"]
         train, held_out = (_open_tokens(path, part, manifest, ended) for part in _PARTS)
         return cls(path, manifest, tokenizer, train, held_out)
@@ -178,9 +180,9 @@ def prepare(
     }
     if given is not None and (own := given.encode("").ids[:1]):
         inputs["before"] = own
-    if split.tail and len(split.digests) > 1:
-        inputs["ends"] = "of every document"
-        say(f"holding out the ends of {len(split.digests):,} documents: whole ones would be too much of the text")
+    if split.cut and len(split.digests) > 1:
+        inputs["ends"] = "of large documents"
+        say(f"holding out the ends of {len(split.cut):,} large documents: whole ones would be too much of the text")
     if len(names) > 1:
         inputs["documents"] = [split.entries[number] for number in range(len(names))]
     key = hashlib.sha256(json.dumps([FORMAT, inputs], sort_keys=True).encode()).hexdigest()[:32]

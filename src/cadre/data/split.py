@@ -17,7 +17,7 @@ _SEAM = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
 _SEAM_REACH = 4096
 # How far the held-out documents' share of the text may exceed what was asked for.
 _MOST_TIMES = 3
-# Characters of a document below which its end is too little to hold out, where there are longer ones.
+# Characters of a document up to which its end is too little to hold out.
 _LEAST_TO_CUT = 1000
 
 
@@ -26,15 +26,15 @@ class Split:
     """A corpus divided into training and held-out text.
 
     digests: the documents' SHA-256, in the order they are read. held_out: the digests that are held out, so copies
-    of a held-out document are held out too. entries: how many documents each entry of the source has. tail: of a
-    corpus of one document, or of few large ones, the share of each document's end held out.
+    of a held-out document are held out too. entries: how many documents each entry of the source has. cut: the digests of
+    documents whose end is held out, of each `tail`, a share.
     """
 
     digests: list[bytes]
     held_out: frozenset[bytes]
     entries: Counter[int]
+    cut: frozenset[bytes] = frozenset()
     tail: float = 0.0
-    longest: int = 0
 
     @property
     def content(self) -> str:
@@ -48,10 +48,7 @@ class Split:
             digest = _digest(document)
             if count > len(self.digests) or digest != self.digests[count - 1]:
                 raise RunError(f"{document.name}: the text changed while it was being prepared; run it again")
-            if self.tail:
-                if len(document.text) < _LEAST_TO_CUT <= self.longest:
-                    yield False, document
-                    continue
+            if digest in self.cut:
                 cut = _cut_tail(document.text, self.tail)
                 yield False, replace(document, text=document.text[:cut])
                 yield True, replace(document, text=document.text[cut:])
@@ -65,8 +62,9 @@ def split_documents(documents: Iterable[Document], held_out: float) -> Split:
     """Hold out a share of the documents: those whose hashes rank first, at least one, never all.
 
     The choice depends on the documents' contents alone, not on their order or names. A corpus of one document gives
-    up its end instead, cut where a paragraph or line ends; and so does each of few documents where whole ones would take more
-    than three times that share of the text. `held_out` 0 holds nothing out.
+    up its end instead, cut where a paragraph or line ends. Where the documents that rank first are more than three times that
+    share of the text, so does each document that alone is more than the share, and the others are ranked without them.
+    `held_out` 0 holds nothing out.
 
     Raises UsageError if `held_out` is not in [0, 1).
     """
@@ -83,10 +81,14 @@ def split_documents(documents: Iterable[Document], held_out: float) -> Split:
     if not held_out:
         return Split(digests, frozenset(), entries)
     count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
-    taken, longest = sum(sizes[digest] for digest in ranked[:count]), max(sizes.values(), default=0)
-    if len(ranked) == 1 or (longest >= _LEAST_TO_CUT and taken > _MOST_TIMES * held_out * sum(sizes.values())):
-        return Split(digests, frozenset(), entries, held_out, longest)
-    return Split(digests, frozenset(ranked[:count]), entries)
+    taken, share = sum(sizes[digest] for digest in ranked[:count]), held_out * sum(sizes.values())
+    if len(ranked) == 1:
+        return Split(digests, frozenset(), entries, frozenset(ranked), held_out)
+    large = frozenset(digest for digest in ranked if sizes[digest] > max(share, _LEAST_TO_CUT))
+    if not large or taken <= _MOST_TIMES * share:
+        return Split(digests, frozenset(ranked[:count]), entries)
+    small = [digest for digest in ranked if digest not in large]
+    return Split(digests, frozenset(small[: round(held_out * len(small))]), entries, large, held_out)
 
 
 def pieces(text: str, limit: int) -> Iterator[str]:

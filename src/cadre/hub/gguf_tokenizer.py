@@ -44,8 +44,8 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
     before = tokenizer.encode("").ids
     if name is None or not plain or before not in ([], [config.bos_token_id]):
         raise UsageError(
-            f"{directory / 'tokenizer.json'}: splits text in another way than {', '.join(_SPLITS.values())}, which llama.cpp is"
-            " known to follow; its own convert_hf_to_gguf.py reads this directory and knows more"
+            f"{directory / 'tokenizer.json'}: treats text in another way (splits, normalizer, bytes, start) than"
+            f" {', '.join(_SPLITS.values())}, which llama.cpp is known to follow; its own convert_hf_to_gguf.py knows more"
         )
     template, _ = template_source(directory)
     entries, kinds = _entries(tokenizer, config.vocab_size)

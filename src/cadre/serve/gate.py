@@ -94,8 +94,10 @@ class Gate:
             return ApiError(403, stranger, code="unknown_host")
         if origin is not None and not self._same(origin, host):
             return ApiError(403, "pages of other sites may not use this server", code="foreign_origin")
-        # A page of another site has no key. A name that was pointed here is no address, and not the machine's own.
-        if origin is not None and self.key is None and not (own or _is_address(_name(host)) or _name(host) in self.machine):
+        # A page of another site has no key. A name that was pointed here is no address, and not the machine's own. Behind a
+        # proxy only the origin may be the name that the browser used.
+        named = origin is None or self.key is not None or own or self._hosts_hold(origin)
+        if not (named or _is_address(_name(host)) or _name(host) in self.machine):
             return ApiError(403, stranger, code="unknown_host")
         length = headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
@@ -111,6 +113,9 @@ class Gate:
         else:
             message = "the API key is wrong"
         return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    def _hosts_hold(self, origin: str) -> bool:
+        return urlsplit(origin).hostname in self.hosts
 
     def _same(self, origin: str, host: str) -> bool:
         try:

@@ -1,7 +1,8 @@
 """What clients may ask: OpenAI's field names, vLLM's where OpenAI has none, each with its limits.
 
 A field that would change the output but is not offered is refused, by name, unless it holds the value that changes
-nothing; one that cannot change the output (`user`, `metadata`) is taken and ignored; an unknown one is refused.
+nothing; one that cannot change the output (`user`, `metadata`) is taken and ignored; an unknown one is refused unless it is
+null.
 """
 
 from __future__ import annotations

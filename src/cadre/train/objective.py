@@ -138,7 +138,8 @@ def token_losses(
             continue
         weight_N = mean_N
         if micro.document_BT is not None and inside is not None:
-            stays_BT = micro.document_BT[:rows, ahead : every + ahead] == inside[:rows]
+            # The token that ends a document counts to the next one and is this one's to predict: what stands before it decides.
+            stays_BT = micro.document_BT[:rows, ahead - 1 : every + ahead - 1] == inside[:rows]
             weight_N = mean_N * stays_BT[:, micro.own_T].flatten()
         loss = mean_loss(next(modules), ahead, weight_N)
         further.append(loss.detach())

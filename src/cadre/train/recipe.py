@@ -173,8 +173,8 @@ class CheckpointSection(_Section):
 
 
 class EvalSection(_Section):
-    """`tokens`: how much held-out text an evaluation during training reads; the last one reads all of it, with a context
-    sliding by half."""
+    """`tokens`: how much held-out text an evaluation during training reads; the last one reads all of it (or what a
+    tenth of `minutes` has room for), with a context sliding by half."""
 
     every: int = Field(default=250, ge=1)
     tokens: int = Field(default=32768, ge=1)

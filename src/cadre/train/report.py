@@ -114,11 +114,12 @@ def _cards(summary: Summary, records: Sequence[Record]) -> list[dict[str, str]]:
     tokens = _first(result.get("tokens"), _last(records, "tokens"))
     total, active = counts.get("total_parameters"), counts.get("active_parameters")
     cache, cache_mha = counts.get("kv_cache_bytes_per_token"), counts.get("kv_cache_bytes_per_token_mha")
-    documents = data.get("held_out_documents")
+    documents, share = data.get("held_out_documents"), result.get("read_share", 1)
+    unseen = documents and f"{documents:,} unseen documents" + (f", {share:.1%} of their text" if share < 1 else "")
     cores = machine.get("cores")
     peak = machine.get("gemm_flops_per_second")
     cards = [
-        ("Held-out bits per byte", score, "{:.3f}".format, documents and f"{documents:,} unseen documents"),
+        ("Held-out bits per byte", score, "{:.3f}".format, unseen),
         ("Training time", seconds, _duration, steps and f"{steps:,} steps, {_short(tokens or 0)} tokens"),
         ("Tokens per second", speed, "{:,.0f}".format, cores and f"on {cores} CPU cores, {machine.get('dtype', '')}"),
         ("MFU", mfu, "{:.1%}".format, peak and f"of {_si(peak, 'FLOP/s')} in matrix products"),

@@ -247,7 +247,7 @@ def _expected_steps(path: Path, state: dict[str, Any], train: TrainSection) -> i
         raise FinishedError(
             f"--resume {path}: has taken {spent / 60:.1f} minutes already, and {train.minutes:.1f} are given in all: give more"
         )
-    return min(train.most_steps, int(state["step"] * given / spent))
+    return min(train.most_steps, max(state["step"] + 1, int(state["step"] * given / spent)))
 
 
 def _newest(path: Path, parallel: Parallel) -> Path | None:

@@ -28,7 +28,7 @@ from cadre.train.objective import MicroBatch, Step
 from cadre.train.optimizer import Optimizer
 from cadre.train.qk_clip import QKClip
 from cadre.train.run import Run, only_writer
-from cadre.train.saving import Saver, local
+from cadre.train.saving import Saver
 from cadre.train.schedule import rate
 
 # A step whose loss or gradient is not finite is skipped; this many in a row end the run.
@@ -71,7 +71,8 @@ class Progress:
 
 @dataclass
 class Result:
-    """How a run ended. `stopped` is the signal's name if one ended it early, else None."""
+    """How a run ended. `stopped` is the signal's name if one ended it early, else None; `read_share`, of the held-out text how
+    much the last evaluation has read."""
 
     steps: int
     tokens: int
@@ -84,6 +85,7 @@ class Result:
     peak_memory_bytes: int
     total_flops: float
     stopped: str | None
+    read_share: float = 1.0
 
 
 class Trainer:
@@ -114,6 +116,7 @@ class Trainer:
         self.last_loss: float | None = None
         self.bits_per_byte: float | None = None
         self.excerpts: list[Document] | None = None
+        self.read_share = 1.0
         self.saver = Saver(observer.note, self.parallel.anyone)
         if run.checkpoint is not None:
             self._restore()
@@ -143,7 +146,8 @@ class Trainer:
                         break
                     if progress.step % recipe.eval.every == 0:
                         self._evaluate(final=False)
-                    if progress.step % recipe.checkpoint.every == 0:
+                    # Weights that give no finite loss must not push out those that did.
+                    if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
                         self.save()
                 stopped = (stop.signal or OTHERS) if progress.step < progress.total_steps else None
                 if stopped:
@@ -276,7 +280,8 @@ class Trainer:
             self.balance.close_window()
 
     def _evaluate(self, final: bool) -> None:
-        """Bits per byte of held-out text: a fixed part of it during training, all of it with a sliding context at last."""
+        """Bits per byte of held-out text: a fixed part of it during training; at last, with a sliding context, all of it, or as
+        much as a run's minutes have room for."""
         if not final and self.excerpts is None:
             self.excerpts = self._beginnings(self.run.data.held_out_documents(), self.recipe.eval.tokens)
         documents = self._last_read() if final else self.excerpts
@@ -295,8 +300,8 @@ class Trainer:
             "step": self.progress.step, "tokens": self.progress.tokens, "bits_per_byte": score.bits_per_byte,
             "eval_seconds": elapsed, "seconds": self.progress.seconds, "final": final,
         }  # fmt: skip
-        if final and score.bytes < self.run.data.manifest["held_out"]["bytes"]:
-            record["part"] = True
+        if final and score.bytes < (whole := self.run.data.manifest["held_out"]["bytes"]):
+            record["part"] = self.read_share = score.bytes / whole
         self.metrics.write(record)
         self.observer.record(record, self.progress.total_steps)
 
@@ -315,10 +320,16 @@ class Trainer:
     def _most_read(self) -> int:
         """Held-out tokens that the last evaluation reads at most; all processes are told the same."""
         held_out, minutes = self.run.data.manifest["held_out"]["tokens"], self.recipe.train.minutes
-        if minutes is None or not self.eval_seconds_per_token:
+        if minutes is None:
             return held_out
-        room = self.parallel.agree(minutes * 60 * _EVALUATED_SHARE / self.eval_seconds_per_token)
+        per_token = self._evaluation_per_token()
+        room = self.parallel.agree(minutes * 60 * _EVALUATED_SHARE / per_token if per_token else held_out)
         return int(min(held_out, max(self.recipe.eval.tokens, room)))
+
+    def _evaluation_per_token(self) -> float:
+        """Seconds a token of the last evaluation; before any has been timed at most those of a training step, 0 before that."""
+        step = statistics.median(self.step_seconds) if self.step_seconds else 0.0
+        return self.eval_seconds_per_token or step / self.tokens_per_step
 
     def _event(self, event: str, message: str, **more: Any) -> None:
         self.metrics.write({"step": self.progress.step, "event": event, "message": message, **more})
@@ -335,8 +346,8 @@ class Trainer:
             return progress.total_steps  # the first steps are slow and say little, unless half the time is gone
         step_seconds = statistics.median(self.step_seconds)
         held_out = self.run.data.manifest["held_out"]["tokens"]
-        per_token = self.eval_seconds_per_token or step_seconds / self.tokens_per_step
-        left = minutes * 60 - progress.seconds - min(held_out * per_token, minutes * 60 * _EVALUATED_SHARE)
+        evaluation = min(held_out * self._evaluation_per_token(), minutes * 60 * _EVALUATED_SHARE)
+        left = minutes * 60 - progress.seconds - evaluation
         possible = progress.step + max(0, int(left / step_seconds))
         return max(progress.step, min(possible, self.recipe.train.most_steps))
 
@@ -344,12 +355,11 @@ class Trainer:
 
     def save(self) -> bool:
         """Checkpoint, then the model in the Hugging Face layout, written while training goes on. Raises `RunError` when the
-        save before this one failed, as for a full disk. False: nothing is written, for weights that are not finite, or give
-        no finite loss, must not push out those that did."""
+        save before this one failed, as for a full disk. False: nothing is written, for weights that are not finite must not
+        push out those that are."""
         train = self.recipe.train
-        broken = any(not value.isfinite().all() for value in local(dict(self.model.named_parameters())).values())
-        if self.progress.skipped_in_row or self.parallel.anyone(broken):
-            self._event("unsaved", f"step {self.progress.step}: its weights give no finite loss")
+        if self.parallel.anyone(any(not value.isfinite().all() for value in self.parallel.held(self.model).values())):
+            self._event("unsaved", f"step {self.progress.step}: its weights are not finite")
             return False
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
         state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity()}
@@ -392,6 +402,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self.device),
             total_flops=progress.tokens * self.flops_per_token,
             stopped=stopped,
+            read_share=self.read_share,
         )
 
 
