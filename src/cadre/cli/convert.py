@@ -37,7 +37,7 @@ def convert(
         typer.Option(help="Of the matrices; q8_0 is GGUF's 8 bits. [default: as they are stored]", show_default=False),
     ] = None,
 ) -> None:
-    """Write a model as GGUF, which llama.cpp and Ollama read, or as a Hugging Face directory of another dtype."""
+    """Write a model as GGUF, which llama.cpp reads, or as a Hugging Face directory of another dtype."""
     if (to or (Format.gguf if target.suffix == ".gguf" else Format.hf)) == Format.gguf:
         from cadre.hub.gguf import write_gguf
 

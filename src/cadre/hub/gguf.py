@@ -206,7 +206,8 @@ def _rope_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def named_tensors(config: ModelConfig, state: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What llama.cpp keeps the model's tensor `state` as: name and value, of the first kind `state_dict` gives."""
+    """The model's tensor `state` as llama.cpp keeps it: one or two of its names, each with what it is; none of a module of
+    multi-token prediction. Works on meta tensors, too."""
     whole = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
     if state in whole:
         if state != "lm_head.weight" or not config.tie_word_embeddings:

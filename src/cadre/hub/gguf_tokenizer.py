@@ -79,7 +79,8 @@ def _splits(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
     *splits, last = _steps(pre_tokenizer) or [{"type": None}]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return ()
-    patterns = [step["pattern"].get("Regex") for step in splits if step["type"] == "Split" and step["behavior"] == "Isolated"]
+    isolated = [step for step in splits if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]]
+    patterns = [step["pattern"].get("Regex") for step in isolated]
     if len(patterns) < len(splits) or None in patterns:
         return ()
     # A line end may stand in a pattern as itself.
