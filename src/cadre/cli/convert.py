@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cadre.cli.generate import Model
 from cadre.errors import UsageError
 
 
@@ -26,7 +26,9 @@ class Dtype(StrEnum):
 
 
 def convert(
-    source: Model,
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A model directory, a run directory or a GGUF file.", show_default=False)
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A file NAME.gguf, or a folder.", show_default=False)],
     to: Annotated[
         Format | None,
@@ -37,28 +39,39 @@ def convert(
         typer.Option(help="Of the matrices; q8_0 is GGUF's 8 bits. [default: as they are stored]", show_default=False),
     ] = None,
 ) -> None:
-    """Write a model as GGUF, which llama.cpp reads, or as a Hugging Face directory of another dtype."""
+    """Write a model as GGUF, which llama.cpp reads, or as a Hugging Face directory: of another dtype, or of a GGUF file."""
+    from cadre.hub.directory import model_directory
+
     if (to or (Format.gguf if target.suffix == ".gguf" else Format.hf)) == Format.gguf:
         from cadre.hub.gguf import write_gguf
 
+        if source.is_file():
+            raise UsageError(f"{source}: is a file; GGUF is written of a model directory")
         if target.is_dir():
             raise UsageError(f"{target}: is a folder; a GGUF model is a file, such as {target / 'model.gguf'}")
         write_gguf(source, target, dtype.value if dtype else None, _progress if sys.stderr.isatty() else lambda *_: None)
     else:
         import torch
 
-        from cadre.hub.directory import model_directory
+        from cadre.hub.gguf_read import read_gguf, tokenizer_files
         from cadre.hub.load import load
         from cadre.hub.save import save
 
         if dtype == Dtype.q8_0:
             raise UsageError("--dtype q8_0 is for GGUF; a Hugging Face directory takes f32, f16 or bf16")
         kinds = {Dtype.f32: torch.float32, Dtype.f16: torch.float16, Dtype.bf16: torch.bfloat16}
-        model, tokenizer = load(source, dtype=kinds[dtype] if dtype else None)
-        large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-        if large:
-            raise UsageError(f"{source}: {large[0]} holds numbers too large for {dtype}; take bf16 or f32")
-        save(model, target, tokenizer, like=model_directory(source))
+        wanted = kinds[dtype] if dtype else None
+        with ExitStack() as stack:
+            if source.is_file():
+                read = read_gguf(source, wanted)
+                model, tokenizer, like = read.model, read.tokenizer, stack.enter_context(tokenizer_files(read))
+            else:
+                model, tokenizer = load(source, dtype=wanted)
+                like = model_directory(source)
+            large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+            if large:
+                raise UsageError(f"{source}: {large[0]} holds numbers too large for {dtype}; take bf16 or f32")
+            save(model, target, tokenizer, like=like)
     size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
     typer.echo(f"written to {target}: {size / 2**20:,.1f} MiB")
 

@@ -79,7 +79,7 @@ def write_gguf(
 
     Raises `UsageError` for a model that llama.cpp has no words for, `RunError` when writing fails.
     """
-    gguf = _library()
+    gguf = gguf_library("writing")
     directory = model_directory(source)
     config = load_config(directory)
     check_gguf(config, str(directory))
@@ -345,10 +345,11 @@ def _name(directory: Path) -> str:
     return resolved.parent.name if resolved.name == "model" else resolved.name
 
 
-def _library() -> Any:
+def gguf_library(doing: str) -> Any:
+    """The gguf package. Raises `UsageError` where it is not installed."""
     try:
         import gguf
         import gguf.quants
     except ImportError:
-        raise UsageError("writing GGUF needs the gguf package: pip install 'cadre-lm[gguf]'") from None
+        raise UsageError(f"{doing} GGUF needs the gguf package: pip install 'cadre-lm[gguf]'") from None
     return gguf

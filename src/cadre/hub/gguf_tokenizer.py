@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import template_source
 from cadre.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
@@ -28,6 +27,7 @@ _SPLITS = {
     ((_LLAMA3,), False): "smaug-bpe",
     (("gpt-2",), False): "gpt-2",
     (_DEEPSEEK_V3, False): "deepseek-v3",
+    (("digits", "gpt-2"), False): "smollm",
 }
 
 
@@ -64,6 +64,38 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
     }
 
 
+def tokenizer_of(keys: dict[str, Any], where: str) -> Tokenizer | None:
+    """The tokenizer that a GGUF file's keys describe, None if they describe none. Raises `UsageError` for another kind."""
+    kind, pre = keys.get("tokenizer.ggml.model", "none"), keys.get("tokenizer.ggml.pre")
+    if kind in ("none", "no_vocab"):
+        return None
+    found = next((rule for rule, name in _SPLITS.items() if name == pre), None)
+    if kind != "gpt2" or found is None:
+        raise UsageError(f"{where}: its tokenizer is {kind} {pre}; Cadre knows gpt2 {', '.join(_SPLITS.values())}")
+    patterns, ignore_merges = found
+    tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in keys["tokenizer.ggml.merges"]]
+    used = {token: number for number, token in enumerate(tokens) if kinds[number] != _UNUSED}
+    tokenizer = Tokenizer(models.BPE(used, merges, ignore_merges=ignore_merges))
+    named = {"digits": pre_tokenizers.Digits(individual_digits=True)}
+    own = patterns[-1] == "gpt-2"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(named.get(each) or pre_tokenizers.Split(Regex(each), "isolated") for each in patterns[: -1 if own else None]),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    for number, token in enumerate(tokens):
+        if kinds[number] in (_CONTROL, _USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kinds[number] == _CONTROL, normalized=False)])
+    if keys.get("tokenizer.ggml.add_bos_token") and "tokenizer.ggml.bos_token_id" in keys:
+        number = keys["tokenizer.ggml.bos_token_id"]
+        bos = tokens[number]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    return tokenizer
+
+
 def _entries(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
     """Each id's entry and kind, as many as the model has embeddings."""
     entries, kinds = [f"[PAD{number}]" for number in range(size)], [_UNUSED] * size
@@ -79,6 +111,9 @@ def _splits(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
     *splits, last = _steps(pre_tokenizer) or [{"type": None}]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return ()
+    digits = [{"type": "Digits", "individual_digits": True}]
+    if splits == digits:
+        return ("digits", "gpt-2") if last["use_regex"] else ()
     isolated = [step for step in splits if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]]
     patterns = [step["pattern"].get("Regex") for step in isolated]
     if len(patterns) < len(splits) or None in patterns:
