@@ -4,8 +4,8 @@ python benchmarks/corpus.py text all
 python benchmarks/latent_width.py text [WIDTH]... [--out DIR]
 
 Widths are multiples of 64, by default 192, 320, 448 and 576. MHA has heads of 64, one for each 64 of width; the latent and its
-rotary key hold a 7.1th of what MHA caches. Four dense layers, equal active FLOPs and tokens (5.3M), one seed, Muon at one rate, which
-carries over from width to width. A width is a study of `cadre compare` under DIR, which goes on where it was.
+rotary key hold a 7.1th of what MHA caches. Four dense layers, equal active FLOPs and tokens (5.3M), one seed, Muon at one rate,
+which carries over from width to width. A width is a study of `cadre compare` under DIR, which goes on where it was.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
         decode = [rates["latent", *at] / rates["mha", *at] for at in ((2048, 1), (2048, 8), (8192, 1), (8192, 8))]
         rows.append((width, *losses, losses[1] / losses[0] - 1, results["sooner"]["mha"]["latent"]["flops"], *decode))
     print(
-        "width  MHA     latent  over MHA  MHA reaches it with fewer FLOPs; decodes, times MHA's, at 2,048 and 8,192 (batch 1, 8)"
+        "width  MHA     latent  over MHA  MHA reaches it with fewer FLOPs; decodes, times MHA, at 2,048 and 8,192 (batch 1, 8)"
     )
     for width, mha, latent, over, sooner, *decode in rows:
         factor = f"{sooner['mean']:.2f}" if sooner else "-"
