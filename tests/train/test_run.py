@@ -411,14 +411,15 @@ def test_a_model_goes_on_with_its_own_tokenizer(lab):
     def go_on(name, *overrides):
         return start(read_recipe(str(recipe), list(overrides)), lab.folder / name, torch.device("cpu"), lambda line: None)
 
-    with pytest.raises(UsageError, match=r"data\.vocab_size: the model of .* has a vocabulary of its own"):
+    with pytest.raises(UsageError, match=r"model\.from .*: the data has another tokenizer: leave"):
         go_on("second", "data.vocab_size=290")
     save_tokenizer(train_tokenizer(["other words"] * 3, 270), lab.folder / "other")
-    with pytest.raises(UsageError, match=r"data\.tokenizer .*other: is not the tokenizer of model\.from"):
+    with pytest.raises(UsageError, match=r"model\.from .*: the data has another tokenizer: leave"):
         go_on("second", f"data.tokenizer={lab.folder / 'other'}")
     assert not (lab.folder / "second").exists()
     own = (lab.folder / "first" / "model" / "tokenizer.json").read_bytes()
-    for name, overrides in (("second", []), ("third", [f"data.tokenizer={lab.folder / 'first' / 'model'}"])):
+    same = [[], [f"data.tokenizer={lab.folder / 'first' / 'model'}"], ["data.vocab_size=300"]]
+    for name, overrides in zip(("second", "third", "fourth"), same, strict=True):
         lab.train(go_on(name, *overrides))
         assert (lab.folder / name / "model" / "tokenizer.json").read_bytes() == own
 

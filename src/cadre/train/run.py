@@ -85,9 +85,11 @@ def start(
                 check_fp8(recipe.config(words), device)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         data_section = recipe.data
-        if source is not None:
-            data_section = data_section.model_copy(update={"tokenizer": _tokenizer_of(source, data_section)})
+        if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
+            data_section = data_section.model_copy(update={"tokenizer": str(source)})
         data = _prepare(data_section, recipe.model.get("vocab_size"), note, parallel)
+        if source is not None:
+            _check_tokenizer(source, data)
         config = _config(recipe, source, data)
         check_expressible(config)
         asked = recipe.parallel
@@ -108,16 +110,11 @@ def start(
     return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel)
 
 
-def _tokenizer_of(source: Path, section: DataSection) -> str:
-    """Of a model that training goes on with, the tokenizer: with another one every embedding would mean another token."""
+def _check_tokenizer(source: Path, data: TokenData) -> None:
+    """Refuse another tokenizer than that of the model that training goes on with: every embedding would mean another token."""
     own = source / "tokenizer.json"
-    if section.vocab_size is not None:
-        raise UsageError(f"data.vocab_size: the model of {source} has a vocabulary of its own: leave it out beside model.from")
-    if section.tokenizer is None:
-        return str(source)
-    if own.is_file() and tokenizer_hash(load_tokenizer(own)) != tokenizer_hash(load_tokenizer(section.tokenizer)):
-        raise UsageError(f"data.tokenizer {section.tokenizer}: is not the tokenizer of model.from ({own}): leave it out")
-    return section.tokenizer
+    if own.is_file() and tokenizer_hash(load_tokenizer(own)) != tokenizer_hash(data.tokenizer):
+        raise UsageError(f"model.from {source}: the data has another tokenizer: leave data.tokenizer and data.vocab_size out")
 
 
 def _refuse_used(path: Path) -> None:

@@ -359,7 +359,8 @@ class Trainer:
         push out those that are."""
         train = self.recipe.train
         # One value that is not finite makes the sum so, in one pass over memory.
-        if self.parallel.anyone(not all(math.isfinite(value.sum()) for value in self.parallel.held(self.model).values())):
+        held = self.parallel.held(self.model).values()
+        if self.parallel.anyone(not all(math.isfinite(value.detach().sum()) for value in held)):
             self._event("unsaved", f"step {self.progress.step}: its weights are not finite")
             return False
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
