@@ -1,5 +1,7 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cadre.infer.pages import PagePool
+from cadre.infer.quantize import quantize_model
 from cadre.infer.runner import Batch, PagedCache, Runner
 from cadre.kernels.limits import products_keep_up
 from tests.infer.conftest import assert_close, lively
@@ -155,36 +158,37 @@ def test_bfloat16_on_any_cpu(family, compute, fast, monkeypatch):
 
 
 @pytest.mark.skipif(not products_keep_up(), reason="the processor has no products of bfloat16, or faster ones than ours")
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"])
-def test_long_pieces_of_bfloat16_lose_less_than_in_torch(family, monkeypatch):
-    """Float32 but for the factors of products and the cache; the experts chosen are told and counted."""
+def test_long_pieces_of_bfloat16_lose_less_than_in_torch(family, bits, monkeypatch):
+    """Float32 but for the factors of products and the cache, of quantized models as well; the experts chosen are told and
+    counted."""
     monkeypatch.setattr("cadre.infer.runner.NATIVE_TOKENS", 4)
     monkeypatch.setattr("cadre.infer.runner._best_dtype", lambda device: torch.bfloat16)
     # Every token goes to every expert: where two are nearly level, rounding would make another choice.
     every = {} if family == "llama" else {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
     config = small(family, initializer_range=0.1, num_hidden_layers=3, **every)
     model = lively(config).to(torch.bfloat16)
-    exact = lively(config)
-    exact.load_state_dict(model.state_dict())
-    lengths = [40, 33]
-    off, told = {}, {}
-    for native in (True, False):
-        reader = Reader(model, lengths, dtype=torch.bfloat16, native=native, shuffled=True)
+    if bits:
+        quantize_model(model, bits)
+    exact = deepcopy(model).float()
+    exact.compute_dtype = torch.float32
+    off = {True: 0.0, False: 0.0}
+    for native, seed in product(off, range(4)):  # of a single text, rounding may be lucky
+        reader = Reader(model, [40, 33], dtype=torch.bfloat16, native=native, shuffled=True, seed=seed)
         if not native:
             reader.runner.dtype = torch.bfloat16
-        whole = [plain(exact, ids) for ids in reader.ids]
         batch = reader.batch([(0, 20), (1, 33)])
         batch.experts = []
         hidden = reader.runner.hidden(batch)
-        told[native] = batch.experts
         reader.seen = [20, 33]
         later = torch.cat([reader.read((0, 1))[0], reader.read((0, 19))[0]])
-        got = torch.cat([reader.runner.logits(hidden)[:20], later])
-        off[native] = float((got - whole[0]).norm() / whole[0].norm())
+        got, want = torch.cat([reader.runner.logits(hidden)[:20], later]), plain(exact, reader.ids[0])
+        off[native] += float((got - want).norm() / want.norm()) / 4
         if config.has_experts:
-            assert [len(own) for own in told[native]] == [53] * len(told[native])
+            assert [len(own) for own in batch.experts] == [53] * len(batch.experts)
             load = reader.runner.load()
-            assert int(load.sum()) == sum(own.numel() for own in told[native]) + 20 * config.num_experts_per_tok * len(load)
+            assert int(load.sum()) == sum(own.numel() for own in batch.experts) + 20 * config.num_experts_per_tok * len(load)
     assert off[True] < off[False] < 0.03, off
 
 

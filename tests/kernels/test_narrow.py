@@ -16,7 +16,8 @@ from cadre.kernels.limits import training_dtype
 from cadre.kernels.loss import linear_cross_entropy, linear_cross_entropy_reference
 from cadre.kernels.native.library import feeds, multiplies, training_library
 from cadre.kernels.permute import sort_choices
-from cadre.kernels.routed import dense_swiglu, routed_swiglu
+from cadre.kernels.quantized import dequantize, quantize
+from cadre.kernels.routed import dense_swiglu, routed_swiglu, routed_swiglu_quantized
 
 pytestmark = pytest.mark.skipif(not multiplies(narrow=True), reason="the processor has no products of bfloat16")
 
@@ -105,6 +106,50 @@ def test_sorted_rows_and_dense_layers() -> None:
         lambda x, g, u, d: (torch.nn.functional.silu(x @ g.T) * (x @ u.T)) @ d.T,
         x, gate, up, down[0].detach().contiguous().requires_grad_(),
     )  # fmt: skip
+
+
+@given(
+    tokens=st.integers(1, 300),
+    hidden=st.integers(1, 70),
+    width=st.integers(1, 70),
+    experts=st.integers(1, 9),
+    bits=st.sampled_from([8, 4]),
+    seed=st.integers(0, 99),
+)
+@example(tokens=900, hidden=80, width=32, experts=2, bits=4, seed=0)  # blocks and tasks of one expert
+@torch.no_grad()
+def test_quantized_experts_are_those_that_their_bits_stand_for(
+    tokens: int, hidden: int, width: int, experts: int, bits: int, seed: int
+) -> None:
+    choices = min(3, experts)
+    expert_TK = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)).topk(choices, dim=1).indices
+    routes = sort_choices(expert_TK, experts)
+    x, weight = random(tokens, hidden, seed=seed), random(tokens, choices, seed=seed + 1)
+    gate_up = quantize(random(experts * 2 * width, hidden, seed=seed + 2), bits)
+    down = quantize(random(experts * hidden, width, seed=seed + 3), bits)
+    wide = (
+        dequantize(gate_up, torch.bfloat16).view(experts, -1, hidden),
+        dequantize(down, torch.bfloat16).view(experts, -1, width),
+    )
+    got = routed_swiglu_quantized(x, weight, *routes, gate_up, down)
+    assert torch.equal(got, routed_swiglu(x, weight, *routes, *wide, narrow=True))
+
+
+@torch.no_grad()
+def test_quantized_experts_that_do_not_fit_are_refused() -> None:
+    routes = sort_choices(torch.zeros(4, 1, dtype=torch.int64), 2)
+    x, weight, gate_up, down = (
+        torch.zeros(4, 8),
+        torch.ones(4, 1),
+        quantize(torch.ones(2 * 6, 8), 8),
+        quantize(torch.ones(16, 3), 8),
+    )
+    assert routed_swiglu_quantized(x, weight, *routes, gate_up, down).shape == (4, 8)
+    for wrong in ((gate_up, quantize(torch.ones(16, 4), 8)), (quantize(torch.ones(11, 8), 8), down), (down, gate_up)):
+        with pytest.raises(ValueError, match="do not fit"):
+            routed_swiglu_quantized(x, weight, *routes, *wrong)
+    with pytest.raises(ValueError, match="do not fit"):
+        routed_swiglu_quantized(x, weight[:3], *routes, gate_up, down)
 
 
 @given(

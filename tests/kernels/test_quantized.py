@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cadre.kernels.linear import narrowed
 from cadre.kernels.quantized import GROUP, dequantize, levels, quantize
 
 
@@ -42,6 +43,12 @@ def test_four_bits_take_the_nearest_level_of_their_group(rows: int, cols: int, s
     of_column = made.scale.float().repeat_interleave(GROUP, dim=1)[:, :cols]
     nearest = ((weight[:, :, None] - of_column[:, :, None] * levels()).abs()).amin(dim=2)
     assert torch.allclose((back - weight).abs(), nearest, atol=1e-6 * scale)
+
+
+@given(rows=st.integers(1, 40), cols=st.integers(1, 80), bits=st.sampled_from([8, 4]), seed=st.integers(0, 1000))
+def test_the_kernel_narrows_to_the_same_bits(rows: int, cols: int, bits: int, seed: int) -> None:
+    made = quantize(torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)), bits)
+    assert torch.equal(narrowed(made), dequantize(made, torch.bfloat16))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -17,6 +17,7 @@ from torch import Tensor
 from cadre.infer.quantize import weight_of, weights_of
 from cadre.kernels.native.library import library
 from cadre.kernels.native.structs import KINDS, Cache, DenseLayer, ExpertsLayer, GroupedLayer, Keeper, LatentLayer, Step
+from cadre.kernels.quantized import QuantizedMatrix
 from cadre.kernels.routing import router
 from cadre.model.attention import LATENT_NORM_EPS, LatentAttention
 from cadre.model.experts import MixtureOfExperts
@@ -78,9 +79,12 @@ class NativeModel:
 
     @property
     def halves(self) -> bool:
-        """Whether weights are bfloat16 as they are."""
+        """Whether weights are bfloat16, or were before they were quantized."""
         weight = weight_of(self.model.layers[0].self_attn.o_proj)  # type: ignore[union-attr, arg-type]
-        return isinstance(weight, Tensor) and weight.dtype == torch.bfloat16
+        computed = self.model.compute_dtype
+        if isinstance(weight, QuantizedMatrix):
+            return computed == torch.bfloat16
+        return weight.dtype == torch.bfloat16 and computed in (None, torch.bfloat16)
 
     def embedded(self, ids_T: Tensor) -> Tensor:
         """The residual stream [T, D] at its beginning, float32."""

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from cadre.errors import UsageError
 from cadre.kernels.grouped import expert_swiglu
+from cadre.kernels.linear import linear, narrowed
+from cadre.kernels.native.library import multiplies, trains
 from cadre.kernels.quantized import QuantizedMatrix, dequantize, quantize
-from cadre.model.experts import Experts
+from cadre.kernels.routed import Dense, routed_swiglu_quantized
+from cadre.model.experts import Experts, Plan
 from cadre.model.layers import Linear
 from cadre.model.transformer import Transformer
 
@@ -45,26 +48,36 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: Linear, bits: int) -> None:
         super().__init__()
         self.kept = _Kept(linear.weight, bits)
-        self.bias = linear.bias
+        self.bias, self.narrow = linear.bias, linear.narrow
 
     @property
     def weight(self) -> Tensor:
         return self.kept.wide(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.narrow:
+            return linear(x, narrowed(self.kept.matrix()), self.bias, narrow=True)
         return F.linear(x, self.kept.wide(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class QuantizedExperts(nn.Module):
-    """As `Experts`, both stacks widened for each use."""
+    """As `Experts`, both stacks widened for each use, an expert at a time where `moves_rows`."""
 
     def __init__(self, experts: Experts, bits: int) -> None:
         super().__init__()
         self.gate_up = _Kept(experts.gate_up_proj, bits)
         self.down = _Kept(experts.down_proj, bits)
+        self.narrow = experts.narrow
 
-    def forward(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
-        return expert_swiglu(x_RD, load_E, self.gate_up.wide(x_RD.dtype), self.down.wide(x_RD.dtype))
+    def moves_rows(self, x_TD: Tensor) -> bool:
+        return self.narrow and not torch.is_grad_enabled() and trains(x_TD) and multiplies(narrow=True)
+
+    def forward(self, x: Tensor, load_E: Tensor, plan: Plan | None = None, shared: Dense | None = None) -> Tensor:
+        if plan is None:
+            return expert_swiglu(x, load_E, self.gate_up.wide(x.dtype), self.down.wide(x.dtype))
+        assert shared is None  # they are quantized as well
+        matrices = self.gate_up.matrix(), self.down.matrix()
+        return routed_swiglu_quantized(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, *matrices)
 
 
 def quantize_model(model: Transformer, kind: str) -> Transformer:

@@ -96,8 +96,8 @@ class Runner:
     def __init__(self, model: Transformer, pool: PagePool) -> None:
         self.model, self.pool = model.eval(), pool
         self.native = NativeModel.build(model, pool)
-        # Weights of bfloat16 may go through training's kernels as they are: what lies between products is float32 then.
-        self.whole = self.native is not None and self.native.halves and model.compute_dtype is None and products_keep_up()
+        # Weights of bfloat16 may go through training's kernels, quantized ones as bfloat16: what lies between is float32 then.
+        self.whole = self.native is not None and self.native.halves and products_keep_up()
         if self.whole:
             model.round_factors(True)
         self.dtype = torch.float32 if self.whole else _torch_dtype(model)

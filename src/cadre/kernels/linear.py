@@ -7,6 +7,7 @@ Letters in names: M, N, K as in a[M, K] b[K, N]; T row of x, I input, O output.
 
 from __future__ import annotations
 
+from ctypes import byref
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import feeds, multiplies, training_library, trains
+from cadre.kernels.native.library import feeds, library, multiplies, plain, training_library, trains
+from cadre.kernels.native.structs import Keeper
+from cadre.kernels.quantized import QuantizedMatrix, dequantize
 
 # Fewer rows than these are read-bound: packing the weight would cost more than multiplying by it.
 _LEAST_ROWS = 16
@@ -102,3 +105,13 @@ def linear(
         return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
     y = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_OI, narrow, back).view(*x.shape[:-1], len(weight_OI))
     return y if bias_O is None else y + bias_O
+
+
+def narrowed(matrix: QuantizedMatrix) -> Tensor:
+    """What a quantized matrix stands for, rounded to bfloat16: [rows, cols]."""
+    native = library() if plain(matrix.data, dtype=matrix.data.dtype) else None
+    if native is None:
+        return dequantize(matrix, torch.bfloat16)
+    wide = torch.empty(matrix.rows, matrix.cols, dtype=torch.bfloat16)
+    native.cadre_narrow(byref(Keeper().matrix(matrix)), torch.get_num_threads(), wide.data_ptr())
+    return wide

@@ -7,7 +7,7 @@ Letters in names: T token, D hidden, E expert, K choices of a token, R = T*K rou
 
 from __future__ import annotations
 
-from ctypes import byref
+from ctypes import byref, pointer
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadre.kernels.native.library import training_library
-from cadre.kernels.native.structs import ExpertsGradient, ExpertsTraining
+from cadre.kernels.native.structs import ExpertsGradient, ExpertsTraining, Keeper
+from cadre.kernels.quantized import QuantizedMatrix
 
 # gate and up [F, D] and down [D, F] of a dense layer.
 Dense = tuple[Tensor, Tensor, Tensor]
@@ -32,16 +33,36 @@ def routed_swiglu(
     `narrow`, here and below: as in `kernels.linear`. `shared`: what the shared experts are; their `dense_swiglu` is then part
     of the sum, and of its gradient, without a pass over memory to add it. Raises `ValueError` for operands that do not fit."""
     fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_TD.shape[1])
-    fits &= weight_TK.shape == row_TK.shape and len(row_TK) == len(x_TD) and token_R.numel() == row_TK.numel()
-    fits &= row_TK.dtype == token_R.dtype == torch.int64 and len(load_E) > 0
-    fits = fits and int(load_E.min()) >= 0 and int(load_E.sum()) <= token_R.numel()
-    _check(x_TD, down_EDF, fits and (narrow or down_EDF.dtype == torch.float32), load_E)
+    _check_routes(x_TD, weight_TK, row_TK, token_R, load_E, fits)
+    _check(x_TD, down_EDF, narrow or down_EDF.dtype == torch.float32, load_E)
     if shared is not None:
         _check_dense(x_TD, shared, narrow)
     return _Experts.apply(
         x_TD, weight_TK, row_TK, token_R, load_E, gate_up_END, None, down_EDF, *(shared or (None,) * 3),
         torch.is_grad_enabled(), narrow,
     )  # fmt: skip
+
+
+def routed_swiglu_quantized(
+    x_TD: Tensor, weight_TK: Tensor, row_TK: Tensor, token_R: Tensor, load_E: Tensor, gate_up: QuantizedMatrix,
+    down: QuantizedMatrix,
+) -> Tensor:  # fmt: skip
+    """The same of quantized matrices, [E * 2F, D] and [E * D, F], each expert's turned to bfloat16 in the cache, for float32 x
+    where `multiplies(narrow=True)`. Without gradients."""
+    experts, F = len(load_E), down.cols
+    fits = (gate_up.rows, gate_up.cols) == (experts * 2 * F, x_TD.shape[1]) and down.rows == experts * x_TD.shape[1]
+    _check_routes(x_TD, weight_TK, row_TK, token_R, load_E, fits)
+    x, weight, row, token, load = _contiguous(x_TD, weight_TK, row_TK, token_R, load_E)
+    out, y, keeper = torch.empty_like(x), x.new_empty(len(token), x.shape[1]), Keeper()
+    quantized = [pointer(keeper.matrix(matrix)) for matrix in (gate_up, down)]
+    native = ExpertsTraining(
+        *(_at(tensor) for tensor in (x, token, row, load, weight)), None, None, None, *quantized, None, _at(y), _at(out),
+        len(x), len(token), x.shape[1], F, experts, row.shape[1], 0, True, False, False, torch.get_num_threads(),
+    )  # fmt: skip
+    library = training_library()
+    assert library is not None
+    library.cadre_experts_training(byref(native))
+    return out
 
 
 def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor, narrow: bool = False) -> Tensor:
@@ -78,6 +99,13 @@ def _check_dense(x_TD: Tensor, dense: Dense, narrow: bool) -> None:
     if gate_FD.shape != up_FD.shape or gate_FD.shape != down_DF.mT.shape or x_TD.shape[1] != gate_FD.shape[1]:
         shapes = f"gate and up {tuple(gate_FD.shape)} and down {tuple(down_DF.shape)}"
         raise ValueError(f"rows {tuple(x_TD.shape)} do not fit {shapes}")
+
+
+def _check_routes(x: Tensor, weight_TK: Tensor, row_TK: Tensor, token_R: Tensor, load_E: Tensor, fits: bool) -> None:
+    fits &= weight_TK.shape == row_TK.shape and len(row_TK) == len(x) and token_R.numel() == row_TK.numel()
+    fits &= row_TK.dtype == token_R.dtype == load_E.dtype == torch.int64 and len(load_E) > 0
+    if not fits or int(load_E.min()) < 0 or int(load_E.sum()) > token_R.numel():
+        raise ValueError(f"rows {tuple(x.shape)} and their routes do not fit {len(load_E)} experts")
 
 
 def _check(x: Tensor, down_EDF: Tensor, fits: bool, load_E: Tensor) -> None:
@@ -169,7 +197,7 @@ def _run(
     native = ExpertsTraining(
         *(_at(tensor) for tensor in (x, token, row, load, weight, gate)),
         gate.data_ptr() + half if up is None else _at(up),
-        *(_at(tensor) for tensor in (down, inner, y, out)),
+        _at(down), None, None, *(_at(tensor) for tensor in (inner, y, out)),
         tokens, rows, hidden, width, len(load), 1 if row is None else row.shape[1], 2 * hidden * width, narrow,
         gate.dtype == torch.bfloat16, adds, torch.get_num_threads(),
     )  # fmt: skip

@@ -172,7 +172,7 @@ class MixtureOfExperts(nn.Module):
         x_TD = x_BTD.flatten(0, -2)
         routes = self.gate(x_TD)
         shared, joined = self.shared_experts, None
-        if isinstance(self.experts, Experts) and self.experts.moves_rows(x_TD):
+        if self.experts.moves_rows(x_TD):
             plan = arrange(routes)
             joined = self._shared_weights(x_TD)
             y_TD = self.experts(x_TD, plan.load_E, plan, joined)

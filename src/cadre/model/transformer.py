@@ -127,8 +127,8 @@ class Transformer(nn.Module):
         """Whether products of float32 on a CPU are made of factors rounded to bfloat16; weights may then be bfloat16 themselves
         where no gradient is asked for."""
         for module in self.modules():
-            if isinstance(module, (Linear, Router, Experts, LatentAttention, GroupedQueryAttention)):
-                module.narrow = narrow
+            if hasattr(module, "narrow"):
+                module.narrow = narrow  # type: ignore[assignment]
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         embedded = F.embedding(ids_BT, self.embed_tokens.weight)

@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "gemm.h"
-#include "vector.h"
+#include "matrix.h"
 
 // Rows sorted by expert: row r is a copy of token `token[r]`, and token t owns the rows row[t * choices ...], weighted. Without
 // `token` rows are tokens as they are, nothing is weighted, and `row` and `weight` are not looked at. Rows beyond the sum of `load`
@@ -13,7 +13,9 @@ struct ExpertsTraining {
     const float* x;  // [tokens, hidden]
     const int64_t *token, *row, *load;
     const float* weight;              // [tokens, choices]
-    const float *gate, *up, *down;    // of the first expert: [width, hidden] twice, [hidden, width]
+    const float *gate, *up, *down;    // of the first expert: [width, hidden] twice, [hidden, width]; unused with the next two
+    // Or null. Forward only, of quantized matrices: all experts' rows, gate first; multiplied as bfloat16.
+    const Matrix *quantized_gate_up, *quantized_down;
     void* inner;                      // [rows, 2 * width] gate and up of every row, for the gradient, as wide as factors; null: not kept
     float* y;                         // [rows, hidden] room for the experts' outputs; unused without `token`
     float* out;                       // [tokens, hidden]
@@ -116,10 +118,20 @@ std::vector<int64_t> starts_of(const ExpertsTraining& e) {
     return start;
 }
 
-// Of one expert, as they lie.
+// Of one expert: as they lie, or of quantized ones what they stand for, until the thread asks for another expert's.
 struct Matrices {
     Operand gate, up, down;
     Matrices(const ExpertsTraining& e, int64_t expert) {
+        if (e.quantized_down) {
+            static thread_local Scratch<uint16_t> memory;
+            const size_t D = e.hidden, F = e.width;
+            uint16_t* to = memory.of(3 * F * D);
+            narrow_rows(*e.quantized_gate_up, expert * 2 * F, (expert + 1) * 2 * F, to);
+            narrow_rows(*e.quantized_down, expert * D, (expert + 1) * D, to + 2 * F * D);
+            auto matrix = [](const uint16_t* data, size_t columns) { return Operand{(const float*)data, columns, false, nullptr, true}; };
+            gate = matrix(to, D), up = matrix(to + F * D, D), down = matrix(to + 2 * F * D, F);
+            return;
+        }
         auto matrix = [&](const float* first, size_t row, size_t columns) {
             return Operand{first, columns, false, nullptr, e.halves != 0}.from(row, 0);
         };
@@ -128,6 +140,9 @@ struct Matrices {
         down = matrix(e.down, expert * e.hidden, e.width);
     }
 };
+
+// What a task will read first of its matrices; of quantized ones, which are read from end to end, nothing.
+Operand gate_of(const ExpertsTraining& e, const Task& task) { return e.quantized_down ? Operand{} : Matrices(e, task.expert).gate; }
 
 // Rows of the tokens [tokens, hidden] whose copies are rows `begin` on; copied to `copies` where the product cannot gather them.
 Operand rows_of(const ExpertsTraining& e, const Operand& tokens, int64_t begin, int64_t count, float* copies) {
@@ -189,7 +204,7 @@ void forward_few(const ExpertsTraining& e, const Operand& tokens, const Task& ta
     first_of(ahead, own.down, D);
     multiply(F, count, D, own.up, x, inner + F * count, count);
     activate(inner, 1, F * count, h, [](size_t, floats, int) {});
-    if (then) expect(ahead, e, tokens, then->begin, then->end, Matrices(e, then->expert).gate, F);
+    if (then) expect(ahead, e, tokens, then->begin, then->end, gate_of(e, *then), F);
     multiply(D, count, F, own.down, {h, count}, y, count);
     transpose(y, D, count, (e.token ? e.y : e.out) + task.begin * D, D);
 }
@@ -198,7 +213,7 @@ void forward_few(const ExpertsTraining& e, const Operand& tokens, const Task& ta
 // `then`: the task that this thread will probably have next, or null.
 void forward(const ExpertsTraining& e, const Operand& tokens, const Task& task, const Task* then) {
 #if defined(CADRE_BFLOAT16)
-    if (e.halves && !e.inner && task.end - task.begin <= FEW) return forward_few(e, tokens, task, then);
+    if ((e.halves || e.quantized_down) && !e.inner && task.end - task.begin <= FEW) return forward_few(e, tokens, task, then);
 #endif
     static thread_local Scratch<> memory;
     Ahead ahead;
@@ -234,7 +249,7 @@ void forward(const ExpertsTraining& e, const Operand& tokens, const Task& task, 
             expect(ahead, e, tokens, end, blocks.start(i + 2));
         } else if (then) {
             const Blocks next(then->begin, then->end, BLOCK);
-            expect(ahead, e, tokens, then->begin, next.start(1), Matrices(e, then->expert).gate, 2 * F);
+            expect(ahead, e, tokens, then->begin, next.start(1), gate_of(e, *then), 2 * F);
         }
         multiply(count, D, F, {h, F}, down, (e.token ? e.y : e.out) + begin * D, D);
     }

@@ -206,3 +206,10 @@ extern "C" void cadre_linear(const Matrix* w, const float* x, int64_t tokens, in
 #pragma omp parallel num_threads(threads)
     team_linear(*w, nullptr, rows, tokens, y);
 }
+
+// All of w as bfloat16.
+extern "C" void cadre_narrow(const Matrix* w, int32_t threads, uint16_t* to) {
+    constexpr int64_t ROWS = 16;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < w->rows; row += ROWS) narrow_rows(*w, row, std::min(row + ROWS, w->rows), to + row * w->cols);
+}

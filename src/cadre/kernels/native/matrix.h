@@ -112,6 +112,25 @@ static inline void of_kind(const Matrix& w, F f) {
     }
 }
 
+// Rows [begin, end) as bfloat16, one after the other.
+static inline void narrow_rows(const Matrix& w, size_t begin, size_t end, uint16_t* to) {
+    of_kind(w, [&](auto reader) {
+        const size_t K = w.cols;
+        for (size_t row = begin; row < end; row++, to += K) {
+            const floats factor = all(reader.factor(row));
+            size_t k = 0;
+            if constexpr (std::is_same_v<decltype(reader), Int4>)
+                for (; k + 32 <= K; k += 32) {
+                    floats wide[32 / LANES];
+                    reader.group(row, k, wide);
+                    for (int i = 0; i < 32 / LANES; i++) store_some(to + k + i * LANES, wide[i], LANES);
+                }
+            for (; k + LANES <= K; k += LANES) store_some(to + k, reader.at(row, k) * factor, LANES);
+            if (k < K) store_some(to + k, reader.part(row, k, K - k) * factor, (int)(K - k));
+        }
+    });
+}
+
 // out[m * NR + n] = <x[m], w[row + n]> over K columns. `ahead`: the next rows of w are not in cache yet.
 template <int MR, int NR, class W>
 __attribute__((noinline)) static void dot_tile(const W& w, size_t row, const float* const* x, size_t K, bool ahead, float* out) {

@@ -90,7 +90,9 @@ class MuonStep(Filled):
 
 class ExpertsTraining(Filled):
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "token", "row", "load", "weight", "gate", "up", "down", "inner", "y", "out")),
+        *((name, c_void_p) for name in ("x", "token", "row", "load", "weight", "gate", "up", "down")),
+        *((name, POINTER(Matrix)) for name in ("quantized_gate_up", "quantized_down")),
+        *((name, c_void_p) for name in ("inner", "y", "out")),
         *((name, c_int64) for name in ("tokens", "rows", "hidden", "width", "experts", "choices", "further")),
         *((name, c_int32) for name in ("factors", "halves", "adds", "threads")),
     )
@@ -176,6 +178,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_dense.argtypes = (POINTER(DenseLayer), POINTER(Step))
     library.cadre_experts.argtypes = (POINTER(ExpertsLayer), POINTER(Step), c_void_p, c_void_p)
     library.cadre_norm.argtypes = (c_void_p, c_float, POINTER(Step), c_void_p)
+    library.cadre_narrow.argtypes = (POINTER(Matrix), c_int32, c_void_p)
     library.cadre_linear.argtypes = (POINTER(Matrix), c_void_p, c_int64, c_int32, c_void_p)
     library.cadre_use_sgemm.argtypes = (c_void_p,)
     library.cadre_product.argtypes = (
@@ -201,7 +204,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_meet.restype = c_int32
     library.cadre_multiplies.argtypes, library.cadre_multiplies.restype = (c_int32,), c_int32
     for name in (
-        *("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear", "use_sgemm", "sort_choices"),
+        *("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear", "narrow", "use_sgemm", "sort_choices"),
         *("product",),
         *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
         *("routing_gradient", "greatest", "frequency_met", "frequency_met_gradient"),
