@@ -16,13 +16,7 @@ import torch
 
 from cadre.train.recipe import read_recipe
 from cadre.train.run import start
-from cadre.train.trainer import Trainer
-
-
-class Silent:
-    def record(self, record: dict[str, Any], total_steps: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
+from cadre.train.trainer import Silent, Trainer
 
 
 class Timed(Trainer):

@@ -1,6 +1,7 @@
 """Files appear whole or not at all."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -44,6 +45,13 @@ def test_a_folder_that_can_be_had_is_left_as_it_was(tmp_path):
     (tmp_path / "held" / "file").touch()
     require_folder(tmp_path / "held")
     assert [path.name for path in (tmp_path / "held").iterdir()] == ["file"]
+
+
+def test_folders_of_a_common_parent_are_tried_at_once(tmp_path):
+    with ThreadPoolExecutor(4) as threads:
+        for trial in [threads.submit(require_folder, tmp_path / "runs" / str(n % 4)) for n in range(200)]:
+            trial.result()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])

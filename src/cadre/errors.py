@@ -21,6 +21,10 @@ class RunError(RuntimeError):
     status = 1
 
 
+class DivergedError(RunError):
+    """Training left the numbers: losses, gradients or weights that are not finite."""
+
+
 class DiskFullError(RunError):
     """There is no room where the caller asked to write: theirs to mend, as bad input is."""
 

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,10 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def require_folder(path: Path) -> None:
     """Raises OSError if a folder can neither be made nor written to; leaves nothing behind."""
-    missing = [path] if not path.exists() else []
-    missing += [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{os.getpid()}.partial"
-        try:
-            probe.touch()
-        finally:
-            probe.unlink(missing_ok=True)
-    finally:
-        for folder in missing:
-            if folder.is_dir():
-                folder.rmdir()
+    # Not made for the trial: who is at the same in a common parent would find it gone.
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=there):
+        pass
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """`cadre plan --here`: what is measured is asked of `calibrate`; here is what is made of it and what is refused."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def test_a_config_is_predicted_with_the_options_given(asked, monkeypatch, capsys
     ((_, step, dtype),) = asked
     assert (step.batch, step.micro_batch, step.seq_len, step.optimizer.name) == (2, 2, 32, "muon")
     assert dtype == torch.bfloat16 and made["steps"] is None and made["total_parameters"] > 0
+
+
+def test_a_recipe_that_begins_with_a_run_is_of_its_model(asked, monkeypatch, capsys, tmp_path):
+    config = small("llama", max_position_embeddings=64)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text(json.dumps(config.to_hf()))
+    path = write_recipe(tmp_path)
+    text = re.sub(r"(?ms)^\[model\]\n.*?(?=^\[)", f'[model]\nfrom = "{tmp_path / "run"}"\n\n', path.read_text())
+    path.write_text(text.replace("vocab_size", "# vocab_size"))
+    assert plan(monkeypatch, path, "--json") == 0, capsys.readouterr().err
+    assert asked[0][0] == config and json.loads(capsys.readouterr().out)["total_parameters"] > 0
 
 
 @pytest.mark.parametrize("arguments, wanted", [

@@ -10,9 +10,9 @@ from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.gguf import write_gguf
 from cadre.hub.gguf_read import read_gguf
-from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3, _LLAMA3
+from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3
 from cadre.hub.save import save
-from cadre.hub.tokenizer import CHAT_TEMPLATE
+from cadre.hub.tokenizer import CHAT_TEMPLATE, LLAMA3_SPLIT
 
 gguf = pytest.importorskip("gguf")
 
@@ -83,8 +83,8 @@ def trained(patterns, ignore_merges=False, own=False, digits=False):
 @pytest.mark.parametrize(
     "tokenizer",
     [
-        trained([_LLAMA3], ignore_merges=True),
-        trained([_LLAMA3]),
+        trained([LLAMA3_SPLIT], ignore_merges=True),
+        trained([LLAMA3_SPLIT]),
         trained([], own=True),
         trained(_DEEPSEEK_V3),
         trained([], own=True, digits=True),
@@ -112,6 +112,12 @@ def test_what_begins_a_text_and_the_chat_template(build, tmp_path):
     assert read.chat_template == CHAT_TEMPLATE
 
 
+GPT2 = {
+    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.token_type": [1, 1, 1], "tokenizer.ggml.merges": ["a b"],
+}  # fmt: skip
+
+
 def changed(build, tmp_path, kind, keys=None, tensors=None, **model):
     """A file of a model with other keys or tensors."""
     save(build(kind, **model), tmp_path / "model")
@@ -122,9 +128,8 @@ def changed(build, tmp_path, kind, keys=None, tensors=None, **model):
     writer = gguf.GGUFWriter(tmp_path / "changed.gguf", values["general.architecture"])
     for name, value in values.items():
         if value is not None and name != "general.architecture":
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
-                type(value)
-            ]
+            adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add = adds.get(type(value), writer.add_array)
             add(name, value)
     held = {tensor.name: tensor.data for tensor in reader.tensors} | (tensors or {})
     for name, value in held.items():
@@ -149,6 +154,13 @@ def changed(build, tmp_path, kind, keys=None, tensors=None, **model):
         ("llama", {}, {"output_norm.weight": torch.full((48,), float("nan")).numpy()}, "values that are not finite"),
         ("llama", {"llama.feed_forward_length": 44}, {}, r"ffn_gate\.weight has shape \[40, 48\]; its keys want \[44, 48\]"),
         ("llama", {"tokenizer.ggml.model": "llama"}, {}, "its tokenizer is llama None; Cadre knows gpt2 llama-bpe"),
+        ("llama", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, {}, r"has no tokenizer\.ggml\.tokens"),
+        ("llama", {**GPT2, "tokenizer.ggml.token_type": None}, {}, r"has no tokenizer\.ggml\.token_type"),
+        ("llama", {**GPT2, "tokenizer.ggml.merges": ["no such"]}, {}, r"tokenizer\.ggml\.merges do not fit"),
+        ("llama", {**GPT2, "tokenizer.ggml.token_type": [1]}, {}, "its keys contradict each other"),
+        ("llama", {}, {"token_embd.weight": None}, r"has no token_embd\.weight"),
+        ("llama", {"llama.attention.head_count": [4, 4]}, {}, r"llama\.attention\.head_count: differs from layer to layer"),
+        ("llama", {"llama.attention.head_count": "four"}, {}, "its keys contradict each other"),
         ("deepseek_v3", {"deepseek2.attention.key_length_mla": None}, {}, "older layout"),
         ("deepseek_v3", {"deepseek2.expert_used_count": 9}, {}, "num_experts_per_tok is 9"),
         ("glm4_moe", {"glm4moe.nextn_predict_layers": 1}, {}, "modules of multi-token prediction are not read"),

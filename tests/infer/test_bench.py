@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from cadre.cli.bench import bench_app
 from cadre.errors import UsageError
+from cadre.infer import peer
 from cadre.infer.bench import Decoding, bench_decode, random_model, sweep, twins, weight_bytes
 from cadre.model.config import ModelConfig
 from cadre.plan.count import count
@@ -55,6 +56,17 @@ def test_the_peer_runs_in_turn() -> None:
     assert result["speed_ratio"] == pytest.approx(
         result["decode_tokens_per_second"] / result["peer"]["decode_tokens_per_second"]
     )
+
+
+def test_the_peers_times_end_when_its_work_does(monkeypatch) -> None:
+    """On a card work goes on after the call."""
+    waits: list[torch.device] = []
+    monkeypatch.setattr(peer, "synchronize", waits.append)
+    decoder = peer.PeerDecoder(CONFIG, torch.float32, 10, 1, lambda line: None)
+    waits.clear()
+    decoder.step()
+    decoder._read(1, 4)
+    assert waits == [decoder.device] * 4  # before and after each
 
 
 def test_the_peer_runs_in_float32_too() -> None:

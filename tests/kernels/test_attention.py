@@ -148,9 +148,9 @@ def test_gradcheck(widths, documents):
 
 
 def test_mask_by_hand():
-    mask = attention_mask(4, torch.tensor([[0, 0, 1, 1]]), torch.device("cpu"))
+    mask = attention_mask(4, 4, torch.tensor([[0, 0, 1, 1]]), torch.device("cpu"))
     assert mask[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert attention_mask(2, None, torch.device("cpu")).int().tolist() == [[[1, 0], [1, 1]]]
+    assert attention_mask(2, 2, None, torch.device("cpu")).int().tolist() == [[[1, 0], [1, 1]]]
 
 
 @dataclass

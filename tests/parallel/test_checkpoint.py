@@ -57,6 +57,22 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(tmp_path, recipe):
     assert_same_run(tmp_path / "run", tmp_path / "more")
 
 
+def fail_alone(parallel: Parallel) -> str:
+    def work() -> None:
+        if parallel.rank == 1:
+            raise MemoryError("no room")
+
+    try:
+        parallel.together(work)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_what_nobody_foresaw_on_one_process_is_told_to_all():
+    assert world(2, fail_alone) == ["RunError: rank 1: MemoryError: no room", "MemoryError: no room"]
+
+
 def test_moments_of_bfloat16_come_back_as_what_they_are(tmp_path, recipe):
     """From the parts that several processes wrote."""
     settings = [*SETTINGS, "train.steps=3", "optimizer.name=adamw-bf16"]

@@ -18,13 +18,13 @@ from tests.parallel.world import world
 def test_what_a_process_knows_of_its_launch(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "CADRE_LAUNCHED"):
         monkeypatch.delenv(name, raising=False)
-    assert not launch_module.by_torchrun() and not launch_module.goes_on()
+    assert not launch_module.by_torchrun() and not launch_module.may_resume_existing()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert launch_module.by_torchrun() and launch_module.goes_on()  # a count of restarts is one machine's alone
+    assert launch_module.by_torchrun() and launch_module.may_resume_existing()  # a count of restarts is one machine's alone
     monkeypatch.setenv("CADRE_LAUNCHED", "1")
-    assert not launch_module.by_torchrun() and not launch_module.goes_on()
+    assert not launch_module.by_torchrun() and not launch_module.may_resume_existing()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert launch_module.goes_on()
+    assert launch_module.may_resume_existing()
 
 
 def test_machines_that_could_not_start_again_together_say_so(monkeypatch):

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from cadre.cli.plan_tables import describe
 from cadre.errors import UsageError
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware
 from cadre.plan.planner import Request, make_plan
-from cadre.plan.tables import describe
 
 
 def planned(name: str = "deepseek-v2-lite", **choices: object) -> dict:

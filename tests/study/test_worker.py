@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cadre.errors import RunError
+from cadre.errors import DivergedError, RunError
 from cadre.study import worker
 from cadre.study.jobs import plan_jobs, recipe_of
 from cadre.study.match import match
@@ -97,16 +97,16 @@ def test_leavings_of_a_start_that_died_are_cleared(recipes, tmp_path):
 
 
 def test_divergence_is_a_result_and_other_failures_are_not(recipes, tmp_path, monkeypatch, capsys):
-    def fail(message):
+    def fail(error):
         def train(self):
-            raise RunError(message)
+            raise error
 
         monkeypatch.setattr(worker.TimedTrainer, "train", train)
 
-    fail("x: the loss was not finite in 5 steps in a row")
+    fail(DivergedError("x: the loss was not finite in 5 steps in a row"))
     assert worker.main([str(recipes["dense"]), str(tmp_path / "a"), "run", "1"]) == 0
     assert "not finite" in json.loads((tmp_path / "a" / "result.json").read_text())["diverged"]
-    fail("x: the disk is full")
+    fail(RunError("x: the disk is full"))
     assert worker.main([str(recipes["dense"]), str(tmp_path / "b"), "run", "1"]) == 1
     assert "the disk is full" in capsys.readouterr().err and not (tmp_path / "b" / "result.json").exists()
 

@@ -1,6 +1,8 @@
 """Measuring blocks: what is measured is the step, and what a child process says is what a run keeps."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,10 +95,15 @@ def test_a_model_beyond_the_memory_is_refused_in_one_line():
         calibrate(vast, step(), dtype=torch.float32)
 
 
-def test_a_process_of_its_own_answers(monkeypatch):
+def test_a_process_of_its_own_answers(monkeypatch, tmp_path):
     found = calibrate(small("deepseek_v3", num_hidden_layers=4), step(), dtype=torch.float32, effort=SHORT)
     assert isinstance(found, Calibration) and set(found.block_pass_seconds) == {"dense", "sparse"}
     assert found.process_bytes > 50e6 and found.growth_bytes >= 0
+    chatty = tmp_path / "chatty"
+    chatty.write_text(f'#!/bin/sh\necho "a library says hello"\nexec {shlex.quote(sys.executable)} "$@"\n')
+    chatty.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(chatty))
+    assert isinstance(calibrate(small("llama"), step(), dtype=torch.float32, effort=SHORT), Calibration)
     monkeypatch.setattr(module.sys, "executable", "/bin/false")
     with pytest.raises(module.RunError, match="measuring this machine failed"):
         calibrate(small("llama"), step(), dtype=torch.float32, effort=SHORT)

@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 from cadre.data.shards import prepare
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
-from cadre.files import checksum, stamp
+from cadre.files import checksum
 from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
+from cadre.plan.memory import state_bytes
+from cadre.plan.shape import Shape
 from cadre.train import run as run_module
 from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
 from cadre.train.recipe import read_recipe
@@ -62,7 +64,7 @@ def test_a_given_tokenizer_is_taken(lab):
     without_vocab_size(lab)
     tokenizer = given_tokenizer(lab.folder / "tok", 270)
     run = lab.start("run", f"data.tokenizer={lab.folder / 'tok'}")
-    assert run.config.vocab_size == 270 and run.identity()["tokenizer"] == tokenizer_hash(tokenizer)
+    assert run.config.vocab_size == 270 and run.identity["tokenizer"] == tokenizer_hash(tokenizer)
 
 
 @pytest.mark.parametrize("overrides, wanted", [
@@ -155,7 +157,7 @@ def test_training_goes_on_from_a_model_with_its_tokenizer(lab):
     run = lab.start("run")
     assert run.config == model.config and run.config.vocab_size == 290
     _, tokenizer = load(lab.folder / "base")
-    assert run.identity()["tokenizer"] == tokenizer_hash(tokenizer)
+    assert run.identity["tokenizer"] == tokenizer_hash(tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
     lab.train(run)
     (again, _), base = load(lab.folder / "run"), model.lm_head.weight
@@ -203,6 +205,10 @@ def test_what_is_no_run_cannot_be_resumed(lab):
     for path in ("corpus", "absent", "tiny.toml"):
         with pytest.raises(UsageError, match=r"is no run directory \(it has no recipe.toml\)"):
             held_recipe(lab.folder / path)
+    (lab.folder / "copied").mkdir()
+    shutil.copy(lab.folder / "tiny.toml", lab.folder / "copied" / "recipe.toml")
+    with pytest.raises(UsageError, match=r"is no run directory \(model.vocab_size is missing in its recipe.toml\)"):
+        lab.resume("copied")
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(lab):
@@ -312,10 +318,14 @@ def test_a_model_larger_than_the_machine_is_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     with pytest.raises(UsageError, match=r"the model has [\d,]+ parameters: .* GiB"):
         check_memory(small("deepseek_v3"), torch.device("cpu"))
+    need = state_bytes(Shape.from_config(small("llama")), "adamw")
+    monkeypatch.setattr(Memory, "total", 3 * need // 2)
+    check_memory(small("llama"), torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"and of the model of [\d,]+ parameters beside it"):
+        check_memory(small("llama"), torch.device("cpu"), beside=small("llama"))
 
 
-def test_checkpoints_without_checksums_of_whole_files_are_still_whole(lab):
-    """Their states say `files`, with the checksums of both ends of each."""
+def test_damage_in_the_middle_of_a_large_file_is_found(lab):
     run = lab.start("run", "train.steps=4")
     lab.train(run)
     path = checkpoints(run.path)[-1]
@@ -323,14 +333,11 @@ def test_checkpoints_without_checksums_of_whole_files_are_still_whole(lab):
     large = path / "weights.safetensors"
     with large.open("ab") as file:
         file.truncate(3 * 2**20)
-    state["files"] = {large.name: stamp(large)}
-    assert stamp(large) != checksum(large) and state.pop("checksums").keys() == {large.name, "optimizer.safetensors"}
+    state["checksums"] = {large.name: checksum(large)}
     (path / "state.json").write_text(json.dumps(state))
     notes: list[str] = []
     set_aside_damaged(run.path, notes.append)
     assert not notes
-    state["checksums"] = {large.name: checksum(large)}
-    (path / "state.json").write_text(json.dumps(state))
     with large.open("r+b") as file:
         file.seek(3 * 2**19)
         file.write(b"x")
@@ -365,6 +372,8 @@ def test_a_run_has_one_writer_at_a_time(lab):
     with only_writer(run.path), pytest.raises(UsageError, match="another process is training this run"):
         lab.train(run)
     assert lab.train(run)[0].steps == run.total_steps
+    with pytest.raises(BlockingIOError), only_writer(run.path):  # of something else
+        raise BlockingIOError
 
 
 def test_a_run_that_is_being_trained_is_left_as_it_is(lab):

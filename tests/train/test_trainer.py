@@ -5,12 +5,14 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cadre.data.sources import Document
 from cadre.errors import RunError
 from cadre.hub.load import load
 from cadre.train import checkpoint as checkpoint_module
@@ -406,6 +408,32 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(lab, monkeypatch):
     load(lab.folder / "run")
     lab.train(lab.resume("run"))
     assert content(lab.folder / "run") == content(lab.folder / "whole")
+
+
+def test_whatever_ends_a_run_a_checkpoint_on_its_way_is_completed(lab, monkeypatch):
+    real, held = checkpoint_module.save_file, threading.Event()
+
+    def slow(tensors, path, **options):
+        assert held.wait(60)
+        real(tensors, path, **options)
+
+    def fail(self, batch):
+        if self.progress.step == 4:
+            threading.Timer(0.2, held.set).start()
+            raise MemoryError
+        return step(self, batch)
+
+    step = Trainer._step
+    monkeypatch.setattr(checkpoint_module, "save_file", slow)
+    monkeypatch.setattr(Trainer, "_step", fail)
+    with pytest.raises(MemoryError):
+        lab.train(lab.start("run", "checkpoint.every=3"))
+    assert [path.name for path in (lab.folder / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_the_least_of_a_text_is_a_letter():
+    (first,) = module._first_tokens([Document("a", "日本語" * 100)], 1, 1.0)
+    assert first.text == "日"
 
 
 # ------------------------------------------------------------------------------------------------- the clock

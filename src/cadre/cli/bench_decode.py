@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cadre.cli.bench_train import DType, _notes
+from cadre.cli.bench_train import DType, Peer, notes, torch_dtype
 from cadre.cli.generate import Quantize
-
-
-class Peer(StrEnum):
-    transformers = "transformers"
 
 
 def bench_decode(
@@ -40,7 +35,6 @@ def bench_decode(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:  # fmt: skip
     """Time decoding on random weights, against the machine's memory rate."""
-    import torch
 
     from cadre.errors import UsageError
     from cadre.infer import bench
@@ -50,10 +44,10 @@ def bench_decode(
     if sweep and (peer or quantize):
         raise UsageError("--sweep measures Cadre alone, unquantized: leave out --peer and --quantize")
     keep_freed_memory()
-    chosen = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    chosen = torch_dtype(dtype)
     shape = ModelConfig.from_file(config)
     result: dict[str, Any]
-    with _notes(json_output) as note:
+    with notes(json_output) as note:
         if sweep:
             contexts = bench.CONTEXTS if context is None else (context,)
             batches = bench.BATCHES if batch is None else (batch,)

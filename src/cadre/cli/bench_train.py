@@ -56,8 +56,8 @@ def bench_train(
     shape = ModelConfig.from_file(config)
     bench = _bench(mode, quick)
     steps = steps or (_STEPS_OF_A_POINT if mode == "sweep" else _STEPS)
-    with _notes(json_) as note:
-        values = bench(shape, batch=batch, seq_len=seq_len, steps=steps, dtype=_dtype(dtype), note=note)
+    with notes(json_) as note:
+        values = bench(shape, batch=batch, seq_len=seq_len, steps=steps, dtype=torch_dtype(dtype), note=note)
     result = {"mode": mode, **values}
     print(json.dumps(result) if json_ else "\n".join(bench_tables.lines(result)))
 
@@ -102,14 +102,14 @@ def _bench(mode: str, quick: bool) -> Callable[..., dict[str, Any]]:
     return lambda config, note, **shape: bench_train(config, **shape)
 
 
-def _dtype(choice: DType) -> Any:
+def torch_dtype(choice: DType) -> Any:
     import torch
 
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
 
 
 @contextmanager
-def _notes(json_: bool) -> Iterator[Callable[[str], None]]:
+def notes(json_: bool) -> Iterator[Callable[[str], None]]:
     """Shows how far the work is: on a terminal one line that moves, elsewhere lines. Beside JSON only on a terminal, and
     never on standard output."""
     from rich.console import Console

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 # Longer windows cost more time and memory than a score usually needs.
 _LONGEST_DEFAULT_CONTEXT = 2048
-# How read_documents names the documents of a file that holds many.
-_LINE_OR_ROW = re.compile(r"(.+\.(?:jsonl|parquet)(?:\.gz)?):\d+", re.IGNORECASE | re.DOTALL)
 
 
 def evaluate(
@@ -47,7 +44,7 @@ def evaluate(
     """Bits per byte of text, per file and overall: every token of whole files, each within a sliding context."""
     import torch
 
-    from cadre.data.sources import read_documents
+    from cadre.data.sources import file_of, read_documents
     from cadre.kernels.limits import products_keep_up
     from cadre.model.scoring import Score, score_each
 
@@ -61,7 +58,7 @@ def evaluate(
 
     def noted() -> Iterator[Document]:
         for document in documents:
-            names.append(_file(document.name))
+            names.append(file_of(document.name))
             yield document
 
     files: dict[str, Score] = {}
@@ -84,12 +81,6 @@ def evaluate(
 
 def _fields(score: Score) -> dict[str, float]:
     return {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes, "tokens": score.tokens}
-
-
-def _file(name: str) -> str:
-    """The file that a document was read from, by the document's name."""
-    match = _LINE_OR_ROW.fullmatch(name)
-    return match[1] if match else name
 
 
 class _Counter:

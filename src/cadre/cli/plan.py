@@ -92,7 +92,7 @@ def plan(
     if json_output:
         typer.echo(json.dumps(made, ensure_ascii=False))
         return
-    from cadre.plan.tables import show
+    from cadre.cli.plan_tables import show
 
     show(made, explain)
 
@@ -107,7 +107,7 @@ def _plan_here(
     model: str, request: Request, recipe: Recipe | None, mtp: bool | None, context: int | None, json_output: bool
 ) -> None:
     from cadre.cli.here import plan_here, show
-    from cadre.model.config import ModelConfig
+    from cadre.hub.directory import load_config
     from cadre.plan import catalogue
 
     if recipe is not None and "from" not in recipe.model:
@@ -115,8 +115,7 @@ def _plan_here(
     elif catalogue.lookup(model) is not None:
         raise UsageError(f"--here {model}: trains blocks to measure them; give a recipe, a run or a config.json")
     else:
-        path = Path(recipe.model["from"]) if recipe is not None else Path(model)
-        config = ModelConfig.from_file(path / "config.json" if path.is_dir() else path)
+        config = load_config(recipe.model["from"] if recipe is not None else model)
     if mtp is False:
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     if context is None and recipe is None:

@@ -69,6 +69,10 @@ def routes(
     loaded, tokenizer = load_with_tokenizer(model)
     sparse_layers(loaded)
     context = min(loaded.config.max_position_embeddings, _LONGEST_CONTEXT)
+    if context < 2:
+        raise UsageError(
+            f"{model}: max_position_embeddings is {context}: there is no room for a token and what comes before it"
+        )
     chosen = sample(documents, LETTERS_PER_TOKEN * max_tokens, LETTERS_PER_PLACE * context)
     with _reading() as progress:
         gathered = gather(loaded, tokenizer, chosen, context=context, max_tokens=max_tokens, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from dataclasses import asdict
@@ -60,7 +61,7 @@ def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: 
 
 
 def load_line(model_dir: Path) -> str:
-    return f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{model_dir}'))"
+    return f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({json.dumps(str(model_dir))}))"
 
 
 def cpu_name() -> str:

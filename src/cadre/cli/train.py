@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +15,12 @@ from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
 
 if TYPE_CHECKING:
+    from cadre.cli.progress import TrainingLine
     from cadre.plan.budget import Budget
     from cadre.plan.hardware import Device
     from cadre.train.recipe import Recipe
     from cadre.train.run import Run
-    from cadre.train.trainer import Result
+    from cadre.train.trainer import Result, Silent
 
 
 def train(
@@ -40,12 +42,10 @@ def train(
     from cadre.cli.choose import choose_recipe
     from cadre.cli.progress import TrainingLine
     from cadre.kernels.allocator import keep_freed_memory
-    from cadre.train.checkpoint import checkpoints
-    from cadre.train.parallel.launch import by_torchrun, goes_on, is_main, joined, launch, started, without_restarts
+    from cadre.train.parallel.launch import is_main, started
     from cadre.train.recipe import read_recipe
-    from cadre.train.run import FinishedError, held_recipe, start
-    from cadre.train.run import resume as resume_run
-    from cadre.train.trainer import OTHERS, Trainer
+    from cadre.train.run import held_recipe
+    from cadre.train.trainer import Silent
 
     if sum(x is not None for x in (steps, tokens, budget)) > 1:
         raise UsageError("--steps, --tokens and --budget exclude each other: give one")
@@ -59,7 +59,7 @@ def train(
     keep_freed_memory()
     if resume is not None:
         held_recipe(resume)
-    line: TrainingLine | _Silent = TrainingLine() if is_main() else _Silent()
+    line: TrainingLine | Silent = TrainingLine() if is_main() else Silent()
     choosing = budget is not None and recipe is None and resume is None
     if choosing and started():
         raise UsageError("--budget without RECIPE chooses a model before processes start: use --nproc, or name a recipe")
@@ -75,16 +75,37 @@ def train(
         arguments = sys.argv[1:] if resume or out else [*sys.argv[1:], "--out", str(path)]
         if choosing:
             arguments = ["train", str(_write_chosen(chosen, path, time.monotonic() - began)), "--out", str(path)]
-        try:
-            launch(nproc, arguments, restarts, logs)
-        except RunError as error:
-            again = f"; continue with: cadre train --resume {shlex.quote(str(path))} --nproc {nproc}"
-            raise RunError(f"{error}{again if checkpoints(path) else ''}") from None
-        return
+        _launch(nproc, arguments, restarts, logs, path)
+    else:
+        # What choosing took is part of the time given.
+        _train_here(chosen, resume, out, line, began if choosing and chosen.train.minutes is not None else None)
+
+
+def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | None, path: Path) -> None:
+    from cadre.train.checkpoint import checkpoints
+    from cadre.train.parallel.launch import launch
+
+    try:
+        launch(processes, arguments, restarts, logs)
+    except RunError as error:
+        again = f"; continue with: cadre train --resume {shlex.quote(str(path))} --nproc {processes}"
+        raise RunError(f"{error}{again if checkpoints(path) else ''}") from None
+
+
+def _train_here(
+    chosen: Recipe, resume: Path | None, out: Path | None, line: TrainingLine | Silent, began: float | None
+) -> None:  # fmt: skip
+    """Train in this process, one of several or the only one. `began`: since when (monotonic) the run's time counts, if not
+    from the first step on."""
+    from cadre.train.parallel.launch import by_torchrun, joined, may_resume_existing, without_restarts
+    from cadre.train.run import FinishedError, start
+    from cadre.train.run import resume as resume_run
+    from cadre.train.trainer import OTHERS, Trainer
+
     with joined(chosen.parallel.timeout) as (parallel, device):
         if (why := without_restarts()) is not None:
             line.note(why)
-        if out is not None and goes_on() and parallel.agree((out / "recipe.toml").is_file()):
+        if out is not None and may_resume_existing() and parallel.agree((out / "recipe.toml").is_file()):
             line.note(f"--out {out}: holds a run, which goes on")
             resume = out
         if resume is not None:
@@ -100,10 +121,9 @@ def train(
         _announce(run, line.note)
         _predict(run, line.note)
         trainer = Trainer(run, line)
-        if choosing and chosen.train.minutes is not None:
-            # What choosing took is part of the time given.
+        if began is not None:
             trainer.progress.seconds = time.monotonic() - began
-        with line:
+        with line if isinstance(line, AbstractContextManager) else nullcontext():
             result = trainer.train()
         if parallel.main:
             _finish(run, result)
@@ -111,18 +131,6 @@ def train(
             parallel.anyone(False)  # the main process has said what there is to say
             if result.stopped == OTHERS:  # which torchrun would take for done
                 raise RunError(f"stopped after step {result.steps} by the end of another process")
-
-
-class _Silent:
-    """Watches a process that leaves the talking to the main one."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def record(self, record: dict[str, Any], total_steps: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def _new_folder(name: str, now: float | None = None) -> Path:
@@ -259,8 +267,8 @@ def _finish(run: Run, result: Result) -> None:
     if not (run.path / "model").is_dir():
         return
     print(f"model            {run.path / 'model'}")
-    print(f'in transformers  python -c "{load_line(run.path / "model")}"')
-    print(f'try it           cadre generate {here} "Fellow citizens"')
+    print(f"in transformers  python -c {shlex.quote(load_line(run.path / 'model'))}")
+    print(f"try it           cadre generate {here} {shlex.quote(max(run.recipe.eval.prompts, key=len, default='The'))}")
 
 
 def _has_room(directory: Path) -> bool:

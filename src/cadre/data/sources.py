@@ -13,6 +13,7 @@ import gzip
 import importlib.util
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,22 @@ class Document:
     name: str
     text: str
     entry: int = field(default=0, compare=False)
+
+
+# How `read_documents` names the documents of a file that holds many.
+_LINE_OR_ROW = re.compile(r"(.+\.(?:jsonl|parquet)(?:\.gz)?):\d+", re.IGNORECASE | re.DOTALL)
+
+
+def file_of(name: str) -> str:
+    """The file that a document was read from, by the document's name."""
+    match = _LINE_OR_ROW.fullmatch(name)
+    return match[1] if match else name
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder that can be read, at any depth, in order; hidden ones are passed over."""
+    inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
 
 
 def read_documents(source: str | list[str]) -> Iterator[Document]:
@@ -85,8 +102,7 @@ def _files(entry: str) -> list[tuple[Path | Remote, str]]:
         _refuse_shards(matches)
         return [(p, str(p)) for p in matches]
     if path.is_dir():
-        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        below = sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
+        below = files_below(path)
         if not below:
             raise UsageError(f"{path}: the folder holds no file that can be read; wanted {_KINDS}")
         _refuse_shards(below)

@@ -51,13 +51,16 @@ def read_gguf(path: Path, dtype: torch.dtype | None = None) -> FromGguf:
         raise UsageError(f"{path}: is no whole GGUF file ({' '.join(str(error).split())})") from None
     try:
         config = _config(keys, stored.keys())
+        tokenizer = tokenizer_of(keys)
+        embedding = stored["token_embd.weight"]
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except KeyError as error:
         raise UsageError(f"{path}: has no {error.args[0]}") from None
-    tokenizer = tokenizer_of(keys, str(path))
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise UsageError(f"{path}: its keys contradict each other ({' '.join(str(error).split())})") from None
     kinds = {"F32": torch.float32, "F16": torch.float16}
-    dtype = dtype or kinds.get(stored["token_embd.weight"].tensor_type.name, torch.bfloat16)
+    dtype = dtype or kinds.get(embedding.tensor_type.name, torch.bfloat16)
     model = skeleton(config).to(dtype).to_empty(device="cpu")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -127,9 +130,11 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
         raise UsageError(f"general.architecture is {arch!r}; Cadre reads llama, deepseek2 and glm4moe")
 
     def key(name: str, otherwise: Any = KeyError) -> Any:
-        if otherwise is KeyError:
-            return keys[f"{arch}.{name}"]
-        return keys.get(f"{arch}.{name}", otherwise)
+        name = f"{arch}.{name}"
+        value = keys[name] if otherwise is KeyError else keys.get(name, otherwise)
+        if isinstance(value, list):
+            raise UsageError(f"{name}: differs from layer to layer, which it does in no model that Cadre computes")
+        return value
 
     if "rope_freqs.weight" in tensors:
         raise UsageError(

@@ -9,12 +9,11 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from cadre.errors import UsageError
-from cadre.hub.tokenizer import template_source
+from cadre.hub.tokenizer import LLAMA3_SPLIT, template_source
 from cadre.model.config import ModelConfig
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
@@ -23,8 +22,8 @@ _DEEPSEEK_V3 = (
 )
 # The name of the patterns that split a text one after the other, and of whether an entry of the vocabulary is never split.
 _SPLITS = {
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "smaug-bpe",
+    ((LLAMA3_SPLIT,), True): "llama-bpe",
+    ((LLAMA3_SPLIT,), False): "smaug-bpe",
     (("gpt-2",), False): "gpt-2",
     (_DEEPSEEK_V3, False): "deepseek-v3",
     (("digits", "gpt-2"), False): "smollm",
@@ -64,19 +63,23 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
     }
 
 
-def tokenizer_of(keys: dict[str, Any], where: str) -> Tokenizer | None:
-    """The tokenizer that a GGUF file's keys describe, None if they describe none. Raises `UsageError` for another kind."""
+def tokenizer_of(keys: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer that a GGUF file's keys describe, None if they describe none. Raises `UsageError` for another kind,
+    `KeyError` and `IndexError` for what is not there."""
     kind, pre = keys.get("tokenizer.ggml.model", "none"), keys.get("tokenizer.ggml.pre")
     if kind in ("none", "no_vocab"):
         return None
     found = next((rule for rule, name in _SPLITS.items() if name == pre), None)
     if kind != "gpt2" or found is None:
-        raise UsageError(f"{where}: its tokenizer is {kind} {pre}; Cadre knows gpt2 {', '.join(_SPLITS.values())}")
+        raise UsageError(f"its tokenizer is {kind} {pre}; Cadre knows gpt2 {', '.join(_SPLITS.values())}")
     patterns, ignore_merges = found
     tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in keys["tokenizer.ggml.merges"]]
     used = {token: number for number, token in enumerate(tokens) if kinds[number] != _UNUSED}
-    tokenizer = Tokenizer(models.BPE(used, merges, ignore_merges=ignore_merges))
+    try:
+        tokenizer = Tokenizer(models.BPE(used, merges, ignore_merges=ignore_merges))
+    except Exception as error:  # what the library raises has no class of its own
+        raise UsageError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error})") from None
     named = {"digits": pre_tokenizers.Digits(individual_digits=True)}
     own = patterns[-1] == "gpt-2"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -12,7 +12,19 @@ from tokenizers import Tokenizer
 from cadre.errors import UsageError
 from cadre.files import replace_file
 
-BOS, EOS, USER, ASSISTANT = SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
+SPECIAL_TOKENS = BOS, EOS, *_ = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
+
+# How Llama 3 splits text, and our own tokenizers; GGUF readers know it by name ("llama-bpe"): contractions, words with one
+# character in front, up to three digits, punctuation, line ends, other white space.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
 
 # Training text separates documents by eos and has no bos in it, so neither has a conversation.
 CHAT_TEMPLATE = (

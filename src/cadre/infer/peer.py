@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cadre.errors import UsageError
-from cadre.kernels.limits import default_device
+from cadre.kernels.limits import default_device, synchronize
 from cadre.model.config import ModelConfig
 
 _EXPERTS = ("grouped_mm", "batched_mm", "eager")
@@ -65,17 +65,21 @@ class PeerDecoder:
     @torch.inference_mode()
     def step(self) -> float:
         """Seconds that one more token of every sequence takes."""
+        synchronize(self.device)
         start = time.perf_counter()
         out = self.model(self.next, past_key_values=self.cache, use_cache=True)
         self.next = out.logits[:, -1:].argmax(dim=-1)
+        synchronize(self.device)
         return time.perf_counter() - start
 
     @torch.inference_mode()
     def _read(self, batch: int, context: int) -> float:
         ids = torch.randint(self.words, (batch, context), device=self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         out = self.model(ids, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
+        synchronize(self.device)
         return time.perf_counter() - start
 
     def _runs(self, way: str | None) -> bool:

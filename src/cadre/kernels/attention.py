@@ -18,13 +18,9 @@ from cadre.kernels.rotary import rotate_halves, rotate_pairs
 _QUERIES = 512
 
 
-def attention_mask(length: int, document_BT: Tensor | None, device: torch.device) -> Tensor:
-    """What each position may see: itself and earlier ones, of its own document if documents are given. bool [B|1, T, T]."""
-    return _seen(length, length, document_BT, device)
-
-
-def _seen(queries: int, positions: int, document_BS: Tensor | None, device: torch.device) -> Tensor:
-    """The same for the last T of S positions. bool [B|1, T, S]."""
+def attention_mask(queries: int, positions: int, document_BS: Tensor | None, device: torch.device) -> Tensor:
+    """What each of the last T of S positions may see: itself and earlier ones, of its own document if documents are given.
+    bool [B|1, T, S]."""
     causal = torch.ones(queries, positions, dtype=torch.bool, device=device).tril(positions - queries)[None]
     if document_BS is None:
         return causal
@@ -46,7 +42,7 @@ def causal_attention_reference(
     k_BSHK = k_BSGK.repeat_interleave(repeat, dim=2)
     v_BSHV = v_BSGV.repeat_interleave(repeat, dim=2)
     score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK).float() * scale
-    mask = _seen(q_BTHK.shape[1], k_BSGK.shape[1], document_BS, q_BTHK.device)
+    mask = attention_mask(q_BTHK.shape[1], k_BSGK.shape[1], document_BS, q_BTHK.device)
     weight_BHTS = score_BHTS.masked_fill(~mask[:, None], float("-inf")).softmax(dim=-1)
     return torch.einsum("bhts,bshv->bthv", weight_BHTS.to(v_BSHV.dtype), v_BSHV)
 
@@ -59,7 +55,7 @@ def largest_logits(q_BTHK: Tensor, k_BSGK: Tensor, scale: float, document_BS: Te
     for begin in range(0, T, _QUERIES):
         end = min(begin + _QUERIES, T)
         stop = S - T + end  # none of them sees further
-        unseen = ~_seen(end - begin, stop, None if document_BS is None else document_BS[:, :stop], q_BTHK.device)
+        unseen = ~attention_mask(end - begin, stop, None if document_BS is None else document_BS[:, :stop], q_BTHK.device)
         for head in range(H):
             key_BSK = k_BSGK[:, :stop, head // (H // k_BSGK.shape[2])].float()
             logit = q_BTHK[:, begin:end, head].float() @ key_BSK.transpose(1, 2)
@@ -91,7 +87,7 @@ def causal_attention(
     if document_BS is None and q.shape[2] == k.shape[2]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
-        mask = _seen(q.shape[2], k.shape[2], document_BS, q.device)[:, None]
+        mask = attention_mask(q.shape[2], k.shape[2], document_BS, q.device)[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)[..., :V]
 

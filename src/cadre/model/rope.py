@@ -73,7 +73,7 @@ def _llama3(freq: Tensor, rope: RopeParameters) -> Tensor:
 
 
 class RotaryTable:
-    """Cosines and sines by position as one complex table, grown on demand and kept per device."""
+    """Cosines and sines by position as one complex table, grown on demand; kept for the device that asked last."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config

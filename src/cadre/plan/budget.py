@@ -139,19 +139,24 @@ class Candidate:
         ends = sum(self.counted.parts[name] for name in ("embedding", "head"))
         return (self.counted.total_parameters - ends) / self.counted.active_parameters_without_embeddings
 
+    @property
+    def routed_share(self) -> float:
+        """What share of the training FLOPs is the routed experts'."""
+        config = self.config
+        sparse = config.num_hidden_layers - config.first_k_dense_replace
+        active = (config.num_experts_per_tok or 0) * 3 * config.hidden_size * (config.moe_intermediate_size or 1) * sparse
+        return 6 * active / self.counted.training_flops_per_token
+
     def narrowness(self, half_rate_width: float) -> float:
         """How much longer passes take than those of the measured shape (top 2), whose experts are wider."""
-        config = self.config
-        width, usual = config.moe_intermediate_size or 1, expert_width(config.hidden_size, 2)
-        active = (config.num_experts_per_tok or 0) * 3 * config.hidden_size * width * (config.num_hidden_layers - 1)
-        share = 6 * active / self.counted.training_flops_per_token
+        width, usual = self.config.moe_intermediate_size or 1, expert_width(self.config.hidden_size, 2)
         slower = (1 + half_rate_width / width) / (1 + half_rate_width / usual)
-        return 1 + share * (slower - 1)
+        return 1 + self.routed_share * (slower - 1)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to train. seconds: expected here for the steps alone; None without a machine. score: bits per byte expected of
+    """What to train. seconds: expected here for the steps alone. score: bits per byte expected of
     text like the default corpus."""
 
     config: ModelConfig
@@ -243,11 +248,8 @@ def width_for(flops: float) -> int:
 def flops_for(money: float, device: Device, candidate: Candidate) -> float:
     """FLOPs that a rent buys, at what `cadre plan` assumes a device to reach while computing."""
     precision = "bf16" if "bf16" in device.flops else "fp32"
-    config = candidate.config
-    width = config.moe_intermediate_size or 1
-    active = (config.num_experts_per_tok or 0) * 3 * config.hidden_size * width * (config.num_hidden_layers - 1)
-    share = 6 * active / candidate.counted.training_flops_per_token
-    reached = device.efficiency[precision] / (1 + share * device.half_rate_width / width)
+    width = candidate.config.moe_intermediate_size or 1
+    reached = device.efficiency[precision] / (1 + candidate.routed_share * device.half_rate_width / width)
     return money / device.rent * 3600 * device.flops[precision] * reached
 
 

@@ -57,7 +57,8 @@ class Latent:
         expand = self.kv_lora_rank * (self.num_attention_heads * self.qk_nope_head_dim + values)
         return query + into * self.cached + expand + (values + self.bias) * hidden
 
-    def norms(self, hidden: int) -> int:
+    @property
+    def norms(self) -> int:
         return self.kv_lora_rank + (self.q_lora_rank or 0)
 
 
@@ -104,7 +105,8 @@ class Grouped:
         queries = self.num_attention_heads * self.head_dim
         return (hidden + self.bias) * (queries + self.cached) + (queries + self.output_bias) * hidden
 
-    def norms(self, hidden: int) -> int:
+    @property
+    def norms(self) -> int:
         if self.qk_norm == "all":
             return (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         return 2 * self.head_dim if self.qk_norm == "head" else 0
@@ -197,7 +199,7 @@ class Shape:
     @property
     def norms(self) -> int:
         """One block's norm weights: two on the residual stream, and the attention's own."""
-        return 2 * self.hidden_size + self.attention.norms(self.hidden_size)
+        return 2 * self.hidden_size + self.attention.norms
 
     def every_token(self, block: Block) -> int:
         """The parameters of a block that every token passes: all but its routed experts."""

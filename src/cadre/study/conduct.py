@@ -57,7 +57,7 @@ def begin(
         raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
     base = study.base_recipe()
     if source:
-        base = base.model_copy(update={"data": base.data.model_copy(update={"source": source})})
+        base = base.model_copy(update={"data": base.data.model_copy(update={"source": source, "weights": None})})
     # Arms that cannot be matched are refused before any text is read; the vocabulary that was asked for is what is there,
     # unless the text is too small for it.
     for arm in match(study, base, base.model.get("vocab_size") or base.data.vocab_size or 4096):

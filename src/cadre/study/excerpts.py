@@ -10,7 +10,7 @@ from itertools import chain, groupby
 from pathlib import Path
 
 from cadre.data.shards import TokenData
-from cadre.data.sources import SUFFIXES, Document, read_documents, token_data
+from cadre.data.sources import Document, file_of, files_below, read_documents, token_data
 from cadre.data.split import split_documents
 from cadre.errors import UsageError
 
@@ -24,8 +24,7 @@ READ_AT_MOST = 1 << 30
 GROUPS_AT_MOST = 24
 PARTS_OF_ONE = 8
 _TITLE_LETTERS = 40
-# How read_documents names the documents of a file that holds many; and names that begin with a year.
-_LINE_OR_ROW = re.compile(r"(.+\.(?:jsonl|parquet)(?:\.gz)?):\d+", re.IGNORECASE | re.DOTALL)
+# Names that begin with a year.
 _YEAR = re.compile(r"([12]\d{3})(?!\d)")
 
 
@@ -110,7 +109,7 @@ def group(excerpts: list[Excerpt]) -> list[str]:
     decades = [f"{year[1][:3]}0s" for year in years if year]
     if len(decades) == len(excerpts) and len(set(decades)) > 1:
         return decades
-    files = [_file(excerpt.document) for excerpt in excerpts]
+    files = [file_of(excerpt.document) for excerpt in excerpts]
     if len(set(files)) > 1:
         return _largest(_short(files), excerpts, "other files")
     documents = [excerpt.document for excerpt in excerpts]
@@ -129,8 +128,7 @@ def _files(entry: str) -> list[str]:
     folder = Path(entry)
     if not folder.is_dir():
         return [entry]
-    visible = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return [str(p) for p in sorted(visible) if Path(p.name.lower().removesuffix(".gz")).suffix in SUFFIXES and p.is_file()]
+    return [str(path) for path in files_below(folder)]
 
 
 def _is_large(file: str) -> bool:
@@ -163,11 +161,6 @@ def _blocks(path: Path) -> Iterator[Document]:
         raise UsageError(f"{path}: not UTF-8 ({error.reason})") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _file(name: str) -> str:
-    match = _LINE_OR_ROW.fullmatch(name)
-    return match[1] if match else name
 
 
 def _short(files: list[str]) -> list[str]:

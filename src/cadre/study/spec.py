@@ -132,8 +132,10 @@ class Study(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for name in self.arms:
-            if not name or set(name) - _LETTERS:
-                raise ValueError(f"arms.{name}: an arm's name may have a-z, 0-9, - _ and .")
+            if not name[:1].isalnum() or set(name) - _LETTERS:
+                raise ValueError(
+                    f"arms.{name}: an arm's name may have a-z, 0-9, - _ and ., and begins with one of the first two"
+                )
         wanted = {"seconds": "seconds", "price": "usd"}.get(self.held)
         if wanted and self.budget.unit != wanted:
             raise ValueError(f"held is {self.held!r}; then the budget must be in {wanted}, not {self.budget.unit}")
@@ -141,6 +143,9 @@ class Study(_Section):
             raise ValueError("needs either base (a recipe's name or file) or a [recipe]")
         if len(set(self.seeds)) < len(self.seeds) or len(set(self.quick.seeds)) < len(self.quick.seeds):
             raise ValueError("seeds must differ from each other")
+        for name, given in (("factors", self.quick.factors), ("arms", self.quick.arms or [])):
+            if len(set(given)) < len(given):
+                raise ValueError(f"quick.{name} are {given}; they must differ")
         first = next(iter(self.arms))
         for name in self.quick.arms or []:
             if name not in self.arms:

@@ -51,29 +51,22 @@ def step_seconds(
     return {name: statistics.median(seconds) for name, seconds in zip(recipes, taken, strict=True)}
 
 
-class _Silent:
-    def record(self, record: dict[str, Any], total_steps: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def write(self, record: dict[str, Any]) -> None: ...
-
-
 class Stepper:
     """An arm in training on its real batches; calling it makes one step and returns its wall seconds."""
 
     group: AbstractContextManager[Any]
 
     def __init__(self, recipe: Recipe, out: Path, weights: Path | None, parallel: Parallel, device: torch.device) -> None:
+        from cadre.train.metrics import NoMetrics
         from cadre.train.run import start
-        from cadre.train.trainer import Trainer
+        from cadre.train.trainer import Silent, Trainer
 
-        silent: Any = _Silent()
+        silent = Silent()
         if weights is not None:
             recipe = recipe.model_copy(update={"model": {"from": str(weights)}})
         self.run = start(recipe, out, device, silent.note, parallel)
         self.trainer = Trainer(self.run, silent)
-        self.trainer.metrics, self.trainer.began = silent, time.perf_counter()
+        self.trainer.metrics, self.trainer.began = NoMetrics(), time.perf_counter()
 
     def __call__(self) -> float:
         batch = next(self.run.batches)

@@ -12,7 +12,7 @@ FEW_SEEDS = 3
 FEW_STEPS = 200
 # Or when the order of two arms at this part of the run is not the one at its end.
 LATE = 0.75
-# Seconds that a run's own clock may differ from the time measured in turn before it is worth a word.
+# The share by which a run's own clock may differ from the time measured in turn before it is worth a word.
 _NOISE = 0.25
 
 WINS, LOSES, EVEN, SPLIT, UNKNOWN = "wins", "loses", "even", "seeds disagree", "unknown"

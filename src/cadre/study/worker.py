@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from cadre.errors import RunError, UsageError, write_error
+from cadre.errors import DivergedError, RunError, UsageError, write_error
 from cadre.files import replace_file
 from cadre.hub.load import load
 from cadre.study.drafting import acceptance, drafting_rates
 from cadre.train.metrics import read_metrics
-from cadre.train.trainer import Result, Trainer
+from cadre.train.trainer import Result, Silent, Trainer
 
 RESULT, STEPS = "result.json", "steps.jsonl"
 # Exit status of a run that a signal ended: it can go on.
@@ -80,14 +80,6 @@ class TimedTrainer(Trainer):
         return saved
 
 
-class _Silent:
-    """Watches a process that leaves the talking to the main one."""
-
-    def record(self, record: dict[str, Any], total_steps: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
 class Speaker:
     """Tells the study's process how far the run is; stops the run when that process is gone."""
 
@@ -121,7 +113,7 @@ def train(recipe_file: Path, out: Path, kind: str) -> None:
     keep_freed_memory()
     recipe = read_recipe(str(recipe_file))
     with joined(recipe.parallel.timeout) as (parallel, device):
-        speaker: Speaker | _Silent = Speaker() if parallel.main else _Silent()
+        speaker: Speaker | Silent = Speaker() if parallel.main else Silent()
         begun = parallel.agree(parallel.main and _begun(out))
         if begun:
             run = resume(out, recipe, device, speaker.note, parallel)
@@ -130,9 +122,7 @@ def train(recipe_file: Path, out: Path, kind: str) -> None:
         trainer = TimedTrainer(run, speaker, short=kind == "sweep")
         try:
             ended = trainer.train()
-        except RunError as error:
-            if "not finite" not in str(error):
-                raise
+        except DivergedError as error:
             if parallel.main:
                 _write(out / RESULT, json.dumps({"diverged": str(error), "steps": trainer.progress.step}))
             return

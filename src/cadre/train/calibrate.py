@@ -44,7 +44,7 @@ from cadre.train.balance import Balance
 from cadre.train.figures import import_drawing
 from cadre.train.objective import losses
 from cadre.train.optimizer import Optimizer
-from cadre.train.recipe import OptimizerSection, Recipe
+from cadre.train.recipe import BalanceSection, OptimizerSection, Recipe
 
 if TYPE_CHECKING:
     from cadre.train.run import Run
@@ -128,7 +128,8 @@ def calibrate(
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise RunError(f"measuring this machine failed: {why}")
-    return Calibration(**json.loads(done.stdout))
+    # What libraries may have printed stands before it.
+    return Calibration(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure(few: ModelConfig, step: Step, dtype: torch.dtype, device: torch.device, effort: Effort) -> Calibration:
@@ -225,7 +226,7 @@ class _Trained:
         self.model.compute_in(dtype)
         self.model.train()
         self.optimizer = Optimizer(self.model, step.optimizer, narrow=dtype == torch.bfloat16)
-        self.balance = Balance(self.model, Recipe.model_fields["balance"].default)
+        self.balance = Balance(self.model, BalanceSection())
         self.mtp_rows = max(1, round(rows * step.mtp_share))
         reach = step.seq_len + 1 + len(self.model.mtp)
         generator = torch.Generator().manual_seed(0)

@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cadre.errors import UsageError, write_error
-from cadre.files import checksum, stamp, sync
+from cadre.files import checksum, sync
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from cadre.train.optimizer import Optimizer
 
-_STATE = {"step", "total_steps", "length", "identity"}
+_STATE = {"step", "total_steps", "length", "identity", "checksums"}
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -140,14 +140,12 @@ def set_aside_damaged(run_dir: Path, note: Callable[[str], None]) -> None:
 
 def _check_files(path: Path) -> None:
     state = read_state(path)
-    # Before there were checksums of whole files a state had `files`, with those of both ends.
-    check = checksum if "checksums" in state else stamp
-    for name, written in state.get("checksums", state.get("files", {})).items():
+    for name, written in state["checksums"].items():
         file = path / name
         if not file.is_file():
             raise DamagedError(path, f"{name} is missing")
         try:
-            intact = check(file) == written
+            intact = checksum(file) == written
         except OSError as error:
             raise DamagedError(path, f"{name} cannot be read: {error.strerror or error}") from None
         if not intact:

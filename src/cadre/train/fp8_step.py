@@ -25,7 +25,7 @@ def bench_fp8(
     device = default_device()
     check_fp8(config, device, "--fp8")
     check_length(config, seq_len)
-    check_memory(config, device)
+    check_memory(config, device, beside=config)
     if device.type == "cpu":
         note("no processor multiplies FP8: what is timed is the reference that computes the same in float32")
     dtype = dtype or training_dtype(device)

@@ -12,8 +12,10 @@ Every record has "step". Which of these keys it has says what it is:
                 (root mean square of the router's logits), bias_range (largest less smallest, null without a bias);
                 of all steps since the record before, max_vio_window, load_entropy (over that of an even load: 1 is
                 balance), dead_experts (how many have less than 1% of the mean load)
-    evaluation  bits_per_byte, eval_seconds, tokens, seconds, final (of all held-out text, with a sliding context)
-    event       event ("resumed", "skipped", "stopped", "finished", "collapse", "recovered"), message; layer (of the last two)
+    evaluation  bits_per_byte, eval_seconds, tokens, seconds, final (of all held-out text, with a sliding context); part (of a
+                final one that had no time for all: the share of the bytes that it read)
+    event       event ("resumed", "skipped", "unsaved", "stopped", "in part", "finished", "collapse", "recovered"), message;
+                layer (of the last two)
 
 What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 """

@@ -30,9 +30,9 @@ class Losses:
 @dataclass(frozen=True)
 class MicroBatch:
     """int64 ids [B, T + 1 + modules] and, unless None, their documents, alike: inputs are the first T, targets reach one
-    further per module. `mtp_rows`: how many of its first sequences train the multi-token prediction modules. `joined`: the
-    modules are passed through even with none, because other processes, which have some, cannot do without this one. `own_T`:
-    of sequences that several processes share, the positions that this one computes, and whose losses are its own."""
+    further per module. `mtp_rows`: how many of its first sequences train the multi-token prediction modules. `joined`: run the
+    modules even if no sequence here trains them: other processes, where some do, wait for this one in collectives. `own_T`: of
+    sequences that several processes share, the positions that this one computes, and whose losses are its own."""
 
     ids_BT: Tensor
     document_BT: Tensor | None

@@ -122,7 +122,7 @@ def bench_peer(
     config = comparable(config)
     check_length(config, seq_len)
     device = default_device()
-    check_memory(config, device)
+    check_memory(config, device, beside=config)
     dtype = dtype or training_dtype(device)
     best, probes = _probe(config, batch, seq_len, note)
     gemm = gemm_flops_per_second(dtype, device)

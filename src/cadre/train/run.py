@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Run:
     total_steps: int
     parallel: Parallel
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What must not change between checkpoint and resume."""
         corpus = self.data.manifest["inputs"]["text"]
@@ -147,16 +148,20 @@ def _config(recipe: Recipe, source: Path | None, data: TokenData) -> ModelConfig
 
 
 def check_memory(
-    config: ModelConfig, device: torch.device, optimizer: str = "adamw", processes: int = 1, replicas: int = 1
-) -> None:
+    config: ModelConfig, device: torch.device, optimizer: str = "adamw", processes: int = 1, replicas: int = 1,
+    beside: ModelConfig | None = None,
+) -> None:  # fmt: skip
     """Refuse a model whose float32 masters, gradients and optimizer states alone, `replicas` times, exceed the memory of the
-    machines, or of the accelerators, that `processes` share."""
+    machines, or of the accelerators, that `processes` share. `beside`: a model that is trained at the same time."""
     parameters = count(config).total_parameters
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     held = total_bytes(device) * (processes // sharing)
     need = state_bytes(Shape.from_config(config), optimizer) * replicas
+    times = "" if replicas == 1 else f" of {replicas} replicas"
+    if beside is not None:
+        need += state_bytes(Shape.from_config(beside), optimizer)
+        times = f", and of the model of {count(beside).total_parameters:,} parameters beside it"
     if need > held:
-        times = "" if replicas == 1 else f" of {replicas} replicas"
         raise UsageError(
             f"the model has {parameters:,} parameters: training takes {need / 2**30:,.0f} GiB for weights, "
             f"gradients and moments{times}, but there are {held / 2**30:,.0f} GiB; choose a smaller model"
@@ -196,6 +201,8 @@ def resume(
     parallel = parallel or Parallel()
     here = device_here(device, parallel)
     held = held_recipe(path)
+    if "vocab_size" not in held.model:
+        raise UsageError(f"--resume {path}: is no run directory (model.vocab_size is missing in its recipe.toml)")
     dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device, parallel)
     wanted = _computing_in(wanted, dtype)
     with parallel.in_turn():
@@ -219,7 +226,7 @@ def resume(
     run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel)
     if run.checkpoint is not None:
         state = read_state(run.checkpoint)
-        _refuse_other_identity(path, run.identity(), state["identity"])
+        _refuse_other_identity(path, run.identity, state["identity"])
         if state["length"] == [train.steps, train.minutes]:
             run.total_steps = state["total_steps"]
         else:
@@ -318,10 +325,11 @@ def only_writer(path: Path, main: bool = True) -> Iterator[None]:
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{path}: another process is training this run: wait for it or stop it") from None
         yield
-    except BlockingIOError:
-        raise UsageError(f"{path}: another process is training this run: wait for it or stop it") from None
     finally:
         os.close(handle)
 

@@ -85,8 +85,10 @@ class Saver:
                 self._copies[name] = torch.empty_like(
                     tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=tensor.is_cuda
                 )
-            self._copies[name].copy_(tensor, non_blocking=True)
-        return {name: self._copies[name] for name in tensors}
+        copies = {name: self._copies[name] for name in tensors}
+        if copies:
+            torch._foreach_copy_(list(copies.values()), list(tensors.values()), non_blocking=True)
+        return copies
 
 
 def local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

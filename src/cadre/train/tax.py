@@ -77,7 +77,8 @@ def bench_tax(
     dtype = dtype or training_dtype(device)
     shapes = [(experts, top_k) for top_k in TOP_K for experts in (QUICK_EXPERTS if quick else EXPERTS)]
     for experts, top_k in shapes:
-        check_memory(variant(config, experts, top_k), device)
+        sparse = variant(config, experts, top_k)
+        check_memory(sparse, device, beside=dense_twin(sparse))
     left = TimeLeft(len(shapes))
     rows: list[dict[str, Any]] = []
     for experts, top_k in shapes:

@@ -17,8 +17,9 @@ import torch
 
 from cadre.data.batches import Batch
 from cadre.data.sources import Document
-from cadre.errors import RunError
+from cadre.errors import DivergedError
 from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synchronize
+from cadre.kernels.total_norm import total_norm
 from cadre.plan.count import count
 from cadre.train.balance import Balance
 from cadre.train.checkpoint import Tensors, read_state
@@ -46,6 +47,14 @@ _EVALUATED_SHARE = 0.1
 
 class Observer(Protocol):
     """Whoever watches a run: the command line's progress line."""
+
+    def record(self, record: dict[str, Any], total_steps: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """Watches a process that leaves the talking to the main one."""
 
     def record(self, record: dict[str, Any], total_steps: int) -> None: ...
 
@@ -146,7 +155,7 @@ class Trainer:
                         break
                     if progress.step % recipe.eval.every == 0:
                         self._evaluate(final=False)
-                    # Weights that give no finite loss must not push out those that did.
+                    # Only the newest checkpoints are kept: weights that give no finite loss must not push out those that did.
                     if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
                         self.save()
                 stopped = (stop.signal or OTHERS) if progress.step < progress.total_steps else None
@@ -154,12 +163,14 @@ class Trainer:
                     self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
                     self._event("stopped", f"by {stopped} after step {progress.step}")
                 if not self.save() and not stopped:
-                    raise RunError(f"{self.run.path}: the weights are not finite after the last step; {self._lower_rate()}")
+                    raise DivergedError(
+                        f"{self.run.path}: the weights are not finite after the last step; {self._lower_rate()}"
+                    )
                 self.saver.wait()
                 if not stopped:
                     self._evaluate(final=True)
                     self._event("finished", f"{progress.step} steps")
-            except (RunError, KeyboardInterrupt):
+            except BaseException:
                 self.saver.wait()  # what is being written is sound
                 raise
             finally:
@@ -205,7 +216,7 @@ class Trainer:
         self.step_seconds.append(time.perf_counter() - start)
         progress.seconds = time.perf_counter() - self.began
         if not finite:
-            self._skipped(sums, norm)
+            self._skipped(sums)
         return {"grad_norm": norm, "learning_rate": self.optimizer.lr * factor, **more}
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
@@ -219,13 +230,13 @@ class Trainer:
             here, most = (min(max(count - first, 0), micro) for count in dealt)
             yield MicroBatch(ids, documents, here, most > 0, self.own_T)
 
-    def _skipped(self, sums: list[float], norm: float) -> None:
+    def _skipped(self, sums: list[float]) -> None:
         progress = self.progress
         progress.skipped_in_row += 1
         what = "loss" if not all(math.isfinite(value) for value in sums) else "gradient"
         self._event("skipped", f"step {progress.step} skipped: its {what} is not finite")
         if progress.skipped_in_row >= _SKIPS_ALLOWED:
-            raise RunError(
+            raise DivergedError(
                 f"{self.run.path}: the {what} was not finite in {_SKIPS_ALLOWED} steps in a row, last at step {progress.step}; "
                 f"{self._lower_rate()}"
             )
@@ -358,13 +369,13 @@ class Trainer:
         save before this one failed, as for a full disk. False: nothing is written, for weights that are not finite must not
         push out those that are."""
         train = self.recipe.train
-        # One value that is not finite makes the sum so, in one pass over memory.
-        held = self.parallel.held(self.model).values()
-        if self.parallel.anyone(not all(math.isfinite(value.detach().sum()) for value in held)):
+        # One value that is not finite makes the norm so, in one pass over memory.
+        held = [value.detach() for value in self.parallel.held(self.model).values()]
+        if self.parallel.anyone(not math.isfinite(total_norm(held))):
             self._event("unsaved", f"step {self.progress.step}: its weights are not finite")
             return False
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
-        state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity()}
+        state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity}
         tensors = self.parallel.tensors(self.model, self.optimizer)
         self.saver.save(tensors, partial(self._write, tensors, state))
         return True
@@ -433,6 +444,7 @@ class _StopSignals:
 def _first_tokens(documents: list[Document], tokens: int, bytes_per_token: float) -> list[Document]:
     """The beginnings, equally long, of documents evenly spread over all: about `tokens` in all."""
     text = sum(len(document.text) for document in documents)
-    letters = int(tokens * bytes_per_token * text / max(1, sum(len(document.text.encode()) for document in documents)))
+    size = sum(len(document.text.encode()) for document in documents)
+    letters = max(1, int(tokens * bytes_per_token * text / max(1, size)))
     some = documents[:: max(1, -(-len(documents) * _LEAST_LETTERS // letters))]
     return [Document(document.name, document.text[: max(1, letters // len(some))]) for document in some]

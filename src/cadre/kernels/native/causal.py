@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import byref
 from typing import Any
 
 import torch
@@ -17,25 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadre.kernels.native.library import library, plain
-from cadre.kernels.native.structs import Filled
-
-
-class _Heads(Filled):
-    _fields_ = (("data", c_void_p), ("token", c_int64), ("head", c_int64))
-
-
-class _CausalAttention(Filled):
-    _fields_ = (
-        *((name, _Heads) for name in ("q", "k", "v", "k_rotary", "out")),
-        *((name, c_void_p) for name in ("log_sum", "turn", "first", "peak")),
-        ("scale", c_float),
-        *((name, c_int32) for name in ("batch", "queries", "length", "heads", "groups")),
-        *((name, c_int32) for name in ("nope", "rotary", "value", "split", "factors", "threads")),
-    )
-
-
-class _CausalGradient(Filled):
-    _fields_ = tuple((name, _Heads) for name in ("out", "q", "k", "v", "k_rotary"))
+from cadre.kernels.native.structs import CausalAttention, CausalGradient, Heads
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -51,8 +33,8 @@ def first_seen(document_BT: Tensor) -> Tensor:
     return torch.where(begins_BT, place_T, 0).cummax(dim=1).values.to(torch.int32)
 
 
-def _heads(x_BTHX: Tensor, begin: int = 0) -> _Heads:
-    return _Heads(x_BTHX.data_ptr() + 4 * begin, x_BTHX.stride(1), x_BTHX.stride(2))
+def _heads(x_BTHX: Tensor, begin: int = 0) -> Heads:
+    return Heads(x_BTHX.data_ptr() + 4 * begin, x_BTHX.stride(1), x_BTHX.stride(2))
 
 
 def _ready(x_BTHX: Tensor) -> Tensor:
@@ -69,9 +51,6 @@ def _address(x: Tensor | None) -> int | None:
 def _library() -> ctypes.CDLL:
     loaded = library()
     assert loaded is not None
-    for name, types in (("", (_CausalAttention,)), ("_gradient", (_CausalAttention, _CausalGradient))):
-        function = getattr(loaded, f"cadre_causal_attention{name}")
-        function.argtypes, function.restype = tuple(POINTER(kind) for kind in types), None
     return loaded
 
 
@@ -131,15 +110,15 @@ class LatentCausalAttention(torch.autograd.Function):
         N, R = q.shape[-1] - k.shape[-1], k.shape[-1]
         grad = _ready(grad_BTHV.resolve_neg())
         grad_q, grad_kv, grad_k = q.new_empty(q.shape), q.new_empty(kv.shape), q.new_empty(B, S, H, R)
-        gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_kv), _heads(grad_kv, N), _heads(grad_k))
+        gradient = CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_kv), _heads(grad_kv, N), _heads(grad_k))
         _library().cadre_causal_attention_gradient(byref(_latent(ctx, saved)), byref(gradient))
         return grad_q, grad_kv, grad_k.sum(dim=2), None, None, None, None, None, None
 
 
-def _latent(ctx: Any, saved: Sequence[Any], peak: Tensor | None = None) -> _CausalAttention:
+def _latent(ctx: Any, saved: Sequence[Any], peak: Tensor | None = None) -> CausalAttention:
     q, kv, k, out, log_sum, turn, first = saved
     (B, T, H, K), S, R, V = q.shape, kv.shape[1], k.shape[-1], out.shape[-1]
-    return _CausalAttention(
+    return CausalAttention(
         _heads(q), _heads(kv), _heads(kv, K - R), _heads(k), _heads(out), log_sum.data_ptr(), _address(turn), _address(first),
         _address(peak), ctx.scale, B, T, S, H, H, K - R, R, V, ctx.split, ctx.narrow,
         torch.get_num_threads(),
@@ -176,15 +155,15 @@ class GroupedCausalAttention(torch.autograd.Function):
         q, k, v = saved[:3]
         grad = _ready(grad_BTHV.resolve_neg())
         grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
-        gradient = _CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_k), _heads(grad_v), _Heads())
+        gradient = CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_k), _heads(grad_v), Heads())
         _library().cadre_causal_attention_gradient(byref(_grouped(ctx, saved)), byref(gradient))
         return grad_q, grad_k, grad_v, None, None, None, None
 
 
-def _grouped(ctx: Any, saved: Sequence[Any], peak: Tensor | None = None) -> _CausalAttention:
+def _grouped(ctx: Any, saved: Sequence[Any], peak: Tensor | None = None) -> CausalAttention:
     q, k, v, out, log_sum, first = saved
     (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
-    return _CausalAttention(
-        _heads(q), _heads(k), _heads(v), _Heads(), _heads(out), log_sum.data_ptr(), None, _address(first),
+    return CausalAttention(
+        _heads(q), _heads(k), _heads(v), Heads(), _heads(out), log_sum.data_ptr(), None, _address(first),
         _address(peak), ctx.scale, B, T, S, H, G, K, 0, V, False, ctx.narrow, torch.get_num_threads(),
     )  # fmt: skip

@@ -59,7 +59,7 @@ __attribute__((noinline)) void tile(const Word* a, size_t a_row, size_t a_col, s
         }
 }
 
-// A block of weights: query i sees the keys up to i + ahead. Whole tiles of what none sees are passed over.
+// A block of weights: query i sees the keys up to i + ahead. Tiles in which no query sees a key are skipped.
 //
 // c[i][j] = <a[i], b[j]> for `rows` queries and `cols` keys; b in panels of PANEL keys, each [depth, PANEL].
 template <class Kind, class Word = typename Kind::word>

@@ -2,6 +2,7 @@
 // cache, and what comes out is added up per token in a fixed order, so that results never depend on which thread came first.
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "gemm.h"
 #include "matrix.h"
@@ -411,7 +412,8 @@ extern "C" void cadre_experts_training_gradient(const ExpertsTraining* experts, 
     size_t rooms = 0;
     for (size_t i = 1; i < tasks.size(); i++) rooms += tasks[i].expert == tasks[i - 1].expert;
     // Uninitialised: only pages that are written cost anything.
-    std::unique_ptr<float[]> sums(d.gate && rooms ? new float[rooms * room] : nullptr);
+    std::unique_ptr<float[]> sums(d.gate && rooms ? new (std::nothrow) float[rooms * room] : nullptr);
+    if (d.gate && rooms && !sums) out_of_memory();
     std::vector<Cut> cuts;
     if (sums) {
         size_t next = 0;

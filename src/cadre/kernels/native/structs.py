@@ -56,6 +56,24 @@ class GroupedLayer(Filled):
     )
 
 
+class Heads(Filled):
+    _fields_ = (("data", c_void_p), ("token", c_int64), ("head", c_int64))
+
+
+class CausalAttention(Filled):
+    _fields_ = (
+        *((name, Heads) for name in ("q", "k", "v", "k_rotary", "out")),
+        *((name, c_void_p) for name in ("log_sum", "turn", "first", "peak")),
+        ("scale", c_float),
+        *((name, c_int32) for name in ("batch", "queries", "length", "heads", "groups")),
+        *((name, c_int32) for name in ("nope", "rotary", "value", "split", "factors", "threads")),
+    )
+
+
+class CausalGradient(Filled):
+    _fields_ = tuple((name, Heads) for name in ("out", "q", "k", "v", "k_rotary"))
+
+
 class DenseLayer(Filled):
     _fields_ = (("norm", c_void_p), *((name, Matrix) for name in ("gate", "up", "down")), ("eps", c_float))
 
@@ -175,6 +193,8 @@ def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes the functions' arguments."""
     library.cadre_latent_attention.argtypes = (POINTER(LatentLayer), POINTER(Cache), POINTER(Step))
     library.cadre_grouped_attention.argtypes = (POINTER(GroupedLayer), POINTER(Cache), POINTER(Step))
+    library.cadre_causal_attention.argtypes = (POINTER(CausalAttention),)
+    library.cadre_causal_attention_gradient.argtypes = (POINTER(CausalAttention), POINTER(CausalGradient))
     library.cadre_dense.argtypes = (POINTER(DenseLayer), POINTER(Step))
     library.cadre_experts.argtypes = (POINTER(ExpertsLayer), POINTER(Step), c_void_p, c_void_p)
     library.cadre_norm.argtypes = (c_void_p, c_float, POINTER(Step), c_void_p)
@@ -204,7 +224,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_meet.restype = c_int32
     library.cadre_multiplies.argtypes, library.cadre_multiplies.restype = (c_int32,), c_int32
     for name in (
-        *("latent_attention", "grouped_attention", "dense", "experts", "norm", "linear", "narrow", "use_sgemm", "sort_choices"),
+        *("latent_attention", "grouped_attention", "causal_attention", "causal_attention_gradient"),
+        *("dense", "experts", "norm", "linear", "narrow", "use_sgemm", "sort_choices"),
         *("product",),
         *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
         *("routing_gradient", "greatest", "frequency_met", "frequency_met_gradient"),

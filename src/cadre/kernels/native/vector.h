@@ -209,6 +209,12 @@ static inline float from_bfloat16(uint16_t half) {
     return x;
 }
 
+// Nothing can be thrown out of a team of threads, nor out of what Python calls.
+[[noreturn]] inline void out_of_memory() {
+    std::fputs("cadre: this machine has not enough memory for that: use a smaller model, batch or sequence\n", stderr);
+    std::_Exit(1);
+}
+
 // Scratch that grows and is never given back: one per use and thread, so that a step allocates nothing. It begins at a cache
 // line: a vector that crosses two costs two loads.
 template <class T = float>
@@ -222,14 +228,12 @@ struct Scratch {
     }
 
 private:
-    // Nothing can be thrown out of a team of threads.
     void grow(size_t size) {
         std::vector<T>().swap(kept);
         try {
             kept.resize(size);
         } catch (const std::bad_alloc&) {
-            std::fputs("cadre: this machine has not enough memory for that: use a smaller model, batch or sequence\n", stderr);
-            std::_Exit(1);
+            out_of_memory();
         }
     }
 };

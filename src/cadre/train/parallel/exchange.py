@@ -9,10 +9,13 @@ what they made of it (DeepSeek-V3 does so between nodes: its report, section 3.2
     experts     on what has arrived, sorted by expert (by the experts' kernel itself, where there is one), added up by token
     back        the same way, to be added up over the ranks; gradients make the same two journeys in reverse
 
-A layer's forward pass sends, for each token and rank that it goes to, hidden x (dispatch bytes + combine bytes) and 8 bytes a
-choice, what stays on its rank included; the backward pass as much, with 4 bytes a choice. No token is dropped and none is
-padded. In 8 bits are what experts multiply, the tokens on their way there and the gradients of what they made; the sums on
-their way home are not (section 3.3.3 there).
+Bytes of a layer's pass, what stays on its rank included, summed over each token and each rank that it goes to:
+
+    forward     hidden x (bytes of an element on its way out + bytes of one on its way back) + 8 x choices there
+    backward    the same with 4 x choices
+
+No token is dropped and none is padded. In 8 bits travels what experts multiply, the tokens on their way there and the gradients
+of what they made; the sums on their way home do not (section 3.3.3 there).
 
 Letters in names: T token, D hidden, K expert choices of a token, S rank, L token leaving for a rank, A token arrived from one,
 N expert of this rank, R row of an expert here.
@@ -161,8 +164,8 @@ class Journey:
 
 
 class _Depart(torch.autograd.Function):
-    """Start a journey; its gradient is one that `_Arrive` has started the other way and that arrives here. Returns nothing but
-    the word that it has."""
+    """Start a journey; its gradient is one that `_Arrive` has started the other way and that arrives here. Returns a
+    zero that stands for the journey, so that autograd puts what follows after it."""
 
     @staticmethod
     def forward(ctx: Any, journey: Journey, outward: bool, width: int, *parts: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def by_torchrun() -> bool:
     return started() and _LAUNCHED not in os.environ
 
 
-def goes_on() -> bool:
+def may_resume_existing() -> bool:
     """Whether a run that is found in `--out` may be this launch's own, from before processes failed. torchrun counts the
     restarts of each machine for itself, and a machine that was replaced begins anew."""
     return by_torchrun() or restarted()

@@ -14,8 +14,8 @@ experts share those out among themselves. 8 processes with `replicas` 2 and `exp
 With `context` above 1 so many neighbouring ranks take the same sequences, and each a part of their positions
 (`cadre.train.parallel.context`); weights, gradients and experts are spread as ever.
 
-With `pipeline` above 1 all of this is there once for each of so many places, one after the other: each holds a stage of the
-model or two (`cadre.train.parallel.pipeline`) for the ranks of the same number in every place, which take the same sequences.
+With `pipeline` above 1 the layout above is repeated once for each place of the pipeline, ranks numbered place by place. A place
+holds a stage of the model, or two (`cadre.train.parallel.pipeline`); the n-th ranks of all places take the same sequences.
 
 Expert parallelism within data parallelism costs no process of its own: DeepSeek-V3 report, section 3.2. A node's ranks are
 numbered one after the other, so experts that are grouped for routing lie on neighbouring ranks, and a router that is limited

@@ -7,8 +7,13 @@ Every process has two blocks of memory that the others read, and writes into the
     meet       count the turn, and wait until all have: kernels/native/meet.cpp
     read       the others' blocks of this turn
 
-A block may still be read while its owner writes that of the next turn; before it writes this one again all have met once more,
-and so have read it. The files have no name and are gone with the last process.
+With two blocks, one meeting a turn is enough:
+
+    turn n      write block 0, meet, read the others' block 0
+    turn n + 1  write block 1 (others may still read block 0), meet: now all have read block 0
+    turn n + 2  write block 0
+
+The files have no name and are gone with the last process.
 """
 
 from __future__ import annotations

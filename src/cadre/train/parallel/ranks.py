@@ -116,6 +116,7 @@ class Ranks(Parallel):
     def together(self, work: Callable[[], None]) -> None:
         """Do what may fail on one of them; then all of them fail, with what happened where."""
         error: RunError | None = None
+        unforeseen: Exception | None = None
         try:
             work()
         except (OSError, SafetensorError) as caught:
@@ -124,8 +125,12 @@ class Ranks(Parallel):
             error = caught
         except UsageError as caught:
             error = RunError(str(caught))
+        except Exception as caught:  # out of memory, say: the others must not wait for it
+            unforeseen, error = caught, RunError(f"rank {self.rank}: {type(caught).__name__}: {caught}")
         told: list[tuple[type[RunError], str] | None] = [None] * self.size
         dist.all_gather_object(told, None if error is None else (type(error), str(error)), group=self.words)
+        if unforeseen is not None:
+            raise unforeseen
         for kind, message in filter(None, told):
             raise kind(message)
 

@@ -5,10 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
+from cadre.cli.plan_tables import show
 from cadre.plan import catalogue
 from cadre.plan.hardware import hardware
 from cadre.plan.planner import Request, make_plan
-from cadre.plan.tables import show
 
 
 def shown(name: str, explain: bool = False, **choices: object) -> str:
