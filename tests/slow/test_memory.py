@@ -63,7 +63,7 @@ def stepped(parallel: Parallel, recipe: Path, out: Path, size: int, degrees: dic
     """Bytes of this rank after steps: weights, gradients, moments, and the peak of one step."""
     settings = [
         *WIDE,
-        f"train.batch={size}",
+        f"train.batch={2 * size}",  # two passes: in the second, gradients and activations are there together
         f"optimizer.name={optimizer}",
         *(f"parallel.{name}={degree}" for name, degree in degrees.items()),
     ]
@@ -81,10 +81,10 @@ def stepped(parallel: Parallel, recipe: Path, out: Path, size: int, degrees: dic
 
 
 def counted(recipe: Path, size: int, degrees: dict[str, int], optimizer: str) -> Memory:
-    made = read_recipe(str(recipe), [*WIDE, f"train.batch={size}"])
+    made = read_recipe(str(recipe), [*WIDE, f"train.batch={2 * size}"])
     shape = Shape.from_config(made.config(300))
     device = replace(hardware("cpu-2core"), memory_bytes=0.0)  # so that none of it is kept free
-    work = Workload(shape, device, "fp32", made.data.seq_len, size, optimizer, 1, Degrees(**degrees))
+    work = Workload(shape, device, "fp32", made.data.seq_len, 2 * size, optimizer, 1, Degrees(**degrees))
     ((cuts, layout),) = layouts(work, size)
     return memory(cuts, layout)
 

@@ -83,9 +83,10 @@ class Job:
             self.process = subprocess.Popen([*command, *settings, *options], stdout=log, stderr=log, env=environment)
 
     def until(self, step: int) -> dict[int, psutil.Process]:
-        """Wait for a step; the processes by rank."""
+        """Wait for a step and, from the fifth on, for a checkpoint, which is written beside the training; the processes by
+        rank."""
         end = time.monotonic() + PATIENCE
-        while self.step() < step:
+        while self.step() < step or (step >= 5 and not checkpoints(self.out)):
             assert self.process.poll() is None and time.monotonic() < end, self.said()
             time.sleep(0.1)
         return {int(child.environ()["RANK"]): child for child in psutil.Process(self.process.pid).children()}
@@ -178,7 +179,9 @@ class Machines:
     def start(self, number: int) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with self.log(number).open("a") as log:
-            return subprocess.Popen([*self.agent, *self.work], stdout=log, stderr=log, env=environment)
+            # Which of them has the store: both are at the address, and one would otherwise be it by chance.
+            agent = [*self.agent, "--rdzv-conf", f"is_host={number == 0}"]
+            return subprocess.Popen([*agent, *self.work], stdout=log, stderr=log, env=environment)
 
     def log(self, number: int) -> Path:
         return self.folder / f"machine{number}.log"
@@ -224,7 +227,7 @@ def test_a_machine_that_is_replaced_goes_on(tmp_path, recipe, number):
     machines.agents[1].send_signal(number)
     machines.agents[1].wait(PATIENCE)
     second.wait(PATIENCE)
-    assert machines.agents[0].poll() is None
+    assert machines.agents[0].poll() is None, machines.said()
     machines.agents[1] = machines.start(1)
     assert machines.end() == [0, 0], machines.said()
     assert read_metrics(machines.out)[-1]["event"] == "finished"
