@@ -25,7 +25,7 @@ def results(seconds=None, steps=STEPS, complete=True, decode=(), **losses):
             "steps": steps[-1], "sweep": [], "learning_rate_factor": 1.0, "diverged": [], "acceptance": [],
             "step_seconds": step_seconds, "step_seconds_before": step_seconds, "seconds": steps[-1] * step_seconds,
             "flops": float(steps[-1]), "wall_seconds": {"mean": steps[-1] * step_seconds}, "kv_cache_bytes_per_token": 700,
-            "share_of_budget": 1.0,
+            "share_of_budget": 1.0, "passes": 1.5,
         }  # fmt: skip
     names = list(arms)
     return {
@@ -40,6 +40,20 @@ def test_the_winner_is_named_with_its_factors():
     assert said["outcomes"] == {"experts": "wins"}
     assert said["headline"].startswith("Experts wins. experts ends with 13.2% lower loss than dense (-13.3% to -13.2% over")
     assert "Experts reaches dense's final loss with 1.25 times fewer FLOPs and in 1.25 times less time." in said["headline"]
+
+
+def test_text_learned_by_heart_decides_nothing():
+    found = results(experts=[1.5], dense=[1.3])
+    curve = found["arms"]["experts"]["curves"]["0"]
+    curve["bits_per_byte"][9] = 1.25
+    found["arms"]["experts"]["passes"] = 12.0
+    said = verdict(found)
+    assert said["headline"].startswith("No verdict: experts learned the text by heart, so that held-out loss rose again.")
+    assert "up to 12.0 times: give more text" in said["headline"]
+    assert "experts: its held-out loss ends 20.0% above the lowest it had." in said["cautions"]
+    assert any("read the text 12.0 times" in caution for caution in said["cautions"])
+    assert "reaches" not in said["arms"]["dense"]  # when is no matter then
+    assert not any("times" in caution for caution in verdict(results(experts=[1.5], dense=[1.3]))["cautions"])
 
 
 def test_a_win_by_the_clock_of_one_arm_is_a_win():
@@ -63,7 +77,7 @@ def test_it_says_so_when_dense_wins():
     said = verdict(results(dense=[1.3, 1.31], experts=[1.5, 1.51], other=[1.6, 1.6]))
     assert said["outcomes"] == {"experts": "loses", "other": "loses"}
     assert said["headline"] == "Dense wins: every other arm ends with a higher loss."
-    assert "Dense reaches experts's final loss" in said["arms"]["experts"]
+    assert "Dense reaches experts' final loss" in said["arms"]["experts"]
 
 
 def test_it_says_so_when_seeds_disagree():

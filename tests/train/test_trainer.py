@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 from cadre.data.sources import Document
 from cadre.errors import RunError
 from cadre.hub.load import load
+from cadre.model.scoring import Score
 from cadre.train import checkpoint as checkpoint_module
 from cadre.train import collapse, objective
 from cadre.train import trainer as module
 from cadre.train.checkpoint import checkpoints, read_state
 from cadre.train.metrics import read_metrics
+from cadre.train.parallel.group import Parallel
 from cadre.train.run import FinishedError
 from cadre.train.trainer import Trainer
 from tests.train.conftest import Watcher
@@ -283,6 +286,21 @@ def test_events_say_what_happened(lab):
     events = [(record["step"], record["event"]) for record in read_metrics(lab.folder / "run") if "event" in record]
     assert events == [(2, "stopped"), (2, "resumed"), (12, "finished")]
     assert watcher.notes == ["resumed from the checkpoint of step 2", "finished 12 steps"]
+
+
+@pytest.mark.parametrize(("passes", "why"), [(3, "is being learned by heart"), (1, "with a lower rate")])
+def test_held_out_loss_that_rises_is_said_once(lab, monkeypatch, passes, why):
+    run = lab.start("run", "eval.every=2")
+    run.data = replace(run.data, train=range(8 * 64 // passes))
+    scores = iter([3.0, 2.0, 2.01, 2.1, 2.2, 2.2])
+
+    def score(*_, **__):
+        return Score(next(scores) * math.log(2), 1, 1)
+
+    monkeypatch.setattr(Parallel, "score", score)
+    _, watcher = lab.train(run)
+    (note,) = [note for note in watcher.notes if note.startswith("risen")]
+    assert note.startswith("risen held-out loss is 2.1000 and was 2.0000 at step 4: ") and why in note
 
 
 def test_an_interrupt_in_the_last_step_lets_the_run_end(lab):

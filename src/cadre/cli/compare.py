@@ -128,10 +128,11 @@ def _announce(state: State, watch: Watch) -> None:
     for name, arm in state.arms.items():
         steps = next(job.steps for job in state.jobs if job.kind == "run" and job.arm == name)
         solved = "".join(f", {field} = {value}" for field, value in arm.solved.items())
+        passes = steps * arm.recipe.train.batch * arm.recipe.data.seq_len / state.train_tokens
         watch.note(
             f"  {name}: {arm.count.total_parameters / 1e6:.2f}M parameters, {arm.count.active_parameters / 1e6:.2f}M active, "
             f"{arm.flops_per_token / 1e6:.1f} MFLOPs/token, {arm.count.kv_cache_bytes_per_token:,} cache bytes/token{solved}; "
-            f"{steps:,} steps of {state.step_seconds[name]:.3f} s"
+            f"{steps:,} steps of {state.step_seconds[name]:.3f} s, {passes:,.1f} times the text"
         )
     left = sum(state.result(job) is None for job in state.jobs)
     watch.note(f"{left} of {len(state.jobs)} runs to go, about {duration(_left(state))} in all")

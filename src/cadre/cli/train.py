@@ -224,6 +224,7 @@ def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: 
 
 
 def _announce(run: Run, note: Any) -> None:
+    from cadre.data.batches import MANY_PASSES
     from cadre.plan.count import count
 
     sizes = count(run.config, context=run.recipe.data.seq_len)
@@ -231,6 +232,10 @@ def _announce(run: Run, note: Any) -> None:
         f"{run.recipe.name}: {sizes.total_parameters / 1e6:.1f}M parameters, {sizes.active_parameters / 1e6:.1f}M active, "
         f"{run.config.model_type}; {len(run.data.train):,} tokens of {run.recipe.data.source}; {run.recipe.train.dtype}"
     )
+    train = run.recipe.train
+    passes = run.total_steps * train.batch * run.recipe.data.seq_len / len(run.data.train)
+    if passes > MANY_PASSES and train.minutes is None:
+        note(f"the text will be read {passes:,.1f} times: beyond {MANY_PASSES} times it teaches less and less")
 
 
 def _finish(run: Run, result: Result) -> None:

@@ -85,7 +85,7 @@ def begin(
     jobs = plan_jobs(study, arms, seconds, hourly, amount)
     state = State(
         path, study, text_hash, quick, minutes, {arm.name: arm for arm in arms}, jobs, seconds, amount, hourly, hourly_source,
-        dtype, held_out_tokens, {**machine(cpu), "processes": processes},
+        dtype, held_out_tokens, len(data.train), {**machine(cpu), "processes": processes},
     )  # fmt: skip
     state.save()
     return state

@@ -126,6 +126,7 @@ def _arm(state: State, arm: Matched, drawn: dict[int, Curve]) -> dict[str, Any]:
         "share_of_budget": state.study.arms[name].share,
         "steps": steps,
         "tokens": steps * arm.recipe.train.batch * arm.recipe.data.seq_len,
+        "passes": steps * arm.recipe.train.batch * arm.recipe.data.seq_len / state.train_tokens,
         "flops": steps * arm.recipe.train.batch * arm.recipe.data.seq_len * arm.flops_per_token,
         "step_seconds": seconds,
         "step_seconds_before": state.step_seconds[name],

@@ -22,7 +22,7 @@ from cadre.study.worker import RESULT, read_curve
 from cadre.train.recipe import parse_recipe
 
 FILE = "study.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 # Short runs whose final losses differ by less than half a percent are level.
@@ -46,6 +46,7 @@ class State:
     rent_source: str
     dtype: str
     held_out_tokens: int
+    train_tokens: int
     machine: dict[str, Any]
 
     @property
@@ -88,7 +89,8 @@ class State:
             "format": _FORMAT, "text_hash": self.text_hash, "quick": self.quick, "minutes": self.minutes,
             "study": self.study.model_dump(exclude_none=True), "arms": arms, "jobs": as_values(self.jobs),
             "step_seconds": self.step_seconds, "amount": self.amount, "rent": self.rent, "rent_source": self.rent_source,
-            "dtype": self.dtype, "held_out_tokens": self.held_out_tokens, "machine": self.machine,
+            "dtype": self.dtype, "held_out_tokens": self.held_out_tokens,
+            "train_tokens": self.train_tokens, "machine": self.machine,
         })  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def open_state(path: Path) -> State | None:
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise UsageError(f"{path / FILE}: was written by another version of Cadre: choose another --out")
     rest = ("text_hash", "quick", "minutes", "step_seconds", "amount", "rent", "rent_source", "dtype", "held_out_tokens",
-            "machine")  # fmt: skip
+            "train_tokens", "machine")  # fmt: skip
     try:
         study = Study(**values["study"])
         arms = {name: _arm(path, name, arm) for name, arm in values["arms"].items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from cadre.data.batches import MANY_PASSES
+
 # With fewer than three seeds, losses nearer than this share are luck as likely as not; with more, the seeds themselves say.
 NEAR = 0.005
 FEW_SEEDS = 3
@@ -54,6 +56,18 @@ def outcome(results: dict[str, Any], name: str) -> str:
     return WINS if mean < 0 else LOSES
 
 
+def risen(arm: dict[str, Any]) -> float:
+    """By which share the arm's held-out loss ends above the lowest it had, over its seeds: what learning a text by heart looks
+    like."""
+    ends = [curve["bits_per_byte"][-1] / min(curve["bits_per_byte"]) - 1 for curve in arm["curves"].values()]
+    return statistics.fmean(ends) if ends else 0.0
+
+
+def by_heart(results: dict[str, Any]) -> list[str]:
+    """The arms of which that is so."""
+    return [name for name, arm in results["arms"].items() if risen(arm) > NEAR]
+
+
 def too_small(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
     """Why the budget is too small to tell, if it is: one reason each."""
     reasons = []
@@ -75,6 +89,10 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
         return f"Not finished: {results['runs_done']} of {results['runs']} runs are done. What follows is what they say so far."
     if small:
         return f"The budget is too small to tell: {'; '.join(small)}."
+    if learned := by_heart(results):
+        passes = max(arm["passes"] for arm in results["arms"].values())
+        return (f"No verdict: {_and(learned)} learned the text by heart, so that held-out loss rose again. The runs read it "
+                f"up to {passes:,.1f} times: give more text, or a smaller budget.")  # fmt: skip
     winners = [name for name, found in outcomes.items() if found == WINS]
     if winners:
         best = min(winners, key=lambda name: statistics.fmean(differences(results, name)))
@@ -115,8 +133,8 @@ def _with_less(results: dict[str, Any], outcomes: dict[str, str], named: str) ->
         return ""
     least = min(good, key=lambda name: _share(results, name))
     how = "a lower loss than" if outcomes[least] == WINS else "a loss level with"
-    return (f"With decayed rates on {_share(results, least):.0%} of the budget, {least} ends with {how} {results['first']}'s: "
-            f"{_whole(results, least)}")  # fmt: skip
+    return (f"With decayed rates on {_share(results, least):.0%} of the budget, {least} ends with {how} "
+            f"{_of(results['first'])}: {_whole(results, least)}")  # fmt: skip
 
 
 def _whole(results: dict[str, Any], name: str) -> str:
@@ -152,6 +170,8 @@ def _against(results: dict[str, Any], name: str, found: str) -> str:
 
 def _time(results: dict[str, Any], name: str, found: str) -> str:
     first = results["first"]
+    if not {name, first}.isdisjoint(by_heart(results)):
+        return ""  # a loss that rose is reached early by anything
     fast, slow = (name, first) if found != LOSES else (first, name)
     pair = results["sooner"][fast][slow]
     if found == EVEN and _share(results, name) < 1:
@@ -160,7 +180,7 @@ def _time(results: dict[str, Any], name: str, found: str) -> str:
         return ""
     flops, seconds = pair["flops"], pair["seconds"]
     some = "" if pair["reached"] == pair["seeds"] else f" (in {pair['reached']} of {pair['seeds']} seeds)"
-    text = f"{_capital(fast)} reaches {slow}'s final loss with {_times(flops, 'fewer', 'more')} FLOPs"
+    text = f"{_capital(fast)} reaches {_of(slow)} final loss with {_times(flops, 'fewer', 'more')} FLOPs"
     if flops["mean"] > 1 > seconds["mean"]:
         return (f"{text}{some}, but not sooner: it takes {_times(seconds, 'less', 'more')} time on this machine, since its "
                 "steps cost more than their FLOPs say.")  # fmt: skip
@@ -195,6 +215,11 @@ def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
     said = [f"The budget may be too small to tell: {reason}." for reason in small]
     if len(results["seeds"]) == 1:
         said.append("One seed: how far luck reaches is not known from this study.")
+    for name in by_heart(results):
+        said.append(f"{name}: its held-out loss ends {risen(results['arms'][name]):.1%} above the lowest it had.")
+    passes = max(arm["passes"] for arm in results["arms"].values())
+    if passes > MANY_PASSES:
+        said.append(f"The longest runs read the text {passes:,.1f} times: beyond {MANY_PASSES} times it teaches less and less.")
     for name, arm in results["arms"].items():
         tried = [point["factor"] for point in arm["sweep"] if point["bits_per_byte"] is not None]
         used = arm["learning_rate_factor"]
@@ -240,6 +265,10 @@ def _times(factor: dict[str, float], less: str, more: str) -> str:
     mean, low, high = (factor[key] if word == less else 1 / factor[key] for key in ("mean", "least", "most"))
     low, high = sorted((low, high))
     return f"{mean:.2f} times " + (f"({low:.2f} to {high:.2f}) " if high - low >= 0.05 else "") + word
+
+
+def _of(name: str) -> str:
+    return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
 def _and(names: list[str]) -> str:

@@ -14,8 +14,8 @@ Every record has "step". Which of these keys it has says what it is:
                 balance), dead_experts (how many have less than 1% of the mean load)
     evaluation  bits_per_byte, eval_seconds, tokens, seconds, final (of all held-out text, with a sliding context); part (of a
                 final one that had no time for all: the share of the bytes that it read)
-    event       event ("resumed", "skipped", "unsaved", "stopped", "in part", "finished", "collapse", "recovered"), message;
-                layer (of the last two)
+    event       event ("resumed", "skipped", "unsaved", "stopped", "in part", "risen" (held-out loss), "finished", "collapse",
+                "recovered"), message; layer (of the last two)
 
 What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 """

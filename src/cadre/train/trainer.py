@@ -35,6 +35,9 @@ from cadre.train.schedule import rate
 # A step whose loss or gradient is not finite is skipped; this many in a row end the run.
 _SKIPS_ALLOWED = 5
 
+# Held-out loss so far above its lowest is no noise of an evaluation.
+_RISEN = 1.01
+
 # What ended a run that no signal did.
 OTHERS = "the end of another process"
 
@@ -126,6 +129,8 @@ class Trainer:
         self.bits_per_byte: float | None = None
         self.excerpts: list[Document] | None = None
         self.read_share = 1.0
+        self.lowest: tuple[float, int] | None = None
+        self.said_risen = False
         self.saver = Saver(observer.note, self.parallel.anyone)
         if run.checkpoint is not None:
             self._restore()
@@ -315,6 +320,23 @@ class Trainer:
             record["part"] = self.read_share = score.bytes / whole
         self.metrics.write(record)
         self.observer.record(record, self.progress.total_steps)
+        if not final:
+            self._watch_for_rise(score.bits_per_byte)
+
+    def _watch_for_rise(self, bits_per_byte: float) -> None:
+        """Say it once when held-out loss is above the lowest of this run."""
+        if self.lowest is None or bits_per_byte < self.lowest[0]:
+            self.lowest = bits_per_byte, self.progress.step
+        lowest, step = self.lowest
+        if bits_per_byte > _RISEN * lowest and not self.said_risen:
+            self.said_risen = True
+            passes = self.progress.tokens / len(self.run.data.train)
+            why = (
+                f"the text, now read {passes:,.1f} times, is being learned by heart; fewer steps or more text would end lower"
+                if passes > 2
+                else f"the learning rate may be too high; {self._lower_rate()}"
+            )
+            self._event("risen", f"held-out loss is {bits_per_byte:.4f} and was {lowest:.4f} at step {step}: {why}")
 
     def _last_read(self) -> list[Document]:
         """All held-out text; where the clock ends the run, no more than a share of its time has room for."""
