@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cadre.data.shards import TokenData
+from cadre.errors import UsageError
 from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.model.config import ModelConfig
@@ -18,7 +19,7 @@ from cadre.model.scoring import Score, Text, score_documents
 from cadre.model.transformer import EVERY, Positions, Transformer
 from cadre.train.checkpoint import Tensors, load_checkpoint, model_tensors, save_checkpoint
 from cadre.train.muon import Muon
-from cadre.train.parallel.layout import compose
+from cadre.train.parallel.layout import compose, v_schedules
 from cadre.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Parallel:
     def check(self, recipe: Recipe, config: ModelConfig) -> None:
         """Put the recipe's layout together. Raises `UsageError` for one that does not fit."""
         self.layout = compose(recipe, config, self.size)
+        if self.layout.goes_back and not v_schedules():
+            raise UsageError(
+                f'parallel.schedule "{self.layout.schedule}" needs torch 2.13 or newer: choose "1f1b" or "interleaved"'
+            )
 
     def build(self, config: ModelConfig, device: torch.device, seed: int | None, source: Path | None = None) -> Transformer:
         """This process's part of the model: of a directory, or initialised from a seed, or, with neither, to be filled from

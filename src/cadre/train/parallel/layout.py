@@ -24,6 +24,7 @@ to some groups sends to the ranks of these alone.
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,10 +70,15 @@ class Layout:
         return self.shards // self.expert
 
     @property
+    def goes_back(self) -> bool:
+        """Whether the pipeline's stages go through its places and back again."""
+        return self.pipeline > 1 and self.schedule in _V_SHAPED
+
+    @property
     def places(self) -> list[int]:
         """The place in the pipeline that holds each stage: in turn, or there and back for the schedules that are named for it,
         which have the first stage and the last in one place."""
-        back = self.schedule in _V_SHAPED
+        back = self.goes_back
         turn = [*range(self.pipeline), *(reversed(range(self.pipeline)) if back else range(self.pipeline))]
         return turn[: len(self.stages)]
 
@@ -139,6 +145,12 @@ def compose(recipe: Recipe, config: ModelConfig, processes: int) -> Layout:
 # Schedules that hold two stages in every place, and of these the ones whose stages go there and back.
 _TWO_STAGES = ("interleaved", "zbv", "dualpipev")
 _V_SHAPED = ("zbv", "dualpipev")
+
+
+def v_schedules() -> bool:
+    """Whether this torch runs the schedules that go there and back: 2.11 sends messages to the own rank, which gloo refuses, and
+    puts off no gradient of a function that is written in Python."""
+    return tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2]) >= (2, 13)
 
 
 def _stages(recipe: Recipe, config: ModelConfig, micro_batches: int) -> tuple[range, ...]:
