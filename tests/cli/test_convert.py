@@ -66,7 +66,13 @@ def test_only_weights_change(model_dir, tmp_path, in_place):
     (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [1, 2]}')
     kept = {file.name: file.read_bytes() for file in source.iterdir() if file.suffix != ".safetensors"}
     target = source if in_place else tmp_path / "target"
-    result = run(source, target, "--dtype", "bf16")
+    options = ["--dtype", "bf16"]
+    if in_place:
+        refused = run(source, target, *options)
+        assert refused.exit_code == 1 and "is there already: choose another name, or give --force" in str(refused.exception)
+        assert {file.name: file.read_bytes() for file in source.iterdir() if file.suffix != ".safetensors"} == kept
+        options.append("--force")
+    result = run(source, target, *options)
     assert result.exit_code == 0, result.output
     found = {file.name: file.read_bytes() for file in target.iterdir() if file.suffix != ".safetensors"}
     configs = [json.loads(files.pop("config.json")) for files in (kept, found)]

@@ -1,10 +1,12 @@
 import gzip
 import json
 import math
+import re
 
 import pytest
 import torch
 import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import cadre
@@ -14,6 +16,10 @@ from cadre.errors import RunError, UsageError
 from cadre.kernels.native.library import multiplies
 from cadre.model.scoring import token_nats
 from cadre.model.transformer import Transformer
+from cadre.train.recipe import read_recipe
+from cadre.train.run import start
+from cadre.train.trainer import Silent, Trainer
+from tests.runs import write_recipe
 from tests.shapes import small
 
 APP = typer.Typer()
@@ -111,8 +117,32 @@ def test_windows_out_of_range(model_dir, files):
     assert "stride is 9" in str(run(model_dir, "--data", files[0], "--context", 8, "--stride", 9).exception)
 
 
-def test_no_data_is_bad_usage(model_dir):
-    assert run(model_dir).exit_code == 2
+def test_without_data_a_model_that_is_no_run_is_refused(model_dir, tmp_path):
+    assert "is no run with text held out: say with --data what to read" in str(run(model_dir).exception)
+    assert "no such file or folder" in str(run(tmp_path / "absent").exception)
+
+
+def test_a_run_is_scored_on_what_it_held_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("CADRE_CACHE", str(tmp_path / "cache"))
+    recipe = write_recipe(tmp_path)
+    source = json.loads(re.search(r"source = (.*)", recipe.read_text())[1])
+    made = start(read_recipe(str(recipe)), tmp_path / "run", torch.device("cpu"), lambda line: None)
+    trained = Trainer(made, Silent()).train()
+    result = run(tmp_path / "run", "--json", "--context", "16", "--stride", "8")
+    assert json.loads(result.stdout)["bits_per_byte"] == pytest.approx(trained.bits_per_byte)
+    assert result.stderr == ""
+    own = run(tmp_path / "run", "--data", source)
+    assert f"was trained on {source}: leave --data out to score what it held out" in own.stderr
+
+
+def test_a_tokenizer_that_drops_letters_is_named(tmp_path, files):
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "the": 2, "people": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["[UNK]", "</s>"])
+    model = Transformer(small("llama", vocab_size=300, eos_token_id=1)).initialize(0)
+    cadre.save(model, tmp_path / "words", words)
+    said = run(tmp_path / "words", "--data", files[0]).stderr
+    assert re.search(r"note: the tokenizer gives back \d+\.\d% of the text's letters", said)
 
 
 def test_a_broken_model_fails_clearly(files, tmp_path):

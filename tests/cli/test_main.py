@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from cadre import __version__
 from cadre.cli import main as module
+from cadre.cli.progress import printable
 from cadre.errors import DiskFullError, RunError, UsageError
 
 
@@ -43,6 +45,14 @@ def test_an_interrupt_has_its_own_status(monkeypatch, capsys):
     monkeypatch.setattr("cadre.train.recipe.read_recipe", interrupted)
     assert call(monkeypatch, "train") == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_version(monkeypatch, capsys):
+    assert call(monkeypatch, "--version") == 0 and capsys.readouterr().out == f"cadre {__version__}\n"
+
+
+def test_what_a_model_writes_moves_no_terminal():
+    assert printable("a\x1b[2Jb\tc\n\x0e\x9bd\x7f") == "a\\x1b[2Jb\tc\n\\x0e\\x9bd\\x7f"
 
 
 def test_help_names_every_verb(monkeypatch, capsys):

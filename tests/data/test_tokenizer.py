@@ -1,11 +1,13 @@
 import json
+import random
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from cadre.data.tokenizer import MIN_VOCAB_SIZE, _in_stretches, train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import (
     check_vocabulary,
@@ -36,6 +38,23 @@ def test_special_tokens_come_first_and_the_size_is_kept():
 @given(ANY_TEXT)
 def test_any_text_comes_back_byte_for_byte(text):
     assert TRAINED.decode(TRAINED.encode(text).ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("kind", ["ACGT", " "])
+def test_text_without_a_space_takes_no_longer(kind):
+    """In one stretch these would take minutes: the time grows with the square of its length."""
+    text = "".join(random.Random(0).choices(kind, k=400_000))
+    began = time.monotonic()
+    tokenizer = train_tokenizer(["before ", text, " after"], 300)
+    assert time.monotonic() - began < 20
+    assert tokenizer.decode(tokenizer.encode(text[:1000]).ids) == text[:1000]
+
+
+def test_only_long_stretches_are_cut():
+    texts = ["a b " * 5000, "x" * 1000, "a " + "y" * 1100 + " b"]
+    assert list(_in_stretches(texts))[:2] == texts[:2]
+    assert "".join(_in_stretches(texts)) == "".join(texts)
+    assert max(len(piece) for piece in list(_in_stretches(texts))[2:]) == 256
 
 
 def test_the_same_texts_give_the_same_tokenizer():

@@ -22,6 +22,27 @@ def test_shipped_recipes_are_sound_and_come_back_from_toml(name):
     assert parse_recipe(recipe.to_toml(), "again") == recipe
 
 
+def test_a_recipe_may_be_based_on_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = read_recipe("pocket")
+    Path("wide.toml").write_text('base = "pocket"\n[model]\nhidden_size = 96\n[train]\nsteps = 7\n')
+    wide = read_recipe("wide.toml", ["optimizer.lr=0.5"])
+    assert (wide.name, wide.model, wide.train.steps) == ("wide", base.model | {"hidden_size": 96}, 7)
+    assert wide.optimizer.lr == 0.5 and wide.train.batch == base.train.batch and wide.data == base.data
+    Path("wider.toml").write_text('base = "wide.toml"\nname = "x"\n[model]\nhidden_size = 128\n')
+    assert read_recipe("wider.toml").train.steps == 7 and read_recipe("wider.toml").name == "x"
+    Path("on.toml").write_text('base = "pocket"\n[model]\nfrom = "runs/first"\n')
+    assert read_recipe("on.toml").model == {"from": "runs/first"}
+    Path("round.toml").write_text('base = "round.toml"\n')
+    with pytest.raises(UsageError, match=r"base is 'round\.toml', which is based on this recipe itself"):
+        read_recipe("round.toml")
+    Path("typo.toml").write_text('base = "poket"\n')
+    with pytest.raises(UsageError, match="did you mean pocket"):
+        read_recipe("typo.toml")
+    with pytest.raises(UsageError, match="base is 3; it must be the name or file of another recipe"):
+        parse_recipe("base = 3", "here")
+
+
 # TOML has no lone surrogates, and neither has a recipe that was read from one.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 plain = st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False), texts)
@@ -157,6 +178,7 @@ def test_top_k_above_what_the_groups_allow_is_refused():
     ("[model", "not valid TOML"), ("", "model is missing"), ("model = 3", "model is 3"),
     ("[model]\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1", "model."),
     ("[model]\nfrom = 3\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1.0", "model.from is 3"),
+    (TEXT.replace("[model]", "[modle]"), "unknown key modle; did you mean model?"),
     (TEXT.replace("steps = 12\n", ""), "steps or minutes must say where the run ends"),
     ("data = 3\n" + TEXT.replace("[data]", "[eval.x]"), "data is 3"),
 ])  # fmt: skip

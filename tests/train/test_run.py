@@ -159,7 +159,9 @@ def test_training_goes_on_from_a_model_with_its_tokenizer(lab):
     _, tokenizer = load(lab.folder / "base")
     assert run.identity["tokenizer"] == tokenizer_hash(tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
-    lab.train(run)
+    _, watcher = lab.train(run)
+    scores = [record["step"] for record in watcher.records if "bits_per_byte" in record]
+    assert scores[0] == 0 and len(scores) > 1  # what it was before
     (again, _), base = load(lab.folder / "run"), model.lm_head.weight
     assert not torch.equal(again.lm_head.weight, base) and (again.lm_head.weight - base).abs().max() < 0.1
     more = lab.resume("run", "train.steps=13")

@@ -31,7 +31,9 @@ class Peer(StrEnum):
 def bench_train(
     config: Annotated[Path, typer.Option(help="A Hugging Face config.json.")],
     batch: Annotated[int, typer.Option(help="Sequences a step.", min=1)] = 16,
-    seq_len: Annotated[int, typer.Option("--seq", help="Tokens a sequence.", min=2)] = 512,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq", help="Tokens a sequence. [default: 512, or the model's context]", min=2)
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help=f"Timed steps ({_STEPS}; {_STEPS_OF_A_POINT} a point of --sweep).", min=1)
     ] = None,
@@ -57,6 +59,7 @@ def bench_train(
     bench = _bench(mode, quick)
     steps = steps or (_STEPS_OF_A_POINT if mode == "sweep" else _STEPS)
     with notes(json_) as note:
+        seq_len = seq_len or min(512, shape.max_position_embeddings)
         values = bench(shape, batch=batch, seq_len=seq_len, steps=steps, dtype=torch_dtype(dtype), note=note)
     result = {"mode": mode, **values}
     print(json.dumps(result) if json_ else "\n".join(bench_tables.lines(result)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cadre.cli.generate import MaxTokens, Model, Seed, Temperature, TopK, TopP, load_with_tokenizer
+from cadre.cli.progress import printable
 from cadre.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,9 +73,10 @@ def _read(console: Console | None) -> str:
 
 def _answer(conversation: Conversation, line: str) -> None:
     pieces = conversation.reply(line)
+    shown = printable if sys.stdout.isatty() else str
     try:
         for piece in pieces:
-            typer.echo(piece, nl=False)
+            typer.echo(shown(piece), nl=False)
     except KeyboardInterrupt:
         pass
     typer.echo()

@@ -38,10 +38,13 @@ def convert(
         Dtype | None,
         typer.Option(help="Of the matrices; q8_0 is GGUF's 8 bits. [default: as they are stored]", show_default=False),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a model that is there.")] = False,
 ) -> None:
     """Write a model as GGUF, which llama.cpp reads, or as a Hugging Face directory: of another dtype, or of a GGUF file."""
     from cadre.hub.directory import model_directory
 
+    if not force and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+        raise UsageError(f"{target}: is there already: choose another name, or give --force to write over it")
     if (to or (Format.gguf if target.suffix == ".gguf" else Format.hf)) == Format.gguf:
         from cadre.hub.gguf import write_gguf
 

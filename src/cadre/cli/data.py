@@ -31,6 +31,7 @@ def data(
 ) -> None:
     """Tokenise text into shards on disk, split by document into training and held-out text."""
     from cadre.data.shards import prepare
+    from cadre.hub.tokenizer import lossy
 
     prepared = prepare(
         files,
@@ -48,4 +49,6 @@ def data(
     for label, part in (("training", manifest["train"]), ("held out", manifest["held_out"])):
         typer.echo(f"{label}: {part['documents']:,} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes")
     typer.echo(f"{manifest['bytes_per_token']:.2f} bytes per token, vocabulary of {manifest['vocab_size']:,}")
+    if (why := lossy(prepared.tokenizer, (document.text for document in prepared.held_out_documents()))) is not None:
+        typer.echo(why)
     typer.echo(f"written to {prepared.path}")

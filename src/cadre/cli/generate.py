@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +37,9 @@ Seed = Annotated[int | None, typer.Option(metavar="S", help="The same seed gives
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; may be empty.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to continue; may be empty; - reads it.", show_default=False)
+    ],
     max_tokens: MaxTokens = 100,
     temperature: Temperature = 0.8,
     top_p: TopP = 1.0,
@@ -52,9 +55,12 @@ def generate(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Continue a prompt; the text is printed as the model writes it, without the prompt."""
+    from cadre.cli.progress import printable
     from cadre.infer.generate import pieces, prepare
     from cadre.infer.sampling import Sampling
 
+    if prompt == "-" and sys.stdin is not None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
     loaded, tokenizer = load_with_tokenizer(model, quantize)
     drafts = max(1, len(loaded.mtp)) if speculative else 0
     sampling = Sampling(temperature, top_p, top_k, seed=seed)
@@ -65,8 +71,9 @@ def generate(
             result |= {"drafts_proposed": engine.stats.drafts_proposed, "drafts_accepted": engine.stats.drafts_accepted}
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
+    shown = printable if sys.stdout.isatty() else str  # what is piped is exactly what was written
     for piece in pieces(engine):
-        typer.echo(piece, nl=False)
+        typer.echo(shown(piece), nl=False)
     typer.echo()
     if speculative:
         stats = engine.stats

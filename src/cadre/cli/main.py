@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
@@ -32,6 +33,15 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+
+    @app.callback(invoke_without_command=True)
+    def options(version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False) -> None:
+        if version:
+            import cadre
+
+            typer.echo(f"cadre {cadre.__version__}")
+            raise typer.Exit
+
     app.command("train")(train)
     app.command("generate")(generate)
     app.command("chat")(chat)

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cadre.plan.memory import RESERVE
+
 _TERMS = {
     "compute": "computing", "recompute": "computing activations again", "all_to_all": "all-to-all, exposed",
     "tensor": "tensor parallelism", "pipeline": "hand-over between stages", "bubble": "pipeline bubble",
@@ -91,8 +93,11 @@ def _training(out: Console, plan: dict[str, Any], explain: bool) -> None:
     _table(out, where, rows)
     memory = plan["memory_per_device_bytes"]
     if memory:
-        parts = ("weights", "gradients", "optimizer", "activations", "buffers", "total", "capacity")
+        free = RESERVE * memory["capacity"]
+        parts = ("weights", "gradients", "optimizer", "activations")
         rows = [(name, _gb(memory[name])) for name in parts]
+        rows += [("buffers", _gb(memory["buffers"] - free)), ("kept free", _gb(free))]
+        rows += [(name, _gb(memory[name])) for name in ("total", "capacity")]
         for name in ("without_recomputation", "with_selective_recomputation", "with_recomputation"):
             rows.append((f"activations {name.replace('_', ' ')}", _gb(memory[f"activations_{name}"])))
         _table(out, "Memory of the fullest device" if plan["fits"] else "Memory of the leanest layout: does not fit", rows)
@@ -178,7 +183,7 @@ def _si(value: float) -> str:
 
 
 def _gb(value: float) -> str:
-    return f"{value / 1e9:,.2f} GB"
+    return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
 
 
 def _round(value: float) -> str:
@@ -188,7 +193,9 @@ def _round(value: float) -> str:
 def _days(days: float) -> str:
     if days >= 1:
         return f"{days:,.1f} days"
-    return f"{days * 24:.1f} hours" if days >= 1 / 24 else f"{days * 1440:.1f} minutes"
+    if days >= 1 / 24:
+        return f"{days * 24:.1f} hours"
+    return f"{days * 1440:.1f} minutes" if days >= 1 / 1440 else f"{days * 86400:.1f} seconds"
 
 
 def _time(seconds: float) -> str:

@@ -54,6 +54,15 @@ class TrainingLine:
         self.console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True)
 
 
+# All but line ends and tabs, which alone move no further than they say.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """What a model wrote, without what a terminal would take for commands."""
+    return text.translate(_CONTROLS)
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

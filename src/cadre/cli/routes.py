@@ -63,6 +63,7 @@ def routes(
     elif run is not None:
         documents = held_out_text(run)
     else:
+        load_config(model)  # which says so if there is nothing
         raise UsageError(f"{model}: is no run with text held out: say with --data what to read")
     if not load_config(model).has_experts:
         raise UsageError(f"{model}: the model is dense: it has no experts whose routes could be read")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -75,18 +76,20 @@ def train(
         arguments = sys.argv[1:] if resume or out else [*sys.argv[1:], "--out", str(path)]
         if choosing:
             arguments = ["train", str(_write_chosen(chosen, path, time.monotonic() - began)), "--out", str(path)]
-        _launch(nproc, arguments, restarts, logs, path)
+        stopped = _launch(nproc, arguments, restarts, logs, path)
     else:
         # What choosing took is part of the time given.
-        _train_here(chosen, resume, out, line, began if choosing and chosen.train.minutes is not None else None)
+        stopped = _train_here(chosen, resume, out, line, began if choosing and chosen.train.minutes is not None else None)
+    if stopped is not None and not started():
+        raise typer.Exit(128 + stopped)  # whoever waits for the model must not take this for done
 
 
-def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | None, path: Path) -> None:
+def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | None, path: Path) -> signal.Signals | None:
     from cadre.train.checkpoint import checkpoints
     from cadre.train.parallel.launch import launch
 
     try:
-        launch(processes, arguments, restarts, logs)
+        return launch(processes, arguments, restarts, logs)
     except RunError as error:
         again = f"; continue with: cadre train --resume {shlex.quote(str(path))} --nproc {processes}"
         raise RunError(f"{error}{again if checkpoints(path) else ''}") from None
@@ -94,9 +97,9 @@ def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | No
 
 def _train_here(
     chosen: Recipe, resume: Path | None, out: Path | None, line: TrainingLine | Silent, began: float | None
-) -> None:  # fmt: skip
+) -> signal.Signals | None:  # fmt: skip
     """Train in this process, one of several or the only one. `began`: since when (monotonic) the run's time counts, if not
-    from the first step on."""
+    from the first step on. Returns the signal that stopped it."""
     from cadre.train.parallel.launch import by_torchrun, joined, may_resume_existing, without_restarts
     from cadre.train.run import FinishedError, start
     from cadre.train.run import resume as resume_run
@@ -115,7 +118,7 @@ def _train_here(
                 if out is None:
                     raise
                 line.note(str(error))  # a launch that is repeated finds its work done
-                return
+                return None
         else:
             run = start(chosen, out or _new_folder(chosen.name, parallel.agree(time.time())), device, line.note, parallel)
         _announce(run, line.note)
@@ -131,6 +134,7 @@ def _train_here(
             parallel.anyone(False)  # the main process has said what there is to say
             if result.stopped == OTHERS:  # which torchrun would take for done
                 raise RunError(f"stopped after step {result.steps} by the end of another process")
+    return None if result.stopped in (None, OTHERS) else signal.Signals[result.stopped]
 
 
 def _new_folder(name: str, now: float | None = None) -> Path:
@@ -225,6 +229,7 @@ def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: 
 
 def _announce(run: Run, note: Any) -> None:
     from cadre.data.batches import MANY_PASSES
+    from cadre.hub.tokenizer import lossy
     from cadre.plan.count import count
 
     sizes = count(run.config, context=run.recipe.data.seq_len)
@@ -232,6 +237,8 @@ def _announce(run: Run, note: Any) -> None:
         f"{run.recipe.name}: {sizes.total_parameters / 1e6:.1f}M parameters, {sizes.active_parameters / 1e6:.1f}M active, "
         f"{run.config.model_type}; {len(run.data.train):,} tokens of {run.recipe.data.source}; {run.recipe.train.dtype}"
     )
+    if (why := lossy(run.data.tokenizer, (document.text for document in run.data.held_out_documents()))) is not None:
+        note(why)
     train = run.recipe.train
     passes = run.total_steps * train.batch * run.recipe.data.seq_len / len(run.data.train)
     if passes > MANY_PASSES and train.minutes is None:
@@ -240,6 +247,7 @@ def _announce(run: Run, note: Any) -> None:
 
 def _finish(run: Run, result: Result) -> None:
     """Samples, report, and the lines that say what to do with the model."""
+    from cadre.cli.progress import printable
     from cadre.cli.summary import load_line, summarize
     from cadre.hub.load import load
     from cadre.infer.generate import generate
@@ -255,7 +263,7 @@ def _finish(run: Run, result: Result) -> None:
         for number, prompt in enumerate(run.recipe.eval.prompts):
             text = generate(model, run.data.tokenizer, prompt, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number)
             samples.append({"prompt": prompt, "text": text})
-            print(f"\n> {prompt}{text}")
+            print(f"\n> {printable(prompt + text)}")
     report = write_report(run.path, summarize(run, result, samples, _command()))
     print()
     here = shlex.quote(str(run.path))

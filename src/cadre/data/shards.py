@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, Document, read_documents, token_data
+from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, SUFFIXES, Document, passed_over, read_documents, token_data
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from cadre.errors import UsageError, write_error
@@ -172,6 +172,8 @@ def prepare(
     if out is None and (made := token_data(source)) is not None:
         return _made(made, given, vocab_size)
     say(f"reading {' '.join(names)}")
+    if (others := passed_over(source)) is not None:
+        say(f"passed over: {others} (what is read are {' '.join(SUFFIXES)})")
     split = split_documents(read_documents(source), held_out)
     inputs = {
         "text": split.content,

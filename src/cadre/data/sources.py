@@ -15,6 +15,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,21 @@ def files_below(folder: Path) -> list[Path]:
     """The files of a folder that can be read, at any depth, in order; hidden ones are passed over."""
     inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     return sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
+
+
+def passed_over(source: str | list[str]) -> str | None:
+    """What the folders of a source hold beside what can be read, such as "20 .py, 1 .json"; None if nothing."""
+    kinds: Counter[str] = Counter()
+    for entry in [source] if isinstance(source, str) else source:
+        folder = Path(entry)
+        if entry == SOTU or is_remote(entry) or not folder.is_dir():
+            continue
+        for path in folder.rglob("*"):
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if not hidden and path.is_file() and _kind(path) not in SUFFIXES:
+                kinds[path.suffix.lower() or "without suffix"] += 1
+    most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:8]
+    return ", ".join(f"{count:,} {kind}" for kind, count in most) or None
 
 
 def read_documents(source: str | list[str]) -> Iterator[Document]:
@@ -231,7 +247,8 @@ def _jsonl_text(line: str, where: str) -> str:
         raise UsageError(f"{where}: not a JSON object ({error})") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise UsageError(f'{where}: no string field "text" in this line')
+        held = f"it has {', '.join(record) or 'none'}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
+        raise UsageError(f'{where}: no string field "text" in this line ({held[:200]})')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -42,6 +42,8 @@ def model_directory(path: str | Path) -> Path:
                 return candidate
     if path.is_dir():
         raise UsageError(f"{path}: is no model directory: no config.json")
+    if path.is_file() and path.suffix == ".gguf":
+        raise UsageError(f"{path}: is no model directory: make one of it with cadre convert {path} DIR")
     raise UsageError(f"{path}: is no model directory: {'not a folder' if path.exists() else 'no such folder'}")
 
 

@@ -285,6 +285,12 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
     Raises `UsageError` for an unknown recipe, section, key, type or value.
     """
+    text, name = _text_of(name_or_path)
+    return parse_recipe(text, name_or_path, overrides, name)
+
+
+def _text_of(name_or_path: str) -> tuple[str, str]:
+    """A recipe's text and its name."""
     name, known = name_or_path, shipped()
     if name in known:
         text = (resources.files("cadre.recipes") / f"{name}.toml").read_text(encoding="utf-8")
@@ -298,15 +304,35 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
             raise UsageError(f"recipe {name!r} is neither a file nor a shipped recipe{hint} ({', '.join(known)})") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"recipe {name!r} cannot be read ({error})") from None
-    return parse_recipe(text, name_or_path, overrides, name)
+    return text, name
 
 
-def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name: str = "custom") -> Recipe:
-    """Check a recipe's text. `where` names it in error messages."""
+def _values(text: str, where: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a recipe's text says, laid over the recipe that its `base` names: section by section, and a `model` that begins with
+    a directory or says its model_type takes the place of the base's."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: not valid TOML: {error}") from None
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UsageError(f"{where}: base is {base!r}; it must be the name or file of another recipe")
+    if base in above:
+        raise UsageError(f"{where}: base is {base!r}, which is based on this recipe itself")
+    merged = _values(_text_of(base)[0], base, (*above, base))
+    merged.pop("name", None)
+    for key, value in values.items():
+        whole = key == "model" and isinstance(value, dict) and not {"from", "model_type"}.isdisjoint(value)
+        held = merged.get(key)
+        merged[key] = {**held, **value} if isinstance(held, dict) and isinstance(value, dict) and not whole else value
+    return merged
+
+
+def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name: str = "custom") -> Recipe:
+    """Check a recipe's text. `where` names it in error messages."""
+    values = _values(text, where)
     values.setdefault("name", name)
     for override in overrides or []:
         _apply(values, override)
@@ -329,12 +355,16 @@ def _make_way(values: dict[str, Any], asked: set[str]) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    first, *others = error.errors()
+    if first["type"] == "missing":  # it may be there under a name with a slip in it
+        first = next((each for each in others if each["type"] == "extra_forbidden"), first)
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section = Recipe.model_fields.get(str(first["loc"][0]))
         fields = getattr(section.annotation, "model_fields", {}) if section and len(first["loc"]) > 1 else Recipe.model_fields
-        return f"unknown key {name}; known here: {', '.join(fields)}"
+        close = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"unknown key {name}{hint}; known here: {', '.join(fields)}"
     if first["type"] == "value_error" and name:
         return f"{name}: {first['ctx']['error']}"
     return explain(error)

@@ -46,7 +46,8 @@ from cadre.train.recipe import DataSection, ParallelSection, Recipe, TrainSectio
 @dataclass
 class Run:
     """A run ready to train: recipe resolved, data prepared, model built (model and batches are not yet restored from
-    `checkpoint`). `total_steps`: where it ends, unless the recipe's minutes end sooner."""
+    `checkpoint`). `total_steps`: where it ends, unless the recipe's minutes end sooner. `source`: the model
+    directory that it begins with."""
 
     path: Path
     recipe: Recipe
@@ -58,6 +59,7 @@ class Run:
     checkpoint: Path | None
     total_steps: int
     parallel: Parallel
+    source: Path | None = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def start(
     resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
     if parallel.main:
         _write_recipe(path, resolved, asked)
-    return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel)
+    return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel, source)
 
 
 def _check_tokenizer(source: Path, data: TokenData) -> None:

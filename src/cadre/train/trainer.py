@@ -22,7 +22,7 @@ from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synch
 from cadre.kernels.total_norm import total_norm
 from cadre.plan.count import count
 from cadre.train.balance import Balance
-from cadre.train.checkpoint import Tensors, read_state
+from cadre.train.checkpoint import Tensors, checkpoints, read_state
 from cadre.train.collapse import CollapseAlarm
 from cadre.train.metrics import MetricsLog, NoMetrics
 from cadre.train.objective import MicroBatch, Step
@@ -148,6 +148,8 @@ class Trainer:
                 if resumed is not None:
                     self._event("resumed", f"from the checkpoint of step {resumed}")
                 self.began = time.perf_counter() - progress.seconds
+                if resumed is None and self.run.source is not None:
+                    self._evaluate(final=False)  # what training finds
                 while progress.step < progress.total_steps and not self._stopping(stop):
                     record = self._step(next(self.run.batches))
                     if progress.step == (resumed or 0) + 1:  # the optimizer has its state now
@@ -247,7 +249,10 @@ class Trainer:
             )
 
     def _lower_rate(self) -> str:
-        return f"resume from the last checkpoint with a lower rate, such as --set optimizer.lr={self.optimizer.lr / 2:g}"
+        lower = f"--set optimizer.lr={self.optimizer.lr / 2:g}"
+        if self.run.checkpoint is None and not checkpoints(self.run.path):
+            return f"begin anew with a lower rate: --set optimizer.lr={self.optimizer.lr / 10:g}"
+        return f"resume from the last checkpoint with a lower rate, such as {lower}"
 
     def _mtp_weight(self) -> float:
         """V3's schedule: the first weight for two thirds of the run (10T of 14.8T tokens), then the final one."""

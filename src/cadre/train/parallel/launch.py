@@ -60,9 +60,12 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path | None = None, module: str = "cadre") -> None:
+def launch(
+    processes: int, arguments: list[str], restarts: int = 0, logs: Path | None = None, module: str = "cadre"
+) -> signal.Signals | None:  # fmt: skip
     """Run `python -m MODULE ARGUMENTS` in so many processes of this machine until all are done; the first one has the terminal,
     what the others print goes to `logs`. When one fails the others are ended, and all started again up to `restarts` times.
+    Returns the signal by which they were told to save and end, if they were.
 
     Raises `RunError` (or `UsageError`, as that process would have) that names the rank and the cause.
     """
@@ -104,9 +107,11 @@ def launch(processes: int, arguments: list[str], restarts: int = 0, logs: Path |
         # The processes were told, and have saved and ended: Ctrl-C asks no more.
         if ended.sigval not in (signal.SIGINT, signal.SIGTERM):
             raise RunError(f"stopped by {ended.sigval.name}") from None
+        return signal.Signals(ended.sigval)
     finally:
         if logs is None and not telling:
             shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def _cause(error: ChildFailedError, folder: Path | None) -> Exception:

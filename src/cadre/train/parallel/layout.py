@@ -148,8 +148,8 @@ _V_SHAPED = ("zbv", "dualpipev")
 
 
 def v_schedules() -> bool:
-    """Whether this torch runs the schedules that go there and back: 2.11 sends messages to the own rank, which gloo refuses, and
-    puts off no gradient of a function that is written in Python."""
+    """Whether this torch runs the schedules that go there and back: 2.11 sends messages to the own rank, which gloo refuses,
+    and puts off no gradient of a function that is written in Python."""
     return tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2]) >= (2, 13)
 
 
