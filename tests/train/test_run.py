@@ -64,7 +64,7 @@ def test_a_given_tokenizer_is_taken(lab):
     without_vocab_size(lab)
     tokenizer = given_tokenizer(lab.folder / "tok", 270)
     run = lab.start("run", f"data.tokenizer={lab.folder / 'tok'}")
-    assert run.config.vocab_size == 270 and run.identity["tokenizer"] == tokenizer_hash(tokenizer)
+    assert run.config.vocab_size == 270 and run.identity()["tokenizer"] == tokenizer_hash(tokenizer)
 
 
 @pytest.mark.parametrize("overrides, wanted", [
@@ -157,7 +157,7 @@ def test_training_goes_on_from_a_model_with_its_tokenizer(lab):
     run = lab.start("run")
     assert run.config == model.config and run.config.vocab_size == 290
     _, tokenizer = load(lab.folder / "base")
-    assert run.identity["tokenizer"] == tokenizer_hash(tokenizer)
+    assert run.identity()["tokenizer"] == tokenizer_hash(tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
     _, watcher = lab.train(run)
     scores = [record["step"] for record in watcher.records if "bits_per_byte" in record]

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,6 @@ class Run:
     parallel: Parallel
     source: Path | None = None
 
-    @cached_property
     def identity(self) -> dict[str, Any]:
         """What must not change between checkpoint and resume."""
         corpus = self.data.manifest["inputs"]["text"]
@@ -228,7 +227,7 @@ def resume(
     run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel)
     if run.checkpoint is not None:
         state = read_state(run.checkpoint)
-        _refuse_other_identity(path, run.identity, state["identity"])
+        _refuse_other_identity(path, run.identity(), state["identity"])
         if state["length"] == [train.steps, train.minutes]:
             run.total_steps = state["total_steps"]
         else:

@@ -128,6 +128,7 @@ class Trainer:
         self.last_loss: float | None = None
         self.bits_per_byte: float | None = None
         self.excerpts: list[Document] | None = None
+        self.identity = run.identity()
         self.read_share = 1.0
         self.lowest: tuple[float, int] | None = None
         self.said_risen = False
@@ -402,7 +403,7 @@ class Trainer:
             self._event("unsaved", f"step {self.progress.step}: its weights are not finite")
             return False
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
-        state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.run.identity}
+        state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.identity}
         tensors = self.parallel.tensors(self.model, self.optimizer)
         self.saver.save(tensors, partial(self._write, tensors, state))
         return True
