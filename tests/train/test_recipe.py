@@ -122,7 +122,7 @@ def test_set_replaces_one_value(override, where):
     ("balance.bias_update=on", ["balance.bias_update", "'sign', 'proportional' or 'none'"]),
     ("balance.use_bias=false", ["bias_update is 'sign'; without use_bias it must be 'none'"]),
     ("balance.z_weight=-1", ["balance.z_weight", "-1"]),
-    ("model.from=there", ["model.from", "leave the other fields out"]),
+    ("model.from=there", ["model.from takes the whole model", "but for max_position_embeddings and rope_parameters"]),
     ("train.steps", ["--set train.steps", "section.key=value"]),
     ("steps=3", ["--set steps=3", "section.key=value"]),
     ("a.b.c=3", ["--set a.b.c=3", "section.key=value"]),
@@ -164,7 +164,7 @@ def test_a_section_that_is_none_is_named_whatever_is_asked_for():
 
 def test_the_example_in_the_docs_is_a_recipe():
     lines = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
-    start, stop = lines.index("    [model]"), next(i for i, line in enumerate(lines) if line.startswith("`--steps`"))
+    start, stop = lines.index("    [model]"), next(i for i, line in enumerate(lines) if line.startswith("Or a few lines"))
     recipe = parse_recipe("\n".join(line.removeprefix("    ") for line in lines[start:stop]), "docs/recipes.md")
     assert recipe.config(4096).is_sparse(1) and not recipe.config(4096).is_sparse(0)
 

@@ -169,6 +169,30 @@ def test_training_goes_on_from_a_model_with_its_tokenizer(lab):
     assert lab.train(more)[0].steps == 13
 
 
+def test_a_model_may_go_on_with_longer_sequences(lab):
+    model = save_model(lab, 270)
+    from_recipe(lab, tokenizer=True)
+    text = lab.recipe.read_text()
+    longer = model.config.max_position_embeddings * 2
+    with pytest.raises(
+        UsageError, match=r"model\.hidden_size: model\.from takes the whole model from a directory, but for max_"
+    ):
+        lab.start("run", "model.hidden_size=64")
+    with pytest.raises(UsageError, match=rf"data\.seq_len is {longer}; it must be at most .* or of \[model\] beside from"):
+        lab.start("run", f"data.seq_len={longer}")
+    yarn = (
+        f'{{ rope_type = "yarn", rope_theta = 10000.0, factor = 2.0, '
+        f"original_max_position_embeddings = {model.config.max_position_embeddings}, mscale_all_dim = 1.0 }}"
+    )
+    lab.recipe.write_text(text.replace("[data]", f"max_position_embeddings = {longer}\nrope_parameters = {yarn}\n[data]"))
+    run = lab.start("run", f"data.seq_len={longer}")
+    assert run.config.max_position_embeddings == longer and run.config.rope_parameters.factor == 2.0
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
+    assert run.model.layers[0].self_attn.scale != model.layers[0].self_attn.scale
+    lab.train(run)
+    assert load(lab.folder / "run")[0].config.rope_parameters == run.config.rope_parameters
+
+
 def test_the_recipe_that_began_with_a_model_may_be_named_to_resume_it(lab):
     from cadre.train.run import resume
 

@@ -281,6 +281,8 @@ def _finish(run: Run, result: Result) -> None:
         return
     print(f"model            {run.path / 'model'}")
     print(f"in transformers  python -c {shlex.quote(load_line(run.path / 'model'))}")
+    if run.config.num_nextn_predict_layers:
+        print("                 (it names the prediction module's tensors as unexpected: it has no such module)")
     print(f"try it           cadre generate {here} {shlex.quote(max(run.recipe.eval.prompts, key=len, default='The'))}")
 
 

@@ -232,6 +232,10 @@ class ParallelSection(_Section):
         return Degrees(expert, replicas, self.pipeline, self.schedule != "1f1b", self.rows == "fp8")
 
 
+# What may be said anew of a model that training goes on with: how far its positions reach.
+BESIDE_FROM = ("max_position_embeddings", "rope_parameters")
+
+
 class Recipe(_Section):
     """All of a run's choices. `model` is kept as given: its vocabulary may still be open until the tokenizer is known."""
 
@@ -249,8 +253,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _model_is_possible(self) -> Self:
         if "from" in self.model:
-            if len(self.model) > 1:
-                raise ValueError("model.from takes the whole model from a directory: leave the other fields out")
+            if beside := self.model.keys() - {"from", *BESIDE_FROM}:
+                kept = " and ".join(BESIDE_FROM)
+                raise ValueError(f"model.{min(beside)}: model.from takes the whole model from a directory, but for {kept}")
             if not isinstance(self.model["from"], str):
                 raise ValueError(f"model.from is {self.model['from']!r}; it must be the path of a model directory")
             return self

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from cadre.data.batches import Batches
 from cadre.data.shards import TokenData, prepare
@@ -86,13 +87,15 @@ def start(
             if recipe.train.fp8_experts:
                 check_fp8(recipe.config(words), device)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
+        begun = None if source is None else _begun(recipe, source)
         data_section = recipe.data
         if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
             data_section = data_section.model_copy(update={"tokenizer": str(source)})
         data = _prepare(data_section, recipe.model.get("vocab_size"), note, parallel)
         if source is not None:
             _check_tokenizer(source, data)
-        config = _config(recipe, source, data)
+        config = begun or _config(recipe, data)
+        check_vocabulary(data.tokenizer, config.vocab_size)
         check_expressible(config)
         asked = recipe.parallel
         recipe = settle(recipe, config, parallel.size, here, note)
@@ -114,9 +117,16 @@ def start(
 
 def _check_tokenizer(source: Path, data: TokenData) -> None:
     """Refuse another tokenizer than that of the model that training goes on with: every embedding would mean another token."""
-    own = source / "tokenizer.json"
-    if own.is_file() and tokenizer_hash(load_tokenizer(own)) != tokenizer_hash(data.tokenizer):
-        raise UsageError(f"model.from {source}: the data has another tokenizer: leave data.tokenizer and data.vocab_size out")
+    if (source / "tokenizer.json").is_file() and _differ(source, data.tokenizer):
+        raise _other_tokenizer(source)
+
+
+def _differ(source: Path, tokenizer: Tokenizer) -> bool:
+    return tokenizer_hash(load_tokenizer(source / "tokenizer.json")) != tokenizer_hash(tokenizer)
+
+
+def _other_tokenizer(source: Path) -> UsageError:
+    return UsageError(f"model.from {source}: the data has another tokenizer: leave data.tokenizer and data.vocab_size out")
 
 
 def _refuse_used(path: Path) -> None:
@@ -129,23 +139,32 @@ def _refuse_used(path: Path) -> None:
         raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
 
 
-def _config(recipe: Recipe, source: Path | None, data: TokenData) -> ModelConfig:
-    """The model's config, now that its vocabulary is known."""
-    if source is not None:
-        config = load_config(source)
-        if config.max_position_embeddings < recipe.data.seq_len:
-            raise UsageError(
-                f"data.seq_len is {recipe.data.seq_len}; it must be at most max_position_embeddings of {source} "
-                f"({config.max_position_embeddings})"
-            )
-    else:
-        bos, eos = special_ids(data.tokenizer)
+def _begun(recipe: Recipe, source: Path) -> ModelConfig:
+    """The config of the model that training goes on with, and whether the recipe suits it, before any text is read."""
+    config = load_config(source)
+    if changed := {name: value for name, value in recipe.model.items() if name != "from"}:
         try:
-            config = recipe.config(recipe.model.get("vocab_size") or data.vocab_size, bos_token_id=bos, eos_token_id=eos)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-    check_vocabulary(data.tokenizer, config.vocab_size)
+            config = ModelConfig.from_dict({**config.model_dump(exclude_none=True), **changed})
+        except UsageError as error:
+            raise UsageError(f"model.{error}") from None
+    if config.max_position_embeddings < recipe.data.seq_len:
+        raise UsageError(
+            f"data.seq_len is {recipe.data.seq_len}; it must be at most max_position_embeddings of {source} "
+            f"({config.max_position_embeddings}), or of [model] beside from"
+        )
+    given = recipe.data.tokenizer
+    if given is not None and (source / "tokenizer.json").is_file() and _differ(source, load_tokenizer(given)):
+        raise _other_tokenizer(source)
     return config
+
+
+def _config(recipe: Recipe, data: TokenData) -> ModelConfig:
+    """A new model's config, now that its vocabulary is known."""
+    bos, eos = special_ids(data.tokenizer)
+    try:
+        return recipe.config(recipe.model.get("vocab_size") or data.vocab_size, bos_token_id=bos, eos_token_id=eos)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_memory(

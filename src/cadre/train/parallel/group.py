@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadre.data.shards import TokenData
 from cadre.errors import UsageError
-from cadre.hub.load import load
+from cadre.hub.load import read_values
 from cadre.hub.save import save
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import Score, Text, score_documents
@@ -64,10 +64,13 @@ class Parallel:
     def build(self, config: ModelConfig, device: torch.device, seed: int | None, source: Path | None = None) -> Transformer:
         """This process's part of the model: of a directory, or initialised from a seed, or, with neither, to be filled from
         a checkpoint. Raises `UsageError` for a directory that holds another model or a damaged one."""
-        if source is not None:
-            return load(source, dtype=torch.float32, device=device)[0]
         model = Transformer(config)
-        if seed is not None:
+        if source is not None:
+            state = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers()))
+            with torch.no_grad():
+                for name, value in read_values(source, torch.float32):
+                    state[name].copy_(value)
+        elif seed is not None:
             model.initialize(seed)
         return model.to(device)
 
