@@ -54,7 +54,7 @@ def test_folders_of_a_common_parent_are_tried_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["file/run", "file"])
+@pytest.mark.parametrize("place", ["file/run", "file", "a" * 300, "b/" + "a" * 300])
 def test_a_place_for_no_folder_is_refused(tmp_path, place):
     (tmp_path / "file").touch()
     with pytest.raises(OSError):

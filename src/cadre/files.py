@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 import tempfile
 import zlib
@@ -26,6 +27,9 @@ def require_folder(path: Path) -> None:
     """Raises OSError if a folder can neither be made nor written to; leaves nothing behind."""
     # Not made for the trial: who is at the same in a common parent would find it gone.
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
+    longest = os.pathconf(there, "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > longest for part in path.absolute().relative_to(there).parts):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
     with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=there):
         pass
 

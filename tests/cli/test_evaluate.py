@@ -2,6 +2,7 @@ import gzip
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,8 +132,9 @@ def test_a_run_is_scored_on_what_it_held_out(tmp_path, monkeypatch):
     result = run(tmp_path / "run", "--json", "--context", "16", "--stride", "8")
     assert json.loads(result.stdout)["bits_per_byte"] == pytest.approx(trained.bits_per_byte)
     assert result.stderr == ""
-    own = run(tmp_path / "run", "--data", source)
-    assert f"was trained on {source}: leave --data out to score what it held out" in own.stderr
+    for part in (source, next(str(file) for file in Path(source).iterdir())):
+        own = run(tmp_path / "run", "--data", part)
+        assert f"was trained on {part}: leave --data out to score what it held out" in own.stderr
 
 
 def test_a_tokenizer_that_drops_letters_is_named(tmp_path, files):

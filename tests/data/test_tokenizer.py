@@ -40,6 +40,12 @@ def test_any_text_comes_back_byte_for_byte(text):
     assert TRAINED.decode(TRAINED.encode(text).ids, skip_special_tokens=False) == text
 
 
+def test_lines_that_are_nearly_too_long_are_looked_at_once():
+    began = time.monotonic()
+    assert len(list(_in_stretches(["\n".join(["字" * 1000] * 2000)]))) == 1
+    assert time.monotonic() - began < 1
+
+
 @pytest.mark.parametrize("kind", ["ACGT", " "])
 def test_text_without_a_space_takes_no_longer(kind):
     """In one stretch these would take minutes: the time grows with the square of its length."""

@@ -12,6 +12,7 @@ import torch
 from cadre.train.checkpoint import checkpoints
 from cadre.train.parallel import shard
 from cadre.train.parallel.group import Parallel
+from cadre.train.parallel.layout import v_schedules
 from cadre.train.recipe import read_recipe
 from cadre.train.run import resume
 from cadre.train.trainer import Trainer
@@ -21,6 +22,7 @@ from tests.parallel.world import world
 from tests.slow.test_scale import Job
 
 __all__ = ["recipe"]
+pytestmark = pytest.mark.skipif(not v_schedules(), reason="half of the schedules need torch 2.13")
 FOUR_BLOCKS = ("model.num_hidden_layers=4", "train.micro_batch=1")
 FIFTY = (*FOUR_BLOCKS, "train.batch=8", "train.steps=50", "eval.every=25", "checkpoint.every=100")
 LAYOUTS_OF_2: dict[str, Any] = {

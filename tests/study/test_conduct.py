@@ -38,6 +38,18 @@ def started(study, path):
     return begin(study[0], study[1], path, quick=False, minutes=None, rent=3.6, cpu="a CPU", watch=Notes())
 
 
+def test_another_text_comes_without_the_bases_weights(study, tmp_path):
+    (tmp_path / "other.txt").write_text("Another text, of some words. " * 300)
+    base = study[0].base_recipe()
+    data = {**base.data.model_dump(exclude_none=True), "source": [str(tmp_path / "a.txt")] * 2, "weights": [1.0, 3.0]}
+    mixed = study[0].model_copy(update={"recipe": {**study[0].recipe, "data": data}})
+    source = [str(tmp_path / "other.txt")]
+    state = begin(
+        mixed, "", tmp_path / "out", quick=False, minutes=None, rent=3.6, cpu="a CPU", watch=Notes(), source=source
+    )  # fmt: skip
+    assert all(arm.recipe.data.source == source and arm.recipe.data.weights is None for arm in state.arms.values())
+
+
 def test_a_study_runs_to_its_report_and_goes_on_where_it_was(study, tmp_path, monkeypatch):
     out, notes = tmp_path / "out", Notes()
     conduct_until(4, started(study, out), monkeypatch)

@@ -52,7 +52,11 @@ def test_text_learned_by_heart_decides_nothing():
     assert "up to 12.0 times: give more text" in said["headline"]
     assert "experts: its held-out loss ends 20.0% above the lowest it had." in said["cautions"]
     assert any("read the text 12.0 times" in caution for caution in said["cautions"])
-    assert "reaches" not in said["arms"]["dense"]  # when is no matter then
+    assert "reaches" not in said["arms"]["dense"] and "the text learned by heart" in said["arms"]["dense"]
+    assert said["outcomes"] == {"dense": "unknown"}
+    found["arms"]["experts"]["passes"] = 1.5  # a rate too high, say: it is said, and the race stands
+    said = verdict(found)
+    assert said["outcomes"] == {"dense": "wins"} and "20.0% above the lowest" in " ".join(said["cautions"])
     assert not any("times" in caution for caution in verdict(results(experts=[1.5], dense=[1.3]))["cautions"])
 
 

@@ -32,7 +32,15 @@ def test_a_recipe_may_be_based_on_another(tmp_path, monkeypatch):
     Path("wider.toml").write_text('base = "wide.toml"\nname = "x"\n[model]\nhidden_size = 128\n')
     assert read_recipe("wider.toml").train.steps == 7 and read_recipe("wider.toml").name == "x"
     Path("on.toml").write_text('base = "pocket"\n[model]\nfrom = "runs/first"\n')
-    assert read_recipe("on.toml").model == {"from": "runs/first"}
+    on = read_recipe("on.toml")
+    assert on.model == {"from": "runs/first"} and on.data.vocab_size is None  # the tokenizer is that model's
+    Path("words.toml").write_text('base = "pocket"\n[data]\ntokenizer = "t.json"\n[optimizer]\nname = "adamw"\nlr = 0.5\n')
+    words = read_recipe("words.toml")
+    assert words.data.vocab_size is None and words.optimizer.adamw_lr is None
+    Path("sub").mkdir()
+    Path("sub/deep.toml").write_text('base = "beside.toml"\n[train]\nsteps = 9\n')
+    Path("sub/beside.toml").write_text('base = "../wide.toml"\n')
+    assert read_recipe("sub/deep.toml").train.steps == 9 and read_recipe("sub/deep.toml").model == wide.model
     Path("round.toml").write_text('base = "round.toml"\n')
     with pytest.raises(UsageError, match=r"base is 'round\.toml', which is based on this recipe itself"):
         read_recipe("round.toml")

@@ -181,7 +181,7 @@ def test_a_model_may_go_on_with_longer_sequences(lab):
     with pytest.raises(UsageError, match=rf"data\.seq_len is {longer}; it must be at most .* or of \[model\] beside from"):
         lab.start("run", f"data.seq_len={longer}")
     yarn = (
-        f'{{ rope_type = "yarn", rope_theta = 10000.0, factor = 2.0, '
+        f'{{ rope_type = "yarn", factor = 2.0, '
         f"original_max_position_embeddings = {model.config.max_position_embeddings}, mscale_all_dim = 1.0 }}"
     )
     lab.recipe.write_text(text.replace("[data]", f"max_position_embeddings = {longer}\nrope_parameters = {yarn}\n[data]"))
@@ -189,8 +189,23 @@ def test_a_model_may_go_on_with_longer_sequences(lab):
     assert run.config.max_position_embeddings == longer and run.config.rope_parameters.factor == 2.0
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
     assert run.model.layers[0].self_attn.scale != model.layers[0].self_attn.scale
+    assert run.config.rope_parameters.rope_theta == model.config.rope_parameters.rope_theta  # what is not said anew stays
     lab.train(run)
     assert load(lab.folder / "run")[0].config.rope_parameters == run.config.rope_parameters
+
+
+def test_a_run_that_began_with_a_model_and_died_at_once_begins_with_it_again(lab):
+    model = save_model(lab, 270)
+    from_recipe(lab, tokenizer=True)
+    lab.start("run")
+    again = lab.resume("run")
+    assert again.checkpoint is None
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), model.parameters(), strict=True))
+    assert next(record["step"] for record in lab.train(again)[1].records if "bits_per_byte" in record) == 0
+    lab.start("other")
+    (lab.folder / "base" / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"ended before its first checkpoint, and began with a model: .* no config\.json"):
+        lab.resume("other")
 
 
 def test_the_recipe_that_began_with_a_model_may_be_named_to_resume_it(lab):

@@ -300,6 +300,7 @@ def test_held_out_loss_that_rises_is_said_once(lab, monkeypatch, passes, why):
     monkeypatch.setattr(Parallel, "score", score)
     _, watcher = lab.train(run)
     (note,) = [note for note in watcher.notes if note.startswith("risen")]
+    assert read_state(checkpoints(run.path)[-1])["risen"] == ["text" if passes > 2 else "rate"]  # a resumed run says it no more
     assert note.startswith("risen held-out loss is 2.1000 and was 2.0000 at step 4: ") and why in note
 
 

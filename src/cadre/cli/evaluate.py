@@ -104,13 +104,16 @@ def _trained_on(run: Path, source: list[str]) -> str | None:
     """The first entry of a text that is one of those that the run was trained on."""
     from cadre.train.run import held_recipe
 
-    own = held_recipe(run).data.source
-    entries = {_place(entry) for entry in ([own] if isinstance(own, str) else own)}
-    return next((entry for entry in source if _place(entry) in entries), None)
+    try:
+        own = held_recipe(run).data.source
+    except UsageError:
+        return None  # its text is not what is asked for
+    entries = [_place(entry) for entry in ([own] if isinstance(own, str) else own)]
+    return next((entry for entry in source if any(_place(entry).is_relative_to(each) for each in entries)), None)
 
 
-def _place(entry: str) -> str:
-    return str(Path(entry).resolve()) if Path(entry).exists() else entry
+def _place(entry: str) -> Path:
+    return Path(entry).resolve() if Path(entry).exists() else Path(entry)
 
 
 def _fields(score: Score) -> dict[str, float]:

@@ -63,13 +63,13 @@ _SPIN = "30000"
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 1 failed, 2 bad usage or bad input, 130 interrupted."""
+    """Entry point. Exit status: 0 done, 1 failed, 2 bad usage or bad input, 130 interrupted by Ctrl-C, 143 by SIGTERM."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(sys.argv)):
         _end("arguments must be UTF-8: none of them can be written down otherwise", 2)
     # What has been half written is cleared away on the way out, as after Ctrl-C. Training saves instead.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(_app()(standalone_mode=False) or 0)
     except UsageError as error:
@@ -78,12 +78,20 @@ def main() -> None:
         _end(str(error), error.status)
     except RunError as error:
         _end(str(error), error.status)
-    except KeyboardInterrupt:
-        _end("interrupted", 130)
+    except KeyboardInterrupt as ended:
+        _end("interrupted", 128 + (signal.SIGTERM if isinstance(ended, _Terminated) else signal.SIGINT))
     except Exception as error:
         _end_of_usage(error)
         _end_of_memory(error)
         raise
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _end_of_usage(error: Exception) -> None:

@@ -109,13 +109,14 @@ def _plan_here(
     from cadre.cli.here import plan_here, show
     from cadre.hub.directory import load_config
     from cadre.plan import catalogue
+    from cadre.train.run import continued
 
     if recipe is not None and "from" not in recipe.model:
         config = recipe.config(request.shape.vocab_size)
     elif catalogue.lookup(model) is not None:
         raise UsageError(f"--here {model}: trains blocks to measure them; give a recipe, a run or a config.json")
     else:
-        config = load_config(recipe.model["from"] if recipe is not None else model)
+        config = load_config(model) if recipe is None else continued(recipe)
     if mtp is False:
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     if context is None and recipe is None:

@@ -86,10 +86,16 @@ def train(
 
 def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | None, path: Path) -> signal.Signals | None:
     from cadre.train.checkpoint import checkpoints
+    from cadre.train.metrics import read_metrics
     from cadre.train.parallel.launch import launch
 
     try:
-        return launch(processes, arguments, restarts, logs)
+        stopped = launch(processes, arguments, restarts, logs)
+        if stopped is None and (path / "metrics.jsonl").is_file():
+            last = list(read_metrics(path))[-1:]
+            if last and last[0].get("event") == "stopped":  # one of them had a signal; the main process has said so
+                raise typer.Exit(1)
+        return stopped
     except RunError as error:
         again = f"; continue with: cadre train --resume {shlex.quote(str(path))} --nproc {processes}"
         raise RunError(f"{error}{again if checkpoints(path) else ''}") from None
@@ -241,7 +247,7 @@ def _announce(run: Run, note: Any) -> None:
         note(why)
     train = run.recipe.train
     passes = run.total_steps * train.batch * run.recipe.data.seq_len / len(run.data.train)
-    if passes > MANY_PASSES and train.minutes is None:
+    if passes > MANY_PASSES and train.steps is not None:
         note(f"the text will be read {passes:,.1f} times: beyond {MANY_PASSES} times it teaches less and less")
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Text that is read up to so many times teaches about as much as new text would (arXiv 2305.16264, section 6).
 MANY_PASSES = 4
+# Held-out loss that rises before a text has been read so often has other causes than that it is learned by heart.
+REPEATED = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Training takes time in the square of the longest stretch that the rule does not split.
 _STRETCH = 256
-_LONG = re.compile(rf"\S{{{4 * _STRETCH},}}|\s{{{4 * _STRETCH},}}")
+_LONG = re.compile(rf"(?<!\S)\S{{{4 * _STRETCH},}}|(?<!\s)\s{{{4 * _STRETCH},}}")
 
 
 def _in_stretches(texts: Iterable[str]) -> Iterator[str]:

@@ -50,8 +50,8 @@ def lossy(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
         if len(text) == _SAMPLE:
             break
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    back = (Counter(text) & Counter(tokenizer.decode(ids, skip_special_tokens=True))).total() / max(1, len(text))
-    if back > 0.999:
+    back = (Counter(text) & Counter(tokenizer.decode(ids, skip_special_tokens=False))).total() / max(1, len(text))
+    if back > 0.999 or not text:
         return None
     return f"the tokenizer gives back {back:.1%} of the text's letters: its bits per byte compare with no other tokenizer's"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from cadre.data.batches import MANY_PASSES
+from cadre.data.batches import MANY_PASSES, REPEATED
 
 # With fewer than three seeds, losses nearer than this share are luck as likely as not; with more, the seeds themselves say.
 NEAR = 0.005
@@ -24,7 +24,9 @@ def verdict(results: dict[str, Any]) -> dict[str, Any]:
     """`headline`, `arms` (a sentence each against the first arm), `cautions`, and `outcomes` by arm: one of the above."""
     first, arms = results["first"], results["arms"]
     others = [name for name in arms if name != first]
-    outcomes = {name: outcome(results, name) for name in others}
+    learned = by_heart(results)
+    unfair = {name for name in others if not {name, first}.isdisjoint(learned)}
+    outcomes = {name: UNKNOWN if name in unfair else outcome(results, name) for name in others}
     cautions = _cautions(results, outcomes)
     return {
         "headline": _headline(results, outcomes, too_small(results, outcomes)),
@@ -57,15 +59,14 @@ def outcome(results: dict[str, Any], name: str) -> str:
 
 
 def risen(arm: dict[str, Any]) -> float:
-    """By which share the arm's held-out loss ends above the lowest it had, over its seeds: what learning a text by heart looks
-    like."""
+    """By which share the arm's held-out loss ends above the lowest it had, over its seeds."""
     ends = [curve["bits_per_byte"][-1] / min(curve["bits_per_byte"]) - 1 for curve in arm["curves"].values()]
     return statistics.fmean(ends) if ends else 0.0
 
 
 def by_heart(results: dict[str, Any]) -> list[str]:
-    """The arms of which that is so."""
-    return [name for name, arm in results["arms"].items() if risen(arm) > NEAR]
+    """The arms that did so: their text was read often enough, and their loss ends higher than it was."""
+    return [name for name, arm in results["arms"].items() if risen(arm) > NEAR and arm["passes"] > REPEATED]
 
 
 def too_small(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
@@ -164,7 +165,8 @@ def _against(results: dict[str, Any], name: str, found: str) -> str:
     elif found == EVEN:
         text = f"{name}{of} ends level with {first}: {mean:+.1%} loss{range_}."
     else:
-        text = f"{name}{of} ends with {abs(mean):.1%} {'lower' if mean < 0 else 'higher'} loss than {first}{range_}."
+        but = ", the text learned by heart" if found == UNKNOWN else ""
+        text = f"{name}{of} ends with {abs(mean):.1%} {'lower' if mean < 0 else 'higher'} loss than {first}{range_}{but}."
     return " ".join(filter(None, [text, _time(results, name, found), _beside(results, name)]))
 
 
@@ -215,8 +217,9 @@ def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
     said = [f"The budget may be too small to tell: {reason}." for reason in small]
     if len(results["seeds"]) == 1:
         said.append("One seed: how far luck reaches is not known from this study.")
-    for name in by_heart(results):
-        said.append(f"{name}: its held-out loss ends {risen(results['arms'][name]):.1%} above the lowest it had.")
+    for name, arm in results["arms"].items():
+        if (share := risen(arm)) > NEAR:
+            said.append(f"{name}: its held-out loss ends {share:.1%} above the lowest it had.")
     passes = max(arm["passes"] for arm in results["arms"].values())
     if passes > MANY_PASSES:
         said.append(f"The longest runs read the text {passes:,.1f} times: beyond {MANY_PASSES} times it teaches less and less.")

@@ -187,8 +187,7 @@ def step_times(run_dir: Path) -> dict[str, Any]:
 
 def read_curve(run_dir: Path) -> list[tuple[int, float]]:
     """Step and held-out bits per byte of the evaluations during the run, all of the same part of the text."""
-    records = (r for r in read_metrics(run_dir) if "bits_per_byte" in r and not r.get("final") and r["step"])
-    found = {r["step"]: r["bits_per_byte"] for r in records}
+    found = {r["step"]: r["bits_per_byte"] for r in read_metrics(run_dir) if "bits_per_byte" in r and not r.get("final")}
     return sorted((step, value) for step, value in found.items() if value is not None)
 
 

@@ -294,13 +294,13 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     return parse_recipe(text, name_or_path, overrides, name)
 
 
-def _text_of(name_or_path: str) -> tuple[str, str]:
-    """A recipe's text and its name."""
+def _text_of(name_or_path: str, folder: Path = Path()) -> tuple[str, str]:
+    """A recipe's text and its name. `folder`: where a file is looked for."""
     name, known = name_or_path, shipped()
     if name in known:
         text = (resources.files("cadre.recipes") / f"{name}.toml").read_text(encoding="utf-8")
     else:
-        path = Path(name_or_path)
+        path = folder / name_or_path
         try:
             text, name = path.read_text(encoding="utf-8"), path.stem
         except FileNotFoundError:
@@ -313,8 +313,8 @@ def _text_of(name_or_path: str) -> tuple[str, str]:
 
 
 def _values(text: str, where: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What a recipe's text says, laid over the recipe that its `base` names: section by section, and a `model` that begins with
-    a directory or says its model_type takes the place of the base's."""
+    """What a recipe's text says, laid over the recipe that its `base` names, shipped or a file beside it, section by section.
+    A `model` that says its model_type takes the place of the base's; so does one with `from`, and its tokenizer too."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -326,12 +326,17 @@ def _values(text: str, where: str, above: tuple[str, ...] = ()) -> dict[str, Any
         raise UsageError(f"{where}: base is {base!r}; it must be the name or file of another recipe")
     if base in above:
         raise UsageError(f"{where}: base is {base!r}, which is based on this recipe itself")
-    merged = _values(_text_of(base)[0], base, (*above, base))
+    folder = Path(where).parent if Path(where).is_file() else Path()
+    place = base if base in shipped() else str(folder / base)
+    merged = _values(_text_of(base, folder)[0], place, (*above, base))
     merged.pop("name", None)
+    if isinstance(values.get("model"), dict) and "from" in values["model"] and isinstance(merged.get("data"), dict):
+        merged["data"] = {k: v for k, v in merged["data"].items() if k not in ("vocab_size", "tokenizer")}
     for key, value in values.items():
         whole = key == "model" and isinstance(value, dict) and not {"from", "model_type"}.isdisjoint(value)
         held = merged.get(key)
         merged[key] = {**held, **value} if isinstance(held, dict) and isinstance(value, dict) and not whole else value
+    _make_way(merged, {f"{key}.{name}" for key, value in values.items() if isinstance(value, dict) for name in value})
     return merged
 
 

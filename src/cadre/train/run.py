@@ -1,6 +1,7 @@
 """A run directory: what is in it, who may write to it, and whether it can go on.
 
 recipe.toml      every choice resolved, but for "auto" in [parallel], which is chosen anew by whoever goes on
+from.txt         of a run that began with a model, where that lies
 model/           the model so far, in the Hugging Face layout
 checkpoints/     what `--resume` continues from
 metrics.jsonl    one object per logged step; tensorboard/ has the same
@@ -42,6 +43,8 @@ from cadre.train.metrics import read_metrics
 from cadre.train.parallel.auto import device_here, settle
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import DataSection, ParallelSection, Recipe, TrainSection, read_recipe
+
+BEGUN_WITH = "from.txt"
 
 
 @dataclass
@@ -111,7 +114,7 @@ def start(
     model = parallel.build(config, device, recipe.train.seed, source)
     resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
     if parallel.main:
-        _write_recipe(path, resolved, asked)
+        _write_recipe(path, resolved, asked, source)
     return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel, source)
 
 
@@ -139,19 +142,35 @@ def _refuse_used(path: Path) -> None:
         raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
 
 
-def _begun(recipe: Recipe, source: Path) -> ModelConfig:
-    """The config of the model that training goes on with, and whether the recipe suits it, before any text is read."""
+def continued(recipe: Recipe) -> ModelConfig:
+    """The config of the model that `model.from` names, as far as its positions are to reach. Raises `UsageError`."""
+    source = model_directory(recipe.model["from"])
     config = load_config(source)
-    if changed := {name: value for name, value in recipe.model.items() if name != "from"}:
+    changed = {name: value for name, value in recipe.model.items() if name != "from"}
+    if changed:
+        held = config.model_dump(exclude_none=True)
+        rope = changed.get("rope_parameters")
+        if isinstance(rope, dict):
+            changed["rope_parameters"] = {**held.get("rope_parameters", {}), **rope}
         try:
-            config = ModelConfig.from_dict({**config.model_dump(exclude_none=True), **changed})
+            config = ModelConfig.from_dict({**held, **changed})
         except UsageError as error:
             raise UsageError(f"model.{error}") from None
+        if config.rotary_dim != load_config(source).rotary_dim:
+            raise UsageError(
+                "model.rope_parameters: another partial_rotary_factor would make another model of it"
+            )
     if config.max_position_embeddings < recipe.data.seq_len:
         raise UsageError(
             f"data.seq_len is {recipe.data.seq_len}; it must be at most max_position_embeddings of {source} "
             f"({config.max_position_embeddings}), or of [model] beside from"
         )
+    return config
+
+
+def _begun(recipe: Recipe, source: Path) -> ModelConfig:
+    """The config of the model that training goes on with, and whether the recipe suits it, before any text is read."""
+    config = continued(recipe)
     given = recipe.data.tokenizer
     if given is not None and (source / "tokenizer.json").is_file() and _differ(source, load_tokenizer(given)):
         raise _other_tokenizer(source)
@@ -242,8 +261,9 @@ def resume(
         check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
         batches = _batches(recipe, config, data, parallel)
     newest, train = _newest(path, parallel), wanted.train
-    model = parallel.build(config, device, None if newest else train.seed)
-    run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel)
+    source = _source(path) if newest is None else None
+    model = parallel.build(config, device, None if newest else train.seed, source)
+    run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel, source)
     if run.checkpoint is not None:
         state = read_state(run.checkpoint)
         _refuse_other_identity(path, run.identity(), state["identity"])
@@ -259,6 +279,17 @@ def resume(
         with only_writer(path):
             _write_recipe(path, recipe, wanted.parallel)
     return run
+
+
+def _source(path: Path) -> Path | None:
+    """The model directory that the run began with, if it did. Raises `UsageError` if that is no longer there."""
+    file = path / BEGUN_WITH
+    if not file.is_file():
+        return None
+    try:
+        return model_directory(file.read_text(encoding="utf-8").rstrip("\n"))
+    except (OSError, UnicodeDecodeError, UsageError) as error:
+        raise UsageError(f"--resume {path}: ended before its first checkpoint, and began with a model: {error}") from None
 
 
 def _expected_steps(path: Path, state: dict[str, Any], train: TrainSection) -> int:
@@ -389,11 +420,13 @@ def _refuse_other_identity(path: Path, now: dict[str, Any], then: dict[str, Any]
             )
 
 
-def _write_recipe(path: Path, recipe: Recipe, asked: ParallelSection) -> None:
-    """With the layout that was asked for: an "auto" is chosen anew by whoever goes on."""
+def _write_recipe(path: Path, recipe: Recipe, asked: ParallelSection, source: Path | None = None) -> None:
+    """With the layout that was asked for: an "auto" is chosen anew by whoever goes on. `source`: what the run begins with."""
     recipe = recipe.model_copy(update={"parallel": asked})
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if source is not None:
+            replace_file(path / BEGUN_WITH, f"{source.resolve()}\n".encode())
         replace_file(path / "recipe.toml", recipe.to_toml().encode("utf-8"))
     except OSError as error:
         raise write_error(f"{path}: cannot be written", error) from None

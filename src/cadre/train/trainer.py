@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cadre.data.batches import Batch
+from cadre.data.batches import REPEATED, Batch
 from cadre.data.sources import Document
 from cadre.errors import DivergedError
 from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synchronize
@@ -67,7 +67,8 @@ class Silent:
 @dataclass
 class Progress:
     """Where a run stands; all of it is in every checkpoint. `window` gathers the losses since the last logged step: main,
-    further tokens, and the balance losses that `columns` names. `balance` and `alarm` are filled in to be saved."""
+    further tokens, and the balance losses that `columns` names. `balance` and `alarm` are filled in to be saved. `lowest`:
+    the lowest held-out bits per byte of evaluations on the way and its step; `risen`: why it has been said to be higher."""
 
     step: int = 0
     total_steps: int = 0
@@ -79,6 +80,8 @@ class Progress:
     batches: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     alarm: dict[str, Any] = field(default_factory=dict)
+    lowest: list[float] = field(default_factory=list)
+    risen: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -130,8 +133,6 @@ class Trainer:
         self.excerpts: list[Document] | None = None
         self.identity = run.identity()
         self.read_share = 1.0
-        self.lowest: tuple[float, int] | None = None
-        self.said_risen = False
         self.saver = Saver(observer.note, self.parallel.anyone)
         if run.checkpoint is not None:
             self._restore()
@@ -330,19 +331,20 @@ class Trainer:
             self._watch_for_rise(score.bits_per_byte)
 
     def _watch_for_rise(self, bits_per_byte: float) -> None:
-        """Say it once when held-out loss is above the lowest of this run."""
-        if self.lowest is None or bits_per_byte < self.lowest[0]:
-            self.lowest = bits_per_byte, self.progress.step
-        lowest, step = self.lowest
-        if bits_per_byte > _RISEN * lowest and not self.said_risen:
-            self.said_risen = True
-            passes = self.progress.tokens / len(self.run.data.train)
-            why = (
-                f"the text, now read {passes:,.1f} times, is being learned by heart; fewer steps or more text would end lower"
-                if passes > 2
-                else f"the learning rate may be too high; {self._lower_rate()}"
-            )
-            self._event("risen", f"held-out loss is {bits_per_byte:.4f} and was {lowest:.4f} at step {step}: {why}")
+        """Say it, once for each cause, when held-out loss is above the lowest of this run."""
+        progress = self.progress
+        if not progress.lowest or bits_per_byte < progress.lowest[0]:
+            progress.lowest = [bits_per_byte, progress.step]
+        lowest, step = progress.lowest
+        passes = progress.tokens / len(self.run.data.train)
+        cause = "text" if passes > REPEATED else "rate"
+        if bits_per_byte > _RISEN * lowest and cause not in progress.risen:
+            progress.risen.append(cause)
+            why = {
+                "text": f"the text, read {passes:,.1f} times, is being learned by heart; fewer steps or more text end lower",
+                "rate": f"the learning rate may be too high; {self._lower_rate()}",
+            }[cause]
+            self._event("risen", f"held-out loss is {bits_per_byte:.4f} and was {lowest:.4f} at step {step:.0f}: {why}")
 
     def _last_read(self) -> list[Document]:
         """All held-out text; where the clock ends the run, no more than a share of its time has room for."""
@@ -397,9 +399,10 @@ class Trainer:
         save before this one failed, as for a full disk. False: nothing is written, for weights that are not finite must not
         push out those that are."""
         train = self.recipe.train
-        # One value that is not finite makes the norm so, in one pass over memory.
+        # One value that is not finite makes the norm so, in one pass over memory; and so do values whose squares are not.
         held = [value.detach() for value in self.parallel.held(self.model).values()]
-        if self.parallel.anyone(not math.isfinite(total_norm(held))):
+        sound = math.isfinite(total_norm(held)) or all(value.isfinite().all() for value in held)
+        if self.parallel.anyone(not sound):
             self._event("unsaved", f"step {self.progress.step}: its weights are not finite")
             return False
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
