@@ -157,9 +157,7 @@ def continued(recipe: Recipe) -> ModelConfig:
         except UsageError as error:
             raise UsageError(f"model.{error}") from None
         if config.rotary_dim != load_config(source).rotary_dim:
-            raise UsageError(
-                "model.rope_parameters: another partial_rotary_factor would make another model of it"
-            )
+            raise UsageError("model.rope_parameters: another partial_rotary_factor would make another model of it")
     if config.max_position_embeddings < recipe.data.seq_len:
         raise UsageError(
             f"data.seq_len is {recipe.data.seq_len}; it must be at most max_position_embeddings of {source} "
