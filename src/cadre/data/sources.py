@@ -57,21 +57,23 @@ def file_of(name: str) -> str:
 
 def files_below(folder: Path) -> list[Path]:
     """The files of a folder that can be read, at any depth, in order; hidden ones are passed over."""
+    return sorted(path for path in _visible(folder) if _kind(path) in SUFFIXES)
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """All files of a folder, at any depth, but for hidden ones and those in hidden folders."""
     inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(p for p in inside if _kind(p) in SUFFIXES and p.is_file())
+    return (path for path in inside if path.is_file())
 
 
 def passed_over(source: str | list[str]) -> str | None:
     """What the folders of a source hold beside what can be read, such as "20 .py, 1 .json"; None if nothing."""
     kinds: Counter[str] = Counter()
     for entry in [source] if isinstance(source, str) else source:
-        folder = Path(entry)
-        if entry == SOTU or is_remote(entry) or not folder.is_dir():
+        if entry == SOTU or is_remote(entry) or not Path(entry).is_dir():
             continue
-        for path in folder.rglob("*"):
-            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if not hidden and path.is_file() and _kind(path) not in SUFFIXES:
-                kinds[path.suffix.lower() or "without suffix"] += 1
+        others = (path for path in _visible(Path(entry)) if _kind(path) not in SUFFIXES)
+        kinds.update(path.suffix.lower() or "without suffix" for path in others)
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:8]
     return ", ".join(f"{count:,} {kind}" for kind, count in most) or None
 

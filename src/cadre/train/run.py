@@ -145,10 +145,10 @@ def _refuse_used(path: Path) -> None:
 def continued(recipe: Recipe) -> ModelConfig:
     """The config of the model that `model.from` names, as far as its positions are to reach. Raises `UsageError`."""
     source = model_directory(recipe.model["from"])
-    config = load_config(source)
+    config = stored = load_config(source)
     changed = {name: value for name, value in recipe.model.items() if name != "from"}
     if changed:
-        held = config.model_dump(exclude_none=True)
+        held = stored.model_dump(exclude_none=True)
         rope = changed.get("rope_parameters")
         if isinstance(rope, dict):
             changed["rope_parameters"] = {**held.get("rope_parameters", {}), **rope}
@@ -156,7 +156,7 @@ def continued(recipe: Recipe) -> ModelConfig:
             config = ModelConfig.from_dict({**held, **changed})
         except UsageError as error:
             raise UsageError(f"model.{error}") from None
-        if config.rotary_dim != load_config(source).rotary_dim:
+        if config.rotary_dim != stored.rotary_dim:
             raise UsageError("model.rope_parameters: another partial_rotary_factor would make another model of it")
     if config.max_position_embeddings < recipe.data.seq_len:
         raise UsageError(
