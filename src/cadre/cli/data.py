@@ -49,6 +49,6 @@ def data(
     for label, part in (("training", manifest["train"]), ("held out", manifest["held_out"])):
         typer.echo(f"{label}: {part['documents']:,} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes")
     typer.echo(f"{manifest['bytes_per_token']:.2f} bytes per token, vocabulary of {manifest['vocab_size']:,}")
-    if (why := lossy(prepared.tokenizer, (document.text for document in prepared.held_out_documents()))) is not None:
+    if (why := lossy(prepared.tokenizer, (document.text for document in prepared.read_held_out()))) is not None:
         typer.echo(why)
     typer.echo(f"written to {prepared.path}")

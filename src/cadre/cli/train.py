@@ -6,7 +6,6 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,7 +131,7 @@ def _train_here(
         trainer = Trainer(run, line)
         if began is not None:
             trainer.progress.seconds = time.monotonic() - began
-        with line if isinstance(line, AbstractContextManager) else nullcontext():
+        with line:
             result = trainer.train()
         if parallel.main:
             _finish(run, result)
@@ -243,7 +242,7 @@ def _announce(run: Run, note: Any) -> None:
         f"{run.recipe.name}: {sizes.total_parameters / 1e6:.1f}M parameters, {sizes.active_parameters / 1e6:.1f}M active, "
         f"{run.config.model_type}; {len(run.data.train):,} tokens of {run.recipe.data.source}; {run.recipe.train.dtype}"
     )
-    if (why := lossy(run.data.tokenizer, (document.text for document in run.data.held_out_documents()))) is not None:
+    if (why := lossy(run.data.tokenizer, (document.text for document in run.data.read_held_out()))) is not None:
         note(why)
     train = run.recipe.train
     passes = run.total_steps * train.batch * run.recipe.data.seq_len / len(run.data.train)

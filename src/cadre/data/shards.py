@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -133,8 +133,13 @@ class TokenData:
 
     def held_out_documents(self) -> list[Document]:
         """The held-out documents' raw text; none if nothing was held out."""
+        return list(self.read_held_out())
+
+    def read_held_out(self) -> Iterator[Document]:
+        """The same, one after the other."""
         with (self.path / HELD_OUT_TEXT).open("rb") as file:
-            return [Document(**json.loads(line)) for line in file]
+            for line in file:
+                yield Document(**json.loads(line))
 
 
 def prepare(

@@ -96,7 +96,7 @@ def start(
             data_section = data_section.model_copy(update={"tokenizer": str(source)})
         data = _prepare(data_section, recipe.model.get("vocab_size"), note, parallel)
         if source is not None:
-            _check_tokenizer(source, data)
+            _check_tokenizer(source, data.tokenizer)
         config = begun or _config(recipe, data)
         check_vocabulary(data.tokenizer, config.vocab_size)
         check_expressible(config)
@@ -118,18 +118,11 @@ def start(
     return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel, source)
 
 
-def _check_tokenizer(source: Path, data: TokenData) -> None:
+def _check_tokenizer(source: Path, tokenizer: Tokenizer) -> None:
     """Refuse another tokenizer than that of the model that training goes on with: every embedding would mean another token."""
-    if (source / "tokenizer.json").is_file() and _differ(source, data.tokenizer):
-        raise _other_tokenizer(source)
-
-
-def _differ(source: Path, tokenizer: Tokenizer) -> bool:
-    return tokenizer_hash(load_tokenizer(source / "tokenizer.json")) != tokenizer_hash(tokenizer)
-
-
-def _other_tokenizer(source: Path) -> UsageError:
-    return UsageError(f"model.from {source}: the data has another tokenizer: leave data.tokenizer and data.vocab_size out")
+    own = source / "tokenizer.json"
+    if own.is_file() and tokenizer_hash(load_tokenizer(own)) != tokenizer_hash(tokenizer):
+        raise UsageError(f"model.from {source}: the data has another tokenizer: leave data.tokenizer and data.vocab_size out")
 
 
 def _refuse_used(path: Path) -> None:
@@ -169,9 +162,8 @@ def continued(recipe: Recipe) -> ModelConfig:
 def _begun(recipe: Recipe, source: Path) -> ModelConfig:
     """The config of the model that training goes on with, and whether the recipe suits it, before any text is read."""
     config = continued(recipe)
-    given = recipe.data.tokenizer
-    if given is not None and (source / "tokenizer.json").is_file() and _differ(source, load_tokenizer(given)):
-        raise _other_tokenizer(source)
+    if recipe.data.tokenizer is not None:
+        _check_tokenizer(source, load_tokenizer(recipe.data.tokenizer))
     return config
 
 
