@@ -42,16 +42,16 @@ def _app() -> typer.Typer:
             typer.echo(f"cadre {cadre.__version__}")
             raise typer.Exit
 
-    app.command("train")(train)
-    app.command("generate")(generate)
-    app.command("chat")(chat)
+    app.command("train", short_help="Train a model by a recipe, on your own text.")(train)
+    app.command("generate", short_help="Continue a prompt.")(generate)
+    app.command("chat", short_help="Talk to a model.")(chat)
     app.command("serve")(serve)
-    app.command("eval")(evaluate)
-    app.command("data")(data)
-    app.command("convert")(convert)
-    app.command("plan")(plan)
-    app.command("compare")(compare)
-    app.command("routes")(routes)
+    app.command("eval", short_help="Score a model on text: bits per byte.")(evaluate)
+    app.command("data", short_help="Tokenise text once, into shards on disk.")(data)
+    app.command("convert", short_help="Write a model as GGUF, or of another dtype.")(convert)
+    app.command("plan", short_help="Memory, time and price before anything runs.")(plan)
+    app.command("compare", short_help="Race architectures at equal cost.")(compare)
+    app.command("routes", short_help="What each expert learned, as a page.")(routes)
     app.add_typer(bench_app, name="bench")
     return app
 
