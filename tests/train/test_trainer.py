@@ -304,6 +304,32 @@ def test_held_out_loss_that_rises_is_said_once(lab, monkeypatch, passes, why):
     assert note.startswith("risen held-out loss is 2.1000 and was 2.0000 at step 4: ") and why in note
 
 
+@pytest.mark.parametrize(("scores", "best"), [([3.0, 2.0, 2.5, 2.6, 2.7, 2.8], 4), ([3.0, 2.9, 2.8, 2.7, 2.6, 2.5], 12)])
+def test_the_best_model_is_kept_beside_the_last(lab, monkeypatch, scores, best):
+    """The last evaluation but one is of the same text as those on the way, so that the last model can be the best."""
+    run, asked, seen = lab.start("run", "eval.every=2", "checkpoint.best=true"), iter([*scores, 9.0]), {}
+    real = Trainer._evaluate
+
+    def evaluate(trainer, final):
+        seen[trainer.progress.step] = trainer.model.embed_tokens.weight.detach().clone()
+        real(trainer, final)
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(Parallel, "score", lambda *_, **__: Score(next(asked) * math.log(2), 1, 1))
+    result, _ = lab.train(run)
+    assert result.best_step == best and result.bits_per_byte == pytest.approx(9.0)
+    kept, last = (load(run.path / name)[0].embed_tokens.weight for name in ("best", "model"))
+    torch.testing.assert_close(kept, seen[best], atol=0, rtol=0)
+    torch.testing.assert_close(last, seen[12], atol=0, rtol=0)
+    assert not torch.equal(seen[4], seen[12])
+
+
+def test_a_score_that_is_no_number_is_no_lowest(lab, monkeypatch):
+    run, scores = lab.start("run", "eval.every=2", "checkpoint.best=true"), iter([math.nan, 2.0, *[2.5] * 5])
+    monkeypatch.setattr(Parallel, "score", lambda *_, **__: Score(next(scores) * math.log(2), 1, 1))
+    assert lab.train(run)[0].best_step == 4
+
+
 def test_an_interrupt_in_the_last_step_lets_the_run_end(lab):
     result, _ = lab.train(lab.start("run", "train.log_every=1"), at={12: interrupt()})
     assert (result.steps, result.stopped) == (12, None) and result.bits_per_byte is not None

@@ -53,7 +53,7 @@ def evaluate(
     from cadre.study.excerpts import held_out_text
 
     source = [*(data or []), *(more or [])]
-    run = model if (model / "recipe.toml").is_file() else None
+    run = next((folder for folder in (model, model.parent) if (folder / "recipe.toml").is_file()), None)
     documents: Iterable[Document]
     if source:
         documents = read_documents(source)

@@ -285,6 +285,8 @@ def _finish(run: Run, result: Result) -> None:
     if not (run.path / "model").is_dir():
         return
     print(f"model            {run.path / 'model'}")
+    if result.best_step is not None:
+        print(f"best model       {run.path / 'best'}, of step {result.best_step}")
     print(f"in transformers  python -c {shlex.quote(load_line(run.path / 'model'))}")
     if run.config.num_nextn_predict_layers:
         print("                 (it names the prediction module's tensors as unexpected: it has no such module)")

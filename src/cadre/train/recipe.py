@@ -168,8 +168,11 @@ class BalanceSection(_Section):
 
 
 class CheckpointSection(_Section):
+    """`every` so many steps, of which the newest `keep` stay. `best`: the model of the lowest evaluation stays, too."""
+
     every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)
+    best: bool = False
 
 
 class EvalSection(_Section):

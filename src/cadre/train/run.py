@@ -3,6 +3,7 @@
 recipe.toml      every choice resolved, but for "auto" in [parallel], which is chosen anew by whoever goes on
 from.txt         of a run that began with a model, where that lies
 model/           the model so far, in the Hugging Face layout
+best/            with checkpoint.best, the model whose held-out loss was lowest
 checkpoints/     what `--resume` continues from
 metrics.jsonl    one object per logged step; tensorboard/ has the same
 report.html      the run on one page

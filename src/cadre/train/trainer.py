@@ -91,7 +91,7 @@ class Progress:
 @dataclass
 class Result:
     """How a run ended. `stopped` is the signal's name if one ended it early, else None; `read_share`, of the held-out text how
-    much the last evaluation has read."""
+    much the last evaluation has read; `best_step`, where the model lies that was kept as the best, if one was."""
 
     steps: int
     tokens: int
@@ -105,6 +105,7 @@ class Result:
     total_flops: float
     stopped: str | None
     read_share: float = 1.0
+    best_step: int | None = None
 
 
 class Trainer:
@@ -181,6 +182,9 @@ class Trainer:
                     )
                 self.saver.wait()
                 if not stopped:
+                    if recipe.checkpoint.best:
+                        self._evaluate(final=False)  # of the same text as those before
+                        self.saver.wait()
                     self._evaluate(final=True)
                     self._event("finished", f"{progress.step} steps")
             except BaseException:
@@ -331,14 +335,16 @@ class Trainer:
             record["part"] = self.read_share = score.bytes / whole
         self.metrics.write(record)
         self.observer.record(record, self.progress.total_steps)
-        if not final:
+        if not final and math.isfinite(score.bits_per_byte):
+            if not self.progress.lowest or score.bits_per_byte < self.progress.lowest[0]:
+                self.progress.lowest = [score.bits_per_byte, self.progress.step]
+                if self.recipe.checkpoint.best:
+                    self._save_best()
             self._watch_for_rise(score.bits_per_byte)
 
     def _watch_for_rise(self, bits_per_byte: float) -> None:
         """Say it, once for each cause, when held-out loss is above the lowest of this run."""
         progress = self.progress
-        if not progress.lowest or bits_per_byte < progress.lowest[0]:
-            progress.lowest = [bits_per_byte, progress.step]
         lowest, step = progress.lowest
         passes = progress.tokens / len(self.run.data.train)
         cause = "text" if passes > REPEATED else "rate"
@@ -415,10 +421,18 @@ class Trainer:
         self.saver.save(tensors, partial(self._write, tensors, state))
         return True
 
+    def _save_best(self) -> None:
+        """The model, but no checkpoint: nothing goes on from here."""
+        weights = self.parallel.tensors(self.model, self.optimizer).weights
+        self.saver.save(Tensors(weights, {}), lambda copies: self._write_model("best", copies))
+
     def _write(self, tensors: Tensors, state: dict[str, Any], copies: Tensors) -> None:
+        self.parallel.save_checkpoint(self.run.path, tensors, copies, state, self.recipe.checkpoint.keep)
+        self._write_model("model", copies)
+
+    def _write_model(self, folder: str, copies: Tensors) -> None:
         run = self.run
-        self.parallel.save_checkpoint(run.path, tensors, copies, state, self.recipe.checkpoint.keep)
-        self.parallel.save_model(self.model, copies.weights, run.path / "model", run.data.tokenizer, run.dtype)
+        self.parallel.save_model(self.model, copies.weights, run.path / folder, run.data.tokenizer, run.dtype)
 
     def _restore(self) -> None:
         assert self.run.checkpoint is not None
@@ -451,6 +465,7 @@ class Trainer:
             total_flops=progress.tokens * self.flops_per_token,
             stopped=stopped,
             read_share=self.read_share,
+            best_step=int(progress.lowest[1]) if self.recipe.checkpoint.best and progress.lowest else None,
         )
 
 
