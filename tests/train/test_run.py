@@ -15,7 +15,7 @@ from cadre.errors import RunError, UsageError
 from cadre.files import checksum
 from cadre.hub.load import load
 from cadre.hub.save import save
-from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
+from cadre.hub.tokenizer import save_tokenizer, template_source, tokenizer_hash
 from cadre.model.transformer import Transformer
 from cadre.plan.memory import state_bytes
 from cadre.plan.shape import Shape
@@ -167,6 +167,23 @@ def test_training_goes_on_from_a_model_with_its_tokenizer(lab):
     more = lab.resume("run", "train.steps=13")
     assert more.config == model.config
     assert lab.train(more)[0].steps == 13
+
+
+def test_a_chat_template_stays_with_the_model_that_training_goes_on_with(lab):
+    """And so do its settings of generation, when it has been resumed and only the tokenizer is left of what it began with."""
+    save_model(lab, 270)
+    (lab.folder / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (lab.folder / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    from_recipe(lab, tokenizer=True)
+    lab.train(lab.start("run", "checkpoint.best=true"))
+    for file in (lab.folder / "base").iterdir():
+        if file.name != "tokenizer.json":
+            file.unlink()
+    lab.train(lab.resume("run", "train.steps=13"))
+    for folder in ("model", "best"):
+        kept = lab.folder / "run" / folder
+        assert template_source(kept)[0] == "{{ messages[0].content }}!"
+        assert json.loads((kept / "generation_config.json").read_text()) == {"eos_token_id": [1, 5]}
 
 
 def test_a_model_may_go_on_with_longer_sequences(lab):

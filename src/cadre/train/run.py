@@ -66,6 +66,12 @@ class Run:
     parallel: Parallel
     source: Path | None = None
 
+    def like(self) -> Path | None:
+        """The model directory whose chat template and settings of generation this run's model keeps: what it has written so
+        far, or the model that it began with; None of a run that began with none."""
+        own = self.path / "model"
+        return own if own.is_dir() and (self.path / BEGUN_WITH).is_file() else self.source
+
     def identity(self) -> dict[str, Any]:
         """What must not change between checkpoint and resume."""
         corpus = self.data.manifest["inputs"]["text"]

@@ -432,7 +432,8 @@ class Trainer:
 
     def _write_model(self, folder: str, copies: Tensors) -> None:
         run = self.run
-        self.parallel.save_model(self.model, copies.weights, run.path / folder, run.data.tokenizer, run.dtype)
+        path, tokenizer = run.path / folder, run.data.tokenizer
+        self.parallel.save_model(self.model, copies.weights, path, tokenizer, run.dtype, like=run.like())
 
     def _restore(self) -> None:
         assert self.run.checkpoint is not None

@@ -152,10 +152,11 @@ class Parallel:
         load_checkpoint(path, model, optimizer)
 
     def save_model(
-        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype
-    ) -> None:
-        """Write a model directory of such `weights`, of which this process has its part; together, and beside the training."""
-        save(model, path, tokenizer, dtype=dtype, fetch=lambda name, index: weights[name][index])
+        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
+        like: Path | None = None,
+    ) -> None:  # fmt: skip
+        """`cadre.save` with such `weights`, of which this process has its part; together, and beside the training."""
+        save(model, path, tokenizer, dtype=dtype, fetch=lambda name, index: weights[name][index], like=like)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 

@@ -267,18 +267,20 @@ class Ranks(Parallel):
         load_parts(path, self._weights(model), optimizer, self._part, self.words, self.elsewhere.keys())
 
     def save_model(
-        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype
-    ) -> None:
+        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
+        like: Path | None = None,
+    ) -> None:  # fmt: skip
         parts = {name: replace(part, local=weights[name]) for name, part in self.parts.items()}
         kept = {name: weights[name] for name in weights.keys() - parts.keys()}
         gather = Gather({**parts, **self.elsewhere}, kept, dtype, self.words)
         if not self.main:
             gather.serve()
-        self.together(lambda: self._write_model(gather, model, path, tokenizer, dtype) if self.main else None)
 
-    def _write_model(self, gather: Gather, model: Transformer, path: Path, tokenizer: Any, dtype: torch.dtype) -> None:
-        with gather:
-            save(model, path, tokenizer, dtype=dtype, fetch=gather.fetch)
+        def write() -> None:
+            with gather:
+                save(model, path, tokenizer, dtype=dtype, fetch=gather.fetch, like=like)
+
+        self.together(write if self.main else lambda: None)
 
     def _weights(self, model: Transformer) -> dict[str, Tensor]:
         """Parameters and router biases by name: parts of the first, the second whole."""
