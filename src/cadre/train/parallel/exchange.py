@@ -3,7 +3,7 @@
 A token goes once to each rank that holds some of its experts, with its choices there, and comes back as the weighted sum of
 what they made of it (DeepSeek-V3 does so between nodes: its report, section 3.2.2). All by all-to-all:
 
-    counts      how many tokens go to each rank: a few integers, for which all wait
+    counts      how many tokens go to each rank: a few integers, for which all wait (in shared memory they lie beside the tokens)
     tokens      in the compute dtype or in 8 bits, and beside each the experts it chose and their weights; the shared experts
                 work meanwhile
     experts     on what has arrived, sorted by expert (by the experts' kernel itself, where there is one), added up by token
@@ -55,14 +55,12 @@ class Exchange:
         return self.group.size()
 
     def meet(self, leaving_S: Tensor) -> tuple[list[int], list[int]]:
-        """Tell each rank how many tokens it gets from here. Returns those numbers, and how many each sends here."""
+        """Tell each rank how many tokens it gets from here. Returns those numbers, and how many each sends here, which in shared
+        memory is known only when they arrive: none yet."""
         if self.shared is not None:
-            said_SS = leaving_S.new_empty(self.ranks, self.ranks)
-            self.shared.all_gather(said_SS, leaving_S)
-            arriving_S = said_SS[:, self.shared.rank]
-        else:
-            arriving_S = torch.empty_like(leaving_S)
-            dist.all_to_all_single(arriving_S, leaving_S, group=self.group)
+            return leaving_S.tolist(), []
+        arriving_S = torch.empty_like(leaving_S)
+        dist.all_to_all_single(arriving_S, leaving_S, group=self.group)
         there, here = torch.stack((leaving_S, arriving_S)).tolist()
         return there, here
 
@@ -135,6 +133,8 @@ class Journey:
         assert self.end is not None
         by_rank = self.end()
         firsts, *rest = zip(*by_rank, strict=True)
+        if outward:
+            self.here = [len(rows) for rows in firsts]
         others = [torch.cat(parts) for parts in rest]
         if not outward:
             first = firsts[0].new_zeros(self.tokens, width)

@@ -25,6 +25,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ _GROWTH, _LEAST = 1.25, 1 << 20
 
 
 class _Block:
-    """A file in memory, which it owns. `tensor`: its bytes, uint8. Raises `OSError` where that cannot be had."""
+    """A file in memory, which it owns. `tensor`: its bytes, uint8; `ends`: what its head says of where rows begin and end.
+    Raises `OSError` where that cannot be had."""
 
     def __init__(self, file: int) -> None:
         self.file = file
@@ -68,12 +70,14 @@ class _Block:
 
     @torch.inference_mode(False)  # an evaluation may be what makes it grow, and training goes on writing there
     def map(self) -> None:
-        self.tensor = torch.frombuffer(mmap.mmap(self.file, os.fstat(self.file).st_size), dtype=torch.uint8)
+        memory = mmap.mmap(self.file, os.fstat(self.file).st_size)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.ends = memoryview(memory)[:_COUNTER].cast("q")
 
     def grow(self, size: int) -> None:
         if size > len(self.tensor):
             try:
-                os.ftruncate(self.file, max(size, int(_GROWTH * len(self.tensor))))
+                os.ftruncate(self.file, -(-max(size, int(_GROWTH * len(self.tensor))) // mmap.PAGESIZE) * mmap.PAGESIZE)
                 self.map()
             except OSError as error:
                 raise RunError(f"no memory to share {size:,} bytes between processes: {error.strerror}") from None
@@ -83,6 +87,17 @@ class _Block:
         if size > len(self.tensor):
             self.map()
         return self.tensor[:size]
+
+    def parts(self, rows: int, kinds: Sequence[Kind], mine: slice = slice(None)) -> list[Tensor]:
+        """Of `rows` rows of each kind that lie in it those of `mine`."""
+        *places, end = _places(rows, kinds)
+        whole, (start, stop, _) = self.upto(_HEAD + end), mine.indices(rows)
+        parts = []
+        for place, (width, dtype) in zip(places, kinds, strict=True):
+            row = width * dtype.itemsize
+            part = whole[_HEAD + place + start * row : _HEAD + place + stop * row]
+            parts.append(part.view(dtype).view(stop - start, width))
+        return parts
 
 
 class Shared:
@@ -99,6 +114,8 @@ class Shared:
         self.wait, self.native = wait, native
         # Where processes outnumber processors, who waits takes time from whom it waits for.
         self.eager = _EAGER_SECONDS if group.size() <= len(os.sched_getaffinity(0)) else 0.0
+        self.counters = [of_rank[0].tensor[_COUNTER : _COUNTER + _WORD].view(torch.int64) for of_rank in blocks]
+        self.others_counters = (ctypes.c_void_p * len(self.others))(*(self.counters[rank].data_ptr() for rank in self.others))
         self.turn = 0
         self.uncollected = False
 
@@ -134,10 +151,9 @@ class Shared:
     def meet(self) -> list[_Block]:
         """Wait until all have written. Returns the blocks of this turn, to be read before anything else is called."""
         self.turn += 1
-        mine, *others = (self._counter(rank).data_ptr() for rank in (self.rank, *self.others))
-        places = (ctypes.c_void_p * len(others))(*others)
+        mine, others = self.counters[self.rank].data_ptr(), self.others_counters
         began = time.monotonic()
-        while not self.native.cadre_meet(mine, places, len(others), self.turn, self.eager, _LOOK_SECONDS):
+        while not self.native.cadre_meet(mine, others, len(others), self.turn, self.eager, _LOOK_SECONDS):
             missing = [rank for rank in self.others if self._misses(rank)]
             for rank in missing:
                 # It may have come in the meantime, and ended after its last turn.
@@ -147,11 +163,8 @@ class Shared:
                 raise dist.DistError(f"{self._name(missing[0])} has not answered for {self.wait}")
         return [blocks[(self.turn - 1) % 2] for blocks in self.blocks]
 
-    def _counter(self, rank: int) -> Tensor:
-        return self.blocks[rank][0].tensor[_COUNTER : _COUNTER + _WORD].view(torch.int64)
-
     def _misses(self, rank: int) -> bool:
-        return int(self._counter(rank)) < self.turn
+        return int(self.counters[rank]) < self.turn
 
     def _name(self, rank: int) -> str:
         return f"rank {dist.get_global_rank(self.group, rank)}"
@@ -159,24 +172,21 @@ class Shared:
     def lay_out(self, sizes: Sequence[int], kinds: Sequence[Kind]) -> list[Tensor]:
         """Where this process writes rows for each rank, `sizes` of them, one rank's after the other's: of each kind a tensor
         [sum(sizes), elements]."""
-        rows = sum(sizes)
-        room = self.room(_places(rows, kinds)[-1])
-        ends = torch.tensor([0, *sizes]).cumsum(0)
-        self._head(self.mine[self.turn % 2])[: len(ends)] = ends
+        rows, block = sum(sizes), self.mine[self.turn % 2]
+        self.room(_places(rows, kinds)[-1])
+        for place, end in enumerate(accumulate(sizes, initial=0)):
+            block.ends[place] = end
         self.uncollected = True
-        return _parts(room, rows, kinds)
+        return block.parts(rows, kinds)
 
     def collect(self, kinds: Sequence[Kind]) -> list[list[Tensor]]:
         """From each rank the rows that it has laid out for this one, of the same kinds. They lie where others will write: to be
         read before anything else is called."""
-        found = []
         self.uncollected = False
-        for block in self.meet():
-            ends = self._head(block)[: self.group.size() + 1].tolist()
-            room = block.upto(_HEAD + _places(ends[-1], kinds)[-1])[_HEAD:]
-            mine = slice(*ends[self.rank : self.rank + 2])
-            found.append([part[mine] for part in _parts(room, ends[-1], kinds)])
-        return found
+        return [
+            block.parts(block.ends[self.group.size()], kinds, slice(block.ends[self.rank], block.ends[self.rank + 1]))
+            for block in self.meet()
+        ]
 
     def all_gather(self, out: Tensor, mine: Tensor) -> None:
         """Every rank's `mine`, of equal size and contiguous, rank by rank; out: [ranks * N], of which `mine` may be a part."""
@@ -208,10 +218,6 @@ class Shared:
         room.copy_(leaving.view(room.shape))
         torch.cat([part for (part,) in self.collect(kinds)], out=out.view(-1, room.shape[1]))
 
-    @staticmethod
-    def _head(block: _Block) -> Tensor:
-        return block.tensor[:_HEAD].view(torch.int64)
-
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
@@ -223,14 +229,6 @@ def _places(rows: int, kinds: Sequence[Kind]) -> list[int]:
     for width, dtype in kinds:
         places.append(places[-1] + -(-rows * width * dtype.itemsize // _LINE) * _LINE)
     return places
-
-
-def _parts(room: Tensor, rows: int, kinds: Sequence[Kind]) -> list[Tensor]:
-    """The rows [rows, elements] of each kind in a block."""
-    return [
-        room[place : place + rows * width * dtype.itemsize].view(dtype).view(rows, width)
-        for place, (width, dtype) in zip(_places(rows, kinds), kinds, strict=False)
-    ]
 
 
 def _network() -> str:
