@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cadre.train.bench_worker import Build, Memory
+from cadre.train.bench.worker import Build, Memory
 
 
 class Here:

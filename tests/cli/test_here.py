@@ -12,8 +12,8 @@ from cadre.cli import here
 from cadre.cli import main as module
 from cadre.plan.here import forecast
 from cadre.plan.shape import Shape
-from cadre.train import calibrate
-from cadre.train.calibrate import Effort, Step, fewest_blocks, measure, with_limits
+from cadre.train.bench import calibrate
+from cadre.train.bench.calibrate import Effort, Step, fewest_blocks, measure, with_limits
 from cadre.train.recipe import read_recipe
 from tests.runs import write_recipe
 from tests.shapes import small

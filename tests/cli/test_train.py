@@ -20,8 +20,9 @@ from cadre.cli import main as module
 from cadre.plan import budget as budget_module
 from cadre.plan.budget import Machine, Rung
 from cadre.plan.here import Forecast
-from cadre.train import calibrate, checkpoint, trainer
+from cadre.train import checkpoint, trainer
 from cadre.train import run as run_module
+from cadre.train.bench import calibrate
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel import launch as launching
 from cadre.train.recipe import read_recipe

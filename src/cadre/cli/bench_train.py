@@ -77,19 +77,19 @@ def _mode(chosen: dict[str, bool], quick: bool) -> str:
 def _bench(mode: str, quick: bool) -> Callable[..., dict[str, Any]]:
     """What measures, all called alike."""
     if mode == "peer":
-        from cadre.train.peer import bench_peer
+        from cadre.train.bench.peer import bench_peer
 
         return bench_peer
     if mode == "tax":
-        from cadre.train.tax import bench_tax
+        from cadre.train.bench.tax import bench_tax
 
         return partial(bench_tax, quick=quick)
     if mode == "sweep":
-        from cadre.train.sweep import bench_sweep
+        from cadre.train.bench.sweep import bench_sweep
 
         return partial(bench_sweep, quick=quick)
     if mode == "fp8":
-        from cadre.train.fp8_step import bench_fp8
+        from cadre.train.bench.fp8 import bench_fp8
 
         return bench_fp8
     # These measure in this process.
@@ -97,10 +97,10 @@ def _bench(mode: str, quick: bool) -> Callable[..., dict[str, Any]]:
 
     keep_freed_memory()
     if mode == "profile":
-        from cadre.train.profile import bench_profile
+        from cadre.train.bench.profile import bench_profile
 
         return bench_profile
-    from cadre.train.bench import bench_train
+    from cadre.train.bench.step import bench_train
 
     return lambda config, note, **shape: bench_train(config, **shape)
 

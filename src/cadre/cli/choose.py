@@ -201,7 +201,7 @@ def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
     from cadre.plan.count import count
     from cadre.plan.here import forecast
     from cadre.plan.shape import Shape
-    from cadre.train.calibrate import QUICK, Step, calibrate
+    from cadre.train.bench.calibrate import QUICK, Step, calibrate
     from cadre.train.recipe import OptimizerSection
 
     here = default_device()

@@ -13,7 +13,7 @@ from cadre.errors import UsageError
 if TYPE_CHECKING:
     from cadre.model.config import ModelConfig
     from cadre.plan.planner import Request
-    from cadre.train.calibrate import Step
+    from cadre.train.bench.calibrate import Step
     from cadre.train.recipe import Recipe
 
 # A model up to this size is decoded whole; of a larger one two with few blocks are, and the difference is one block's.
@@ -33,7 +33,7 @@ def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> d
     from cadre.kernels.limits import default_device, training_dtype
     from cadre.plan.count import count
     from cadre.plan.here import forecast
-    from cadre.train.calibrate import calibrate
+    from cadre.train.bench.calibrate import calibrate
 
     step = _step(request, recipe)
     if config.max_position_embeddings < step.seq_len:
@@ -68,7 +68,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def _step(request: Request, recipe: Recipe | None) -> Step:
-    from cadre.train.calibrate import Step
+    from cadre.train.bench.calibrate import Step
     from cadre.train.recipe import OptimizerSection
 
     if recipe is not None:
@@ -85,7 +85,7 @@ def _step(request: Request, recipe: Recipe | None) -> Step:
 def _decode_seconds(config: ModelConfig, context: int) -> float:
     """Seconds of one more token of one sequence that has `context`, on random weights."""
     from cadre.plan.count import count
-    from cadre.train.calibrate import fewest_blocks
+    from cadre.train.bench.calibrate import fewest_blocks
 
     if count(config).total_parameters <= _WHOLE_PARAMETERS:
         return _median_step(config, context)

@@ -14,7 +14,7 @@ import torch
 
 from cadre.plan.count import count
 from cadre.plan.here import compare
-from cadre.train.calibrate import read_prediction
+from cadre.train.bench.calibrate import read_prediction
 
 if TYPE_CHECKING:
     from cadre.train.run import Run

@@ -188,7 +188,7 @@ _LEAST_STEPS, _LEAST_MINUTES = 100, 1.0
 
 def _predict(run: Run, note: Any) -> None:
     """Predict what the run will take, and keep it for the report; a failure to is no failure of the run."""
-    from cadre.train.calibrate import predict_run
+    from cadre.train.bench.calibrate import predict_run
 
     train = run.recipe.train
     short = train.most_steps < _LEAST_STEPS or (train.minutes is not None and train.minutes < _LEAST_MINUTES)

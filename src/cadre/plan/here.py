@@ -1,7 +1,7 @@
 """What this machine will do with a model, predicted from a few of its blocks that were measured on it.
 
-Arithmetic only: `cadre.train.calibrate` measures. It trains a model with one block of each kind that the whole one has, and
-times one block of each kind by itself; every further block of a kind then adds what one took.
+Arithmetic only: `cadre.train.bench.calibrate` measures. It trains a model with one block of each kind that the whole one has,
+and times one block of each kind by itself; every further block of a kind then adds what one took.
 """
 
 from __future__ import annotations

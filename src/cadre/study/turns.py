@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cadre.files import replace_file
-from cadre.train.bench_worker import Team, Worker, take_turns
+from cadre.train.bench.worker import Team, Worker, take_turns
 from cadre.train.recipe import Recipe
 
 if TYPE_CHECKING:

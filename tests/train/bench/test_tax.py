@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from cadre.errors import UsageError
 from cadre.plan.count import count
-from cadre.train import tax as module
-from cadre.train.tax import active_width, bench_tax, dense_twin, variant, with_experts
+from cadre.train.bench import tax as module
+from cadre.train.bench.tax import active_width, bench_tax, dense_twin, variant, with_experts
 from tests.shapes import configs, small
 from tests.workers import Here, Scripted
 

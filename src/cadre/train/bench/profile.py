@@ -27,7 +27,7 @@ from cadre.model.experts import Experts, MixtureOfExperts, Router
 from cadre.model.layers import SwiGLU
 from cadre.model.transformer import Block, MultiTokenPredictor, Transformer
 from cadre.train import objective
-from cadre.train.bench import WARM_UP, TrainingStep, circumstances, speed
+from cadre.train.bench.step import WARM_UP, TrainingStep, circumstances, speed
 
 ATTENTION, ROUTER, DISPATCH, EXPERTS = "attention", "router", "dispatch and combine", "experts"
 DENSE, NORMS, HEAD = "shared and dense feed-forward", "norms and residual", "embedding, head and loss"

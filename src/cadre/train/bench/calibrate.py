@@ -122,9 +122,8 @@ def calibrate(
         "effort": dataclasses.asdict(effort),
         "limits": limits,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "cadre.train.calibrate"], input=json.dumps(asked), capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "cadre.train.bench.calibrate"]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise RunError(f"measuring this machine failed: {why}")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from cadre.errors import RunError
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
-from cadre.train import sweep as module
-from cadre.train.sweep import bench_sweep, exponent, growth, points, scaled
+from cadre.train.bench import sweep as module
+from cadre.train.bench.sweep import bench_sweep, exponent, growth, points, scaled
 from tests.shapes import configs, small
 from tests.workers import Here, Scripted
 

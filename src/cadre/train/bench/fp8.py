@@ -9,8 +9,8 @@ import torch
 
 from cadre.kernels.limits import default_device, training_dtype
 from cadre.model.config import ModelConfig
-from cadre.train.bench import check_length, circumstances
-from cadre.train.bench_worker import Worker, ours, result, take_turns
+from cadre.train.bench.step import check_length, circumstances
+from cadre.train.bench.worker import Worker, ours, result, take_turns
 from cadre.train.run import check_fp8, check_memory
 
 

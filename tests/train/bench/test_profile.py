@@ -10,9 +10,8 @@ from cadre.model.experts import Routes
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.train import objective
-from cadre.train import profile as module
-from cadre.train.bench import TrainingStep
-from cadre.train.profile import (
+from cadre.train.bench import profile as module
+from cadre.train.bench.profile import (
     ATTENTION,
     DENSE,
     DISPATCH,
@@ -28,6 +27,7 @@ from cadre.train.profile import (
     profiled_step,
     watched,
 )
+from cadre.train.bench.step import TrainingStep
 from tests.shapes import configs, small
 
 CPU = torch.device("cpu")

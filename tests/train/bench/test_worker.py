@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cadre.errors import RunError, UsageError
-from cadre.train import bench_worker as module
-from cadre.train.bench_worker import Memory, TimeLeft, Worker, ours, result, take_turns
+from cadre.train.bench import worker as module
+from cadre.train.bench.worker import Memory, TimeLeft, Worker, ours, result, take_turns
 from tests.shapes import small
 from tests.workers import Here, Scripted
 

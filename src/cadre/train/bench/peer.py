@@ -17,8 +17,8 @@ from cadre.errors import RunError, UsageError
 from cadre.kernels.limits import default_device, gemm_flops_per_second, synchronize, training_dtype
 from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
-from cadre.train.bench import ADAMW, WARM_UP, changed, check_length, circumstances
-from cadre.train.bench_worker import Build, Worker, ours, result, take_turns
+from cadre.train.bench.step import ADAMW, WARM_UP, changed, check_length, circumstances
+from cadre.train.bench.worker import Build, Worker, ours, result, take_turns
 from cadre.train.run import check_memory
 
 # A mode whose first step is this many times the best one's is not tried a second time.

@@ -12,8 +12,8 @@ from cadre.errors import UsageError
 from cadre.model.config import ModelConfig
 from cadre.plan.here import Calibration, forecast, kinds
 from cadre.plan.shape import Shape
-from cadre.train import calibrate as module
-from cadre.train.calibrate import Effort, Step, calibrate, fewest_blocks, measure, predict_run, read_prediction
+from cadre.train.bench import calibrate as module
+from cadre.train.bench.calibrate import Effort, Step, calibrate, fewest_blocks, measure, predict_run, read_prediction
 from cadre.train.recipe import OptimizerSection
 from tests.shapes import small
 

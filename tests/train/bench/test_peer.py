@@ -7,9 +7,9 @@ import torch
 
 from cadre.errors import RunError, UsageError
 from cadre.plan.count import count
-from cadre.train import peer as module
-from cadre.train.bench_worker import ours
-from cadre.train.peer import Mode, PeerStep, bench_peer, comparable, modes, peer_step, selected_bytes
+from cadre.train.bench import peer as module
+from cadre.train.bench.peer import Mode, PeerStep, bench_peer, comparable, modes, peer_step, selected_bytes
+from cadre.train.bench.worker import ours
 from tests.shapes import FAMILIES, small
 from tests.workers import Here, Scripted
 

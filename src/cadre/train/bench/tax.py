@@ -11,8 +11,8 @@ from cadre.errors import UsageError
 from cadre.kernels.limits import default_device, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.plan.count import count
-from cadre.train.bench import changed, check_length, circumstances
-from cadre.train.bench_worker import TimeLeft, Worker, ours, result, take_turns
+from cadre.train.bench.step import changed, check_length, circumstances
+from cadre.train.bench.worker import TimeLeft, Worker, ours, result, take_turns
 from cadre.train.run import check_memory
 
 EXPERTS = (16, 64, 128)

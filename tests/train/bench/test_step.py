@@ -3,8 +3,8 @@ import torch
 
 from cadre.errors import UsageError
 from cadre.plan.count import count
-from cadre.train import bench as module
-from cadre.train.bench import TrainingStep, bench_train, changed, speed
+from cadre.train.bench import step as module
+from cadre.train.bench.step import TrainingStep, bench_train, changed, speed
 from tests.shapes import small
 
 

@@ -20,7 +20,7 @@ from cadre.errors import RunError, UsageError
 from cadre.kernels.allocator import keep_freed_memory
 from cadre.kernels.limits import default_device, peak_memory_bytes
 from cadre.model.config import ModelConfig
-from cadre.train.bench import WARM_UP, TrainingStep, speed
+from cadre.train.bench.step import WARM_UP, TrainingStep, speed
 
 # Makes what is timed: something that makes one step and returns its seconds. It travels to the process, so it is a
 # function of a module, or a `partial` of one.

@@ -14,9 +14,9 @@ from cadre.errors import RunError, UsageError
 from cadre.kernels.limits import default_device, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.plan.count import count
-from cadre.train.bench import changed, circumstances
-from cadre.train.bench_worker import TimeLeft, Worker, ours, result, take_turns
-from cadre.train.tax import with_experts
+from cadre.train.bench.step import changed, circumstances
+from cadre.train.bench.tax import with_experts
+from cadre.train.bench.worker import TimeLeft, Worker, ours, result, take_turns
 
 EXPERTS = (8, 16, 32, 64, 128, 256)
 WIDTHS = (0.5, 0.75, 1, 1.5, 2)
