@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cadre.hub.gguf import write_gguf
 from cadre.hub.save import save
-from cadre.infer.bench import random_model
+from cadre.infer.bench.decode import random_model
 from cadre.model.config import ModelConfig
 
 HERE = Path(__file__).parent

@@ -2,7 +2,7 @@
 
 import torch
 
-from cadre.infer import bench
+from cadre.infer.bench import decode
 from cadre.study.decoding import decode_rates
 from cadre.study.spec import Decode
 from tests.shapes import small
@@ -23,7 +23,7 @@ def test_every_arm_is_timed_at_every_point_beyond_its_own_context():
 
 
 def test_a_point_that_does_not_fit_says_so(monkeypatch):
-    monkeypatch.setattr(bench, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 1000)
     point = Decode(contexts=[8], batches=[1])
     (row,) = decode_rates({"latent": small("deepseek_v3")}, point, torch.float32, lambda text: None)
     assert "tokens_per_second" not in row and "GiB are free" in row["reason"]

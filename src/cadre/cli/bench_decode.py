@@ -37,7 +37,7 @@ def bench_decode(
     """Time decoding on random weights, against the machine's memory rate."""
 
     from cadre.errors import UsageError
-    from cadre.infer import bench
+    from cadre.infer.bench import decode
     from cadre.kernels.allocator import keep_freed_memory
     from cadre.model.config import ModelConfig
 
@@ -49,12 +49,12 @@ def bench_decode(
     result: dict[str, Any]
     with notes(json_output) as note:
         if sweep:
-            contexts = bench.CONTEXTS if context is None else (context,)
-            batches = bench.BATCHES if batch is None else (batch,)
-            rows = bench.sweep(shape, dtype=chosen, note=note, contexts=contexts, batches=batches, steps=steps or 8)
+            contexts = decode.CONTEXTS if context is None else (context,)
+            batches = decode.BATCHES if batch is None else (batch,)
+            rows = decode.sweep(shape, dtype=chosen, note=note, contexts=contexts, batches=batches, steps=steps or 8)
             result = {"mode": "sweep", "rows": rows}
         else:
-            result = bench.bench_decode(
+            result = decode.bench_decode(
                 shape, context=context or 512, batch=batch or 1, dtype=chosen, quantization=quantize and quantize.value,
                 steps=steps or 24, peer=peer is not None, note=note,
             )  # fmt: skip

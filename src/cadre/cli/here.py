@@ -97,7 +97,7 @@ def _decode_seconds(config: ModelConfig, context: int) -> float:
 
 
 def _median_step(config: ModelConfig, context: int) -> float:
-    from cadre.infer.bench import Decoding, default_dtype, random_model
+    from cadre.infer.bench.decode import Decoding, default_dtype, random_model
 
     plain = config.model_copy(update={"num_nextn_predict_layers": 0})
     decoding = Decoding(random_model(plain, default_dtype(config), None), context, 1, _DECODE_STEPS)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cadre.errors import UsageError
-from cadre.infer.bench import WARM_UP, Decoding, random_model
+from cadre.infer.bench.decode import WARM_UP, Decoding, random_model
 from cadre.model.config import ModelConfig
 from cadre.study.spec import Decode
 

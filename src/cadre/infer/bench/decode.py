@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from cadre.errors import UsageError
+from cadre.infer.bench.peer import PeerDecoder
 from cadre.infer.engine import Engine
 from cadre.infer.pages import bytes_for
-from cadre.infer.peer import PeerDecoder
 from cadre.infer.quantize import QuantizedLinear, quantize_model
 from cadre.infer.request import Request
 from cadre.infer.sampling import Sampling

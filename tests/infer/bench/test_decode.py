@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from cadre.cli.bench import bench_app
 from cadre.errors import UsageError
-from cadre.infer import peer
-from cadre.infer.bench import Decoding, bench_decode, random_model, sweep, twins, weight_bytes
+from cadre.infer.bench import peer
+from cadre.infer.bench.decode import Decoding, bench_decode, random_model, sweep, twins, weight_bytes
 from cadre.model.config import ModelConfig
 from cadre.plan.count import count
 from tests.shapes import FAMILIES, configs, small
