@@ -23,6 +23,7 @@ from cadre.kernels.native.library import must_compile, why_missing
 from cadre.model.config import ModelConfig
 from cadre.model.layers import RMSNorm
 from cadre.model.transformer import Transformer
+from cadre.plan.count import count
 
 Note = Callable[[str], None]
 
@@ -70,12 +71,11 @@ class Decoding:
 
 def random_model(config: ModelConfig, dtype: torch.dtype, quantization: str | None) -> Transformer:
     """A model of random weights: routing is then about even, as a balanced model's."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        model = Transformer(config).to(default_device())
-    finally:
-        torch.set_default_dtype(default)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to(dtype).to_empty(device=default_device())
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     generator = torch.Generator(default_device()).manual_seed(0)
     with torch.no_grad():
         for module in model.modules():
@@ -176,8 +176,6 @@ def bench_decode(
 
 def _peers(config: ModelConfig, dtype: torch.dtype, context: int, batch: int, note: Note) -> list[PeerDecoder]:
     """The peer in `dtype`, and on a CPU in float32 if the memory holds that too."""
-    from cadre.plan.count import count
-
     peers = [PeerDecoder(config, dtype, context, batch, note)]
     wide = 4 * count(config).total_parameters
     if default_device().type == "cpu" and dtype != torch.float32:
@@ -190,8 +188,6 @@ def _peers(config: ModelConfig, dtype: torch.dtype, context: int, batch: int, no
 
 def default_dtype(config: ModelConfig) -> torch.dtype:
     """bfloat16 where bytes are what decoding waits for; float32 for a model that the processor's caches hold."""
-    from cadre.plan.count import count
-
     device = default_device()
     small = count(config).active_parameters < 2**25
     return best_dtype(device) if device.type == "cpu" and small else torch.bfloat16
