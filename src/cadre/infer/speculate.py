@@ -19,6 +19,8 @@ from cadre.infer.scheduler import Sequence
 
 # So many positions that the modules have not read are never too many: those of a trial without drafts.
 _MISSED = 32
+# How many times as fast the other way, with or without drafts, must be to take over.
+_MARGIN = 1.02
 
 
 @dataclass
@@ -131,12 +133,11 @@ class Payoff:
     with drafts only those count where most sequences are `ready`.
 
     trial: passes that a trial lasts, the first of which does not count (it has no drafts to read yet). period: passes of the
-    faster way between trials, and the most that a trial waits for passes that count. margin: how much faster the other must
-    be to take over.
+    faster way between trials, and the most that a trial waits for passes that count.
     """
 
-    def __init__(self, trial: int = 12, period: int = 200, margin: float = 1.02) -> None:
-        self.trial, self.period, self.margin = trial, period, margin
+    def __init__(self, trial: int = 12, period: int = 200) -> None:
+        self.trial, self.period = trial, period
         self._of_size: dict[int, _Rates] = {}
 
     def drafting(self, sequences: int) -> bool:
@@ -155,7 +156,7 @@ class Payoff:
         if size.counted < self.trial and size.passes < self.period:
             return
         own, other = size.rate.get(size.drafting, 0.0), size.rate.get(not size.drafting)
-        if other is None or other > self.margin * own or size.passes >= self.period:
+        if other is None or other > _MARGIN * own or size.passes >= self.period:
             size.drafting, size.passes, size.counted = not size.drafting, 0, 0
 
     def _size(self, sequences: int) -> _Rates:
