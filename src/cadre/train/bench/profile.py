@@ -71,10 +71,9 @@ class Ledger:
         """Back to the part before `enter`."""
         self.switch(self._outer.pop())
 
-    def claim(self, value: Any, part: str | None = None) -> None:
-        """Charge to `part` (the one now running if None) the gradients of all that `value`'s tensors were computed by, as far
-        as nobody has claimed them yet."""
-        part = part or self._part
+    def claim(self, value: Any) -> None:
+        """Charge to the part now running the gradients of all that `value`'s tensors were computed by, as far as nobody has
+        claimed them yet."""
         pending = [tensor.grad_fn for tensor in _tensors(value)]
         while pending:
             node = pending.pop()
@@ -82,7 +81,7 @@ class Ledger:
             if node is None or node in self._claimed or node.name() == "torch::autograd::AccumulateGrad":
                 continue
             self._claimed.add(node)
-            node.register_prehook(_switching(self, part))
+            node.register_prehook(_switching(self, self._part))
             pending.extend(before for before, _ in node.next_functions)
 
     def close(self) -> dict[str, float]:
@@ -190,11 +189,10 @@ def counted(model: Transformer, batch: int, seq_len: int) -> dict[str, tuple[str
     does. FLOPs are those of `cadre.count`: 6 a weight and token, 2 forward and 4 backward, and causal attention's own.
 
     Bytes, of one pass over each operand: a norm reads and writes its input and again, with the gradient, backward (5 T D); a
-    residual adds two and writes one, both ways (6 T D). Dispatch reads T D and writes R D, combine the reverse;
-    backward also reads the experts' output for the gradient of the router's weights (4 T D + 5 R D); where the experts' kernel
-    moves rows itself, that is part of its time and not counted apart. AdamW reads weight,
-    gradient and moments and writes all but the gradient, clipping reads the gradient twice and writes it (10 float32 a
-    parameter).
+    residual adds two and writes one, both ways (6 T D). Dispatch reads T D and writes R D, combine the reverse; backward also
+    reads the experts' output for the gradient of the router's weights (4 T D + 5 R D); where the experts' kernel moves rows
+    itself, that is part of its time and not counted apart. AdamW reads weight, gradient and moments and writes all but the
+    gradient, clipping reads the gradient twice and writes it (10 float32 a parameter).
     """
     config, tokens = model.config, batch * seq_len
     flops = dict.fromkeys((ATTENTION, ROUTER, EXPERTS, DENSE, HEAD), 0.0)
