@@ -9,7 +9,7 @@ import pytest
 from cadre.cli import bench_tables, bench_train
 from cadre.cli import main as module
 from cadre.plan.count import count
-from cadre.train.bench import fp8, peer, profile, sweep, tax
+from cadre.train.bench import peer, profile, sweep, tax, worker
 from tests.shapes import small
 from tests.workers import Here
 
@@ -69,7 +69,7 @@ def test_a_config_that_cannot_be_built_is_refused_in_one_line(monkeypatch, capsy
 @pytest.fixture
 def here(monkeypatch):
     """Every mode on few and small points, without processes or measured limits of this machine."""
-    for owner in (peer, tax, sweep, fp8):
+    for owner in (peer, worker):
         monkeypatch.setattr(owner, "Worker", Here)
     monkeypatch.setattr(peer, "modes", lambda config: [peer.Mode("eager", "float32"), peer.Mode("batched_mm", "float32")])
     monkeypatch.setattr(peer, "selected_bytes", lambda config, mode, tokens: 2**50 * (mode.experts == "batched_mm"))

@@ -8,6 +8,7 @@ import torch
 from cadre.errors import RunError, UsageError
 from cadre.plan.count import count
 from cadre.train.bench import peer as module
+from cadre.train.bench import worker
 from cadre.train.bench.peer import Mode, PeerStep, bench_peer, comparable, modes, peer_step, selected_bytes
 from cadre.train.bench.worker import ours
 from tests.shapes import FAMILIES, small
@@ -74,7 +75,8 @@ def scripted(monkeypatch):
         def seconds(build):
             return by_mode(build.args[1]) if isinstance(build.args[1], Mode) else [9.0, 9.0, 1.0, 1.0]
 
-        monkeypatch.setattr(module, "Worker", Scripted)
+        for owner in (module, worker):
+            monkeypatch.setattr(owner, "Worker", Scripted)
         monkeypatch.setattr(Scripted, "seconds", staticmethod(seconds))
         monkeypatch.setattr(Here, "turns", [])
         monkeypatch.setattr(module, "_free_bytes", lambda: free)

@@ -9,6 +9,7 @@ from cadre.errors import RunError
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.train.bench import sweep as module
+from cadre.train.bench import worker
 from cadre.train.bench.sweep import bench_sweep, exponent, growth, points, scaled
 from tests.shapes import configs, small
 from tests.workers import Here, Scripted
@@ -105,7 +106,7 @@ def test_each_point_is_measured_once_and_one_that_fails_is_named(monkeypatch):
             return RunError("its process died")
         return 1e-9 * count(config, context=seq_len).training_flops_per_token * batch * seq_len
 
-    monkeypatch.setattr(module, "Worker", Scripted)
+    monkeypatch.setattr(worker, "Worker", Scripted)
     monkeypatch.setattr(Scripted, "seconds", staticmethod(seconds))
     found = bench(small("deepseek_v3", n_routed_experts=32), note=notes.append)
     assert len(built) == len(set(built)) == len(notes)
@@ -122,7 +123,7 @@ def test_each_point_is_measured_once_and_one_that_fails_is_named(monkeypatch):
 
 
 def test_real_steps_are_swept(monkeypatch):
-    monkeypatch.setattr(module, "Worker", Here)
+    monkeypatch.setattr(worker, "Worker", Here)
     for name in ("EXPERTS", "LENGTHS"):
         monkeypatch.setattr(module, f"QUICK_{name}", (4, 8))
     found = bench(small("deepseek_v3"), seq_len=8)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from cadre.errors import UsageError
 from cadre.plan.count import count
-from cadre.train.bench import tax as module
+from cadre.train.bench import worker
 from cadre.train.bench.tax import active_width, bench_tax, dense_twin, variant, with_experts
 from tests.shapes import configs, small
 from tests.workers import Here, Scripted
@@ -59,7 +59,7 @@ def test_every_variant_is_timed_in_turn_with_its_own_twin(monkeypatch):
         seen.append(config)
         return [9.0, 9.0, 3.0, 5.0] if config.has_experts else [9.0, 9.0, 2.0, 2.0]
 
-    monkeypatch.setattr(module, "Worker", Scripted)
+    monkeypatch.setattr(worker, "Worker", Scripted)
     monkeypatch.setattr(Scripted, "seconds", staticmethod(seconds))
     monkeypatch.setattr(Here, "turns", [])
     config = small("deepseek_v3")
@@ -73,7 +73,7 @@ def test_every_variant_is_timed_in_turn_with_its_own_twin(monkeypatch):
 
 
 def test_quick_is_one_number_of_experts(monkeypatch):
-    monkeypatch.setattr(module, "Worker", Here)
+    monkeypatch.setattr(worker, "Worker", Here)
     monkeypatch.setattr(Here, "turns", [])
     found = bench(small("glm4_moe"), steps=1, quick=True)
     assert [(row["experts"], row["top_k"]) for row in found["rows"]] == [(64, 2), (64, 4), (64, 8)]

@@ -7,7 +7,7 @@ import torch
 
 from cadre.errors import RunError, UsageError
 from cadre.train.bench import worker as module
-from cadre.train.bench.worker import Memory, TimeLeft, Worker, ours, result, take_turns
+from cadre.train.bench.worker import Memory, Taken, TimeLeft, Worker, ours, race, result, take_turns
 from tests.shapes import small
 from tests.workers import Here, Scripted
 
@@ -61,9 +61,19 @@ def test_workers_take_turns_and_warm_up(monkeypatch):
     assert Here.turns == ["a", "b"] * 5 and rounds == [1, 2, 3, 4, 5]
 
 
+def test_a_race_is_run_by_workers_in_turn_and_gives_what_each_took(monkeypatch):
+    monkeypatch.setattr(module, "Worker", Scripted)
+    monkeypatch.setattr(Scripted, "seconds", staticmethod(lambda build: build()))
+    monkeypatch.setattr(Here, "turns", [])
+    rounds = []
+    found = race({"a": lambda: [9.0, 8.0, 1.0], "b": lambda: [7.0, 6.0, 4.0]}, 1, rounds.append)
+    assert found == [Taken([1.0], Memory(1000, 3000)), Taken([4.0], Memory(1000, 3000))]
+    assert Here.turns == ["a", "b"] * 3 and rounds == [1, 2, 3]
+
+
 def test_result_is_the_median_with_the_peak():
     config = small("llama")
-    found = result(config, batch=3, seq_len=4, seconds=[2.0, 1.0, 9.0], memory=Memory(5, 77))
+    found = result(config, batch=3, seq_len=4, taken=Taken([2.0, 1.0, 9.0], Memory(5, 77)))
     assert (found["step_seconds_median"], found["tokens_per_second"], found["peak_memory_bytes"]) == (2.0, 6.0, 77)
 
 

@@ -10,7 +10,7 @@ import torch
 from cadre.kernels.limits import default_device, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.train.bench.step import check_length, circumstances
-from cadre.train.bench.worker import Worker, ours, result, take_turns
+from cadre.train.bench.worker import ours, race, result
 from cadre.train.run import check_fp8, check_memory
 
 
@@ -30,18 +30,15 @@ def bench_fp8(
         note("no processor multiplies FP8: what is timed is the reference that computes the same in float32")
     dtype = dtype or training_dtype(device)
     shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len}
-    with (
-        Worker("experts", ours(config, **shape, dtype=dtype)) as plain,
-        Worker("experts in FP8", ours(config, **shape, dtype=dtype, fp8_experts=True)) as narrow,
-    ):
-        seconds = take_turns([plain, narrow], steps, lambda turn: note(f"turn {turn}"))
-        sides = [
-            result(config, **shape, seconds=taken, memory=worker.memory())
-            for taken, worker in zip(seconds, (plain, narrow), strict=True)
-        ]
+    builds = {
+        "experts": ours(config, **shape, dtype=dtype),
+        "experts in FP8": ours(config, **shape, dtype=dtype, fp8_experts=True),
+    }
+    taken = race(builds, steps, lambda turn: note(f"turn {turn}"))
+    plain, narrow = (result(config, **shape, taken=one) for one in taken)
     return {
-        "plain": sides[0],
-        "fp8": sides[1],
-        "speed_ratio": sides[0]["step_seconds_median"] / sides[1]["step_seconds_median"],
+        "plain": plain,
+        "fp8": narrow,
+        "speed_ratio": plain["step_seconds_median"] / narrow["step_seconds_median"],
         **circumstances(batch, seq_len, dtype, device),
     }

@@ -18,7 +18,7 @@ from cadre.kernels.limits import default_device, gemm_flops_per_second, synchron
 from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
 from cadre.train.bench.step import ADAMW, WARM_UP, changed, check_length, circumstances
-from cadre.train.bench.worker import Build, Worker, ours, result, take_turns
+from cadre.train.bench.worker import Build, Worker, ours, race, result
 from cadre.train.run import check_memory
 
 # A mode whose first step is this many times the best one's is not tried a second time.
@@ -128,14 +128,10 @@ def bench_peer(
     gemm = gemm_flops_per_second(dtype, device)
     shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len}
     rounds = WARM_UP + steps
-    with (
-        Worker(f"transformers ({best})", peer_step(config, best, **shape)) as theirs,
-        Worker("cadre", ours(config, **shape, dtype=dtype)) as own,
-    ):
-        seconds = take_turns([theirs, own], steps, lambda done: note(f"in turn, {best}: {done} of {rounds} steps each"))
-        peaks = [worker.memory() for worker in (theirs, own)]
+    builds = {f"transformers ({best})": peer_step(config, best, **shape), "cadre": ours(config, **shape, dtype=dtype)}
+    taken = race(builds, steps, lambda done: note(f"in turn, {best}: {done} of {rounds} steps each"))
     gemm = max(gemm, gemm_flops_per_second(dtype, device))
-    peer, mine = (result(config, **shape, seconds=s, memory=m) for s, m in zip(seconds, peaks, strict=True))
+    peer, mine = (result(config, **shape, taken=one) for one in taken)
     for side in (peer, mine):
         side["mfu"] = side["model_flops_per_second"] / gemm
     version = importlib.metadata.version("transformers")

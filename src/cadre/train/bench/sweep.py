@@ -16,7 +16,7 @@ from cadre.model.config import ModelConfig
 from cadre.plan.count import count
 from cadre.train.bench.step import changed, circumstances
 from cadre.train.bench.tax import with_experts
-from cadre.train.bench.worker import TimeLeft, Worker, ours, result, take_turns
+from cadre.train.bench.worker import TimeLeft, ours, race, result
 
 EXPERTS = (8, 16, 32, 64, 128, 256)
 WIDTHS = (0.5, 0.75, 1, 1.5, 2)
@@ -163,13 +163,11 @@ def _measure(point: Point, steps: int, dtype: torch.dtype) -> dict[str, Any]:
     shape: dict[str, Any] = {"batch": point.batch, "seq_len": point.seq_len}
     known = {**shape, "total_parameters": count(point.config).total_parameters, "flops": point.flops}
     try:
-        with Worker(f"{point.axis} {point.value}", ours(point.config, **shape, dtype=dtype)) as worker:
-            (seconds,) = take_turns([worker], steps)
-            memory = worker.memory()
+        (taken,) = race({f"{point.axis} {point.value}": ours(point.config, **shape, dtype=dtype)}, steps)
     except (UsageError, RunError) as error:  # the largest points may be too large for the machine; the others count
         return {**known, "reason": str(error)}
     return {
         **known,
-        **result(point.config, **shape, seconds=seconds, memory=memory),
-        "memory_bytes": memory.peak - memory.before,
+        **result(point.config, **shape, taken=taken),
+        "memory_bytes": taken.memory.peak - taken.memory.before,
     }

@@ -12,7 +12,7 @@ from cadre.kernels.limits import default_device, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.plan.count import count
 from cadre.train.bench.step import changed, check_length, circumstances
-from cadre.train.bench.worker import TimeLeft, Worker, ours, result, take_turns
+from cadre.train.bench.worker import TimeLeft, ours, race, result
 from cadre.train.run import check_memory
 
 EXPERTS = (16, 64, 128)
@@ -91,15 +91,9 @@ def bench_tax(
 def _row(config: ModelConfig, batch: int, seq_len: int, steps: int, dtype: torch.dtype) -> dict[str, Any]:
     twin = dense_twin(config)
     shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len}
-    with (
-        Worker("experts", ours(config, **shape, dtype=dtype)) as sparse,
-        Worker("dense", ours(twin, **shape, dtype=dtype)) as dense,
-    ):
-        seconds = take_turns([sparse, dense], steps)
-        sides = [
-            result(of, **shape, seconds=taken, memory=worker.memory())
-            for of, taken, worker in zip((config, twin), seconds, (sparse, dense), strict=True)
-        ]
+    builds = {"experts": ours(config, **shape, dtype=dtype), "dense": ours(twin, **shape, dtype=dtype)}
+    taken = race(builds, steps)
+    sparse, dense = (result(of, **shape, taken=one) for of, one in zip((config, twin), taken, strict=True))
     return {
         "experts": config.n_routed_experts,
         "top_k": config.num_experts_per_tok,
@@ -107,7 +101,7 @@ def _row(config: ModelConfig, batch: int, seq_len: int, steps: int, dtype: torch
         "active_width": active_width(config),
         "total_parameters": count(config).total_parameters,
         "dense_total_parameters": count(twin).total_parameters,
-        "ratio": sides[0]["step_seconds_median"] / sides[1]["step_seconds_median"],
-        "sparse": sides[0],
-        "dense": sides[1],
+        "ratio": sparse["step_seconds_median"] / dense["step_seconds_median"],
+        "sparse": sparse,
+        "dense": dense,
     }

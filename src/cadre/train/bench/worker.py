@@ -1,5 +1,5 @@
-"""Processes that each hold one model and step when told: models measured in turn disturb each other's memory not at all,
-and each one's peak is its own."""
+"""Processes that each hold one model and step when told: models measured in turn do not disturb each other's memory, and
+each one's peak is its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import multiprocessing.connection
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -130,6 +130,22 @@ def take_turns(workers: Sequence[Worker | Team], steps: int, note: Callable[[int
     return [taken[WARM_UP:] for taken in seconds]
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a worker's timed steps took: the seconds of each, and its memory after them."""
+
+    seconds: list[float]
+    memory: Memory
+
+
+def race(builds: dict[str, Build], steps: int, note: Callable[[int], None] | None = None) -> list[Taken]:
+    """What `steps` steps of each build took, each made by a worker of its name. They `take_turns`, of which `note` is told."""
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(name, build)) for name, build in builds.items()]
+        seconds = take_turns(workers, steps, note)
+        return [Taken(spent, worker.memory()) for spent, worker in zip(seconds, workers, strict=True)]
+
+
 def ours(config: ModelConfig, *, batch: int, seq_len: int, dtype: torch.dtype, fp8_experts: bool = False) -> Build:
     """Cadre's own step, with memory kept as `cadre train` keeps it."""
     return partial(_ours, config, batch, seq_len, dtype, fp8_experts)
@@ -141,9 +157,9 @@ def _ours(config: ModelConfig, batch: int, seq_len: int, dtype: torch.dtype, fp8
     return TrainingStep(config, **shape, dtype=dtype, device=default_device(), fp8_experts=fp8_experts)
 
 
-def result(config: ModelConfig, *, batch: int, seq_len: int, seconds: list[float], memory: Memory) -> dict[str, Any]:
+def result(config: ModelConfig, *, batch: int, seq_len: int, taken: Taken) -> dict[str, Any]:
     """`speed` of a worker's steps, and its peak memory."""
-    return {**speed(config, batch=batch, seq_len=seq_len, seconds=seconds), "peak_memory_bytes": memory.peak}
+    return {**speed(config, batch=batch, seq_len=seq_len, seconds=taken.seconds), "peak_memory_bytes": taken.memory.peak}
 
 
 def _serve(connection: Connection, name: str, build: Build, threads: int) -> None:
