@@ -15,12 +15,9 @@ from pathlib import Path
 import torch
 
 from cadre.kernels.limits import training_dtype
-from cadre.model.transformer import Transformer
-from cadre.train.balance import Balance
+from cadre.train.bench.step import TrainingStep
 from cadre.train.collapse import CollapseAlarm
 from cadre.train.metrics import MetricsLog
-from cadre.train.objective import losses
-from cadre.train.optimizer import Optimizer
 from cadre.train.recipe import read_recipe
 
 
@@ -41,23 +38,16 @@ def main() -> None:
     recipe = read_recipe(options.recipe)
     config = recipe.config(recipe.data.vocab_size or 32768)
     train, seq_len = recipe.train, recipe.data.seq_len
-    model = Transformer(config).initialize(0).train()
-    dtype = training_dtype(torch.device("cpu"))
-    model.compute_in(dtype)
-    optimizer = Optimizer(model, recipe.optimizer, narrow=dtype == torch.bfloat16)
-    balance = Balance(model, recipe.balance)
-    rows, length = max(1, round(train.batch * train.mtp_share)), seq_len + 1 + len(model.mtp)
-    ids = torch.randint(config.vocab_size, (train.batch, length))
+    cpu, rows = torch.device("cpu"), train.mtp_rows
+    training = TrainingStep(
+        config, batch=train.batch, seq_len=seq_len, dtype=training_dtype(cpu), device=cpu, optimizer=recipe.optimizer,
+        balance=recipe.balance, mtp_rows=rows,
+    )  # fmt: skip
+    model, balance, ids = training.model, training.balance, training.tokens()
 
     def step() -> None:
-        optimizer.zero_grad()
-        balance.reset()
-        losses(
-            model, ids, None, balance, mtp_weight=train.mtp_weight, mtp_rows=rows, mtp_share=rows / train.batch
-        ).total.backward()
-        optimizer.clip(train.clip)
-        balance.update()
-        optimizer.step(1.0)
+        training.run_pass(ids)
+        training.update()
 
     step()
     step_seconds = median_seconds(step, options.steps)

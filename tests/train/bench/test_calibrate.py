@@ -14,6 +14,7 @@ from cadre.plan.here import Calibration, forecast, kinds
 from cadre.plan.shape import Shape
 from cadre.train.bench import calibrate as module
 from cadre.train.bench.calibrate import Effort, Step, calibrate, fewest_blocks, measure, predict_run, read_prediction
+from cadre.train.bench.step import TrainingStep
 from cadre.train.recipe import OptimizerSection
 from tests.shapes import small
 
@@ -58,11 +59,11 @@ def test_every_part_is_measured(family: str, name: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_by_itself_gets_what_flows_between_blocks(dtype: torch.dtype):
     """On some processors that is float32 in a bfloat16 run."""
-    trained = module._Trained(small("deepseek_v3"), step(), 1, dtype, CPU)
+    trained = TrainingStep(small("deepseek_v3"), batch=1, seq_len=8, dtype=dtype, device=CPU)
     block = trained.model.layers[0]
     assert isinstance(block, module.Block)
-    alone = module._Alone(trained, block)
-    assert alone.x.dtype == trained.model.embed(trained.ids).dtype
+    alone = module._Alone(trained, block, step().optimizer)
+    assert alone.x.dtype == trained.model.embed(trained.tokens()).dtype
     assert alone.forward().dtype == alone.x.dtype
 
 

@@ -5,6 +5,7 @@ from cadre.errors import UsageError
 from cadre.plan.count import count
 from cadre.train.bench import step as module
 from cadre.train.bench.step import TrainingStep, bench_train, changed, speed
+from cadre.train.recipe import BalanceSection, OptimizerSection
 from tests.shapes import small
 
 
@@ -52,6 +53,28 @@ def test_a_step_learns_what_it_sees_again():
     for _ in range(20):
         step()
     assert step.loss(ids).item() < 0.9 * first
+
+
+def test_a_recipe_may_say_what_trains_and_how(monkeypatch):
+    """Its optimizer, its balance, the sequences of multi-token prediction; and an update at none of the learning rate."""
+    given, real = [], module.losses
+
+    def kept(*arguments, **weights):
+        given.append((weights["mtp_rows"], weights["mtp_share"]))
+        return real(*arguments, **weights)
+
+    monkeypatch.setattr(module, "losses", kept)
+    muon, still = OptimizerSection(name="muon", lr=1e-2), BalanceSection(bias_update="none")
+    step = TrainingStep(
+        small("deepseek_v3", num_nextn_predict_layers=1), batch=4, seq_len=8, dtype=torch.float32, device=torch.device("cpu"),
+        optimizer=muon, balance=still, mtp_rows=1,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    step.run_pass(step.tokens())
+    step.update(0.0)
+    assert given == [(1, 0.25)] and step.optimizer.lr == 1e-2 and step.balance.section is still
+    assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
+    assert step() > 0 and not torch.equal(step.model.lm_head.weight, before["lm_head.weight"])
 
 
 def test_a_change_is_checked():

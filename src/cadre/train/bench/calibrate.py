@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -35,25 +36,24 @@ from cadre.kernels.limits import (
 from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import token_nats
-from cadre.model.transformer import Block, Transformer
+from cadre.model.transformer import Block
 from cadre.plan.count import count
 from cadre.plan.here import Calibration, Forecast, Kind, forecast, kinds
 from cadre.plan.memory import state_bytes
 from cadre.plan.shape import Shape
-from cadre.train.balance import Balance
+from cadre.train.bench.step import CLIP, TrainingStep
 from cadre.train.figures import import_drawing
-from cadre.train.objective import losses
 from cadre.train.optimizer import Optimizer
-from cadre.train.recipe import BalanceSection, OptimizerSection, Recipe
-
-if TYPE_CHECKING:
-    from cadre.train.run import Run
+from cadre.train.recipe import OptimizerSection, Recipe
+from cadre.train.run import Run
 
 FILE_NAME = "prediction.json"
 
 # Of the large product's rate, what a pass reaches at least: only to choose how many sequences to measure.
 _LEAST_SHARE = 0.25
 _GEMM_SIZES = (256, 512, 1024, 2048)
+# Of the learning rate: what is measured stays as it was initialised.
+_STILL = 1e-6
 # Steps after which memory grows no more, and half as many after an evaluation.
 _SETTLED = 10
 
@@ -135,16 +135,20 @@ def measure(few: ModelConfig, step: Step, dtype: torch.dtype, device: torch.devi
     """The measurement, in this process: `few` has one block of each kind."""
     rows = _rows(few, step, dtype, device, effort.pass_seconds)
     process = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
-    trained = _Trained(few, step, rows, dtype, device)
-    trained.settle(effort.seconds)
+    trained = TrainingStep(
+        few, batch=rows, seq_len=step.seq_len, dtype=dtype, device=device, optimizer=step.optimizer,
+        mtp_rows=max(1, round(rows * step.mtp_share)),
+    )  # fmt: skip
+    ids = trained.tokens()
+    _settle(trained, ids, effort.seconds)
     peak = peak_memory_bytes(device)
-    kept = _kept_bytes(trained.loss, trained.model)
+    kept = _kept_bytes(lambda: trained.loss(ids), trained.model)
     alone: dict[Kind, _Alone] = {}
     for index, block in enumerate(trained.model.layers):
         assert isinstance(block, Block)
-        alone["sparse" if few.is_sparse(index) else "dense"] = _Alone(trained, block)
+        alone["sparse" if few.is_sparse(index) else "dense"] = _Alone(trained, block, step.optimizer)
     work: dict[tuple[str, Kind | None], Callable[[], Any]] = {
-        ("pass", None): trained.run_pass, ("update", None): trained.update,
+        ("pass", None): partial(trained.run_pass, ids), ("update", None): partial(trained.update, _STILL),
     }  # fmt: skip
     for kind, one in alone.items():
         work |= {("pass", kind): one.run_pass, ("update", kind): one.update}
@@ -216,65 +220,35 @@ def read_prediction(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-class _Trained:
-    """A model in training on random tokens: a pass is forward and backward on `rows` sequences, an update what follows."""
-
-    def __init__(self, config: ModelConfig, step: Step, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.step, self.rows, self.dtype, self.device = step, rows, dtype, device
-        self.model = Transformer(config).initialize(0).to(device)
-        self.model.compute_in(dtype)
-        self.model.train()
-        self.optimizer = Optimizer(self.model, step.optimizer, narrow=dtype == torch.bfloat16)
-        self.balance = Balance(self.model, BalanceSection())
-        self.mtp_rows = max(1, round(rows * step.mtp_share))
-        reach = step.seq_len + 1 + len(self.model.mtp)
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(config.vocab_size, (rows, reach), generator=generator).to(device)
-
-    def loss(self) -> Tensor:
-        share = self.mtp_rows / self.rows
-        self.balance.reset()
-        return losses(self.model, self.ids, None, self.balance, mtp_weight=0.3, mtp_rows=self.mtp_rows, mtp_share=share).total
-
-    def run_pass(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss().backward()
-
-    def update(self) -> None:
-        self.optimizer.clip(1.0)
-        self.balance.update()
-        self.optimizer.step(1e-6)
-
-    def settle(self, seconds: float) -> None:
-        """Take steps until memory has become what it stays: blocks of the heap find their places over several, and anew after
-        an evaluation, whose blocks are of other sizes."""
-        began = time.perf_counter()
-        for most in (_SETTLED, _SETTLED // 2):
-            for step in range(most):
-                self.run_pass()
-                self.update()
-                if step >= 1 and time.perf_counter() - began > seconds:
-                    break
-            if most == _SETTLED:
-                context = min(self.step.seq_len, self.model.config.max_position_embeddings)
-                token_nats(self.model, self.ids.flatten().cpu(), first=0, context=context)
-                self.model.train()
+def _settle(trained: TrainingStep, ids: Tensor, seconds: float) -> None:
+    """Take steps until memory has become what it stays: blocks of the heap find their places over several, and anew after an
+    evaluation, whose blocks are of other sizes."""
+    began = time.perf_counter()
+    for most in (_SETTLED, _SETTLED // 2):
+        for step in range(most):
+            trained.run_pass(ids)
+            trained.update(_STILL)
+            if step >= 1 and time.perf_counter() - began > seconds:
+                break
+        if most == _SETTLED:
+            token_nats(trained.model, ids.flatten().cpu(), first=0, context=trained.seq_len)
+            trained.model.train()
 
 
 class _Alone(nn.Module):
     """One block of a trained model by itself. Embedding and head, which an optimizer asks for, are of one element."""
 
-    def __init__(self, trained: _Trained, block: Block) -> None:
+    def __init__(self, trained: TrainingStep, block: Block, optimizer: OptimizerSection) -> None:
         super().__init__()
         self.block = block
         self.embed_tokens, self.lm_head = nn.Embedding(1, 1), nn.Linear(1, 1, bias=False)
-        self.turn = trained.model.rotary(0, trained.step.seq_len, trained.device)
-        shape = (trained.rows, trained.step.seq_len, trained.model.config.hidden_size)
+        self.turn = trained.model.rotary(0, trained.seq_len, trained.device)
+        shape = (trained.batch, trained.seq_len, trained.model.config.hidden_size)
         dtype = trained.model.compute_dtype  # of what flows between blocks
         self.x = torch.randn(shape, device=trained.device, dtype=dtype, requires_grad=True)
         self.gradient = torch.full_like(self.x, 1 / self.x.numel())
         narrow = trained.dtype == torch.bfloat16
-        self.optimizer = Optimizer(self, trained.step.optimizer, narrow=narrow)  # type: ignore[arg-type]
+        self.optimizer = Optimizer(self, optimizer, narrow=narrow)  # type: ignore[arg-type]
 
     def forward(self) -> Tensor:
         return self.block(self.x, self.turn, None, None)
@@ -285,8 +259,8 @@ class _Alone(nn.Module):
         self.forward().backward(self.gradient)
 
     def update(self) -> None:
-        self.optimizer.clip(1.0)
-        self.optimizer.step(1e-6)
+        self.optimizer.clip(CLIP)
+        self.optimizer.step(_STILL)
 
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.block.parameters())

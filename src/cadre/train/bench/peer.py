@@ -17,7 +17,7 @@ from cadre.errors import RunError, UsageError
 from cadre.kernels.limits import default_device, gemm_flops_per_second, synchronize, training_dtype
 from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
-from cadre.train.bench.step import ADAMW, WARM_UP, changed, check_length, circumstances
+from cadre.train.bench.step import ADAMW, CLIP, WARM_UP, changed, check_length, circumstances
 from cadre.train.bench.worker import Build, Worker, ours, race, result
 from cadre.train.run import check_memory
 
@@ -71,7 +71,7 @@ class PeerStep:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model(ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         synchronize(self.device)
         return time.perf_counter() - start

@@ -23,13 +23,18 @@ from cadre.train.run import check_memory
 # Steps that are not timed: the first ones fill the allocator and make the optimizer's state.
 WARM_UP = 2
 
-# What the optimizer of every measured step is, a peer's included.
+# What optimizer and balance of a measured step are, a peer's included, where no recipe says otherwise.
 ADAMW = OptimizerSection(name="adamw", lr=1e-3)
+BALANCE = BalanceSection()
+# Of every measured step, a peer's included: the largest norm of gradients.
+CLIP = 1.0
+MTP_WEIGHT = 0.3
 
 
 class TrainingStep:
-    """A model in training, and its optimizer step on `batch` x `seq_len` fresh random tokens. Float32 masters, computing in
-    `dtype`, experts in FP8 if told to. Calling it makes one step and returns its seconds, the making of the tokens left out.
+    """A model in training on `batch` x `seq_len` random tokens: a pass is forward and backward, an update what follows. Float32
+    masters, computing in `dtype`, experts in FP8 if told to; `mtp_rows` of the sequences (None: all) train multi-token
+    prediction. Calling it makes one step on fresh tokens and returns its seconds, the making of the tokens left out.
 
     Raises `UsageError` for a sequence beyond the model's context and a model beyond the machine's memory.
     """
@@ -43,22 +48,26 @@ class TrainingStep:
         dtype: torch.dtype,
         device: torch.device,
         fp8_experts: bool = False,
+        optimizer: OptimizerSection = ADAMW,
+        balance: BalanceSection = BALANCE,
+        mtp_rows: int | None = None,
     ) -> None:
         check_length(config, seq_len)
-        check_memory(config, device)
+        check_memory(config, device, optimizer.name)
         torch.manual_seed(0)
-        self.batch, self.seq_len, self.device = batch, seq_len, device
+        self.batch, self.seq_len, self.dtype, self.device = batch, seq_len, dtype, device
+        self.mtp_rows = batch if mtp_rows is None else mtp_rows
         self.model = Transformer(config).initialize(0).to(device)
         self.model.compute_in(dtype, fp8_experts)
         self.model.train()
-        self.optimizer = Optimizer(self.model, ADAMW)
-        self.balance = Balance(self.model, BalanceSection())
+        self.optimizer = Optimizer(self.model, optimizer, narrow=dtype == torch.bfloat16)
+        self.balance = Balance(self.model, balance)
 
     def __call__(self) -> float:
         ids = self.tokens()
         synchronize(self.device)
         start = time.perf_counter()
-        self.loss(ids).backward()
+        self.run_pass(ids)
         self.update()
         synchronize(self.device)
         return time.perf_counter() - start
@@ -72,13 +81,17 @@ class TrainingStep:
         """The loss to take gradients of, from none: the last step's are dropped."""
         self.optimizer.zero_grad()
         self.balance.reset()
-        return losses(self.model, ids, None, self.balance, mtp_weight=0.3).total
+        share = self.mtp_rows / self.batch
+        return losses(self.model, ids, None, self.balance, mtp_weight=MTP_WEIGHT, mtp_rows=self.mtp_rows, mtp_share=share).total
 
-    def update(self) -> None:
-        """What follows the backward pass."""
-        self.optimizer.clip(1.0)
+    def run_pass(self, ids: Tensor) -> None:
+        self.loss(ids).backward()
+
+    def update(self, factor: float = 1.0) -> None:
+        """What follows the backward pass, at so much of the learning rate."""
+        self.optimizer.clip(CLIP)
         self.balance.update()
-        self.optimizer.step(1.0)
+        self.optimizer.step(factor)
 
 
 def check_length(config: ModelConfig, seq_len: int) -> None:
