@@ -35,8 +35,8 @@ BATCHES = (1, 4, 16, 64)
 
 
 class Decoding:
-    """An engine in the middle of its work: `batch` sequences of `context` tokens, greedy, none of which ends. The cache of
-    those tokens is made up (its content costs nothing and changes no rate), so any context is there at once."""
+    """An engine in the middle of its work: `batch` sequences of `context` tokens, greedy, none of which ends. Their cache is
+    filled with a made-up number, which changes no rate, so that any context is there at once."""
 
     def __init__(self, model: Transformer, context: int, batch: int, steps: int) -> None:
         limit = model.config.max_position_embeddings
@@ -194,7 +194,8 @@ def default_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def weight_bytes(model: Transformer, experts: int) -> int:
-    """Bytes of all weights that one step reads: of the embedding nothing to speak of, of the routed experts `experts`."""
+    """Bytes of all weights that one step reads, `experts` of the routed experts among them. The embedding, of which it reads
+    one row a token, is left out."""
     config = model.config
     everything = routed = 0
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):

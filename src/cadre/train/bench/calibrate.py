@@ -79,7 +79,7 @@ QUICK = Effort(repeats=2, most=4, seconds=0.5, pass_seconds=0.5)
 @dataclass(frozen=True)
 class Step:
     """The step to be predicted: sequences of a batch and of a micro-batch, tokens of each, and the recipe's other choices
-    that its time hangs on."""
+    that its time depends on."""
 
     batch: int
     micro_batch: int

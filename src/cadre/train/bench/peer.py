@@ -91,14 +91,14 @@ def comparable(config: ModelConfig) -> ModelConfig:
 
 
 def modes(config: ModelConfig) -> list[Mode]:
-    """All there are for a model."""
+    """All modes that a model can run in."""
     experts: tuple[_Experts, ...] = ("eager", "grouped_mm", "batched_mm") if config.has_experts else (None,)
     return [Mode(way, dtype) for dtype, way in itertools.product(_PRECISIONS, experts)]
 
 
 def selected_bytes(config: ModelConfig, mode: Mode, tokens: int) -> int:
-    """What `batched_mm` holds: a copy of an expert's weights for each token's each choice, in every layer, kept for the
-    backward pass."""
+    """What `batched_mm` holds: a copy of an expert's weights for every choice of every token, in every layer, kept for
+    the backward pass."""
     if mode.experts != "batched_mm":
         return 0
     sparse = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
@@ -147,7 +147,7 @@ def bench_peer(
 
 
 def _probe(config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], None]) -> tuple[Mode, list[dict[str, Any]]]:
-    """The mode with the fastest step of two, and what each took. Each has its own process: one that dies is no loss."""
+    """The mode with the fastest step of two, and what each took. Each has a process of its own, which may die."""
     best: Mode | None = None
     least = float("inf")
     probes: list[dict[str, Any]] = []
