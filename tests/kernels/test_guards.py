@@ -15,7 +15,7 @@ from cadre.kernels.native.library import plain
 from cadre.kernels.norm import rms_norm, rms_norm_reference
 from cadre.kernels.permute import sort_choices
 from cadre.kernels.routed import dense_swiglu, routed_swiglu
-from cadre.kernels.routing import RoutingRule, choose_experts, frequency_met, greatest
+from cadre.kernels.routing import RoutingRule, balance_terms, choose_experts, top_experts
 from cadre.model.layers import Linear, RMSNorm, SwiGLU
 from cadre.model.transformer import Transformer
 from tests.shapes import small
@@ -94,7 +94,7 @@ def test_gradients_that_negate_are_those_of_what_they_are():
     cases = [
         (dense_swiglu, [torch.randn(shape) for shape in ((5, 8), (12, 8), (12, 8), (8, 12))]),
         (lambda logit: choose_experts(logit, None, rule)[1], [torch.randn(5, 6)]),
-        (lambda score: frequency_met(score, torch.rand(1, 6)), [torch.rand(5, 6)]),
+        (lambda score: balance_terms(score, torch.rand(1, 6)), [torch.rand(5, 6)]),
     ]
     for function, leaves in cases:
         y = function(*(leaf.requires_grad_() for leaf in leaves))
@@ -106,7 +106,7 @@ def test_gradients_that_negate_are_those_of_what_they_are():
 
 def test_what_would_be_written_elsewhere_is_refused():
     with pytest.raises(RuntimeError):
-        greatest(torch.randn(2, 3), 5)
+        top_experts(torch.randn(2, 3), 5)
     x, weight, row, token = torch.randn(2, 8), torch.rand(2, 1), torch.tensor([[0], [1]]), torch.tensor([0, 1])
     matrices = torch.randn(2, 24, 8), torch.randn(2, 8, 12)
     for load in ([1, 2], [3, -1]):
@@ -140,7 +140,7 @@ def test_a_router_that_is_not_finite_shows_in_the_loss():
 
 
 def test_the_greatest_of_saturated_affinities():
-    assert greatest(torch.tensor([[20.0, 30.0, -5.0]]), 1).tolist() == [[1]]
+    assert top_experts(torch.tensor([[20.0, 30.0, -5.0]]), 1).tolist() == [[1]]
 
 
 def test_diverging_activations_stay_small_where_silu_is_zero():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cadre.kernels import routing as module
-from cadre.kernels.routing import RoutingRule, choose_experts, frequency_met, greatest
+from cadre.kernels.routing import RoutingRule, balance_terms, choose_experts, top_experts
 
 
 @st.composite
@@ -99,17 +99,17 @@ def test_the_greatest_are_those_that_sorting_finds(native: bool, experts: int, c
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             through_torch(patch)
-        found = greatest(logit, count)
+        found = top_experts(logit, count)
     assert torch.equal(found.sort(dim=1).values, logit.argsort(dim=1, descending=True)[:, :count].sort(dim=1).values)
 
 
 def test_the_greatest_of_large_logits_are_told_apart() -> None:
     """Where affinities are not: a sigmoid of either is 1."""
-    assert greatest(torch.tensor([[90.0, 80.0, 91.0, 85.0]]), 2).tolist() == [[2, 0]]
+    assert top_experts(torch.tensor([[90.0, 80.0, 91.0, 85.0]]), 2).tolist() == [[2, 0]]
 
 
 def test_of_nan_some_experts_are_the_greatest() -> None:
-    found = greatest(torch.full((3, 5), torch.nan), 4)
+    found = top_experts(torch.full((3, 5), torch.nan), 4)
     assert ((found >= 0) & (found < 5)).all()
 
 
@@ -122,7 +122,7 @@ def test_frequencies_met_equal_float64(native: bool, stretches: int, length: int
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             through_torch(patch)
-        ours = frequency_met(score, frequency)
+        ours = balance_terms(score, frequency)
         gradient = torch.autograd.grad(ours, score, direction)[0]
     parts = zip(exact.split(length), frequency.double(), strict=True)
     truth = torch.cat([(part * of_stretch).sum(dim=1) / part.sum(dim=1) for part, of_stretch in parts])

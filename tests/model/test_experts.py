@@ -12,8 +12,9 @@ from hypothesis.strategies import DrawFn
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadre.kernels import grouped
+from cadre.kernels import grouped, routing
 from cadre.kernels.native.library import multiplies
+from cadre.kernels.routing import choose_experts, choose_experts_reference
 from cadre.model import experts, layers
 from cadre.model.config import ModelConfig
 from cadre.model.experts import MixtureOfExperts, Router, Routes, combine, dispatch
@@ -89,26 +90,32 @@ def test_router_follows_the_equations(native, config: ModelConfig, tokens, seed)
         assert ours == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
 
 
+def choices(kind: str, logit_TE: torch.Tensor, bias: torch.Tensor | None = None, **changes) -> set[int]:
+    """Of both backends, which must agree."""
+    rule = Router(small(kind, **changes)).rule
+    found = [set(choose(logit_TE, bias, rule)[0].flatten().tolist()) for choose in (choose_experts, choose_experts_reference)]
+    assert found[0] == found[1]
+    return found[0]
+
+
 def test_groups_of_v3_count_by_their_two_best_and_of_v2_by_their_best():
     """Group 0 has the single best expert, group 1 the best pair."""
-    score = torch.tensor([[0.9, 0.0, 0.6, 0.5]])
+    score = torch.tensor([[0.9, 0.1, 0.6, 0.5]])
     shape = dict(n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=1)
-    assert Router(small("deepseek_v3", **shape)).choose(score).item() == 2
-    assert Router(small("deepseek_v2", **shape)).choose(score).item() == 0
+    assert choices("deepseek_v3", score.logit(), **shape) == {2}
+    assert choices("deepseek_v2", score.log(), **shape) == {0}
 
 
 def test_a_closed_group_stays_closed_though_its_expert_would_win():
-    score = torch.tensor([[0.9, 0.0, 0.0, 0.6, 0.5, 0.4]])
-    chosen = Router(small("deepseek_v3", n_group=2, topk_group=1, num_experts_per_tok=3)).choose(score)
-    assert set(chosen.flatten().tolist()) == {3, 4, 5}
+    score = torch.tensor([[0.9, 0.1, 0.1, 0.6, 0.5, 0.4]])
+    assert choices("deepseek_v3", score.logit(), n_group=2, topk_group=1, num_experts_per_tok=3) == {3, 4, 5}
 
 
 def test_negative_wanted_scores_never_lose_to_closed_groups():
     """A large negative bias on every expert: masking closed groups with 0 instead of -inf would open them."""
-    router = Router(small("deepseek_v3", n_group=2, topk_group=1, num_experts_per_tok=3))
-    router.e_score_correction_bias.fill_(-5)
-    chosen = router.choose(torch.tensor([[0.9, 0.8, 0.7, 0.1, 0.1, 0.1]]))
-    assert set(chosen.flatten().tolist()) == {0, 1, 2}
+    score = torch.tensor([[0.9, 0.8, 0.7, 0.1, 0.1, 0.1]])
+    groups = dict(n_group=2, topk_group=1, num_experts_per_tok=3)
+    assert choices("deepseek_v3", score.logit(), bias=torch.full((6,), -5.0), **groups) == {0, 1, 2}
 
 
 def test_bias_changes_the_choice_but_not_the_weight():
@@ -193,7 +200,7 @@ def mixture_by_hand(mixture: MixtureOfExperts, x_TD: Tensor) -> Tensor:
 
 def through_torch(patch: pytest.MonkeyPatch) -> None:
     """As where the C++ kernels are not to be had."""
-    patch.setattr(experts, "trains", lambda *_: False)
+    patch.setattr(routing, "trains", lambda *_: False)
     for module in (experts, grouped, layers):
         patch.setattr(module, "feeds", lambda *_, **__: False)
 

@@ -1,10 +1,13 @@
 """Each balance loss against its paper's formula, one sum at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cadre.kernels.routing import choose_experts_reference
 from cadre.model.experts import Router, Routes
 from cadre.train.balance_losses import BatchLoss, GlobalLoss, Heard, RouterZLoss, SequenceLoss
 from tests.shapes import small
@@ -23,23 +26,22 @@ def hear(kind: str, sequences: int, length: int, seed: int, *, layer: int = 0, *
             router.e_score_correction_bias.normal_(std=0.5, generator=generator)
     x = torch.randn(sequences * length, router.weight.shape[1], generator=generator)
     logit_TE = (x @ router.weight.T).detach().requires_grad_()
-    score_TE = logit_TE.sigmoid() if router.config.scoring_func == "sigmoid" else logit_TE.softmax(dim=-1)
-    expert_TK = router.choose(score_TE.detach())
-    return Heard(layer, router, Routes(expert_TK, score_TE.gather(1, expert_TK), score_TE, logit_TE), sequences, 1.0)
+    chosen = choose_experts_reference(logit_TE, router.e_score_correction_bias, router.rule)
+    return Heard(layer, router, Routes(*chosen, logit_TE), sequences, 1.0)
 
 
 def v3_by_hand(parts: list[tuple[Heard, range]]) -> torch.Tensor:
     """Equations 17 to 20 without alpha over one stretch of tokens, which may lie in several micro-batches. Equation 18 asks
     whether expert i is among the K highest affinities; V2's equation 24 whether it was selected."""
-    config = parts[0][0].router.config
-    experts, choices = config.n_routed_experts, config.num_experts_per_tok
+    router = parts[0][0].router
+    experts, choices = len(router.weight), router.rule.top_k
     tokens = [(heard, t) for heard, stretch in parts for t in stretch]
     total = torch.zeros(())
     for i in range(experts):
         f, p = 0.0, torch.zeros(())
         for heard, t in tokens:
             score = heard.routes.score_TE[t]
-            if config.scoring_func == "sigmoid":
+            if router.rule.sigmoid:
                 chosen = sorted(range(experts), key=lambda e: -float(score[e].detach()))[:choices]
             else:
                 chosen = heard.routes.expert_TK[t].tolist()
@@ -91,7 +93,7 @@ def test_the_choices_that_count_are_of_the_bare_affinities():
     routes.logit_TE = routes.score_TE.logit()
     routes.expert_TK = torch.tensor([[0, 1], [2, 3], [4, 5]])  # as a bias might have it
     assert SequenceLoss(1.0)(heard) == pytest.approx(3 * 1.7 / 2.1)
-    heard.router.config = small("deepseek_v2", **V3)
+    heard.router.rule = replace(heard.router.rule, sigmoid=False)
     assert SequenceLoss(1.0)(heard) == pytest.approx(1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cadre.kernels.card import has_triton
 from cadre.kernels.native import structs
-from cadre.kernels.native.library import library, plain, trains
+from cadre.kernels.native.library import kernels, plain, trains
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def adamw_in_place(steps: Sequence[AdamWStep]) -> None:
 
         adamw_on_card(steps)
     elif trains(*wide) and plain(*narrow, dtype=torch.bfloat16):
-        native = library()
-        assert native is not None
-        native.cadre_adamw((structs.AdamWStep * len(steps))(*map(_native, steps)), len(steps), torch.get_num_threads())
+        kernels().cadre_adamw((structs.AdamWStep * len(steps))(*map(_native, steps)), len(steps), torch.get_num_threads())
     else:
         adamw_reference(steps)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import feeds, library, multiplies, plain, training_library, trains
+from cadre.kernels.native.library import feeds, kernels, library, multiplies, plain, trains
 from cadre.kernels.native.structs import Keeper
 from cadre.kernels.quantized import QuantizedMatrix, dequantize
 
@@ -52,9 +52,7 @@ def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, *, add: bool 
     if b_KN.shape[0] != K or out.shape != (M, N) or not trains(out):
         raise ValueError(f"{tuple(a_MK.shape)} times {tuple(b_KN.shape)} does not give {tuple(out.shape)}")
     a, b = _Operand(a_MK), _Operand(b_KN)
-    library = training_library()
-    assert library is not None
-    library.cadre_product(
+    kernels().cadre_product(
         a.data, a.stride, a.turned, b.data, b.stride, b.turned, b.halves, M, N, K, 1.0 if add else 0.0, narrow,
         torch.get_num_threads(), out.data_ptr(), max(out.stride(0), N),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadre.kernels.linear import product
-from cadre.kernels.native.library import library, trains
+from cadre.kernels.native.library import kernels, trains
 
 # Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products; on a card 256 MB,
 # rows enough to outlast the launching of what follows.
@@ -75,13 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy(logit_NW: Tensor, target_N: Tensor, weight_N: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
     """The loss, and its gradient by the logits, which may be written over them."""
     if trains(logit_NW, weight_N):
-        native = library()
-        assert native is not None
         if len(target_N) and not (int(target_N.min()) >= 0 and int(target_N.max()) < logit_NW.shape[1]):
             raise IndexError(f"a target is not one of the {logit_NW.shape[1]} words")
         logit, target, weight = logit_NW.contiguous(), target_N.to(torch.int64).contiguous(), weight_N.contiguous()
         loss_N = torch.empty_like(weight)
-        native.cadre_cross_entropy(
+        kernels().cadre_cross_entropy(
             logit.data_ptr(), target.data_ptr(), weight.data_ptr(), *logit.shape, wants_grad, torch.get_num_threads(),
             loss_N.data_ptr(),
         )  # fmt: skip

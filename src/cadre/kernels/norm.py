@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import library, trains
+from cadre.kernels.native.library import kernels, trains
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -47,9 +47,7 @@ class _NativeRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x_ND, weight = _rows(x), weight_D.contiguous()
         y, scale_N = x.new_empty(x.shape), x.new_empty(len(x_ND))
-        native = library()
-        assert native is not None
-        native.cadre_norm_training(
+        kernels().cadre_norm_training(
             x_ND.data_ptr(), x_ND.stride(0), weight.data_ptr(), eps, *x_ND.shape, _threads(x), y.data_ptr(), scale_N.data_ptr()
         )
         ctx.save_for_backward(x_ND, weight, scale_N)
@@ -61,9 +59,7 @@ class _NativeRMSNorm(torch.autograd.Function):
         x_ND, weight, scale_N = ctx.saved_tensors
         grad_ND = _rows(grad.resolve_neg())
         grad_x, grad_weight = grad.new_empty(grad.shape), weight.new_empty(weight.shape)
-        native = library()
-        assert native is not None
-        native.cadre_norm_training_gradient(
+        kernels().cadre_norm_training_gradient(
             x_ND.data_ptr(), x_ND.stride(0), weight.data_ptr(), scale_N.data_ptr(), grad_ND.data_ptr(), grad_ND.stride(0),
             *x_ND.shape, _threads(grad), grad_x.data_ptr(), grad_weight.data_ptr(),
         )  # fmt: skip

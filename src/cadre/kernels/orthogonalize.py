@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cadre.kernels.linear import rounded
 from cadre.kernels.native import structs
-from cadre.kernels.native.library import multiplies, training_library, trains
+from cadre.kernels.native.library import kernels, multiplies, trains
 
 # K. Jordan's quintic (2024): it pushes singular values to within about 0.7 to 1.2, which is near enough, in few steps.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -48,11 +48,9 @@ def orthogonalize(g_BMN: Tensor, steps: int = 5, narrow: bool = False) -> Tensor
     narrow = narrow and (g_BMN.device.type != "cpu" or multiplies(narrow=True))
     if len(g_BMN) < threads or not trains(g_BMN):
         return orthogonalize_reference(g_BMN, steps, narrow)
-    library = training_library()
-    assert library is not None
     g = g_BMN.contiguous()
     out = torch.empty_like(g)
-    library.cadre_orthogonalize(g.data_ptr(), *g.shape, steps, _coefficients(), _factors(narrow), threads, out.data_ptr())
+    kernels().cadre_orthogonalize(g.data_ptr(), *g.shape, steps, _coefficients(), _factors(narrow), threads, out.data_ptr())
     return out
 
 
@@ -107,10 +105,8 @@ def muon_in_place(steps: Sequence[MuonStep], narrow: bool = False) -> bool:
         or not all(tensor.is_contiguous() for tensor in tensors)
     ):
         return False
-    library = training_library()
-    assert library is not None
     native = (structs.MuonStep * len(steps))(*map(_native, steps))
-    library.cadre_muon(native, len(steps), _coefficients(), _factors(narrow), threads)
+    kernels().cadre_muon(native, len(steps), _coefficients(), _factors(narrow), threads)
     return True
 
 

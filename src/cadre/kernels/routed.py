@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import training_library
-from cadre.kernels.native.structs import ExpertsGradient, ExpertsTraining, Keeper
+from cadre.kernels.native.library import kernels
+from cadre.kernels.native.structs import ExpertsGradient, ExpertsTraining, Keeper, address
 from cadre.kernels.quantized import QuantizedMatrix
 
 # gate and up [F, D] and down [D, F] of a dense layer.
@@ -56,12 +56,11 @@ def routed_swiglu_quantized(
     out, y, keeper = torch.empty_like(x), x.new_empty(len(token), x.shape[1]), Keeper()
     quantized = [pointer(keeper.matrix(matrix)) for matrix in (gate_up, down)]
     native = ExpertsTraining(
-        *(_at(tensor) for tensor in (x, token, row, load, weight)), None, None, None, *quantized, None, _at(y), _at(out),
+        *(address(tensor) for tensor in (x, token, row, load, weight)),
+        *(None, None, None, *quantized, None, address(y), address(out)),
         len(x), len(token), x.shape[1], F, experts, row.shape[1], 0, True, False, False, torch.get_num_threads(),
     )  # fmt: skip
-    library = training_library()
-    assert library is not None
-    library.cadre_experts_training(byref(native))
+    kernels().cadre_experts_training(byref(native))
     return out
 
 
@@ -195,22 +194,16 @@ def _run(
     half = gate.element_size() * hidden * width
     tokens, rows = len(x), len(x) if token is None else len(token)
     native = ExpertsTraining(
-        *(_at(tensor) for tensor in (x, token, row, load, weight, gate)),
-        gate.data_ptr() + half if up is None else _at(up),
-        _at(down), None, None, *(_at(tensor) for tensor in (inner, y, out)),
+        *(address(tensor) for tensor in (x, token, row, load, weight, gate)),
+        gate.data_ptr() + half if up is None else address(up),
+        address(down), None, None, *(address(tensor) for tensor in (inner, y, out)),
         tokens, rows, hidden, width, len(load), 1 if row is None else row.shape[1], 2 * hidden * width, narrow,
         gate.dtype == torch.bfloat16, adds, torch.get_num_threads(),
     )  # fmt: skip
-    library = training_library()
-    assert library is not None
     if gradient is None:
-        library.cadre_experts_training(byref(native))
+        kernels().cadre_experts_training(byref(native))
         return
-    into = ExpertsGradient(*(_at(tensor) for tensor in gradient))
+    into = ExpertsGradient(*(address(tensor) for tensor in gradient))
     if up is None and into.gate:
         into.up = into.gate + half
-    library.cadre_experts_training_gradient(byref(native), byref(into))
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    kernels().cadre_experts_training_gradient(byref(native), byref(into))

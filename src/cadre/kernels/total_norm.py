@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cadre.kernels.native.library import library, trains
+from cadre.kernels.native.library import kernels, trains
 from cadre.kernels.native.structs import Span
 
 
@@ -15,8 +15,6 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all elements of all tensors together, []; of float32 on a CPU in one pass over memory."""
     if not (trains(*tensors) and all(tensor.is_contiguous() for tensor in tensors)):
         return torch.nn.utils.get_total_norm(tensors)
-    native = library()
-    assert native is not None
     spans = (Span * len(tensors))(*(Span(tensor.data_ptr(), tensor.numel()) for tensor in tensors))
-    norm = native.cadre_total_norm(spans, len(tensors), torch.get_num_threads())
+    norm = kernels().cadre_total_norm(spans, len(tensors), torch.get_num_threads())
     return torch.tensor(norm, dtype=torch.float32, device="cpu")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cadre.kernels.grouped import expert_swiglu
 from cadre.kernels.linear import linear
-from cadre.kernels.native.library import feeds, trains
+from cadre.kernels.native.library import feeds
 from cadre.kernels.permute import gather_rows, sort_choices, sum_choices
 from cadre.kernels.routed import Dense, routed_swiglu
 from cadre.kernels.routing import RoutingRule, choose_experts
@@ -46,7 +46,6 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
         experts = config.n_routed_experts or 0
         self.rule = RoutingRule(
             config.num_experts_per_tok or 1, config.n_group, config.topk_group, config.scoring_func == "sigmoid",
@@ -70,31 +69,8 @@ class Router(nn.Module):
         return self
 
     def forward(self, x_TD: Tensor) -> Routes:
-        config = self.config
         logit_TE = linear(x_TD.float(), self.weight.float(), narrow_back=self.narrow)
-        if trains(logit_TE):
-            return Routes(*choose_experts(logit_TE, self.e_score_correction_bias, self.rule), logit_TE)
-        score_TE = logit_TE.sigmoid() if config.scoring_func == "sigmoid" else logit_TE.softmax(dim=-1)
-        expert_TK = self.choose(score_TE.detach())
-        weight_TK = score_TE.gather(1, expert_TK)
-        if config.norm_topk_prob:
-            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return Routes(expert_TK, weight_TK * config.routed_scaling_factor, score_TE, logit_TE)
-
-    def choose(self, score_TE: Tensor) -> Tensor:
-        """The experts of each token, int64 [T, K], from float32 affinities."""
-        config = self.config
-        choice_TE = score_TE if self.e_score_correction_bias is None else score_TE + self.e_score_correction_bias
-        if config.n_group > 1 and config.topk_group < config.n_group:
-            choice_TGE = choice_TE.unflatten(1, (config.n_group, -1))
-            if config.scoring_func == "sigmoid":
-                group_TG = choice_TGE.topk(2, dim=-1).values.sum(dim=-1)
-            else:
-                group_TG = choice_TGE.amax(dim=-1)
-            best = group_TG.topk(config.topk_group, dim=-1, sorted=False).indices
-            closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, best, False)
-            choice_TE = choice_TGE.masked_fill(closed_TG[:, :, None], float("-inf")).flatten(1)
-        return choice_TE.topk(config.num_experts_per_tok or 1, dim=-1, sorted=False).indices
+        return Routes(*choose_experts(logit_TE, self.e_score_correction_bias, self.rule), logit_TE)
 
 
 @dataclass

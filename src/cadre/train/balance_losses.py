@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cadre.kernels.routing import frequency_met, greatest
+from cadre.kernels.routing import balance_terms, top_experts
 from cadre.model.experts import Router, Routes
 
 
@@ -47,8 +47,8 @@ class BalanceLoss(Protocol):
 def counted_loads(heard: Heard, stretches: int) -> Tensor:
     """How often each expert counts as chosen in each of equal stretches of tokens: float32 [B, E]."""
     routes, expert_TK = heard.routes, heard.routes.expert_TK
-    if heard.router.config.scoring_func == "sigmoid":
-        expert_TK = greatest(routes.logit_TE, expert_TK.shape[1])
+    if heard.router.rule.sigmoid:
+        expert_TK = top_experts(routes.logit_TE, expert_TK.shape[1])
     expert_BR = expert_TK.reshape(stretches, -1)
     load_BE = routes.score_TE.detach().new_zeros(stretches, routes.score_TE.shape[1])
     return load_BE.scatter_add_(1, expert_BR, torch.ones_like(expert_BR, dtype=load_BE.dtype))
@@ -58,7 +58,7 @@ def balance_loss(score_TE: Tensor, load_BE: Tensor) -> Tensor:
     """Equations 17 to 20 without their factor, averaged over the B equal stretches of the T tokens. load_BE: the choices
     that count, in any unit, for each stretch or (B = 1) for all."""
     frequency_BE = load_BE * (score_TE.shape[1] / load_BE.sum(dim=-1, keepdim=True))
-    return frequency_met(score_TE, frequency_BE).mean()
+    return balance_terms(score_TE, frequency_BE).mean()
 
 
 def _whole(load_BE: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ of it without position, R rotary width, V value width, X = N + V.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import library, plain
-from cadre.kernels.native.structs import CausalAttention, CausalGradient, Heads
+from cadre.kernels.native.library import kernels, library, plain
+from cadre.kernels.native.structs import CausalAttention, CausalGradient, Heads, address
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -42,16 +41,6 @@ def _ready(x_BTHX: Tensor) -> Tensor:
     even = x_BTHX.stride(3) == 1 and (x_BTHX.shape[0] == 1 or x_BTHX.stride(0) == x_BTHX.shape[1] * x_BTHX.stride(1))
     # `contiguous` leaves the strides of single positions as they are, whatever they say.
     return x_BTHX if even else x_BTHX.clone(memory_format=torch.contiguous_format)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _library() -> ctypes.CDLL:
-    loaded = library()
-    assert loaded is not None
-    return loaded
 
 
 def _check(q_BTHK: Tensor, k: Tensor, v: Tensor, seen: torch.Size, first_BT: Tensor | None) -> None:
@@ -98,7 +87,7 @@ class LatentCausalAttention(torch.autograd.Function):
         ctx.save_for_backward(q, kv, k, out, log_sum, turn, first_BT)
         ctx.scale, ctx.split, ctx.narrow = scale, split, narrow
         with _raised(peak_H, B) as peak_BH:
-            _library().cadre_causal_attention(byref(_latent(ctx, ctx.to_save, peak_BH)))
+            kernels().cadre_causal_attention(byref(_latent(ctx, ctx.to_save, peak_BH)))
         return out
 
     @staticmethod
@@ -111,7 +100,7 @@ class LatentCausalAttention(torch.autograd.Function):
         grad = _ready(grad_BTHV.resolve_neg())
         grad_q, grad_kv, grad_k = q.new_empty(q.shape), q.new_empty(kv.shape), q.new_empty(B, S, H, R)
         gradient = CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_kv), _heads(grad_kv, N), _heads(grad_k))
-        _library().cadre_causal_attention_gradient(byref(_latent(ctx, saved)), byref(gradient))
+        kernels().cadre_causal_attention_gradient(byref(_latent(ctx, saved)), byref(gradient))
         return grad_q, grad_kv, grad_k.sum(dim=2), None, None, None, None, None, None
 
 
@@ -119,8 +108,8 @@ def _latent(ctx: Any, saved: Sequence[Any], peak: Tensor | None = None) -> Causa
     q, kv, k, out, log_sum, turn, first = saved
     (B, T, H, K), S, R, V = q.shape, kv.shape[1], k.shape[-1], out.shape[-1]
     return CausalAttention(
-        _heads(q), _heads(kv), _heads(kv, K - R), _heads(k), _heads(out), log_sum.data_ptr(), _address(turn), _address(first),
-        _address(peak), ctx.scale, B, T, S, H, H, K - R, R, V, ctx.split, ctx.narrow,
+        _heads(q), _heads(kv), _heads(kv, K - R), _heads(k), _heads(out), log_sum.data_ptr(), address(turn), address(first),
+        address(peak), ctx.scale, B, T, S, H, H, K - R, R, V, ctx.split, ctx.narrow,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -145,7 +134,7 @@ class GroupedCausalAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, log_sum, first_BT)
         ctx.scale, ctx.narrow = scale, narrow
         with _raised(peak_H, B) as peak_BH:
-            _library().cadre_causal_attention(byref(_grouped(ctx, ctx.to_save, peak_BH)))
+            kernels().cadre_causal_attention(byref(_grouped(ctx, ctx.to_save, peak_BH)))
         return out
 
     @staticmethod
@@ -156,7 +145,7 @@ class GroupedCausalAttention(torch.autograd.Function):
         grad = _ready(grad_BTHV.resolve_neg())
         grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
         gradient = CausalGradient(_heads(grad), _heads(grad_q), _heads(grad_k), _heads(grad_v), Heads())
-        _library().cadre_causal_attention_gradient(byref(_grouped(ctx, saved)), byref(gradient))
+        kernels().cadre_causal_attention_gradient(byref(_grouped(ctx, saved)), byref(gradient))
         return grad_q, grad_k, grad_v, None, None, None, None
 
 
@@ -164,6 +153,6 @@ def _grouped(ctx: Any, saved: Sequence[Any], peak: Tensor | None = None) -> Caus
     q, k, v, out, log_sum, first = saved
     (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
     return CausalAttention(
-        _heads(q), _heads(k), _heads(v), Heads(), _heads(out), log_sum.data_ptr(), None, _address(first),
-        _address(peak), ctx.scale, B, T, S, H, G, K, 0, V, False, ctx.narrow, torch.get_num_threads(),
+        _heads(q), _heads(k), _heads(v), Heads(), _heads(out), log_sum.data_ptr(), None, address(first),
+        address(peak), ctx.scale, B, T, S, H, G, K, 0, V, False, ctx.narrow, torch.get_num_threads(),
     )  # fmt: skip

@@ -47,6 +47,14 @@ def library() -> ctypes.CDLL | None:
     return None if isinstance(loaded, str) else loaded
 
 
+def kernels() -> ctypes.CDLL:
+    """The loaded kernels, for whoever has asked already whether they take what he has."""
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError(f"the C++ kernels are missing: {why_missing()}")
+    return loaded
+
+
 @functools.cache
 def training_library() -> ctypes.CDLL | None:
     """The same for the kernels that multiply by the BLAS that torch brought along; None also where torch has none to lend."""

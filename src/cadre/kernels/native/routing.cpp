@@ -63,7 +63,7 @@ extern "C" void cadre_routing_gradient(const Routing* routing, const RoutingGrad
 }
 
 // The `count` experts of greatest logits of each token, [tokens, count].
-extern "C" void cadre_greatest(const float* logit, int64_t tokens, int64_t experts, int64_t count, int32_t threads, int64_t* expert) {
+extern "C" void cadre_top_experts(const float* logit, int64_t tokens, int64_t experts, int64_t count, int32_t threads, int64_t* expert) {
     const int64_t vectors = vectors_of(experts);
 #pragma omp parallel num_threads(threads)
     {
@@ -83,7 +83,7 @@ extern "C" void cadre_greatest(const float* logit, int64_t tokens, int64_t exper
 
 // met[t] = <frequency, score[t]> / sum(score[t]), the frequencies [experts] being those of the token's stretch of `length` tokens;
 // total[t]: that sum.
-extern "C" void cadre_frequency_met(const float* score, const float* frequency, int64_t tokens, int64_t experts, int64_t length,
+extern "C" void cadre_balance_terms(const float* score, const float* frequency, int64_t tokens, int64_t experts, int64_t length,
                                     int32_t threads, float* met, float* total) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
@@ -99,7 +99,7 @@ extern "C" void cadre_frequency_met(const float* score, const float* frequency, 
 }
 
 // The gradient of score, from that of met.
-extern "C" void cadre_frequency_met_gradient(const float* frequency, const float* met, const float* total, const float* d_met,
+extern "C" void cadre_balance_terms_gradient(const float* frequency, const float* met, const float* total, const float* d_met,
                                              int64_t tokens, int64_t experts, int64_t length, int32_t threads, float* d_score) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < tokens; t++) {

@@ -1,4 +1,5 @@
-"""The C++ kernels' structures, filled from tensors. Each keeps the tensors that it points into alive."""
+"""The C++ kernels' structures, filled from tensors, which must live as long as they are pointed into: those that a `Keeper` has
+been given do, as long as it lives itself."""
 
 from __future__ import annotations
 
@@ -157,6 +158,10 @@ class Step(Filled):
     )
 
 
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 class Keeper:
     """Hands out addresses and holds on to what lies there."""
 
@@ -207,9 +212,9 @@ def declare(library: ctypes.CDLL) -> None:
     library.cadre_sort_choices.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
     library.cadre_routing.argtypes = (POINTER(Routing),)
     library.cadre_routing_gradient.argtypes = (POINTER(Routing), POINTER(RoutingGradient))
-    library.cadre_greatest.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p)
-    library.cadre_frequency_met.argtypes = (*(c_void_p,) * 2, *(c_int64,) * 3, c_int32, *(c_void_p,) * 2)
-    library.cadre_frequency_met_gradient.argtypes = (*(c_void_p,) * 4, *(c_int64,) * 3, c_int32, c_void_p)
+    library.cadre_top_experts.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p)
+    library.cadre_balance_terms.argtypes = (*(c_void_p,) * 2, *(c_int64,) * 3, c_int32, *(c_void_p,) * 2)
+    library.cadre_balance_terms_gradient.argtypes = (*(c_void_p,) * 4, *(c_int64,) * 3, c_int32, c_void_p)
     library.cadre_cross_entropy.argtypes = (*(c_void_p,) * 3, c_int64, c_int64, c_int32, c_int32, c_void_p)
     sizes = (c_int64, c_int64, c_int32, c_void_p, c_void_p)
     library.cadre_norm_training.argtypes = (c_void_p, c_int64, c_void_p, c_float, *sizes)
@@ -228,7 +233,7 @@ def declare(library: ctypes.CDLL) -> None:
         *("dense", "experts", "norm", "linear", "narrow", "use_sgemm", "sort_choices"),
         *("product",),
         *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
-        *("routing_gradient", "greatest", "frequency_met", "frequency_met_gradient"),
+        *("routing_gradient", "top_experts", "balance_terms", "balance_terms_gradient"),
         *("cross_entropy", "orthogonalize", "muon", "adamw"),
     ):
         getattr(library, f"cadre_{name}").restype = None
