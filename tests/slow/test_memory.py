@@ -69,14 +69,14 @@ def stepped(parallel: Parallel, recipe: Path, out: Path, size: int, degrees: dic
     ]
     trainer = Trainer(start(read_recipe(str(recipe), settings), out, torch.device("cpu"), print, parallel), Nobody())
     trainer.began = 0.0
-    trainer._step(next(trainer.run.batches))
+    trainer.step(next(trainer.run.batches))
     held = parallel.held(trainer.model)
     parts = {"weights": list(held.values()), "gradients": [tensor.grad for tensor in held.values()]}
     parts["optimizer"] = [tensor for tensor in trainer.optimizer.tensors().values() if tensor.ndim]
     trainer.optimizer.zero_grad()
     with Peak() as peak:
         peak.see([list(trainer.model.parameters()), list(trainer.model.buffers()), parts["optimizer"]])
-        trainer._step(next(trainer.run.batches))
+        trainer.step(next(trainer.run.batches))
     return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()} | {"peak": peak.bytes}
 
 

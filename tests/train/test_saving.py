@@ -84,7 +84,7 @@ def test_a_run_prepares_after_its_first_step(lab, monkeypatch, resumed):
         lab.train(run, {6: lambda: os.kill(os.getpid(), signal.SIGTERM)})
         run = lab.resume("run")
     seen: list[str] = []
-    prepare, step = Saver.prepare, Trainer._step
+    prepare, step = Saver.prepare, Trainer.step
 
     def prepared(saver, tensors):
         assert tensors.moments
@@ -92,7 +92,7 @@ def test_a_run_prepares_after_its_first_step(lab, monkeypatch, resumed):
         prepare(saver, tensors)
 
     monkeypatch.setattr(Saver, "prepare", prepared)
-    monkeypatch.setattr(Trainer, "_step", lambda trainer, batch: (seen.append("step"), step(trainer, batch))[1])
+    monkeypatch.setattr(Trainer, "step", lambda trainer, batch: (seen.append("step"), step(trainer, batch))[1])
     lab.train(run)
     assert seen[:3] == ["step", "prepare", "step"] and seen.count("prepare") == 1
 

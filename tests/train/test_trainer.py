@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cadre.data.sources import Document
 from cadre.errors import RunError
 from cadre.hub.load import load
 from cadre.model.scoring import Score
@@ -21,6 +20,7 @@ from cadre.train import checkpoint as checkpoint_module
 from cadre.train import collapse, objective
 from cadre.train import trainer as module
 from cadre.train.checkpoint import checkpoints, read_state
+from cadre.train.evaluation import Evaluation
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.group import Parallel
 from cadre.train.run import FinishedError
@@ -308,13 +308,13 @@ def test_held_out_loss_that_rises_is_said_once(lab, monkeypatch, passes, why):
 def test_the_best_model_is_kept_beside_the_last(lab, monkeypatch, scores, best):
     """The last evaluation but one is of the same text as those on the way, so that the last model can be the best."""
     run, asked, seen = lab.start("run", "eval.every=2", "checkpoint.best=true"), iter([*scores, 9.0]), {}
-    real = Trainer._evaluate
+    real = Trainer.evaluate
 
     def evaluate(trainer, final):
         seen[trainer.progress.step] = trainer.model.embed_tokens.weight.detach().clone()
         real(trainer, final)
 
-    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
     monkeypatch.setattr(Parallel, "score", lambda *_, **__: Score(next(asked) * math.log(2), 1, 1))
     result, _ = lab.train(run)
     assert result.best_step == best and result.bits_per_byte == pytest.approx(9.0)
@@ -468,17 +468,12 @@ def test_whatever_ends_a_run_a_checkpoint_on_its_way_is_completed(lab, monkeypat
             raise MemoryError
         return step(self, batch)
 
-    step = Trainer._step
+    step = Trainer.step
     monkeypatch.setattr(checkpoint_module, "save_file", slow)
-    monkeypatch.setattr(Trainer, "_step", fail)
+    monkeypatch.setattr(Trainer, "step", fail)
     with pytest.raises(MemoryError):
         lab.train(lab.start("run", "checkpoint.every=3"))
     assert [path.name for path in (lab.folder / "run" / "checkpoints").iterdir()] == ["step-00000003"]
-
-
-def test_the_least_of_a_text_is_a_letter():
-    (first,) = module._first_tokens([Document("a", "日本語" * 100)], 1, 1.0)
-    assert first.text == "日"
 
 
 # ------------------------------------------------------------------------------------------------- the clock
@@ -557,24 +552,12 @@ def test_weights_that_are_not_finite_push_out_none_that_are(lab, how):
 
 def test_much_held_out_text_leaves_time_to_train(lab, monkeypatch):
     """The last evaluation takes a share of the minutes, whatever there is to read, and says so."""
-    monkeypatch.setattr(Trainer, "_most_read", lambda trainer: 250)
+    monkeypatch.setattr(Evaluation, "most_tokens", lambda evaluation, seconds: 250)
     result, watcher = lab.train(lab.start("run", "train.minutes=0.05", "train.steps=1000000", "data.held_out=0.5"))
     assert result.steps > 12
     assert any(note.startswith("in part the last evaluation reads 250 of") for note in watcher.notes)
     last = [record for record in watcher.records if "bits_per_byte" in record][-1]
     assert last["final"] and last["part"] == result.read_share < 1
-
-
-@pytest.mark.parametrize("seconds, step, read", [
-    (1e-3, 9.0, 3_000), (1.0, 9.0, 200), (1e-9, 9.0, 10_000), (0.0, 0.064, 3_000), (0.0, None, 10_000),
-])  # fmt: skip
-def test_how_much_the_last_evaluation_reads(lab, seconds, step, read):
-    """A tenth of the minutes: at the rate of the evaluation before, or else of a training step."""
-    trainer = Trainer(lab.start("run", "train.minutes=0.5", "train.steps=100"), Watcher())
-    trainer.run.data.manifest["held_out"]["tokens"] = 10_000
-    trainer.eval_seconds_per_token = seconds
-    trainer.step_seconds.extend([] if step is None else [step])
-    assert trainer._most_read() == pytest.approx(read, abs=1)
 
 
 def test_much_held_out_text_takes_no_more_than_its_share(lab):

@@ -71,7 +71,7 @@ class Stepper:
     def __call__(self) -> float:
         batch = next(self.run.batches)
         start = time.perf_counter()
-        self.trainer._step(batch)
+        self.trainer.step(batch)
         return time.perf_counter() - start
 
 

@@ -51,20 +51,20 @@ class TimedTrainer(Trainer):
             kept = [line for line in read_steps(run.path) if line["step"] <= self.progress.step]
             _write(self.times_file, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def _step(self, batch: Any) -> dict[str, Any]:
+    def step(self, batch: Any) -> dict[str, Any]:
         wall, cpu = time.perf_counter(), time.process_time()
-        record = super()._step(batch)
+        record = super().step(batch)
         taken = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
         self.parallel.add(taken)
         self.pending.append({"step": self.progress.step, "wall": time.perf_counter() - wall, "cpu": float(taken)})
         return record
 
-    def _evaluate(self, final: bool) -> None:
+    def evaluate(self, final: bool) -> None:
         if not final or self.short:
-            super()._evaluate(final=False)
+            super().evaluate(final=False)
             return
-        super()._evaluate(final=False)
-        super()._evaluate(final=True)
+        super().evaluate(final=False)
+        super().evaluate(final=True)
 
     def save(self) -> bool:
         # Before the checkpoint: whoever resumes from it finds the times of all its steps.

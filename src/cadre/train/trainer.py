@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 
 from cadre.data.batches import REPEATED, Batch
-from cadre.data.sources import Document
 from cadre.errors import DivergedError
 from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synchronize
 from cadre.kernels.total_norm import total_norm
@@ -24,6 +23,7 @@ from cadre.plan.count import count
 from cadre.train.balance import Balance
 from cadre.train.checkpoint import Tensors, checkpoints, read_state
 from cadre.train.collapse import CollapseAlarm
+from cadre.train.evaluation import Evaluation
 from cadre.train.metrics import MetricsLog, NoMetrics
 from cadre.train.objective import MicroBatch, Step
 from cadre.train.optimizer import Optimizer
@@ -38,14 +38,8 @@ _SKIPS_ALLOWED = 5
 # Held-out loss so far above its lowest is no noise of an evaluation.
 _RISEN = 1.01
 
-# What ended a run that no signal did.
+# `Result.stopped` of a run that no signal of its own stopped.
 OTHERS = "the end of another process"
-
-# How much of a document an evaluation during training reads at least: its first words say little of a model.
-_LEAST_LETTERS = 1000
-
-# Of a run that the clock ends, the share of its time that the last evaluation may take.
-_EVALUATED_SHARE = 0.1
 
 
 class Observer(Protocol):
@@ -132,10 +126,9 @@ class Trainer:
         columns = [loss.key for loss in self.balance.losses]
         self.progress = Progress(total_steps=run.total_steps, columns=columns)
         self.step_seconds: deque[float] = deque(maxlen=50)
-        self.eval_seconds_per_token = 0.0
         self.last_loss: float | None = None
         self.bits_per_byte: float | None = None
-        self.excerpts: list[Document] | None = None
+        self.evaluation = Evaluation(run)
         self.identity = run.identity()
         self.read_share = 1.0
         self.saver = Saver(observer.note, self.parallel.anyone)
@@ -156,9 +149,9 @@ class Trainer:
                     self._event("resumed", f"from the checkpoint of step {resumed}")
                 self.began = time.perf_counter() - progress.seconds
                 if resumed is None and self.run.source is not None:
-                    self._evaluate(final=False)  # what training finds
+                    self.evaluate(final=False)  # what training finds
                 while progress.step < progress.total_steps and not self._stopping(stop):
-                    record = self._step(next(self.run.batches))
+                    record = self.step(next(self.run.batches))
                     if progress.step == (resumed or 0) + 1:  # the optimizer has its state now
                         self.saver.prepare(self.parallel.tensors(self.model, self.optimizer))
                     progress.batches = self.run.batches.state()
@@ -168,7 +161,7 @@ class Trainer:
                     if progress.step >= progress.total_steps:
                         break
                     if progress.step % recipe.eval.every == 0:
-                        self._evaluate(final=False)
+                        self.evaluate(final=False)
                     # Only the newest checkpoints are kept: weights that give no finite loss must not push out those that did.
                     if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
                         self.save()
@@ -183,9 +176,9 @@ class Trainer:
                 self.saver.wait()
                 if not stopped:
                     if recipe.checkpoint.best:
-                        self._evaluate(final=False)  # of the same text as those before
+                        self.evaluate(final=False)  # of the same text as those before
                         self.saver.wait()
-                    self._evaluate(final=True)
+                    self.evaluate(final=True)
                     self._event("finished", f"{progress.step} steps")
             except BaseException:
                 self.saver.wait()  # what is being written is sound
@@ -197,7 +190,7 @@ class Trainer:
     def _stopping(self, stop: _StopSignals) -> bool:
         return self.parallel.anyone(stop.signal is not None or self.parallel.abandoned or self.saver.failed)
 
-    def _step(self, batch: Batch) -> dict[str, Any]:
+    def step(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step over all micro-batches: losses, gradients, balance, update. Returns its record."""
         recipe, progress = self.recipe.train, self.progress
         start = time.perf_counter()
@@ -310,37 +303,34 @@ class Trainer:
                 self._event(**event)
             self.balance.close_window()
 
-    def _evaluate(self, final: bool) -> None:
-        """Bits per byte of held-out text: a fixed part of it during training; at last, with a sliding context, all of it, or as
-        much as a run's minutes have room for."""
-        if not final and self.excerpts is None:
-            self.excerpts = self._beginnings(self.run.data.held_out_documents(), self.recipe.eval.tokens)
-        documents = self._last_read() if final else self.excerpts
-        if not documents:
+    def evaluate(self, final: bool) -> None:
+        """Bits per byte of held-out text, on the way or at last."""
+        progress = self.progress
+        if final:
+            most, whole = self.evaluation.most_tokens(self._seconds_per_token()), self.evaluation.held_out["tokens"]
+            if most < whole:
+                self._event("in part", f"the last evaluation reads {most:,} of {whole:,} held-out tokens")
+            done = self.evaluation.last(most)
+        else:
+            done = self.evaluation.on_the_way()
+        if done is None:
             return
-        seq_len = self.recipe.data.seq_len
-        stride = seq_len // 2 if final else seq_len
-        start = time.perf_counter()
-        self.model.eval()
-        score = self.parallel.score(self.model, self.run.data.tokenizer, documents, context=seq_len, stride=stride)
-        elapsed = time.perf_counter() - start
-        self.eval_seconds_per_token = elapsed / max(1, score.tokens) * (1 if final else 2)
-        self.bits_per_byte = score.bits_per_byte
-        self.progress.seconds = time.perf_counter() - self.began
+        self.bits_per_byte = bits_per_byte = done.score.bits_per_byte
+        progress.seconds = time.perf_counter() - self.began
         record = {
-            "step": self.progress.step, "tokens": self.progress.tokens, "bits_per_byte": score.bits_per_byte,
-            "eval_seconds": elapsed, "seconds": self.progress.seconds, "final": final,
+            "step": progress.step, "tokens": progress.tokens, "bits_per_byte": bits_per_byte,
+            "eval_seconds": done.seconds, "seconds": progress.seconds, "final": final,
         }  # fmt: skip
-        if final and score.bytes < (whole := self.run.data.manifest["held_out"]["bytes"]):
-            record["part"] = self.read_share = score.bytes / whole
+        if final and done.read_share < 1:
+            record["part"] = self.read_share = done.read_share
         self.metrics.write(record)
-        self.observer.record(record, self.progress.total_steps)
-        if not final and math.isfinite(score.bits_per_byte):
-            if not self.progress.lowest or score.bits_per_byte < self.progress.lowest[0]:
-                self.progress.lowest = [score.bits_per_byte, self.progress.step]
+        self.observer.record(record, progress.total_steps)
+        if not final and math.isfinite(bits_per_byte):
+            if not progress.lowest or bits_per_byte < progress.lowest[0]:
+                progress.lowest = [bits_per_byte, progress.step]
                 if self.recipe.checkpoint.best:
                     self._save_best()
-            self._watch_for_rise(score.bits_per_byte)
+            self._watch_for_rise(bits_per_byte)
 
     def _watch_for_rise(self, bits_per_byte: float) -> None:
         """Say it, once for each cause, when held-out loss is above the lowest of this run."""
@@ -356,31 +346,9 @@ class Trainer:
             }[cause]
             self._event("risen", f"held-out loss is {bits_per_byte:.4f} and was {lowest:.4f} at step {step:.0f}: {why}")
 
-    def _last_read(self) -> list[Document]:
-        """All held-out text; where the clock ends the run, no more than a share of its time has room for."""
-        documents, manifest = self.run.data.held_out_documents(), self.run.data.manifest
-        most = self._most_read()
-        if most >= manifest["held_out"]["tokens"]:
-            return documents
-        self._event("in part", f"the last evaluation reads {most:,} of {manifest['held_out']['tokens']:,} held-out tokens")
-        return self._beginnings(documents, most)
-
-    def _beginnings(self, documents: list[Document], tokens: int) -> list[Document]:
-        return _first_tokens(documents, tokens, self.run.data.manifest["bytes_per_token"]) if documents else []
-
-    def _most_read(self) -> int:
-        """Held-out tokens that the last evaluation reads at most; all processes are told the same."""
-        held_out, minutes = self.run.data.manifest["held_out"]["tokens"], self.recipe.train.minutes
-        if minutes is None:
-            return held_out
-        per_token = self._evaluation_per_token()
-        room = self.parallel.agree(minutes * 60 * _EVALUATED_SHARE / per_token if per_token else held_out)
-        return int(min(held_out, max(self.recipe.eval.tokens, room)))
-
-    def _evaluation_per_token(self) -> float:
-        """Seconds a token of the last evaluation; before any has been timed at most those of a training step, 0 before that."""
-        step = statistics.median(self.step_seconds) if self.step_seconds else 0.0
-        return self.eval_seconds_per_token or step / self.tokens_per_step
+    def _seconds_per_token(self) -> float:
+        """Of a training step; 0 before any has been timed."""
+        return statistics.median(self.step_seconds) / self.tokens_per_step if self.step_seconds else 0.0
 
     def _event(self, event: str, message: str, **more: Any) -> None:
         self.metrics.write({"step": self.progress.step, "event": event, "message": message, **more})
@@ -396,9 +364,7 @@ class Trainer:
         if len(self.step_seconds) < 10 and progress.seconds < minutes * 30:
             return progress.total_steps  # the first steps are slow and say little, unless half the time is gone
         step_seconds = statistics.median(self.step_seconds)
-        held_out = self.run.data.manifest["held_out"]["tokens"]
-        evaluation = min(held_out * self._evaluation_per_token(), minutes * 60 * _EVALUATED_SHARE)
-        left = minutes * 60 - progress.seconds - evaluation
+        left = minutes * 60 - progress.seconds - self.evaluation.last_seconds(minutes, self._seconds_per_token())
         possible = progress.step + max(0, int(left / step_seconds))
         return max(progress.step, min(possible, self.recipe.train.most_steps))
 
@@ -490,12 +456,3 @@ class _StopSignals:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
-
-
-def _first_tokens(documents: list[Document], tokens: int, bytes_per_token: float) -> list[Document]:
-    """The beginnings, equally long, of documents evenly spread over all: about `tokens` in all."""
-    text = sum(len(document.text) for document in documents)
-    size = sum(len(document.text.encode()) for document in documents)
-    letters = max(1, int(tokens * bytes_per_token * text / max(1, size)))
-    some = documents[:: max(1, -(-len(documents) * _LEAST_LETTERS // letters))]
-    return [Document(document.name, document.text[: max(1, letters // len(some))]) for document in some]

@@ -1,0 +1,22 @@
+"""Which held-out text a run is scored on."""
+
+import pytest
+
+from cadre.data.sources import Document
+from cadre.train.evaluation import Evaluation, first_tokens
+
+
+def test_the_least_of_a_text_is_a_letter():
+    (first,) = first_tokens([Document("a", "日本語" * 100)], 1, 1.0)
+    assert first.text == "日"
+
+
+@pytest.mark.parametrize("seconds, step, read", [
+    (1e-3, 9.0, 3_000), (1.0, 9.0, 200), (1e-9, 9.0, 10_000), (0.0, 0.064, 3_000), (0.0, 0.0, 10_000),
+])  # fmt: skip
+def test_how_much_the_last_evaluation_reads(lab, seconds, step, read):
+    """A tenth of the minutes: at the rate of the evaluation before, or else of a training step."""
+    evaluation = Evaluation(lab.start("run", "train.minutes=0.5", "train.steps=100"))
+    evaluation.held_out["tokens"] = 10_000
+    evaluation.seconds_per_token = seconds
+    assert evaluation.most_tokens(step / 64) == pytest.approx(read, abs=1)
