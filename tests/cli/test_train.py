@@ -199,6 +199,15 @@ def test_a_budget_that_chooses_nothing_is_one_line(recipe, monkeypatch, capsys, 
     assert not Path("run").exists()
 
 
+def test_where_no_run_may_begin_nothing_is_measured(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(choose, "measure_machine", lambda *_: pytest.fail("measured before it was refused"))
+    Path("file").write_text("somebody's")
+    Path("folder").mkdir()
+    Path("folder/file").write_text("somebody's")
+    for out in ("file", "folder"):
+        assert_refused(capsys, train(monkeypatch, "--budget", "90s", "--out", out), f"--out {out}: holds other files: choose")
+
+
 def test_a_run_says_what_it_will_take_and_the_report_what_it_took(recipe, monkeypatch, capsys):
     said = {"seconds_per_step": 0.5, "peak_memory_bytes": 2**20}
     monkeypatch.setattr(

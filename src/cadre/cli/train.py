@@ -65,7 +65,8 @@ def train(
         raise UsageError("--budget without RECIPE chooses a model before processes start: use --nproc, or name a recipe")
     if budget is not None and choosing:
         spent, rented = _budget(budget, hardware)
-        _refuse_used(out, with_recipe=(nproc or 1) > 1)
+        if out is not None:  # before minutes go into choosing: what would be refused after them
+            _refuse_used(out, with_recipe=(nproc or 1) > 1)
         chosen = choose_recipe(spent, rented, set_, began, line.note, nproc or 1)
     else:
         named = recipe or ("pocket" if resume is None else str(resume / "recipe.toml"))
@@ -156,11 +157,11 @@ def _budget(text: str, hardware: str | None) -> tuple[Budget, Device | None]:
     return as_time_here(budget, device), device
 
 
-def _refuse_used(out: Path | None, with_recipe: bool) -> None:
-    """Before minutes go into choosing: what would be refused after them."""
-    if out is not None and out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"--out {out}: holds other files: choose an empty folder")
-    if out is not None and with_recipe and _chosen_file(out).exists():
+def _refuse_used(out: Path, with_recipe: bool) -> None:
+    from cadre.train.run import refuse_used
+
+    refuse_used(out)
+    if with_recipe and _chosen_file(out).exists():
         raise UsageError(f"--out {out}: {_chosen_file(out)}, where the recipe goes, is there already: choose another name")
 
 

@@ -88,7 +88,8 @@ def start(
     recipe = _computing_in(recipe, dtype)
     with parallel.in_turn():
         if parallel.main:
-            _refuse_used(path)
+            refuse_used(path)
+            _require_folder(path)
         words = recipe.model.get("vocab_size") or recipe.data.vocab_size
         if words is not None and "from" not in recipe.model:  # before text is prepared for what cannot be
             check_memory(recipe.config(words), device, recipe.optimizer.name, parallel.size)
@@ -132,14 +133,25 @@ def _check_tokenizer(source: Path, tokenizer: Tokenizer) -> None:
         raise UsageError(f"model.from {source}: the data has another tokenizer: leave data.tokenizer and data.vocab_size out")
 
 
-def _refuse_used(path: Path) -> None:
+def refuse_used(path: Path) -> None:
+    """Raise `UsageError` unless a new run may begin in `path`: there is nothing yet, or an empty folder."""
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             held = "another run: continue it with --resume, or" if (path / "recipe.toml").is_file() else "other files:"
             raise UsageError(f"--out {path}: holds {held} choose an empty folder")
+    except OSError as error:
+        raise _unusable(path, error) from None
+
+
+def _require_folder(path: Path) -> None:
+    try:
         require_folder(path)
     except OSError as error:
-        raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
+        raise _unusable(path, error) from None
+
+
+def _unusable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder")
 
 
 def continued(recipe: Recipe) -> ModelConfig:
@@ -365,12 +377,8 @@ def _batches(recipe: Recipe, config: ModelConfig, data: TokenData, parallel: Par
 
 
 @contextmanager
-def only_writer(path: Path, main: bool = True) -> Iterator[None]:
-    """Keep others from training the run meanwhile. Raises `UsageError` if one is at it; a killed one holds nothing. Of
-    several processes of one run the main one keeps watch for all."""
-    if not main:
-        yield
-        return
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep others from training the run meanwhile. Raises `UsageError` if one is at it; a killed one holds nothing."""
     handle = os.open(path, os.O_RDONLY)
     try:
         try:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from types import FrameType
@@ -141,7 +142,8 @@ class Trainer:
         """Run to the end. Raises `RunError` if the disk is full or the loss stays non-finite."""
         recipe, progress = self.recipe, self.progress
         resumed = progress.step if self.run.checkpoint is not None else None
-        with only_writer(self.run.path, self.parallel.main), _StopSignals() as stop:
+        # Of several processes of a run the main one alone keeps others away.
+        with only_writer(self.run.path) if self.parallel.main else nullcontext(), _StopSignals() as stop:
             self.metrics = MetricsLog(self.run.path, resume_step=resumed or 0) if self.parallel.main else NoMetrics()
             try:
                 self.gemm_rate = self._gemm_rate()
