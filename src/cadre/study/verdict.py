@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -10,6 +11,10 @@ from cadre.data.batches import MANY_PASSES, REPEATED
 # With fewer than three seeds, losses nearer than this share are luck as likely as not; with more, the seeds themselves say.
 NEAR = 0.005
 FEW_SEEDS = 3
+# How sure a win is: that of Student's t over the differences of the seeds, two-sided.
+LEVEL = 0.9
+# Its quantiles by degrees of freedom; with more the last one errs on the safe side.
+_QUANTILES = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 # A curve ends too early to tell when it is this short.
 FEW_STEPS = 200
 # Or when the order of two arms at this part of the run is not the one at its end.
@@ -17,7 +22,8 @@ LATE = 0.75
 # The share by which a run's own clock may differ from the time measured in turn before it is worth a word.
 _NOISE = 0.25
 
-WINS, LOSES, EVEN, SPLIT, UNKNOWN = "wins", "loses", "even", "seeds disagree", "unknown"
+# LEANS: all seeds say the same, and it may still be luck.
+WINS, LOSES, EVEN, LEANS, SPLIT, UNKNOWN = "wins", "loses", "even", "leans", "seeds disagree", "unknown"
 
 
 def verdict(results: dict[str, Any]) -> dict[str, Any]:
@@ -42,20 +48,31 @@ def differences(results: dict[str, Any], name: str) -> list[float]:
     return [here[seed] / there[seed] - 1 for seed in here if seed in there]
 
 
+def interval(found: list[float]) -> tuple[float, float] | None:
+    """Where the mean of ever more seeds' differences would lie, at `LEVEL`, if they are normally distributed; None for one."""
+    if len(found) < 2:
+        return None
+    mean = statistics.fmean(found)
+    reach = _QUANTILES[min(len(found) - 1, len(_QUANTILES)) - 1] * statistics.stdev(found) / math.sqrt(len(found))
+    return mean - reach, mean + reach
+
+
 def outcome(results: dict[str, Any], name: str) -> str:
     """How the arm's final losses compare with the first arm's over the seeds they share."""
     found = differences(results, name)
     if not found:
         return UNKNOWN
-    mean = statistics.fmean(found)
-    if min(found) < 0 < max(found):
-        return EVEN if max(abs(d) for d in found) < NEAR else SPLIT
-    if len(found) < FEW_SEEDS and abs(mean) < NEAR:
+    mean, mixed, few = statistics.fmean(found), min(found) < 0 < max(found), len(found) < FEW_SEEDS
+    if few and (max(abs(d) for d in found) if mixed else abs(mean)) < NEAR:
         return EVEN
-    # All seeds agree; a difference within their own spread is still luck.
-    if abs(mean) < max(found) - min(found):
-        return SPLIT
-    return WINS if mean < 0 else LOSES
+    if (bounds := interval(found)) is None:
+        return LEANS
+    low, high = bounds
+    if low > 0 or high < 0:
+        return WINS if mean < 0 else LOSES
+    if max(-low, high) < NEAR:
+        return EVEN
+    return SPLIT if mixed else LEANS
 
 
 def risen(arm: dict[str, Any]) -> float:
@@ -79,7 +96,7 @@ def too_small(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
         if _share(results, name) < 1:
             continue  # meant to end level: its order says nothing of the budget
         early, late = _lead(results, name, LATE), _lead(results, name, 1.0)
-        if found in (WINS, LOSES) and early is not None and late is not None and early * late < 0:
+        if found in (WINS, LOSES, LEANS) and early is not None and late is not None and early * late < 0:
             reasons.append(f"the order of {name} and {results['first']} still changed in the last quarter of the runs")
     return reasons
 
@@ -96,16 +113,21 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
                 f"up to {passes:,.1f} times: give more text, or a smaller budget.")  # fmt: skip
     winners = [name for name, found in outcomes.items() if found == WINS]
     if winners:
-        best = min(winners, key=lambda name: statistics.fmean(differences(results, name)))
+        best = min(winners, key=lambda name: _mean(results, name))
         if all(_slower(results, name) for name in winners):
             said = f"{_capital(best)} wins on FLOPs, {first} on the clock. {_against(results, best, WINS)}"
         else:
             said = f"{_capital(best)} wins. {_against(results, best, WINS)}"
         return " ".join(filter(None, [said, _with_less(results, outcomes, best)]))
-    if SPLIT in outcomes.values():
-        split = [name for name, found in outcomes.items() if found == SPLIT]
-        return (f"No arm beats {first} beyond doubt: the seeds disagree about {_and(split)}. More seeds or a larger budget "
-                "would tell.")  # fmt: skip
+    lower = [name for name, found in outcomes.items() if found == LEANS and _mean(results, name) < 0]
+    split = [name for name, found in outcomes.items() if found == SPLIT]
+    if lower and len(results["seeds"]) == 1:
+        best = min(lower, key=lambda name: _mean(results, name))
+        return f"{_capital(best)} ends lowest, in one seed: more would tell whether by luck. {_against(results, best, LEANS)}"
+    if lower or split:
+        doubts = [f"the seeds disagree about {_and(split)}"] if split else []
+        doubts += [f"{_and(lower)} end{'s' if len(lower) == 1 else ''} lower by no more than luck may do"] if lower else []
+        return f"No arm beats {first} beyond doubt: {'; '.join(doubts)}. More seeds would tell."
     if UNKNOWN in outcomes.values():
         return f"No verdict on {_and([n for n, f in outcomes.items() if f == UNKNOWN])}: no run of it can be compared."
     if EVEN in outcomes.values():
@@ -113,7 +135,16 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
         return f"No arm beats {first}: {_and(even)} end{'s' if len(even) == 1 else ''} within {NEAR:.1%} of its loss."
     less = [name for name in outcomes if _share(results, name) < 1]
     but = f" ({_and(less)} on less of the budget)" if less else ""
+    unsure = [name for name, found in outcomes.items() if found == LEANS]
+    if unsure and len(results["seeds"]) == 1:
+        return f"{_capital(first)} ends lowest, in one seed: more would tell whether by luck{but}."
+    if unsure:
+        return f"{_capital(first)} ends lowest, {_and(unsure)} higher by no more than luck may do. More seeds would tell{but}."
     return f"{_capital(first)} wins: every other arm ends with a higher loss{but}."
+
+
+def _mean(results: dict[str, Any], name: str) -> float:
+    return statistics.fmean(differences(results, name))
 
 
 def _slower(results: dict[str, Any], name: str) -> bool:
@@ -165,7 +196,7 @@ def _against(results: dict[str, Any], name: str, found: str) -> str:
     elif found == EVEN:
         text = f"{name}{of} ends level with {first}: {mean:+.1%} loss{range_}."
     else:
-        but = ", the text learned by heart" if found == UNKNOWN else ""
+        but = {UNKNOWN: ", the text learned by heart", LEANS: ", which may be luck" if len(gaps) > 1 else ""}.get(found, "")
         text = f"{name}{of} ends with {abs(mean):.1%} {'lower' if mean < 0 else 'higher'} loss than {first}{range_}{but}."
     return " ".join(filter(None, [text, _time(results, name, found), _beside(results, name)]))
 
@@ -174,7 +205,8 @@ def _time(results: dict[str, Any], name: str, found: str) -> str:
     first = results["first"]
     if not {name, first}.isdisjoint(by_heart(results)):
         return ""  # a loss that rose is reached early by anything
-    fast, slow = (name, first) if found != LOSES else (first, name)
+    higher = found == LOSES or (found == LEANS and _mean(results, name) > 0)
+    fast, slow = (first, name) if higher else (name, first)
     pair = results["sooner"][fast][slow]
     if found == EVEN and _share(results, name) < 1:
         return _capital(_whole(results, name))
