@@ -183,6 +183,7 @@ def test_tokens(written, tokenizer):
         ("deepseek_v3", dict(attention_bias=True), "attention_bias is True"),
         ("deepseek_v3", dict(n_shared_experts=0), "n_shared_experts is 0"),
         ("glm4_moe", dict(n_shared_experts=0), "n_shared_experts is 0"),
+        ("deepseek_v3", dict(rms_norm_eps=1e-3), "rms_norm_eps is 0.001"),
         ("deepseek_v3", dict(num_hidden_layers=27), "num_hidden_layers is 27"),
         (
             "deepseek_v3",

@@ -30,6 +30,7 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
         ("deepseek_v2", dict(n_shared_experts=2)),
         ("glm4_moe", dict(rope_parameters=dict(rope_theta=5e5, partial_rotary_factor=0.5))),
         ("glm4_moe", dict(use_qk_norm=True, attention_bias=True)),
+        ("glm4_moe", dict(head_dim=52, rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.58))),
         ("llama", dict(head_dim=16, attention_bias=True)),
         ("llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
         ("llama", dict(rope_parameters=YARN)),

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
@@ -331,3 +333,42 @@ def test_half_rotation_of_deepseek_v2_refused(stir, tmp_path, monkeypatch):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert (ours(ids) - theirs(ids).logits).abs().max() > 0.01
+
+
+YARN_BESIDE = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {"rope_scaling": YARN_BESIDE}) for family in ("deepseek_v3", "glm4_moe", "llama")),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}),
+        ("deepseek_v3", {"rope_parameters": {**YARN, "factor": 5.0, "truncate": None}}),
+        ("glm4_moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "partial_rotary_factor": None}),
+        ("deepseek_v2", {"rope_interleave": False}),
+    ],
+)
+def test_what_somebody_has_changed_in_a_config_means_what_it_means_to_transformers(stir, tmp_path, family, changes):
+    """As model cards say how: a scaling added beside the newer spelling, which is there; nulls; fields without effect."""
+    rope = {} if family == "deepseek_v3" else {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    save(stir(Transformer(ModelConfig.from_dict({"model_type": family, **FAMILIES[family], **rope})), 0), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    ours, (theirs, _) = load(tmp_path / "model")[0], read_theirs(tmp_path / "model")
+    ids = torch.arange(40)[None] % 31
+    with torch.no_grad():
+        assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tied_head_may_be_stored_too(stir, tmp_path):
+    ours = stir(
+        Transformer(ModelConfig.from_dict({"model_type": "llama", **FAMILIES["llama"], "tie_word_embeddings": True})), 0
+    )
+    save(ours, tmp_path / "model")
+    file, tensors = tmp_path / "model" / "model.safetensors", stored(tmp_path / "model")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"})
+    assert torch.equal(load(tmp_path / "model")[0].embed_tokens.weight, ours.embed_tokens.weight)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(tmp_path / "model")

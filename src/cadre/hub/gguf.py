@@ -108,6 +108,11 @@ def write_gguf(
             partial.unlink(missing_ok=True)
 
 
+# llama.cpp norms latents by the model's epsilon, where they have 1e-6: 1e-5 moves logits by 5e-5 of their spread, less than 16
+# bits do; 1e-3 by a hundredth.
+_EPS_OF_LATENTS = 1e-5
+
+
 def check_gguf(config: ModelConfig, where: str) -> None:
     """Refuse what llama.cpp would compute differently. Raises `UsageError` naming the field."""
 
@@ -128,6 +133,8 @@ def check_gguf(config: ModelConfig, where: str) -> None:
                 f"{where}: rope_parameters has mscale {rope.mscale} and mscale_all_dim {rope.mscale_all_dim};"
                 " llama.cpp scales as if both were one number"
             )
+        if config.rms_norm_eps > _EPS_OF_LATENTS:
+            refuse("rms_norm_eps", "llama.cpp would norm the latents by it too, which have 1e-6")
         if config.attention_bias:
             refuse("attention_bias", "llama.cpp's latent attention has no biases")
         if kind == "deepseek_v2" and config.has_experts and config.n_group > 1:

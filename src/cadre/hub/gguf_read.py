@@ -5,6 +5,7 @@ bits. The way back from llama.cpp's names, keys and layouts to a model and its t
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,7 +178,10 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
         values["head_dim"] = key("attention.key_length", values["hidden_size"] // heads)
     if arch == "glm4moe":
         values["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
-        share = key("rope.dimension_count") / values["head_dim"]
+        rotary, width = key("rope.dimension_count"), values["head_dim"]
+        share = rotary / width
+        if int(width * share) < rotary:  # a quotient rounded down
+            share = math.nextafter(share, 1)
         values["rope_parameters"] = {**values["rope_parameters"], "partial_rotary_factor": share}
     if arch != "llama":
         values["first_k_dense_replace"] = key("leading_dense_block_count", 0)

@@ -102,7 +102,7 @@ def _plan(directory: Path, config: ModelConfig, model: Transformer, stored: dict
     missing = [disk for disk in wanted if disk not in stored]
     if missing:
         raise UsageError(f"{directory}: {_count(missing)} missing: {missing[0]}{' and others' if missing[1:] else ''}")
-    copies, empty = duplicates(config), hollow(config)
+    copies, empty = _copies(config), hollow(config)
     for name, tensor in stored.items():
         if name in wanted:
             shape: tuple[int, ...] = wanted[name].shape
@@ -216,12 +216,16 @@ def _read(
             if not part.isfinite().all():
                 raise UsageError(f"{stored[name].file}: {name} holds values that are not finite: the file is damaged")
             yield piece, part
-        for name, original in duplicates(config).items():
+        for name, original in _copies(config).items():
             kept = disk_name(config, original)
             if name in stored and not torch.equal(value(name).to(dtype), value(kept).to(dtype)):
-                raise UsageError(
-                    f"{stored[name].file}: {name} differs from the model's own {original}, which multi-token prediction shares"
-                )
+                raise UsageError(f"{stored[name].file}: {name} differs from {kept}, with which the model shares it")
+
+
+def _copies(config: ModelConfig) -> dict[str, str]:
+    """Tensors that a directory may hold although the model has them under another name, and that name."""
+    tied = {"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {}
+    return {**duplicates(config), **tied}
 
 
 def _is_fp8(tensor: Stored | None) -> bool:

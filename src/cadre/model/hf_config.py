@@ -80,6 +80,8 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
     values.pop("num_local_experts", None)
     if kind.startswith("deepseek"):
         values.pop("head_dim", None)  # transformers stores qk_rope_head_dim under this name
+    if kind == "deepseek_v2":
+        values.pop("rope_interleave", None)  # it always turns adjacent pairs, whatever a file says
     if kind == "llama":
         for name in ("n_routed_experts", "num_experts_per_tok"):
             values.pop(name, None)
@@ -127,22 +129,23 @@ def fields_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
-    """Take both spellings of the rotary fields out of `values` and return the newer one."""
+    """Take both spellings of the rotary fields out of `values` and return the newer one. Where both are filled the older one
+    counts, whole, as it does for transformers: somebody has added it."""
     rope: dict[str, Any] = {}
     for spelling in ("rope_parameters", "rope_scaling"):
         given = values.pop(spelling, None) or {}
         if not isinstance(given, dict):
             raise UsageError(f"{where}: {spelling} is {given!r}; it must be an object of rope_type and its fields")
-        rope.update(given)
+        rope = dict(given) or rope
     if "type" in rope:
         rope.setdefault("rope_type", rope["type"])
         del rope["type"]
     theta = values.pop("rope_theta", None)
     if theta is not None:
         rope.setdefault("rope_theta", theta)
-    partial = values.pop("partial_rotary_factor", None)
+    partial = values.pop("partial_rotary_factor", 0.5 if kind == "glm4_moe" else None)
     if kind == "glm4_moe":
-        rope.setdefault("partial_rotary_factor", 0.5 if partial is None else partial)
+        rope.setdefault("partial_rotary_factor", 1.0 if partial is None else partial)  # null turns all of a head
     elif partial is not None:
         rope.setdefault("partial_rotary_factor", partial)
     longest = {**DEFAULTS[kind], **values}
@@ -152,6 +155,8 @@ def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, An
     known = all(isinstance(length, int) and length > 0 for length in lengths)
     if rope.get("rope_type") == "yarn" and rope.get("factor") is None and known:
         rope["factor"] = longest["max_position_embeddings"] / rope["original_max_position_embeddings"]
+    if rope.get("truncate", True) is None:
+        rope["truncate"] = False
     # What the scaling does not read, transformers passes over too.
     idle = RopeParameters.model_fields.keys() - ROPE_READS.get(str(rope.get("rope_type", "default")), ())
     idle -= {"rope_type", "rope_theta", "partial_rotary_factor"}
