@@ -30,7 +30,6 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
         ("deepseek_v2", dict(n_shared_experts=2)),
         ("glm4_moe", dict(rope_parameters=dict(rope_theta=5e5, partial_rotary_factor=0.5))),
         ("glm4_moe", dict(use_qk_norm=True, attention_bias=True)),
-        ("glm4_moe", dict(head_dim=52, rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.58))),
         ("llama", dict(head_dim=16, attention_bias=True)),
         ("llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
         ("llama", dict(rope_parameters=YARN)),
@@ -46,6 +45,13 @@ def test_there_and_back(build, tmp_path, kind, changes):
     here, there = model.state_dict(), read.model.state_dict()
     assert here.keys() == there.keys() and all(torch.equal(value, there[name]) for name, value in here.items())
     assert read.tokenizer is None and read.chat_template is None
+
+
+def test_a_share_of_a_head_that_no_quotient_says(build, tmp_path):
+    """int(52 * (30 / 52)) is 29."""
+    save(build("glm4_moe", head_dim=52, rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.58)), tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    assert read_gguf(tmp_path / "model.gguf").model.config.rotary_dim == 30
 
 
 @pytest.mark.parametrize("dtype, kept", [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)])

@@ -362,9 +362,8 @@ def test_what_somebody_has_changed_in_a_config_means_what_it_means_to_transforme
 
 
 def test_a_tied_head_may_be_stored_too(stir, tmp_path):
-    ours = stir(
-        Transformer(ModelConfig.from_dict({"model_type": "llama", **FAMILIES["llama"], "tie_word_embeddings": True})), 0
-    )
+    shape = {"model_type": "llama", **FAMILIES["llama"], "tie_word_embeddings": True}
+    ours = stir(Transformer(ModelConfig.from_dict(shape)), 0)
     save(ours, tmp_path / "model")
     file, tensors = tmp_path / "model" / "model.safetensors", stored(tmp_path / "model")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"})
