@@ -52,7 +52,8 @@ def configs(draw: DrawFn, families: tuple[str, ...] = FAMILIES) -> ModelConfig:
     )  # fmt: skip
     if kind.startswith("deepseek"):
         values.update(kv_lora_rank=whole(1, 12), qk_nope_head_dim=whole(1, 9), qk_rope_head_dim=2 * whole(1, 3))
-        values.update(q_lora_rank=draw(st.sampled_from([None, 1, 7])), v_head_dim=whole(1, 9), rope_interleave=maybe())
+        values.update(q_lora_rank=draw(st.sampled_from([None, 1, 7])), v_head_dim=whole(1, 9))
+        values["rope_interleave"] = kind == "deepseek_v2" or maybe()  # no file says otherwise of deepseek_v2
     else:
         values.update(head_dim=4 * whole(1, 3), num_key_value_heads=heads // draw(st.sampled_from(_divisors(heads))))
     if kind == "llama":
