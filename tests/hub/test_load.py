@@ -146,11 +146,6 @@ def test_unexpected_tensor(path, name):
     refused(path, f"unexpected tensor {name}: ")
 
 
-def test_head_beside_tied_embeddings_is_unexpected(path):
-    set_config(path, tie_word_embeddings=True)
-    refused(path, r"unexpected tensor lm_head\.weight")
-
-
 def test_wrong_shape(path):
     edit(path, lambda tensors: tensors.update({"model.layers.1.mlp.experts.2.up_proj.weight": torch.ones(48, 24)}))
     refused(path, r"experts\.2\.up_proj\.weight has shape \[48, 24\]; config\.json wants \[24, 48\]")
