@@ -11,9 +11,9 @@ from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
 from cadre.train.run import resume
 from cadre.train.trainer import Trainer
-from tests.parallel.test_checkpoint import SETTINGS, forget
-from tests.parallel.test_equal import EVERYTHING, PLAIN, Nobody, assert_same_run, recipe, several, train
-from tests.parallel.world import world
+from tests.train.parallel.test_checkpoint import SETTINGS, forget
+from tests.train.parallel.test_equal import EVERYTHING, PLAIN, Nobody, assert_same_run, recipe, several, train
+from tests.train.parallel.world import world
 
 __all__ = ["recipe"]
 GROUPED = """[model]

@@ -16,8 +16,8 @@ import psutil
 
 from cadre.train.checkpoint import checkpoints
 from cadre.train.metrics import read_metrics
-from tests.parallel.test_equal import assert_same_run, recipe
 from tests.slow.test_scale import PATIENCE, Job
+from tests.train.parallel.test_equal import assert_same_run, recipe
 
 __all__ = ["recipe"]
 # Of `parallel.timeout`, in minutes, and what the processes may take to notice and end.

@@ -22,8 +22,8 @@ from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
 from cadre.train.run import start
 from cadre.train.trainer import Trainer
-from tests.parallel.test_equal import Nobody, recipe
-from tests.parallel.world import world
+from tests.train.parallel.test_equal import Nobody, recipe
+from tests.train.parallel.world import world
 
 __all__ = ["recipe"]
 # Every first dimension divides by four, so that a rank holds exactly its share.

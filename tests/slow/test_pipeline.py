@@ -16,10 +16,10 @@ from cadre.train.parallel.layout import v_schedules
 from cadre.train.recipe import read_recipe
 from cadre.train.run import resume
 from cadre.train.trainer import Trainer
-from tests.parallel.test_checkpoint import forget
-from tests.parallel.test_equal import EVERYTHING, PLAIN, Nobody, assert_same_run, recipe, several, train
-from tests.parallel.world import world
 from tests.slow.test_scale import Job
+from tests.train.parallel.test_checkpoint import forget
+from tests.train.parallel.test_equal import EVERYTHING, PLAIN, Nobody, assert_same_run, recipe, several, train
+from tests.train.parallel.world import world
 
 __all__ = ["recipe"]
 pytestmark = pytest.mark.skipif(not v_schedules(), reason="half of the schedules need torch 2.13")

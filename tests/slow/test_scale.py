@@ -17,8 +17,8 @@ import pytest
 from cadre.train.checkpoint import checkpoints
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.group import Parallel
-from tests.parallel.test_equal import EVERYTHING, PLAIN, assert_same_run, recipe, several, train
-from tests.parallel.world import world
+from tests.train.parallel.test_equal import EVERYTHING, PLAIN, assert_same_run, recipe, several, train
+from tests.train.parallel.world import world
 
 __all__ = ["recipe"]
 PATIENCE = 240

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from cadre.errors import UsageError
 from cadre.train.parallel.layout import compose
 from cadre.train.recipe import Recipe, parse_recipe
-from tests.parallel.world import world
 from tests.runs import RECIPE
 from tests.shapes import small
+from tests.train.parallel.world import world
 
 
 def recipe(*settings: str) -> Recipe:

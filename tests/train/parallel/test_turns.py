@@ -18,8 +18,8 @@ from cadre.errors import RunError, UsageError
 from cadre.train.parallel import turns
 from cadre.train.parallel.ranks import Ranks
 from cadre.train.parallel.turns import Turns
-from tests.parallel.world import world
 from tests.runs import write_corpus
+from tests.train.parallel.world import world
 
 
 @pytest.fixture

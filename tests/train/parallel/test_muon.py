@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cadre.train.muon import Muon
 from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.muon import SpreadMuon
-from tests.parallel.world import world
+from tests.train.parallel.world import world
 
 # Rows that divide and do not, fewer rows than ranks, tall and wide; experts, of which a rank may have none.
 SHAPES = [(8, 5), (8, 5), (8, 5), (7, 3), (2, 6), (1, 4), (4, 8, 5), (0, 3, 2), (3, 6, 5), (8, 5), (5, 5)]

@@ -23,10 +23,10 @@ from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.layout import Layout, compose, v_schedules
 from cadre.train.parallel.ranks import Ranks
 from cadre.train.recipe import parse_recipe
-from tests.parallel.test_equal import EVERYTHING, assert_same_run, recipe, several, train
-from tests.parallel.world import world
 from tests.runs import RECIPE
 from tests.shapes import configs, small
+from tests.train.parallel.test_equal import EVERYTHING, assert_same_run, recipe, several, train
+from tests.train.parallel.world import world
 
 __all__ = ["recipe"]
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")

@@ -18,9 +18,9 @@ from cadre.model.config import ModelConfig
 from cadre.model.rope import RotaryTable
 from cadre.train.parallel.context import Context, CutGroupedQueryAttention, CutLatentAttention
 from cadre.train.parallel.group import Parallel
-from tests.parallel.test_equal import EVERYTHING, assert_same_run, recipe, several, train
-from tests.parallel.world import world
 from tests.shapes import small
+from tests.train.parallel.test_equal import EVERYTHING, assert_same_run, recipe, several, train
+from tests.train.parallel.world import world
 
 __all__ = ["recipe"]
 CONFIGS = [

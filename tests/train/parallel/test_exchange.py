@@ -13,8 +13,8 @@ from cadre.model.experts import MixtureOfExperts
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
 from cadre.train.parallel.fp8 import packed_width
 from cadre.train.parallel.memory import Shared
-from tests.parallel.world import world
 from tests.shapes import small
+from tests.train.parallel.world import world
 
 CONFIG = small("deepseek_v3", n_routed_experts=8, num_experts_per_tok=3)
 WIDTH = CONFIG.hidden_size

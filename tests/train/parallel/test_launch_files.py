@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from cadre.train.recipe import read_recipe
 
-LAUNCH = Path(__file__).parents[2] / "docs" / "launch"
+LAUNCH = Path(__file__).parents[3] / "docs" / "launch"
 STAND_INS = {"srun": '"$@"', "scontrol": "printf 'node7\\nnode9\\n'", "torchrun": "printf '%s\\n' \"$@\""}
 SLURM = {"SLURM_JOB_NODELIST": "node[7,9]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "64"}
 

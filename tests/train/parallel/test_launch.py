@@ -12,7 +12,7 @@ from cadre.errors import RunError, UsageError
 from cadre.train.parallel import launch as launch_module
 from cadre.train.parallel.launch import _cause, joined, launch
 from cadre.train.parallel.ranks import Ranks
-from tests.parallel.world import world
+from tests.train.parallel.world import world
 
 
 def test_what_a_process_knows_of_its_launch(monkeypatch):

@@ -16,8 +16,8 @@ from cadre.train.parallel import shard
 from cadre.train.parallel.layout import Layout
 from cadre.train.parallel.ranks import Ranks
 from cadre.train.saving import local
-from tests.parallel.world import world
 from tests.shapes import small
+from tests.train.parallel.world import world
 
 MODELS = {
     "deepseek_v3": small("deepseek_v3", num_nextn_predict_layers=1, n_routed_experts=8, q_lora_rank=9),

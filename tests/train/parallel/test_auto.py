@@ -17,10 +17,10 @@ from cadre.train.parallel.layout import compose
 from cadre.train.parallel.ranks import Ranks
 from cadre.train.recipe import Recipe, parse_recipe, read_recipe
 from cadre.train.run import start
-from tests.parallel.test_equal import recipe as recipe_file
-from tests.parallel.world import world
 from tests.runs import RECIPE
 from tests.shapes import small
+from tests.train.parallel.test_equal import recipe as recipe_file
+from tests.train.parallel.world import world
 
 __all__ = ["recipe_file"]
 CONFIG = small("deepseek_v3", n_routed_experts=8)

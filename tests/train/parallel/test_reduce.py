@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.reduce import AddUp, Gather
-from tests.parallel.world import world
+from tests.train.parallel.world import world
 
 LENGTH = 5
 

@@ -22,8 +22,8 @@ from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
 from cadre.train.run import resume, start
 from cadre.train.trainer import Trainer
-from tests.parallel.test_equal import EVERYTHING, Nobody, assert_same_run, recipe, several, train
-from tests.parallel.world import world
+from tests.train.parallel.test_equal import EVERYTHING, Nobody, assert_same_run, recipe, several, train
+from tests.train.parallel.world import world
 
 __all__ = ["recipe"]
 SETTINGS = (

@@ -18,8 +18,8 @@ from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
 from cadre.train.run import start
 from cadre.train.trainer import Trainer
-from tests.parallel.world import world
 from tests.runs import write_recipe
+from tests.train.parallel.world import world
 
 # Every part that might tell processes apart: Muon's whole matrices, fewer sequences for the module than processes,
 # micro-batches, losses over the batch, documents; routing limited to the experts of one process, where there are two.

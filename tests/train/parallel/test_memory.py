@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from cadre.train.parallel import memory
 from cadre.train.parallel.memory import Shared
-from tests.parallel.world import world
+from tests.train.parallel.world import world
 
 CPU = torch.device("cpu")
 WAIT = timedelta(minutes=1)
