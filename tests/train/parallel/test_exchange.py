@@ -12,7 +12,7 @@ from torch import Tensor
 from cadre.model.experts import MixtureOfExperts
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
 from cadre.train.parallel.fp8 import packed_width
-from cadre.train.parallel.memory import Shared
+from cadre.train.parallel.shared_memory import SharedMemory
 from tests.shapes import small
 from tests.train.parallel.world import world
 
@@ -44,7 +44,7 @@ def run(layer: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, dict[str, T
 def spread_run(
     ranks, counts: list[int], dtype: torch.dtype, experts: int = 8, fp8: bool = False, in_memory: bool = False
 ) -> dict:
-    shared = Shared.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if in_memory else None
+    shared = SharedMemory.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if in_memory else None
     exchange = Exchange(dist.group.WORLD, fp8, shared)
     layer = SpreadMixture(mixture(experts), exchange)
     journeys = []

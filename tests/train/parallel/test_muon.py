@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from cadre.train.muon import Muon
-from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.muon import SpreadMuon
+from cadre.train.parallel.shared_memory import SharedMemory
 from tests.train.parallel.world import world
 
 # Rows that divide and do not, fewer rows than ranks, tall and wide; experts, of which a rank may have none.
@@ -46,7 +46,7 @@ def spread(ranks, in_memory: bool) -> list[torch.Tensor]:
 
     parameters = [weight[cut(shape)].clone() for shape, weight in zip(SHAPES, weights(0), strict=True)]
     whole = {parameter: shape[0] for parameter, shape in zip(parameters, SHAPES, strict=True) if len(shape) == 2}
-    shared = Shared.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if in_memory else None
+    shared = SharedMemory.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if in_memory else None
     steps(SpreadMuon(groups(parameters), whole, dist.group.WORLD, shared, **OPTIONS), parameters, cut)
     return parameters
 

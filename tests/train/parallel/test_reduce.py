@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.reduce import AddUp, Gather
+from cadre.train.parallel.shared_memory import SharedMemory
 from tests.train.parallel.world import world
 
 LENGTH = 5
@@ -17,8 +17,8 @@ def gradients(rank: int, ranks: int) -> torch.Tensor:
     return torch.randn(ranks * LENGTH, generator=torch.Generator().manual_seed(rank))
 
 
-def shared(wanted: bool) -> Shared | None:
-    return Shared.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if wanted else None
+def shared(wanted: bool) -> SharedMemory | None:
+    return SharedMemory.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if wanted else None
 
 
 def reduced(ranks, in_memory: bool) -> torch.Tensor:

@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from cadre.kernels.permute import sort_choices
 from cadre.model.experts import Experts, MixtureOfExperts, Plan, Routes
 from cadre.train.parallel.fp8 import pack, unpack
-from cadre.train.parallel.memory import Kind, Shared
+from cadre.train.parallel.shared_memory import RowType, SharedMemory
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Exchange:
 
     group: dist.ProcessGroup
     fp8: bool = False
-    shared: Shared | None = None
+    shared: SharedMemory | None = None
     sent_bytes: int = field(default=0, init=False)
 
     @property
@@ -78,7 +78,7 @@ class Journey:
     there: list[int]
     here: list[int]
     token_L: Tensor
-    kinds: list[Kind] = field(default_factory=list)  # of what is on its way, and of the first tensor as it was
+    kinds: list[RowType] = field(default_factory=list)  # of what is on its way, and of the first tensor as it was
     dtype: torch.dtype = torch.float32
     end: Callable[[], list[list[Tensor]]] | None = None
     sent: Tensor | None = None
@@ -104,14 +104,14 @@ class Journey:
         rows = sum(sizes)
         self.exchange.sent_bytes += sum(rows * width * dtype.itemsize for width, dtype in self.kinds)
         if shared is not None:
-            room, *rooms = shared.lay_out(sizes, self.kinds)
+            room, *rooms = shared.send_buffers(sizes, self.kinds)
             if outward:
                 torch.index_select(first, 0, self.token_L, out=room)
             else:
                 room.copy_(first)
             for place, part in zip(rooms, rest, strict=True):
                 place.copy_(part)
-            self.end = partial(shared.collect, self.kinds)
+            self.end = partial(shared.receive, self.kinds)
             return
         leaving = [first.index_select(0, self.token_L) if outward else first, *rest]
         joined = torch.cat([part.contiguous().view(torch.uint8) for part in leaving], dim=1)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cadre.train.muon import Alike, Muon
-from cadre.train.parallel.memory import Shared
+from cadre.train.parallel.shared_memory import SharedMemory
 
 
 class SpreadMuon(Muon):
@@ -23,7 +23,7 @@ class SpreadMuon(Muon):
     are cut between matrices and need no other rank."""
 
     def __init__(
-        self, params: Iterable, rows: dict[Tensor, int], group: dist.ProcessGroup, shared: Shared | None, **options: Any
+        self, params: Iterable, rows: dict[Tensor, int], group: dist.ProcessGroup, shared: SharedMemory | None, **options: Any
     ) -> None:
         super().__init__(params, **options)
         self.whole_rows, self.group, self.shared = rows, group, shared

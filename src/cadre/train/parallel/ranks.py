@@ -32,10 +32,10 @@ from cadre.train.parallel.checkpoint import load_parts, save_parts
 from cadre.train.parallel.context import Context, cut_attention
 from cadre.train.parallel.gather import Gather
 from cadre.train.parallel.group import Parallel
-from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.muon import SpreadMuon
 from cadre.train.parallel.pipeline import Pipeline
-from cadre.train.parallel.shard import Part, far_part, shard, shared_memory
+from cadre.train.parallel.shard import Part, far_part, open_shared_memory, shard
+from cadre.train.parallel.shared_memory import SharedMemory
 from cadre.train.parallel.turns import Turns
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Ranks(Parallel):
         self.parent = os.getppid()
         self.parts: dict[str, Part] = {}
         self.elsewhere: dict[str, Part] = {}
-        self.shared: Shared | None = None
-        self.near: Shared | None = None  # the same, if it is of all processes
+        self.shared: SharedMemory | None = None
+        self.shared_by_all: SharedMemory | None = None  # the same, if it is of all processes
         self.context: Context | None = None
         self.pipeline: Pipeline | None = None
 
@@ -153,8 +153,8 @@ class Ranks(Parallel):
             for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else []:
                 _set_pg_timeout(self.wait, group)
         self.data, self.spread = meshes[self.rank // self.layout.data]
-        self.shared = shared_memory(model, self.data.get_group("shard"), device, self.wait)
-        self.near = self.shared if self.data.get_group("shard").size() == self.size else None
+        self.shared = open_shared_memory(model, self.data.get_group("shard"), device, self.wait)
+        self.shared_by_all = self.shared if self.data.get_group("shard").size() == self.size else None
         if self.layout.pipeline == 1:
             self.parts = shard(model, values, self.data, self.spread, device, self.wait, (), self.layout.fp8_rows, self.shared)
             return model
@@ -204,11 +204,11 @@ class Ranks(Parallel):
             tensor.copy_(total.view_as(tensor))
 
     def most(self, tensor: Tensor) -> None:
-        if self.near is None:
+        if self.shared_by_all is None:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
             return
         said = tensor.new_empty(self.size, *tensor.shape)
-        self.near.all_gather(said, tensor)
+        self.shared_by_all.all_gather(said, tensor)
         torch.amax(said, dim=0, out=tensor)
 
     def agree(self, value: float) -> float:
@@ -219,11 +219,11 @@ class Ranks(Parallel):
 
     def _sum(self, mine: Tensor) -> Tensor:
         """The sum over all processes of what they have [N]: to the last bit the same in all."""
-        if self.near is None:
+        if self.shared_by_all is None:
             dist.all_reduce(mine)
             return mine
         said = mine.new_empty(self.size, len(mine))
-        self.near.all_gather(said, mine)
+        self.shared_by_all.all_gather(said, mine)
         return said.sum(dim=0)
 
     # ------------------------------------------------------------------------------------------------- the optimizer

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cadre.train.parallel.memory import Shared
+from cadre.train.parallel.shared_memory import SharedMemory
 
 
 class Gather:
     """What `FSDPModule.set_custom_all_gather` takes."""
 
-    def __init__(self, shared: Shared | None) -> None:
+    def __init__(self, shared: SharedMemory | None) -> None:
         self.shared = shared
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -38,7 +38,7 @@ class Gather:
 class AddUp:
     """What `FSDPModule.set_custom_reduce_scatter` takes: for the sum, of equal parts for each rank."""
 
-    def __init__(self, shared: Shared | None) -> None:
+    def __init__(self, shared: SharedMemory | None) -> None:
         self.shared = shared
         self.filling = False
 
@@ -47,7 +47,7 @@ class AddUp:
         if self.shared is None or self.filling:
             return torch.empty(*size, dtype=dtype, device=device)
         self.filling = True
-        return self.shared.room(prod(size) * dtype.itemsize).view(dtype)
+        return self.shared.buffer(prod(size) * dtype.itemsize).view(dtype)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
@@ -57,7 +57,7 @@ class AddUp:
             raise ValueError(f"gradients are added, not combined by {op}")
         self.filling = False
         if self.shared is not None:
-            self.shared.add_up(output_tensor, input_tensor)
+            self.shared.reduce_scatter(output_tensor, input_tensor)
             return
         parts = torch.empty_like(input_tensor)
         dist.all_to_all_single(parts, input_tensor, group=group)

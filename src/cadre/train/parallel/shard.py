@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from cadre.model.experts import Experts, MixtureOfExperts
 from cadre.model.transformer import Block, Transformer
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
-from cadre.train.parallel.memory import Shared
 from cadre.train.parallel.reduce import AddUp, Gather
+from cadre.train.parallel.shared_memory import SharedMemory
 
 # A model of no more parameters is gathered whole, once a pass: a gathering for each block, twice, costs more time than so
 # little memory is worth.
@@ -68,7 +68,7 @@ def shard(
     wait: timedelta,
     stages: Sequence[nn.Module] = (),
     fp8_rows: bool = False,
-    shared: Shared | None = None,
+    shared: SharedMemory | None = None,
 ) -> dict[str, Part]:
     """Give a model without storage its values and cut it up, block by block, so that only one block is ever whole beside
     embedding and head (a small model at once). `values`: tensors by name, in the model's order; `data`, `spread`:
@@ -79,8 +79,8 @@ def shard(
     here = {module for root in roots for module in root.modules()}
     replicas, expert_ranks, _ = spread.shape
     expert_group, copies = spread.get_group("expert"), spread.get_group("copy")
-    exchange = Exchange(expert_group, fp8_rows, shared_memory(model, expert_group, device, wait))
-    shared_by_copies = shared_memory(model, copies, device, wait) if expert_ranks > 1 else None
+    exchange = Exchange(expert_group, fp8_rows, open_shared_memory(model, expert_group, device, wait))
+    shared_by_copies = open_shared_memory(model, copies, device, wait) if expert_ranks > 1 else None
     experts: set[nn.Parameter] = set()
     # In a mesh of two dimensions FSDP adds gradients up over the first one, which is no use for one replica.
     alike = spread["replica", "copy"] if replicas > 1 else spread["copy"]
@@ -134,11 +134,13 @@ def shard(
     return parts
 
 
-def shared_memory(model: Transformer, group: dist.ProcessGroup, device: torch.device, wait: timedelta) -> Shared | None:
+def open_shared_memory(
+    model: Transformer, group: dist.ProcessGroup, device: torch.device, wait: timedelta
+) -> SharedMemory | None:
     """For a model that is gathered whole. One that is gathered block by block is large, and what its messages take would be
     held for good."""
     small = sum(parameter.numel() for parameter in model.parameters()) <= GATHERED_AT_ONCE
-    return Shared.open(group, device, wait) if small else None
+    return SharedMemory.open(group, device, wait) if small else None
 
 
 def far_part(name: str, shape: torch.Size, data: DeviceMesh, spread: DeviceMesh) -> Part:

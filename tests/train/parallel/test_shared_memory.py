@@ -1,4 +1,4 @@
-"""Memory that processes share carries what messages would carry."""
+"""Collectives through shared memory give what messages would give."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cadre.train.parallel import memory
-from cadre.train.parallel.memory import Shared
+from cadre.train.parallel import shared_memory
+from cadre.train.parallel.shared_memory import SharedMemory
 from tests.train.parallel.world import world
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def sent(turn: int, sender: int, ranks: int, dtype: torch.dtype) -> torch.Tensor
 
 
 def exchanged(ranks, dtype: torch.dtype) -> bool:
-    shared = Shared.open(dist.group.WORLD, CPU, WAIT)
+    shared = SharedMemory.open(dist.group.WORLD, CPU, WAIT)
     assert shared is not None
     for turn in range(8):
         here = [sizes(turn, sender, ranks.size)[ranks.rank] for sender in range(ranks.size)]
@@ -51,45 +51,45 @@ def test_rows_go_to_the_ranks_that_they_are_for(dtype):
     assert world(3, exchanged, dtype) == [True] * 3
 
 
-def laid_out(ranks) -> bool:
-    """Rows of several kinds at once, none now and then."""
-    shared = Shared.open(dist.group.WORLD, CPU, WAIT)
+def received(ranks) -> bool:
+    """Rows of several types at once, none now and then."""
+    shared = SharedMemory.open(dist.group.WORLD, CPU, WAIT)
     assert shared is not None
-    kinds = [(5, torch.float32), (3, torch.uint8), (2, torch.int64), (1, torch.bfloat16)]
+    row_types = [(5, torch.float32), (3, torch.uint8), (2, torch.int64), (1, torch.bfloat16)]
 
-    def rows(turn: int, sender: int, kind: int) -> torch.Tensor:
+    def rows(turn: int, sender: int, which: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(turn + 100 * sender)
-        (width, dtype), count = kinds[kind], sum(sizes(turn, sender, ranks.size))
+        (width, dtype), count = row_types[which], sum(sizes(turn, sender, ranks.size))
         return torch.randint(0, 99, (count, width), generator=generator).to(dtype)
 
     for turn in range(6):
-        for kind, place in enumerate(shared.lay_out(sizes(turn, ranks.rank, ranks.size), kinds)):
-            place.copy_(rows(turn, ranks.rank, kind))
-        for sender, found in enumerate(shared.collect(kinds)):
-            for kind, part in enumerate(found):
-                whole = rows(turn, sender, kind).split(sizes(turn, sender, ranks.size))
-                assert torch.equal(part, whole[ranks.rank]), (turn, sender, kind)
+        for which, place in enumerate(shared.send_buffers(sizes(turn, ranks.rank, ranks.size), row_types)):
+            place.copy_(rows(turn, ranks.rank, which))
+        for sender, found in enumerate(shared.receive(row_types)):
+            for which, part in enumerate(found):
+                whole = rows(turn, sender, which).split(sizes(turn, sender, ranks.size))
+                assert torch.equal(part, whole[ranks.rank]), (turn, sender, which)
     return True
 
 
-def test_rows_of_several_kinds():
-    assert world(3, laid_out) == [True] * 3
+def test_rows_of_several_types():
+    assert world(3, received) == [True] * 3
 
 
 def hurried(ranks) -> bool:
     """One rank reads late, while the others go on to what comes next: gathers, sums and rows in turn, of sizes that vary, in
     and out of inference mode, as training and evaluations have them."""
-    shared = Shared.open(dist.group.WORLD, CPU, WAIT)
+    shared = SharedMemory.open(dist.group.WORLD, CPU, WAIT)
     assert shared is not None
-    meet, size = shared.meet, ranks.size
+    barrier, size = shared.barrier, ranks.size
 
     def late():
-        blocks = meet()
+        blocks = barrier()
         if ranks.rank == shared.turn % size:
             time.sleep(0.02)
         return blocks
 
-    shared.meet = late
+    shared.barrier = late
     for turn in range(24):
         count = 1000 * (turn % 5 + 1) * (40 if turn in (7, 15) else 1)
         with torch.inference_mode(turn % 3 == 0):
@@ -97,10 +97,10 @@ def hurried(ranks) -> bool:
             gathered = torch.empty(size * count)
             shared.all_gather(gathered, mine)
             assert torch.equal(gathered.view(size, -1).mean(dim=1), torch.arange(size) + float(turn))
-            parts = shared.room(4 * size * count).view(torch.float32) if turn % 2 else torch.empty(size * count)
+            parts = shared.buffer(4 * size * count).view(torch.float32) if turn % 2 else torch.empty(size * count)
             parts.copy_(torch.arange(size).repeat_interleave(count) * 10 + ranks.rank)
             added = torch.empty(count)
-            shared.add_up(added, parts)
+            shared.reduce_scatter(added, parts)
             assert torch.equal(added, torch.full((count,), float(size * 10 * ranks.rank + sum(range(size)))))
             arrived = torch.empty(size * turn)
             shared.all_to_all(arrived, mine[: size * turn], [turn] * size)
@@ -115,13 +115,13 @@ def test_nobody_writes_over_what_is_still_read():
 def opened(ranks, broken: str, where: int) -> bool:
     if ranks.rank == where:
         if broken == "elsewhere":  # another machine's processes have other files under these numbers, or none
-            found = memory._found
-            memory._found = lambda process, files, key: found(os.getpid(), files[::-1], b"x" * len(key))
+            found = shared_memory._open_blocks
+            shared_memory._open_blocks = lambda process, files, key: found(os.getpid(), files[::-1], b"x" * len(key))
         elif broken == "no such files":
             del os.memfd_create
         elif broken == "not allowed":
-            memory.os = type("Closed", (), {**vars(os), "open": staticmethod(lambda *_: os.open("/nowhere", 0))})
-    return Shared.open(dist.group.WORLD, CPU, WAIT) is None
+            shared_memory.os = type("Closed", (), {**vars(os), "open": staticmethod(lambda *_: os.open("/nowhere", 0))})
+    return SharedMemory.open(dist.group.WORLD, CPU, WAIT) is None
 
 
 @pytest.mark.parametrize("broken", ["elsewhere", "no such files", "not allowed"])
@@ -130,7 +130,7 @@ def test_where_one_cannot_read_anothers_memory_nobody_does(broken):
 
 
 def alone(ranks) -> bool:
-    return Shared.open(dist.group.WORLD, CPU, WAIT) is None
+    return SharedMemory.open(dist.group.WORLD, CPU, WAIT) is None
 
 
 def test_one_process_shares_with_nobody():
@@ -139,7 +139,7 @@ def test_one_process_shares_with_nobody():
 
 def grown(ranks) -> int:
     """Open files after the memory of many turns of ever more bytes has been mapped."""
-    shared = Shared.open(dist.group.WORLD, CPU, WAIT)
+    shared = SharedMemory.open(dist.group.WORLD, CPU, WAIT)
     assert shared is not None
     before = len(list(Path("/proc/self/fd").iterdir()))
     for turn in range(40):
@@ -156,7 +156,7 @@ def test_growing_keeps_no_more_files_open():
 
 def left_alone(ranks, gone: bool) -> str:
     """What one is told that the other leaves waiting."""
-    shared = Shared.open(dist.group.WORLD, CPU, WAIT if gone else timedelta(seconds=0.5))
+    shared = SharedMemory.open(dist.group.WORLD, CPU, WAIT if gone else timedelta(seconds=0.5))
     assert shared is not None
     if ranks.rank == 1:
         time.sleep(2)
@@ -166,7 +166,7 @@ def left_alone(ranks, gone: bool) -> str:
         if not shared.processes[1]:
             os._exit(0)
     with pytest.raises(dist.DistError) as told:
-        shared.meet()
+        shared.barrier()
     return str(told.value)
 
 
