@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from cadre.train.muon import Muon
-from cadre.train.parallel.muon import SpreadMuon
+from cadre.train.parallel.muon import ShardedMuon
 from cadre.train.parallel.shared_memory import SharedMemory
 from tests.train.parallel.world import world
 
@@ -40,14 +40,14 @@ def steps(optimizer: Muon, parameters: list[torch.Tensor], cut) -> None:
         optimizer.step()
 
 
-def spread(ranks, in_memory: bool) -> list[torch.Tensor]:
+def sharded(ranks, in_memory: bool) -> list[torch.Tensor]:
     def cut(shape):
         return rows(shape, ranks.rank, ranks.size)
 
     parameters = [weight[cut(shape)].clone() for shape, weight in zip(SHAPES, weights(0), strict=True)]
     whole = {parameter: shape[0] for parameter, shape in zip(parameters, SHAPES, strict=True) if len(shape) == 2}
     shared = SharedMemory.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if in_memory else None
-    steps(SpreadMuon(groups(parameters), whole, dist.group.WORLD, shared, **OPTIONS), parameters, cut)
+    steps(ShardedMuon(groups(parameters), whole, dist.group.WORLD, shared, **OPTIONS), parameters, cut)
     return parameters
 
 
@@ -56,5 +56,5 @@ def spread(ranks, in_memory: bool) -> list[torch.Tensor]:
 def test_matrices_in_rows_step_as_whole_ones(size, in_memory):
     parameters = weights(0)
     steps(Muon(groups(parameters), **OPTIONS), parameters, lambda shape: slice(None))
-    for parameter, *parts in zip(parameters, *world(size, spread, in_memory), strict=True):
+    for parameter, *parts in zip(parameters, *world(size, sharded, in_memory), strict=True):
         torch.testing.assert_close(torch.cat(parts), parameter, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,8 @@
-"""The tensors of a model in parts, one after the other in the main process's memory: what writing a model directory needs.
+"""Gathers the sharded parameters of a model in the main process, a few rows at a time, so that it can write a model directory
+without holding the whole model.
 
-The main process says which rows it wants of which parameter, those that hold them send them, cast as they will be stored.
+The main process asks for rows of a parameter by broadcast; the ranks that hold them send them, cast to the dtype that they will
+be stored in.
 """
 
 from __future__ import annotations
@@ -14,43 +16,47 @@ from cadre.train.parallel.shard import Part
 _MAIN = 0
 
 
-class Gather:
-    """`fetch` in the main process within `with`, `serve` in all others meanwhile. `kept`: tensors that all hold whole."""
+class GatherToMain:
+    """The main process calls `fetch` inside `with`, and all other processes call `serve`, which returns when the `with` block
+    ends. `kept`: tensors that every process holds whole."""
 
     def __init__(
         self, parts: dict[str, Part], kept: dict[str, Tensor], dtype: torch.dtype, group: dist.ProcessGroup | None = None
     ) -> None:
         self.parts, self.kept, self.dtype, self.group = parts, kept, dtype, group
-        self.names = sorted(parts)  # in one order for all, whichever of them each holds
+        self.names = sorted(parts)  # every rank must number the parameters alike
 
-    def __enter__(self) -> Gather:
+    def __enter__(self) -> GatherToMain:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ask(-1, 0, 0)
+        self._broadcast_request(-1, 0, 0)
 
     def fetch(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        """What `index` selects of the whole parameter, in `dtype`; a tensor of `kept` in its own dtype. `index` is empty, or one
+        slice of rows, or the number of a row (of an expert) followed by an index into that row."""
         if name in self.kept:
             return self.kept[name][index]
         first = index[0] if index else slice(0, self.parts[name].shape[0])
         rows = slice(first, first + 1) if isinstance(first, int) else first
-        whole = self._send(*self._ask(self.names.index(name), rows.start, rows.stop))
+        whole = self._send_to_main(*self._broadcast_request(self.names.index(name), rows.start, rows.stop))
         assert whole is not None
         return whole[0][index[1:]] if isinstance(first, int) else whole
 
     def serve(self) -> None:
-        while (asked := self._ask(0, 0, 0))[0] >= 0:
-            self._send(*asked)
+        while (request := self._broadcast_request(0, 0, 0))[0] >= 0:
+            self._send_to_main(*request)
 
-    def _ask(self, place: int, start: int, stop: int) -> tuple[int, int, int]:
-        asked = torch.tensor([place, start, stop])
-        dist.broadcast(asked, _MAIN, group=self.group)
-        place, start, stop = asked.tolist()
-        return place, start, stop
+    def _broadcast_request(self, number: int, start: int, stop: int) -> tuple[int, int, int]:
+        """The main process's request: the number of a parameter (-1 for the end) and which of its rows."""
+        request = torch.tensor([number, start, stop])
+        dist.broadcast(request, _MAIN, group=self.group)
+        number, start, stop = request.tolist()
+        return number, start, stop
 
-    def _send(self, place: int, start: int, stop: int) -> Tensor | None:
-        """Rows of a parameter to the main process, from each that holds some of them."""
-        part = self.parts[self.names[place]]
+    def _send_to_main(self, number: int, start: int, stop: int) -> Tensor | None:
+        """Send the rows that this rank holds to the main process, which returns all of them."""
+        part = self.parts[self.names[number]]
         rank, runs = dist.get_rank(), []
         for holder in part.holders:
             rows = part.rows(holder)

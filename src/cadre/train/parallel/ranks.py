@@ -30,9 +30,9 @@ from cadre.train.checkpoint import Tensors
 from cadre.train.muon import Muon
 from cadre.train.parallel.checkpoint import load_parts, save_parts
 from cadre.train.parallel.context import Context, cut_attention
-from cadre.train.parallel.gather import Gather
+from cadre.train.parallel.gather import GatherToMain
 from cadre.train.parallel.group import Parallel
-from cadre.train.parallel.muon import SpreadMuon
+from cadre.train.parallel.muon import ShardedMuon
 from cadre.train.parallel.pipeline import Pipeline
 from cadre.train.parallel.shard import Part, far_part, open_shared_memory, shard
 from cadre.train.parallel.shared_memory import SharedMemory
@@ -252,7 +252,7 @@ class Ranks(Parallel):
 
     def muon(self, matrices: Iterable[Any], **options: Any) -> Muon:
         rows = {part.local: part.shape[0] for part in self.parts.values() if len(part.shape) == 2}
-        return SpreadMuon(matrices, rows, self.data.get_group("shard"), self.shared, **options)
+        return ShardedMuon(matrices, rows, self.data.get_group("shard"), self.shared, **options)
 
     # ------------------------------------------------------------------------------------------------- the disk
 
@@ -272,7 +272,7 @@ class Ranks(Parallel):
     ) -> None:  # fmt: skip
         parts = {name: replace(part, local=weights[name]) for name, part in self.parts.items()}
         kept = {name: weights[name] for name in weights.keys() - parts.keys()}
-        gather = Gather({**parts, **self.elsewhere}, kept, dtype, self.words)
+        gather = GatherToMain({**parts, **self.elsewhere}, kept, dtype, self.words)
         if not self.main:
             gather.serve()
 

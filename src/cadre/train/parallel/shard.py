@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from cadre.model.experts import Experts, MixtureOfExperts
 from cadre.model.transformer import Block, Transformer
 from cadre.train.parallel.exchange import Exchange, SpreadMixture
-from cadre.train.parallel.reduce import AddUp, Gather
+from cadre.train.parallel.fsdp_collectives import AllGather, ReduceScatter
 from cadre.train.parallel.shared_memory import SharedMemory
 
 # A model of no more parameters is gathered whole, once a pass: a gathering for each block, twice, costs more time than so
@@ -114,8 +114,8 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
             if device.type == "cpu":
                 memory = shared_by_copies if isinstance(module, Experts) else shared
-                module.set_custom_all_gather(Gather(memory))  # type: ignore[arg-type]  # no public base class
-                module.set_custom_reduce_scatter(AddUp(memory))  # type: ignore[arg-type]
+                module.set_custom_all_gather(AllGather(memory))  # type: ignore[arg-type]  # no public base class
+                module.set_custom_reduce_scatter(ReduceScatter(memory))  # type: ignore[arg-type]
     # Training calls the parts of the model one by one: this one gathers embedding, last norm and head, and the end of the
     # backward pass lets go of them.
     for root in roots:

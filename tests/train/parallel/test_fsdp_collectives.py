@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cadre.train.parallel.reduce import AddUp, Gather
+from cadre.train.parallel.fsdp_collectives import AllGather, ReduceScatter
 from cadre.train.parallel.shared_memory import SharedMemory
 from tests.train.parallel.world import world
 
@@ -22,7 +22,7 @@ def shared(wanted: bool) -> SharedMemory | None:
 
 
 def reduced(ranks, in_memory: bool) -> torch.Tensor:
-    reduce, turns = AddUp(shared(in_memory)), []
+    reduce, turns = ReduceScatter(shared(in_memory)), []
     for turn in range(5):
         # As FSDP does: the input first, which is then filled.
         given = reduce.allocate((ranks.size * LENGTH,), dtype=torch.float32, device=torch.device("cpu"))
@@ -44,7 +44,7 @@ def test_each_rank_gets_the_sum_of_its_part(size, in_memory):
 
 
 def gathered(ranks, in_memory: bool) -> torch.Tensor:
-    gather, turns = Gather(shared(in_memory)), []
+    gather, turns = AllGather(shared(in_memory)), []
     for turn in range(5):
         out = gather.allocate((ranks.size * LENGTH,), dtype=torch.float32, device=torch.device("cpu"))
         mine = out[ranks.rank * LENGTH : (ranks.rank + 1) * LENGTH]  # FSDP's input lies in its output

@@ -1,7 +1,8 @@
-"""How FSDP's pieces travel between processors: weights that are gathered, gradients that are added up. On one machine through
-memory that its processes share. Elsewhere gloo's own reduce-scatter would add up everything everywhere, from a copy, and then
-drop all but one part: here every rank sends each other its part alone, and adds up what it gets, half of the bytes in a third
-of the time (docs/log.md).
+"""The collectives that FSDP uses between CPU processes: an all-gather of weights and a reduce-scatter of gradients. Between
+processes of one machine they go through shared memory. Elsewhere gloo carries them, but not by its own reduce-scatter, which
+copies its input, sums the whole of it on every rank and then drops all but one chunk: here each rank sends every other rank
+only the chunk that is for it and sums the chunks it receives, which takes half of the bytes and a third of the time
+(docs/log.md).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from cadre.train.parallel.shared_memory import SharedMemory
 
 
-class Gather:
-    """What `FSDPModule.set_custom_all_gather` takes."""
+class AllGather:
+    """For `FSDPModule.set_custom_all_gather`."""
 
     def __init__(self, shared: SharedMemory | None) -> None:
         self.shared = shared
@@ -28,37 +29,39 @@ class Gather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        """input: [N], this rank's; output: [ranks * N], rank by rank."""
+        """input_tensor [N]: this rank's chunk; output_tensor [ranks * N]: all ranks' chunks, in order of rank."""
         if self.shared is None:
             return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
         self.shared.all_gather(output_tensor, input_tensor)
         return None
 
 
-class AddUp:
-    """What `FSDPModule.set_custom_reduce_scatter` takes: for the sum, of equal parts for each rank."""
+class ReduceScatter:
+    """For `FSDPModule.set_custom_reduce_scatter`; the only reduction is the sum."""
 
     def __init__(self, shared: SharedMemory | None) -> None:
         self.shared = shared
-        self.filling = False
+        self.input_allocated = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        # For each call FSDP allocates the input first: it is filled where the others read it.
-        if self.shared is None or self.filling:
+        # For each call FSDP allocates the input and then the output. The input lies in shared memory from the start, so that
+        # it need not be copied there.
+        if self.shared is None or self.input_allocated:
             return torch.empty(*size, dtype=dtype, device=device)
-        self.filling = True
+        self.input_allocated = True
         return self.shared.buffer(prod(size) * dtype.itemsize).view(dtype)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
     ) -> None:
-        """input: [ranks * N], rank by rank; output: [N], the sum over ranks of what they have for this one."""
+        """input_tensor [ranks * N]: this rank's chunk for each rank; output_tensor [N]: the sum over ranks of their chunks for
+        this one. Raises `ValueError` for an `op` other than the sum."""
         if op != dist.ReduceOp.SUM:
             raise ValueError(f"gradients are added, not combined by {op}")
-        self.filling = False
+        self.input_allocated = False
         if self.shared is not None:
             self.shared.reduce_scatter(output_tensor, input_tensor)
             return
-        parts = torch.empty_like(input_tensor)
-        dist.all_to_all_single(parts, input_tensor, group=group)
-        torch.sum(parts.view(group.size(), -1), dim=0, out=output_tensor)
+        chunks = torch.empty_like(input_tensor)
+        dist.all_to_all_single(chunks, input_tensor, group=group)
+        torch.sum(chunks.view(group.size(), -1), dim=0, out=output_tensor)
