@@ -33,8 +33,8 @@ class GatherToMain:
         self._broadcast_request(-1, 0, 0)
 
     def fetch(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
-        """What `index` selects of the whole parameter, in `dtype`; a tensor of `kept` in its own dtype. `index` is empty, or one
-        slice of rows, or the number of a row (of an expert) followed by an index into that row."""
+        """What `index` selects of the whole parameter, in `dtype`; a tensor of `kept` in its own dtype. `index` is empty, or
+        one slice of rows, or the number of a row (of an expert) followed by an index into that row."""
         if name in self.kept:
             return self.kept[name][index]
         first = index[0] if index else slice(0, self.parts[name].shape[0])

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from cadre.model.experts import Experts, MixtureOfExperts
 from cadre.model.transformer import Block, Transformer
-from cadre.train.parallel.exchange import Exchange, SpreadMixture
+from cadre.train.parallel.dispatch import ExpertGroup, ExpertParallelMixture
 from cadre.train.parallel.fsdp_collectives import AllGather, ReduceScatter
 from cadre.train.parallel.shared_memory import SharedMemory
 
@@ -78,8 +78,8 @@ def shard(
     roots = stages or [model]
     here = {module for root in roots for module in root.modules()}
     replicas, expert_ranks, _ = spread.shape
-    expert_group, copies = spread.get_group("expert"), spread.get_group("copy")
-    exchange = Exchange(expert_group, fp8_rows, open_shared_memory(model, expert_group, device, wait))
+    experts_mesh_group, copies = spread.get_group("expert"), spread.get_group("copy")
+    expert_group = ExpertGroup(experts_mesh_group, fp8_rows, open_shared_memory(model, experts_mesh_group, device, wait))
     shared_by_copies = open_shared_memory(model, copies, device, wait) if expert_ranks > 1 else None
     experts: set[nn.Parameter] = set()
     # In a mesh of two dimensions FSDP adds gradients up over the first one, which is no use for one replica.
@@ -88,8 +88,8 @@ def shard(
 
     def cut(module: nn.Module) -> None:
         for block in [block for block in module.modules() if isinstance(block, Block) and expert_ranks > 1]:
-            if isinstance(block.mlp, MixtureOfExperts) and not isinstance(block.mlp, SpreadMixture):
-                block.mlp = SpreadMixture(block.mlp, exchange)
+            if isinstance(block.mlp, MixtureOfExperts) and not isinstance(block.mlp, ExpertParallelMixture):
+                block.mlp = ExpertParallelMixture(block.mlp, expert_group)
                 if alike.size() > 1:
                     fully_shard(block.mlp.experts, mesh=alike)
                 experts.update(block.mlp.experts.parameters())

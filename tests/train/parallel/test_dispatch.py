@@ -1,4 +1,4 @@
-"""Experts across ranks give what experts at home give: outputs, and gradients of tokens, router and experts."""
+"""Experts on other ranks give what experts on one rank give: outputs, and gradients of tokens, router and experts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cadre.model.experts import MixtureOfExperts
-from cadre.train.parallel.exchange import Exchange, SpreadMixture
-from cadre.train.parallel.fp8 import packed_width
+from cadre.train.parallel.dispatch import ExpertGroup, ExpertParallelMixture
 from cadre.train.parallel.shared_memory import SharedMemory
 from tests.shapes import small
 from tests.train.parallel.world import world
@@ -41,44 +40,44 @@ def run(layer: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, dict[str, T
     return y.detach(), x.grad, {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
-def spread_run(
+def parallel_run(
     ranks, counts: list[int], dtype: torch.dtype, experts: int = 8, fp8: bool = False, in_memory: bool = False
 ) -> dict:
     shared = SharedMemory.open(dist.group.WORLD, torch.device("cpu"), timedelta(minutes=1)) if in_memory else None
-    exchange = Exchange(dist.group.WORLD, fp8, shared)
-    layer = SpreadMixture(mixture(experts), exchange)
-    journeys = []
+    group = ExpertGroup(dist.group.WORLD, fp8, shared)
+    layer = ExpertParallelMixture(mixture(experts), group)
+    messages = []
     send = dist.all_to_all_single
-    dist.all_to_all_single = lambda *given, **options: journeys.append(0) or send(*given, **options)
+    dist.all_to_all_single = lambda *given, **options: messages.append(0) or send(*given, **options)
     x = tokens(counts[ranks.rank], ranks.rank, dtype)
     with torch.no_grad():
         layer(x)
-    forward_bytes, exchange.sent_bytes = exchange.sent_bytes, 0
+    forward_bytes, group.sent_bytes = group.sent_bytes, 0
     y, x_grad, grads = run(layer, x)
     visits = sum(len(set(token)) for token in (layer.routes.expert_TK // (experts // ranks.size)).tolist())
-    return {"y": y, "x": x_grad, "grads": grads, "forward": forward_bytes, "both": exchange.sent_bytes,
-            "routed": len(layer.routes.expert_TK), "visits": visits, "journeys": len(journeys)}  # fmt: skip
+    return {"y": y, "x": x_grad, "grads": grads, "forward": forward_bytes, "both": group.sent_bytes,
+            "routed": len(layer.routes.expert_TK), "visits": visits, "messages": len(messages)}  # fmt: skip
 
 
 # Bytes of what goes with a token: of each choice an expert and a weight, of the gradients a weight's.
 CHOICES, CHOICES_BACK = CONFIG.num_experts_per_tok * (4 + 4), CONFIG.num_experts_per_tok * 4
 
 
-def sent(answers: list[dict], there: int, home: int) -> None:
+def sent(answers: list[dict], dispatch: int, combine: int) -> None:
     """k' x hidden x (dispatch + combine bytes) a token and layer, k' the ranks that it goes to (shared/FIGURES.md has it for
     nodes), and what goes with it; the gradients take as many back."""
     visits = sum(answer["visits"] for answer in answers)
-    assert sum(answer["forward"] for answer in answers) == visits * (there + home + CHOICES)
-    assert sum(answer["both"] for answer in answers) == visits * (2 * (there + home) + CHOICES + CHOICES_BACK)
+    assert sum(answer["forward"] for answer in answers) == visits * (dispatch + combine + CHOICES)
+    assert sum(answer["both"] for answer in answers) == visits * (2 * (dispatch + combine) + CHOICES + CHOICES_BACK)
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("counts", [[5, 9], [6, 0], [4, 7, 1, 11]], ids=str)
-def test_experts_elsewhere_compute_the_same(counts, in_memory):
-    answers = world(len(counts), spread_run, counts, torch.float32, 8, False, in_memory)
-    at_home, summed = mixture(), {}
+def test_experts_on_other_ranks_compute_the_same(counts, in_memory):
+    answers = world(len(counts), parallel_run, counts, torch.float32, 8, False, in_memory)
+    one_rank, summed = mixture(), {}
     for rank, answer in enumerate(answers):
-        y, x_grad, grads = run(at_home, tokens(counts[rank], rank))
+        y, x_grad, grads = run(one_rank, tokens(counts[rank], rank))
         torch.testing.assert_close(answer["y"], y, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(answer["x"], x_grad, rtol=1e-5, atol=1e-5)
         assert answer["routed"] == counts[rank]
@@ -92,10 +91,10 @@ def test_experts_elsewhere_compute_the_same(counts, in_memory):
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_rows_in_8_bits_are_near_and_so_are_their_gradients(in_memory):
     counts = [5, 9]
-    answers = world(2, spread_run, counts, torch.float32, 8, True, in_memory)
-    at_home, summed = mixture(), {}
+    answers = world(2, parallel_run, counts, torch.float32, 8, True, in_memory)
+    one_rank, summed = mixture(), {}
     for rank, answer in enumerate(answers):
-        y, x_grad, summed = run(at_home, tokens(counts[rank], rank))
+        y, x_grad, summed = run(one_rank, tokens(counts[rank], rank))
         assert 0 < (answer["y"] - y).norm() < 0.06 * y.norm()
         assert 0 < (answer["x"] - x_grad).norm() < 0.12 * x_grad.norm()  # of the square's gradient: two roundings
     for name in ("experts.gate_up_proj", "experts.down_proj"):
@@ -105,24 +104,24 @@ def test_rows_in_8_bits_are_near_and_so_are_their_gradients(in_memory):
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_the_bytes_of_rows_in_8_bits(in_memory):
-    """A byte an element and one for each run of 128 on the way to the experts, the compute dtype on the way home."""
+    """A byte an element and one for each run of 128 in dispatch, the compute dtype in combine."""
     counts = [5, 9]
-    answers = world(2, spread_run, counts, torch.bfloat16, 8, True, in_memory)
-    sent(answers, packed_width(WIDTH), 2 * WIDTH)
+    answers = world(2, parallel_run, counts, torch.bfloat16, 8, True, in_memory)
+    sent(answers, WIDTH + -(-WIDTH // 128), 2 * WIDTH)
     assert all(answer["visits"] <= 2 * answer["routed"] for answer in answers)  # two ranks, three choices
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_the_bytes_sent_are_those_of_the_formula(dtype, size, in_memory):
-    sent(world(2, spread_run, [5, 9], dtype, 8, False, in_memory), size * WIDTH, size * WIDTH)
+    sent(world(2, parallel_run, [5, 9], dtype, 8, False, in_memory), size * WIDTH, size * WIDTH)
 
 
 @pytest.mark.parametrize("size", [8, 16])
 def test_a_process_sends_no_more_however_many_there_are(size):
     """Weak scaling of the dispatch: as many tokens each, so as many bytes each, to ever more processes. Twice forward, with the
-    counts first, rows out and rows home, and once backward: one message to every other process each time."""
-    answers = world(size, spread_run, [6] * size, torch.float32, size)
+    counts, dispatch and combine, and once backward the two in reverse: one message to every other process each time."""
+    answers = world(size, parallel_run, [6] * size, torch.float32, size)
     sent(answers, 4 * WIDTH, 4 * WIDTH)
     assert all(answer["visits"] == 6 * CONFIG.num_experts_per_tok for answer in answers)  # one expert a rank
-    assert [answer["journeys"] for answer in answers] == [2 * 3 + 2] * size
+    assert [answer["messages"] for answer in answers] == [2 * 3 + 2] * size
