@@ -1,4 +1,4 @@
-"""A sequence cut over ranks is the sequence: attention and its gradients, the bytes sent, a whole training."""
+"""A sequence split over ranks is the sequence: attention and its gradients, the bytes sent, a whole training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cadre.model.attention import GroupedQueryAttention, LatentAttention
 from cadre.model.config import ModelConfig
 from cadre.model.rope import RotaryTable
-from cadre.train.parallel.context import Context, CutGroupedQueryAttention, CutLatentAttention
+from cadre.train.parallel.context import ContextGroup, ContextParallelGroupedQueryAttention, ContextParallelLatentAttention
 from cadre.train.parallel.group import Parallel
 from tests.shapes import small
 from tests.train.parallel.test_equal import EVERYTHING, assert_same_run, recipe, several, train
@@ -53,15 +53,15 @@ def run(layer: torch.nn.Module, x: Tensor, *others: Tensor | None) -> tuple[Tens
     return y.detach(), gradients[0], list(gradients[1:])
 
 
-def cut_runs(ranks: Parallel, problems: list[Problem]) -> list[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
-    context = Context(dist.group.WORLD)
+def parallel_runs(ranks: Parallel, problems: list[Problem]) -> list[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+    group = ContextGroup(dist.group.WORLD)
     answers = []
     for which, chunk, documents, seed in problems:
         config, length = CONFIGS[which], 2 * ranks.size * chunk
-        kind = CutLatentAttention if config.attention == "latent" else CutGroupedQueryAttention
-        own_T = context.own(length, torch.device("cpu"))
+        kind = ContextParallelLatentAttention if config.attention == "latent" else ContextParallelGroupedQueryAttention
+        own_T = group.own(length, torch.device("cpu"))
         x = tokens(config, length, seed).detach()[:, own_T].requires_grad_()
-        answers.append((own_T, *run(kind(config, context), x, *rest(config, length, documents, seed))))
+        answers.append((own_T, *run(kind(config, group), x, *rest(config, length, documents, seed))))
     return answers
 
 
@@ -71,8 +71,8 @@ problems = st.tuples(st.integers(0, len(CONFIGS) - 1), st.integers(1, 40), st.bo
 @pytest.mark.parametrize("size", [2, 4])
 @settings(max_examples=2, deadline=None, phases=[Phase.generate])  # many problems in each of a few worlds
 @given(drawn=st.lists(problems, min_size=8, max_size=8))
-def test_attention_of_a_cut_sequence_is_that_of_the_whole(size, drawn):
-    answers = world(size, cut_runs, drawn)
+def test_attention_of_a_split_sequence_is_that_of_the_whole(size, drawn):
+    answers = world(size, parallel_runs, drawn)
     for (which, chunk, documents, seed), parts in zip(drawn, zip(*answers, strict=True), strict=True):
         config, length = CONFIGS[which], 2 * size * chunk
         kind = LatentAttention if config.attention == "latent" else GroupedQueryAttention
@@ -95,15 +95,15 @@ LENGTH = 16
 
 
 def sent(ranks: Parallel) -> list[tuple[int, int]]:
-    context, answers = Context(dist.group.WORLD), []
+    group, answers = ContextGroup(dist.group.WORLD), []
     for config in KEPT.values():
-        kind = CutLatentAttention if config.attention == "latent" else CutGroupedQueryAttention
-        layer, x = kind(config, context).bfloat16(), tokens(config, LENGTH // ranks.size, 0).bfloat16()
-        context.sent_bytes = 0
+        kind = ContextParallelLatentAttention if config.attention == "latent" else ContextParallelGroupedQueryAttention
+        layer, x = kind(config, group).bfloat16(), tokens(config, LENGTH // ranks.size, 0).bfloat16()
+        group.sent_bytes = 0
         y = layer(x, *rest(config, LENGTH, False, 0))
-        forward = context.sent_bytes
+        forward = group.sent_bytes
         y.sum().backward()
-        answers.append((forward, context.sent_bytes))
+        answers.append((forward, group.sent_bytes))
     return answers
 
 
@@ -129,7 +129,7 @@ def expansions(ranks: Parallel) -> list[tuple[int, int, int]]:
     still there in between, and how often torch's attention computed."""
     answers = []
     for count in (nullcontext(Attentions()), Attentions()):
-        layer, made = CutLatentAttention(CONFIGS[0], Context(dist.group.WORLD)), []
+        layer, made = ContextParallelLatentAttention(CONFIGS[0], ContextGroup(dist.group.WORLD)), []
         layer.kv_b_proj.register_forward_hook(lambda module, arguments, out, made=made: made.append(weakref.ref(out)))
         with count as attentions:
             y = layer(tokens(CONFIGS[0], LENGTH // ranks.size, 0), *rest(CONFIGS[0], LENGTH, True, 0))
@@ -144,13 +144,13 @@ def test_latents_are_expanded_again_in_the_backward_pass_and_attention_is_kept()
 
 
 def test_every_rank_has_as_much_to_see():
-    answers = world(4, lambda ranks: Context(dist.group.WORLD).own(48, torch.device("cpu")).tolist())
+    answers = world(4, lambda ranks: ContextGroup(dist.group.WORLD).own(48, torch.device("cpu")).tolist())
     assert answers[1] == [*range(6, 12), *range(36, 42)]
     assert {sum(position + 1 for position in own) for own in answers} == {48 * 49 // 2 // 4}
 
 
-def test_a_cut_sequence_changes_no_number(tmp_path, recipe):
+def test_a_split_sequence_changes_no_number(tmp_path, recipe):
     settings = (*EVERYTHING, "balance.batch_weight=0.01", "train.micro_batch=8", "train.steps=5", "eval.every=5")
     train(Parallel(), recipe, tmp_path / "alone", settings)
-    world(2, several, recipe, tmp_path, {"cut": {"context": 2, "expert": 2}}, settings)
-    assert_same_run(tmp_path / "alone", tmp_path / "cut")
+    world(2, several, recipe, tmp_path, {"split": {"context": 2, "expert": 2}}, settings)
+    assert_same_run(tmp_path / "alone", tmp_path / "split")

@@ -29,7 +29,7 @@ from cadre.model.transformer import Positions, Transformer
 from cadre.train.checkpoint import Tensors
 from cadre.train.muon import Muon
 from cadre.train.parallel.checkpoint import load_parts, save_parts
-from cadre.train.parallel.context import Context, cut_attention
+from cadre.train.parallel.context import ContextGroup, use_context_parallel_attention
 from cadre.train.parallel.gather import GatherToMain
 from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.muon import ShardedMuon
@@ -69,7 +69,7 @@ class Ranks(Parallel):
         self.elsewhere: dict[str, Part] = {}
         self.shared: SharedMemory | None = None
         self.shared_by_all: SharedMemory | None = None  # the same, if it is of all processes
-        self.context: Context | None = None
+        self.context: ContextGroup | None = None
         self.pipeline: Pipeline | None = None
 
     @property
@@ -145,8 +145,8 @@ class Ranks(Parallel):
             values = ((name, torch.empty_like(tensor, device="cpu")) for name, tensor in like.state_dict().items())
         self.context, self.pipeline, self.elsewhere = None, None, {}
         if self.layout.context > 1:
-            self.context = Context(dist.new_subgroups(self.layout.context, timeout=self.wait)[0])
-            cut_attention(model, self.context)
+            self.context = ContextGroup(dist.new_subgroups(self.layout.context, timeout=self.wait)[0])
+            use_context_parallel_attention(model, self.context)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         meshes = [self.layout.meshes(device, place) for place in range(self.layout.pipeline)]
         for mesh in (part for pair in meshes for part in pair):
@@ -175,7 +175,7 @@ class Ranks(Parallel):
         return super().own(length) if self.context is None else self.context.own(length, self.device)
 
     def add_shared(self, count: Tensor) -> Tensor:
-        return count if self.context is None else self.context.add(count)
+        return count if self.context is None else self.context.all_reduce(count)
 
     def survey(self, model: Transformer, work: Step) -> None:
         if self.pipeline is None:
