@@ -1,5 +1,5 @@
-"""Checkpoints of a model in parts: every process writes what it holds, as safetensors with the place of each part, by torch's
-distributed checkpoints; on load any number of processes, one included, reads what it needs of them.
+"""Checkpoints of a sharded model, by torch's distributed checkpoints: every process writes what it holds as safetensors, with
+the place of each part in the whole tensor. Any number of processes, also a single one, can load them; each reads what it needs.
 
     checkpoints/step-00000500/shard-00002-model-00001-of-00001.safetensors   of process 1: weights, biases, moments
                               state.json                                      as in any checkpoint
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
 def save_parts(
     ranks: Ranks, run_dir: Path, tensors: dict[str, Tensor], copies: dict[str, Tensor], state: dict[str, Any], keep: int
 ) -> None:
-    """`save_checkpoint`, together. `tensors`: what this process holds, a part of a tensor as a DTensor, of which only the
-    place is read; `copies`: their values, in host memory. Raises `RunError` in all processes, naming the one where the disk
-    failed; earlier checkpoints stay as they were."""
+    """`save_checkpoint` by all processes together. `tensors`: what this process holds; of a DTensor only the place of its part
+    is read. `copies`: the values, in host memory. Raises `RunError` in all processes, naming the rank where the disk failed;
+    earlier checkpoints stay as they were."""
     final = run_dir / "checkpoints" / name_of(state["step"])
-    there = torch.tensor([final.exists()])
-    dist.broadcast(there, 0, group=ranks.words)
-    if there:
+    exists = torch.tensor([final.exists()])
+    dist.broadcast(exists, 0, group=ranks.disk_group)
+    if exists:
         return
     partial = run_dir / "checkpoints" / ".partial-parts"
     try:
         ranks.together(lambda: begin(partial) if ranks.main else None)
         writer = _Writer(partial, copies)
-        ranks.together(lambda: _write(tensors, writer, ranks.words))
+        ranks.together(lambda: _write(tensors, writer, ranks.disk_group))
         every: list[dict[str, Any]] = [{}] * ranks.size
-        dist.all_gather_object(every, writer.files, group=ranks.words)
+        dist.all_gather_object(every, writer.files, group=ranks.disk_group)
         files = {name: made for of_rank in every for name, made in of_rank.items()}
         ranks.together(lambda: publish(partial, final, state, files, keep) if ranks.main else None)
     except RunError as error:
@@ -63,8 +63,8 @@ def save_parts(
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """Writes what is this process's to write from `copies`, in one file, whose `checksum` is then in `files`. Torch's own makes
-    the bytes of a file twice over in memory first, and no other thread runs while it does."""
+    """Writes this process's share of the checkpoint from `copies` to one file, and puts its `checksum` in `files`. Torch's own
+    writer would first make the bytes of the file in memory, twice, and stop all other threads meanwhile."""
 
     def __init__(self, folder: Path, copies: dict[str, Tensor]) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -88,8 +88,8 @@ def _write(tensors: dict[str, Tensor], writer: _Writer, group: dist.ProcessGroup
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     except CheckpointException as error:
-        rank, cause = _first(error)
-        if rank == dist.get_rank():  # the others know of it, and only this one has to say so
+        rank, cause = _first_failure(error)
+        if rank == dist.get_rank():  # all ranks get the error, and the one where it happened reports it
             raise cause from None
 
 
@@ -101,11 +101,11 @@ def load_parts(
     group: dist.ProcessGroup | None = None,
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Fill `weights` (a DTensor: its part) and the optimizer from a checkpoint, together if there is a group, else alone.
-    `part` makes a tensor of the optimizer's, by its name, the part of a whole that it is. `elsewhere`: parameters of which
-    only other processes hold anything.
+    """Fill `weights` and the optimizer from a checkpoint: by all processes of `group` together, or without a group by this
+    process alone. Of a DTensor in `weights` this process's part is filled. `part(name, tensor)`: the DTensor of which a tensor
+    of the optimizer's state is this process's part. `elsewhere`: parameters of which only other processes hold anything.
 
-    Raises `UsageError` if the files are damaged, or hold other tensors than those.
+    Raises `UsageError` if the files are damaged, or hold the tensors of another model or optimizer.
     """
     try:
         stored: dict[str, Any] = _reader(path).read_metadata().state_dict_metadata
@@ -113,7 +113,7 @@ def load_parts(
         raise DamagedError(path, error) from None
     sizes = {name: meta.size for name, meta in stored.items()}
     torn = [name for name, meta in stored.items() if sum(chunk.sizes.numel() for chunk in meta.chunks) != meta.size.numel()]
-    if torn:  # a file is missing, which the reader does not notice
+    if torn:  # torch's reader does not notice a missing file
         raise DamagedError(path, f"parts of {torn[0]} are missing")
     if any(sizes.get(name) != tensor.shape for name, tensor in weights.items()) or not sizes.keys() >= set(elsewhere):
         raise UsageError(f"{path}: its weights are not those of the model in recipe.toml")
@@ -125,14 +125,14 @@ def load_parts(
     moments = {name: part(name, tensor) for name, tensor in local.items()}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process alone means to be
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on purpose, without a group
             dcp.load({**weights, **moments}, storage_reader=_reader(path), process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise DamagedError(path, _first(error)[1]) from None
+        raise DamagedError(path, _first_failure(error)[1]) from None
     optimizer.load_tensors(local)
 
 
-def _first(error: CheckpointException) -> tuple[int, Exception]:
+def _first_failure(error: CheckpointException) -> tuple[int, Exception]:
     rank, (cause, _) = next(iter(error.failures.items()))
     return rank, cause if isinstance(cause, Exception) else RunError(str(cause))
 

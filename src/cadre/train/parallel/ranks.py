@@ -1,4 +1,4 @@
-"""A run of several processes, on torch's distributed engine: gloo between processors, NCCL between accelerators."""
+"""A run of several processes, on torch.distributed: gloo between CPU processes, NCCL between accelerators."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from cadre.train.parallel.gather import GatherToMain
 from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.muon import ShardedMuon
 from cadre.train.parallel.pipeline import Pipeline
-from cadre.train.parallel.shard import Part, far_part, open_shared_memory, shard
+from cadre.train.parallel.shard import Part, open_shared_memory, remote_part, shard
 from cadre.train.parallel.shared_memory import SharedMemory
 from cadre.train.parallel.turns import Turns
 
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
 
 class Ranks(Parallel):
-    """One process of several. `timeout`: minutes that it waits for the others before it gives up.
+    """One of several processes. `timeout`: how many minutes it waits for the others before it gives up.
 
-    Every method that says "together" must be called by all processes, in the same order.
+    Methods that communicate must be called by all processes, in the same order.
     """
 
     def __init__(self, device: torch.device, timeout: float) -> None:
@@ -54,21 +54,22 @@ class Ranks(Parallel):
         self.wait = wait = timedelta(minutes=timeout)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=wait))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The elastic agent keeps its store over a restart, and with it the addresses of processes that are gone. Only one
-            # agent's count is known to all; of several, the store must be the processes' own.
+            # The elastic agent keeps its store over a restart, and with it the addresses of processes that have ended. The
+            # count of restarts sets them apart. (Several agents count separately; then torchrun must not share its store with
+            # the processes, see `launch.without_restarts`.)
             store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
         self.device = device
-        # For the disk, whose thread has it to itself once the training has begun.
-        self.words = dist.new_group(timeout=wait, backend="gloo")
+        # For what is written to disk; once training has begun, only the thread that writes uses it.
+        self.disk_group = dist.new_group(timeout=wait, backend="gloo")
         self.turns, self.turn = Turns(store, wait), 0
-        # In the main process: the first of each machine, which prepare the text for theirs.
+        # In the main process: the first rank of each machine, which prepares the token data there.
         self.preparing: set[int] = set()
         self.parent = os.getppid()
         self.parts: dict[str, Part] = {}
         self.elsewhere: dict[str, Part] = {}
         self.shared: SharedMemory | None = None
-        self.shared_by_all: SharedMemory | None = None  # the same, if it is of all processes
+        self.shared_by_all: SharedMemory | None = None  # `shared`, if all processes share it
         self.context: ContextGroup | None = None
         self.pipeline: Pipeline | None = None
 
@@ -90,7 +91,7 @@ class Ranks(Parallel):
         if self.main:
             with self.turns.working(name):
                 yield
-            # What follows waits no longer than torch does, and other machines have only begun.
+            # The collectives that follow wait no longer than torch's time-out, and other machines may still be preparing.
             with self.turns.working(f"{name} everywhere"):
                 for first in sorted(self.preparing):
                     self.turns.wait(f"text {self.turn} of rank {first}", first)
@@ -114,7 +115,7 @@ class Ranks(Parallel):
         return data
 
     def together(self, work: Callable[[], None]) -> None:
-        """Do what may fail on one of them; then all of them fail, with what happened where."""
+        """Call `work` in all processes. If it fails in any of them, all raise an error that names the rank and the cause."""
         error: RunError | None = None
         unforeseen: Exception | None = None
         try:
@@ -125,10 +126,10 @@ class Ranks(Parallel):
             error = caught
         except UsageError as caught:
             error = RunError(str(caught))
-        except Exception as caught:  # out of memory, say: the others must not wait for it
+        except Exception as caught:  # such as out of memory: the others must not wait for this process
             unforeseen, error = caught, RunError(f"rank {self.rank}: {type(caught).__name__}: {caught}")
         told: list[tuple[type[RunError], str] | None] = [None] * self.size
-        dist.all_gather_object(told, None if error is None else (type(error), str(error)), group=self.words)
+        dist.all_gather_object(told, None if error is None else (type(error), str(error)), group=self.disk_group)
         if unforeseen is not None:
             raise unforeseen
         for kind, message in filter(None, told):
@@ -152,18 +153,22 @@ class Ranks(Parallel):
         for mesh in (part for pair in meshes for part in pair):
             for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else []:
                 _set_pg_timeout(self.wait, group)
-        self.data, self.spread = meshes[self.rank // self.layout.data]
-        self.shared = open_shared_memory(model, self.data.get_group("shard"), device, self.wait)
-        self.shared_by_all = self.shared if self.data.get_group("shard").size() == self.size else None
+        self.data_mesh, self.expert_mesh = meshes[self.rank // self.layout.data]
+        self.shared = open_shared_memory(model, self.data_mesh.get_group("shard"), device, self.wait)
+        self.shared_by_all = self.shared if self.data_mesh.get_group("shard").size() == self.size else None
         if self.layout.pipeline == 1:
-            self.parts = shard(model, values, self.data, self.spread, device, self.wait, (), self.layout.fp8_rows, self.shared)
+            self.parts = shard(
+                model, values, self.data_mesh, self.expert_mesh, device, self.wait, (), self.layout.fp8_rows, self.shared
+            )
             return model
         self.pipeline = Pipeline(model, self.layout, self.rank, device, self.wait)
         stages = list(self.pipeline.stages.values())
-        self.parts = shard(model, values, self.data, self.spread, device, self.wait, stages, self.layout.fp8_rows, self.shared)
+        self.parts = shard(
+            model, values, self.data_mesh, self.expert_mesh, device, self.wait, stages, self.layout.fp8_rows, self.shared
+        )
         self.pipeline.bind(self.parts)
         self.elsewhere = {
-            name: far_part(name, shape, *meshes[self.pipeline.place_of(name)])
+            name: remote_part(name, shape, *meshes[self.pipeline.place_of(name)])
             for name, shape in shapes.items()
             if name not in self.parts
         }
@@ -188,7 +193,7 @@ class Ranks(Parallel):
             return self.pipeline.backward(work)
         if self.layout.replicas == 1:
             return super().backward(model, work)
-        # Replicas add up their gradients with the last micro-batch, or with each if not all train the same parameters.
+        # Replicas all-reduce their gradients after the last micro-batch, or after each if not all train the same parameters.
         alike = len({micro.joined for micro in work.micro_batches}) == 1
         sums: list[Tensor] = []
         for micro in work.micro_batches:
@@ -197,7 +202,7 @@ class Ranks(Parallel):
         return torch.stack(sums).sum(dim=0)
 
     def add(self, *tensors: Tensor) -> None:
-        # One message, and exact: counts stay far below 2^53.
+        # One message for all tensors; float64 is exact for counts, which stay far below 2^53.
         flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
         flat = self._sum(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -207,9 +212,9 @@ class Ranks(Parallel):
         if self.shared_by_all is None:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
             return
-        said = tensor.new_empty(self.size, *tensor.shape)
-        self.shared_by_all.all_gather(said, tensor)
-        torch.amax(said, dim=0, out=tensor)
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        self.shared_by_all.all_gather(gathered, tensor)
+        torch.amax(gathered, dim=0, out=tensor)
 
     def agree(self, value: float) -> float:
         return float(self._sum(torch.tensor([value if self.main else 0.0], dtype=torch.float64)))
@@ -218,13 +223,13 @@ class Ranks(Parallel):
         return bool(self._sum(torch.tensor([float(flag)])))
 
     def _sum(self, mine: Tensor) -> Tensor:
-        """The sum over all processes of what they have [N]: to the last bit the same in all."""
+        """The sum [N] over all processes, bit by bit the same in all of them."""
         if self.shared_by_all is None:
             dist.all_reduce(mine)
             return mine
-        said = mine.new_empty(self.size, len(mine))
-        self.shared_by_all.all_gather(said, mine)
-        return said.sum(dim=0)
+        gathered = mine.new_empty(self.size, len(mine))
+        self.shared_by_all.all_gather(gathered, mine)
+        return gathered.sum(dim=0)
 
     # ------------------------------------------------------------------------------------------------- the optimizer
 
@@ -246,13 +251,13 @@ class Ranks(Parallel):
             part.parameter.grad = None
 
     def norm(self, norm: Tensor) -> Tensor:
-        # Over the replicas too, so that all have the same to the last bit.
+        # Replicas hold the same gradients. Their squares are summed all the same, so that the norm is equal to the last bit.
         square = self._sum(norm.double().square().view(1))[0]
         return (square / self.layout.replicas).sqrt().to(norm.dtype)
 
     def muon(self, matrices: Iterable[Any], **options: Any) -> Muon:
         rows = {part.local: part.shape[0] for part in self.parts.values() if len(part.shape) == 2}
-        return ShardedMuon(matrices, rows, self.data.get_group("shard"), self.shared, **options)
+        return ShardedMuon(matrices, rows, self.data_mesh.get_group("shard"), self.shared, **options)
 
     # ------------------------------------------------------------------------------------------------- the disk
 
@@ -264,7 +269,7 @@ class Ranks(Parallel):
         save_parts(self, run_dir, {**tensors.weights, **tensors.moments}, {**copies.weights, **copies.moments}, state, keep)
 
     def load_checkpoint(self, path: Path, model: Transformer, optimizer: Optimizer) -> None:
-        load_parts(path, self._weights(model), optimizer, self._part, self.words, self.elsewhere.keys())
+        load_parts(path, self._weights(model), optimizer, self._part, self.disk_group, self.elsewhere.keys())
 
     def save_model(
         self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
@@ -272,7 +277,7 @@ class Ranks(Parallel):
     ) -> None:  # fmt: skip
         parts = {name: replace(part, local=weights[name]) for name, part in self.parts.items()}
         kept = {name: weights[name] for name in weights.keys() - parts.keys()}
-        gather = GatherToMain({**parts, **self.elsewhere}, kept, dtype, self.words)
+        gather = GatherToMain({**parts, **self.elsewhere}, kept, dtype, self.disk_group)
         if not self.main:
             gather.serve()
 
@@ -283,18 +288,18 @@ class Ranks(Parallel):
         self.together(write if self.main else lambda: None)
 
     def _weights(self, model: Transformer) -> dict[str, Tensor]:
-        """Parameters and router biases by name: parts of the first, the second whole."""
+        """By name: this process's parts of the parameters as DTensors, and the router biases whole."""
         return {**{name: part.as_dtensor(part.local) for name, part in self.parts.items()}, **dict(model.named_buffers())}
 
     def _part(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the optimizer's, as the part of a whole; a step count is no part."""
+        """A tensor of the optimizer's state as a DTensor; a step count, which is not sharded, as it is."""
         return self.parts[name.rpartition(".")[0]].as_dtensor(tensor) if tensor.ndim else tensor
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
     def score(self, model: Transformer, tokenizer: Any, documents: Sequence[Text], *, context: int, stride: int) -> Score:
-        """A forward pass needs all processes, and some have more to score than others: those that are done join in with
-        nothing until all are."""
+        """Processes may have different numbers of passes to make, but every forward pass needs all of them: those that have
+        finished make empty passes until all have."""
         total = Score(0.0, 0, 0)
         if self.pipeline is not None and not self.pipeline.ahead:
             self.pipeline.follow()
@@ -306,7 +311,7 @@ class Ranks(Parallel):
             total = sum(scores, total)
             nothing = torch.zeros(0, context, dtype=torch.int64, device=self.device)
             with torch.inference_mode():
-                scored.hidden(nothing)  # the others expect a pass after one that was not the last
+                scored.hidden(nothing)  # for the others' pass that follows their last `_still_scoring`
                 while self._any_scores(False):
                     scored.hidden(nothing)
             if self.pipeline is not None:
