@@ -1,4 +1,5 @@
-"""`[parallel]`'s "auto" degrees: the layout that the planner predicts to be the fastest of those that fit."""
+"""Chooses the "auto" degrees of `[parallel]`: the layout that the planner predicts to be the fastest of those that fit in
+memory."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ from cadre.plan.step import search, smallest
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import Recipe
 
-# Whose speeds are taken for an accelerator that the catalogue does not know; its memory is its own.
+# An accelerator that the catalogue does not know is given this one's speeds, but its own memory.
 _ANY_GPU = "h100"
 
 
 def device_here(device: torch.device, parallel: Parallel) -> Device:
-    """What one process has, as the planner sees it: a catalogue device's speeds and this one's memory. Of the main process,
-    so that all of them choose alike; together."""
+    """What one process computes on, for the planner: the speeds of a device in the catalogue, and this one's memory. All
+    processes must call it, and get what the main process has, so that they choose the same layout."""
     local = int(parallel.agree(float(os.environ.get("LOCAL_WORLD_SIZE", parallel.size))))
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device).lower().replace(" ", ""), total_bytes(device)
@@ -35,8 +36,8 @@ def device_here(device: torch.device, parallel: Parallel) -> Device:
 
 
 def settle(recipe: Recipe, config: ModelConfig, processes: int, device: Device, note: Callable[[str], None]) -> Recipe:
-    """The recipe with every degree of `[parallel]` a number; `note` is told what was chosen and why. Raises `UsageError` if
-    no layout fits. What else is wrong with the recipe's layout is `compose`'s to say."""
+    """The recipe with a number in place of every "auto" degree; `note` is told what was chosen and why. Raises `UsageError` if
+    no layout fits in memory. Other errors in the recipe's layout are left to `compose`."""
     section, train = recipe.parallel, recipe.train
     if not section.open:
         return recipe

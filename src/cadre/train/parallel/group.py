@@ -1,4 +1,5 @@
-"""The processes of a run, as the trainer sees them: one object, whose plain form is a process alone."""
+"""What the trainer needs of the processes of a run, as one object. `Parallel`, its plain form, is a single process;
+`ranks.Ranks` is one of several."""
 
 from __future__ import annotations
 
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 
 class Parallel:
-    """A process alone: everything is where it belongs, and sums are what they are.
+    """A single process: it holds all parameters, and its values are the sums over all processes.
 
-    rank, size: this process among all of the run. `main`: whether it is the one that prints, logs and keeps the books.
+    rank, size: this process's number and how many there are. `main`: whether it is the one that prints, logs and writes files.
     """
 
     rank = 0
     size = 1
-    # Whether whoever started this process is gone, so that it would go on unseen.
+    # Whether the process that started this one has ended, so that nobody would notice what this one does.
     abandoned = False
 
     @property
@@ -46,24 +47,26 @@ class Parallel:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The main process first and alone, then the others, which find what it has prepared; if it fails they end."""
+        """Run the `with` block in the main process first, then in the others, which find what it has prepared. If it fails,
+        they end with an error."""
         yield
 
     def prepared(self, make: Callable[[], TokenData]) -> TokenData:
-        """Token data that one process of each machine makes, and the others there open. Raises what `make` raises."""
+        """Token data: one process of each machine makes it, the others on that machine open it. Raises what `make` raises."""
         return make()
 
     def check(self, recipe: Recipe, config: ModelConfig) -> None:
-        """Put the recipe's layout together. Raises `UsageError` for one that does not fit."""
+        """Set `layout` from the recipe. Raises `UsageError` if the layout does not fit."""
         self.layout = compose(recipe, config, self.size)
-        if self.layout.goes_back and not v_schedules():
+        if self.layout.v_shaped and not v_schedules():
             raise UsageError(
                 f'parallel.schedule "{self.layout.schedule}" needs torch 2.13 or newer: choose "1f1b" or "interleaved"'
             )
 
     def build(self, config: ModelConfig, device: torch.device, seed: int | None, source: Path | None = None) -> Transformer:
-        """This process's part of the model: of a directory, or initialised from a seed, or, with neither, to be filled from
-        a checkpoint. Raises `UsageError` for a directory that holds another model or a damaged one."""
+        """This process's part of the model. Its values come from the model directory `source`, or are initialised from `seed`;
+        with neither they are undefined, for a checkpoint to fill. Raises `UsageError` for a directory that is damaged or holds
+        another model."""
         model = Transformer(config)
         if source is not None:
             state = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers()))
@@ -78,41 +81,43 @@ class Parallel:
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which part of each batch's sequences this process reads, of how many."""
+        """Which part of each batch's sequences this process reads, and how many parts there are."""
         return self.rank % self.layout.data // self.layout.context, self.layout.readers
 
     def own(self, length: int) -> Positions:
-        """Which positions of its sequences, of so many, this process computes."""
+        """Which positions this process computes of its sequences, which have so many."""
         return EVERY
 
     def add_shared(self, count: Tensor) -> Tensor:
-        """The sum over the processes that share this one's sequences."""
+        """The sum over the processes that compute positions of the same sequences as this one."""
         return count
 
     def survey(self, model: Transformer, work: Step) -> None:
-        """Let the global balance loss see a step's micro-batches before the first one is trained: forward passes, no head."""
+        """`Step.survey`: forward passes without the head, for the global balance loss to see all micro-batches of a step before
+        the first is trained."""
         work.survey(model)
 
     def backward(self, model: Transformer, work: Step) -> Tensor:
-        """Add the gradients of a step's micro-batches. Returns this process's part of the batch's losses, `Step.backward`."""
+        """`Step.backward`: add the gradients of a step's micro-batches, and return this process's share of the batch's
+        losses."""
         return work.backward(model)
 
     def share(self, whole: Sequence[Any]) -> Sequence[Any]:
-        """This process's part of what is done once for the whole run."""
+        """This process's share of items that are each dealt with once in the whole run."""
         return whole[self.rank :: self.size]
 
     def add(self, *tensors: Tensor) -> None:
-        """Replace each by its sum over all processes."""
+        """All-reduce by sum, in place."""
 
     def most(self, tensor: Tensor) -> None:
-        """Replace it by its largest over all processes, element by element."""
+        """All-reduce by maximum, in place."""
 
     def agree(self, value: float) -> float:
         """The main process's value."""
         return value
 
     def anyone(self, flag: bool) -> bool:
-        """Whether it holds of any process."""
+        """Whether the flag is set in any process."""
         return flag
 
     # ------------------------------------------------------------------------------------------------- the optimizer
@@ -122,7 +127,7 @@ class Parallel:
         return dict(model.named_parameters())
 
     def held_rows(self, name: str) -> slice:
-        """Which of a parameter's rows `held` has."""
+        """Which rows of a parameter `held` has."""
         return slice(None)
 
     def hand_over_gradients(self) -> None:
@@ -132,7 +137,7 @@ class Parallel:
         """Forget the gradients of the parameters."""
 
     def norm(self, norm: Tensor) -> Tensor:
-        """The norm over all processes, from this one's."""
+        """The norm over the parameters of all processes, from the norm over this process's."""
         return norm
 
     def muon(self, matrices: Iterable[Any], **options: Any) -> Muon:
@@ -141,7 +146,7 @@ class Parallel:
     # ------------------------------------------------------------------------------------------------- the disk
 
     def tensors(self, model: Transformer, optimizer: Optimizer) -> Tensors:
-        """What a checkpoint holds, as it is now; a part of a whole as a DTensor."""
+        """What a checkpoint holds, as it is now; a tensor of which this process has a part is a DTensor."""
         return Tensors(model_tensors(model), optimizer.tensors())
 
     def save_checkpoint(self, run_dir: Path, tensors: Tensors, copies: Tensors, state: dict[str, Any], keep: int) -> None:
@@ -155,11 +160,12 @@ class Parallel:
         self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
         like: Path | None = None,
     ) -> None:  # fmt: skip
-        """`cadre.save` with such `weights`, of which this process has its part; together, and beside the training."""
+        """`cadre.save` of a model with these `weights`, of which this process has its part. All processes must call it;
+        training may go on meanwhile."""
         save(model, path, tokenizer, dtype=dtype, fetch=lambda name, index: weights[name][index], like=like)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
     def score(self, model: Transformer, tokenizer: Any, documents: Sequence[Text], *, context: int, stride: int) -> Score:
-        """`score_documents`, each process on its share."""
+        """`score_documents`, of which each process scores its share."""
         return score_documents(model, tokenizer, documents, context=context, stride=stride)

@@ -1,4 +1,4 @@
-"""Starting the processes of a run on this machine, with torch's elastic agent, and joining them."""
+"""Starts the processes of a run on this machine, with torch's elastic agent, and joins them to each other."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from cadre.train.parallel.group import Parallel
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-# Says to a process that `launch` reports its failure, so that it need not.
+# Set in the environment of processes that `launch` starts: it reports their failures, so that they need not.
 _LAUNCHED = "CADRE_LAUNCHED"
-# How a process ends that failed only because another did; so do those that were told to end.
+# Exit status of a process that failed only because it lost the others; and all statuses of processes whose end followed from
+# another's.
 _LOST = 75
 _FOLLOWING = (_LOST, 130, -signal.SIGTERM)
-# What the agent has for the word of a process that left none.
+# What the agent gives as the message of a process that left none.
 _EMPTY = "<NONE>"
-# Seconds that the others have to end when one has failed or the run is stopped: they may be saving.
+# Seconds that processes have to end, for they may be saving, when another has failed or the run is stopped.
 _GRACE = 120
 
 
@@ -51,8 +52,8 @@ def by_torchrun() -> bool:
 
 
 def may_resume_existing() -> bool:
-    """Whether a run that is found in `--out` may be this launch's own, from before processes failed. torchrun counts the
-    restarts of each machine for itself, and a machine that was replaced begins anew."""
+    """Whether a run that is found in `--out` may be this launch's own, begun before a restart. Under torchrun it always may be:
+    restarts are counted by each machine, and a machine that was replaced begins at zero."""
     return by_torchrun() or restarted()
 
 
@@ -63,9 +64,9 @@ def is_main() -> bool:
 def launch(
     processes: int, arguments: list[str], restarts: int = 0, logs: Path | None = None, module: str = "cadre"
 ) -> signal.Signals | None:  # fmt: skip
-    """Run `python -m MODULE ARGUMENTS` in so many processes of this machine until all are done; the first one has the terminal,
-    what the others print goes to `logs`. When one fails the others are ended, and all started again up to `restarts` times.
-    Returns the signal by which they were told to save and end, if they were.
+    """Run `python -m MODULE ARGUMENTS` in so many processes of this machine until all have ended. The first one prints to the
+    terminal, the others to files in `logs`. When one fails the others are ended, and all are started again, up to `restarts`
+    times. Returns the signal that stopped the run, after which the processes have saved and ended; None if there was none.
 
     Raises `RunError` (or `UsageError`, as that process would have) that names the rank and the cause.
     """
@@ -104,7 +105,7 @@ def launch(
         telling = str(folder) in str(cause)
         raise cause from None
     except SignalException as ended:
-        # The processes were told, and have saved and ended: Ctrl-C asks no more.
+        # The agent has passed the signal on, and the processes have saved and ended, which is all that Ctrl-C asks.
         if ended.sigval not in (signal.SIGINT, signal.SIGTERM):
             raise RunError(f"stopped by {ended.sigval.name}") from None
         return signal.Signals(ended.sigval)
@@ -115,7 +116,8 @@ def launch(
 
 
 def _cause(error: ChildFailedError, folder: Path | None) -> Exception:
-    """The failure that the others followed from, as one line. `folder`: where what the processes printed is, if they did."""
+    """The first failure, which the others followed from, as an error of one line. `folder`: of what the processes printed, if
+    they did."""
     earliest = min(failure.timestamp for failure in error.failures.values())
     at_once = {rank: failure for rank, failure in error.failures.items() if failure.timestamp <= earliest + 1}
     rank, first = min(at_once.items(), key=lambda item: (item[1].exitcode in _FOLLOWING, item[1].exitcode > 0, item[0]))
@@ -129,7 +131,7 @@ def _cause(error: ChildFailedError, folder: Path | None) -> Exception:
     if told.startswith(f"rank {rank} failed: "):
         return RunError(told + look)
     if first.exitcode == _LOST:
-        # Those that had to be killed afterwards are those that hung.
+        # The processes that did not end by themselves, and had to be killed, are those that hung.
         hung = [str(other) for other, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL]
         if hung:
             return RunError(f"rank {', '.join(hung)} did not answer any more ({told})")
@@ -138,8 +140,8 @@ def _cause(error: ChildFailedError, folder: Path | None) -> Exception:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[tuple[Parallel, torch.device]]:
-    """The processes that this one is one of, and its device. Within it an error ends the process with its status, told to
-    whoever started it."""
+    """Join the run's processes. Yields them, as `Parallel`, and this process's device. An error inside the `with` block ends
+    the process with the error's exit status, after it has been reported to the agent that started the process."""
     device = default_device()
     if not started():
         yield Parallel(), device
@@ -157,7 +159,7 @@ def joined(timeout: float) -> Iterator[tuple[Parallel, torch.device]]:
         raise
     except Exception as error:
         if _lost(error):
-            # gloo ends with where it stands in its source, an address and good wishes.
+            # gloo's messages contain a place in its source, and end in hints for its developers: neither is wanted here.
             reason = re.sub(r"\[[^\]]*\.cc:\d+\] |[.:] *(This|GLHF|https?:).*", "", " ".join(str(error).split()))
             message = f"rank {os.environ['RANK']} lost the other processes: {reason[:300]}"
             _tell(message, _LOST)
@@ -168,18 +170,20 @@ def joined(timeout: float) -> Iterator[tuple[Parallel, torch.device]]:
 
 
 def _tell(message: str, status: int | None) -> None:
-    """Leave word of a failure where the elastic agent looks for it; end at once if that is all that is wanted."""
+    """Report a failure in the file where the elastic agent looks for it. With a `status`, a process that `launch` started ends
+    at once."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     if status is not None and _LAUNCHED in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # not by way of destructors that wait for processes which are gone
+        os._exit(status)  # without destructors, which would wait for processes that have ended
 
 
 def without_restarts() -> str | None:
-    """Why several machines could not start again together, in one line; None if they can, or are not several."""
+    """Why the processes of several machines could not be restarted together, in one line; None if they can, or there is only
+    one machine."""
     several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     wanted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     if several and wanted and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

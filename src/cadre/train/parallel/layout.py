@@ -1,9 +1,9 @@
-"""Which process does what: the one place where the dimensions of `[parallel]` are put together.
+"""Which process does what: the one place where the dimensions of `[parallel]` are combined.
 
-Every process is a data rank: it takes its share of each batch's sequences. Neighbouring ones form a replica, over which
-everything is cut up (FSDP); between replicas only gradients travel (hybrid sharding). Within a replica `expert` neighbouring
-ranks share a copy of the experts, each holding an equal run of them, and send one another tokens; the ranks that hold the same
-experts share those out among themselves. 8 processes with `replicas` 2 and `expert` 2, a mesh [replica 2, expert 2, copy 2]:
+Every process is a data rank: it takes its share of each batch's sequences. Neighbouring ranks form a replica, over which all
+parameters are sharded (FSDP); replicas exchange only gradients (hybrid sharding). Within a replica `expert` neighbouring ranks
+share a copy of the experts: each holds an equal run of them, and they send each other tokens. Ranks that hold the same experts
+shard these among themselves. 8 processes with `replicas` 2 and `expert` 2, a mesh [replica 2, expert 2, copy 2]:
 
                                expert rank 0          expert rank 1
     replica 0    copy 0    rank 0: experts 0..E/2   rank 1: experts E/2..E
@@ -11,15 +11,15 @@ experts share those out among themselves. 8 processes with `replicas` 2 and `exp
     replica 1    copy 0    rank 4: experts 0..E/2   rank 5: experts E/2..E
                  copy 1    rank 6: experts 0..E/2   rank 7: experts E/2..E
 
-With `context` above 1 so many neighbouring ranks take the same sequences, and each a part of their positions
-(`cadre.train.parallel.context`); weights, gradients and experts are spread as ever.
+With `context` above 1, so many neighbouring ranks take the same sequences, and each computes some of their positions
+(`cadre.train.parallel.context`). Parameters, gradients and experts are sharded as before.
 
-With `pipeline` above 1 the layout above is repeated once for each place of the pipeline, ranks numbered place by place. A place
-holds a stage of the model, or two (`cadre.train.parallel.pipeline`); the n-th ranks of all places take the same sequences.
+With `pipeline` above 1, there is one such layout for each place in the pipeline; ranks are numbered place by place. A place
+holds one stage of the model or two (`cadre.train.parallel.pipeline`). The n-th ranks of all places take the same sequences.
 
-Expert parallelism within data parallelism costs no process of its own: DeepSeek-V3 report, section 3.2. A node's ranks are
-numbered one after the other, so experts that are grouped for routing lie on neighbouring ranks, and a router that is limited
-to some groups sends to the ranks of these alone.
+Expert parallelism uses the data ranks and needs no more processes (DeepSeek-V3 report, section 3.2). The ranks of a node are
+numbered one after the other. So the experts of a routing group lie on neighbouring ranks, and a router that is limited to some
+groups sends tokens only to the ranks of these.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees: `data` ranks in all, in `replicas` that each hold everything, of which `expert` share a copy of the experts. Of
-    a pipeline so many to each of its `pipeline` places, and the blocks of every stage in `stages`. `fp8_rows`: whether tokens
-    go to experts in 8 bits."""
+    """`data`: number of data ranks; with a pipeline, at each place. `expert`: of ranks that share a copy of the experts.
+    `replicas`: of groups of ranks that each hold all parameters. `context`: of ranks that share sequences. `pipeline`: of
+    places in the pipeline. `stages`: the blocks of every stage of the pipeline. `fp8_rows`: whether tokens are sent to experts
+    in 8 bits."""
 
     data: int
     expert: int = 1
@@ -56,43 +57,43 @@ class Layout:
 
     @property
     def readers(self) -> int:
-        """Parts that the sequences of a batch are dealt out in, each to `context` neighbouring ranks that cut them up."""
+        """How many parts the sequences of a batch are divided into, one for each group of `context` neighbouring ranks."""
         return self.data // self.context
 
     @property
     def shards(self) -> int:
-        """Ranks of a replica."""
+        """How many ranks a replica has."""
         return self.data // self.replicas
 
     @property
     def copies(self) -> int:
-        """Copies of the experts in a replica, each spread over the ranks that hold the same ones."""
+        """How many ranks of a replica have the same experts to hold, which are sharded over them."""
         return self.shards // self.expert
 
     @property
-    def goes_back(self) -> bool:
-        """Whether the pipeline's stages go through its places and back again."""
+    def v_shaped(self) -> bool:
+        """Whether the stages go through the places of the pipeline in order and then back, so that the first place holds the
+        first and the last stage."""
         return self.pipeline > 1 and self.schedule in _V_SHAPED
 
     @property
     def places(self) -> list[int]:
-        """The place in the pipeline that holds each stage: in turn, or there and back for the schedules that are named for it,
-        which have the first stage and the last in one place."""
-        back = self.goes_back
+        """For each stage the place in the pipeline that holds it."""
+        back = self.v_shaped
         turn = [*range(self.pipeline), *(reversed(range(self.pipeline)) if back else range(self.pipeline))]
         return turn[: len(self.stages)]
 
     def meshes(self, device: torch.device, place: int = 0) -> tuple[DeviceMesh, DeviceMesh]:
-        """The data ranks of a place in the pipeline as [replica, shard], and the same ranks as [replica, expert, copy]. Every
-        process must call it, for every place."""
+        """The data mesh and the expert mesh of a place in the pipeline: its ranks as [replica, shard] and as [replica, expert,
+        copy]. Every process must call it for every place."""
         import torch
         from torch.distributed.device_mesh import DeviceMesh
 
         ranks = torch.arange(place * self.data, (place + 1) * self.data).view(self.replicas, self.shards)
         data = DeviceMesh(device.type, ranks, mesh_dim_names=("replica", "shard"))
-        # In this order a tensor cut by expert and then by copy is cut from left to right.
-        spread = ranks.view(self.replicas, self.copies, self.expert).transpose(1, 2).contiguous()
-        return data, DeviceMesh(device.type, spread, mesh_dim_names=("replica", "expert", "copy"))
+        # The order of dimensions in which experts are sharded: first by expert rank, then each run over its copies.
+        expert_ranks = ranks.view(self.replicas, self.copies, self.expert).transpose(1, 2).contiguous()
+        return data, DeviceMesh(device.type, expert_ranks, mesh_dim_names=("replica", "expert", "copy"))
 
 
 def compose(recipe: Recipe, config: ModelConfig, processes: int) -> Layout:
@@ -142,14 +143,14 @@ def compose(recipe: Recipe, config: ModelConfig, processes: int) -> Layout:
     return Layout(data, expert, replicas, context, pipeline, section.schedule, stages, section.rows == "fp8")
 
 
-# Schedules that hold two stages in every place, and of these the ones whose stages go there and back.
+# Schedules with two stages at every place, and of these the ones whose stages are placed in a V: in order and then back.
 _TWO_STAGES = ("interleaved", "zbv", "dualpipev")
 _V_SHAPED = ("zbv", "dualpipev")
 
 
 def v_schedules() -> bool:
-    """Whether this torch runs the schedules that go there and back: 2.11 sends messages to the own rank, which gloo refuses,
-    and puts off no gradient of a function that is written in Python."""
+    """Whether this version of torch runs the V-shaped schedules. In 2.11 a rank sends itself messages, which gloo refuses, and
+    gradients of functions written in Python cannot be computed later."""
     return tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2]) >= (2, 13)
 
 

@@ -1,13 +1,15 @@
-"""Pipeline parallelism: the model's blocks cut into stages, which micro-batches pass one after the other.
+"""Pipeline parallelism: the model's blocks are split into stages, and every micro-batch goes through all stages in turn.
 
-A process holds its stages alone; of the rest of the model it has router biases, which every process moves alike, and tensors
-without storage. Which stage computes when is the schedule's business, and torch's: 1F1B (arXiv 2006.09503), interleaved (arXiv
-2104.04473, section 2.2), ZB-V (arXiv 2401.10241, section 6), DualPipeV (after arXiv 2412.19437, section 3.2.1).
+A process holds only its own stages. Of the other stages it has the router biases, which all processes update alike, and the
+other tensors on the meta device. A schedule says which stage computes which micro-batch when; the schedules are torch's: 1F1B
+(arXiv 2006.09503), interleaved (arXiv 2104.04473, section 2.2), ZB-V (arXiv 2401.10241, section 6), DualPipeV (after arXiv
+2412.19437, section 3.2.1).
 
-What travels is hidden states one way and their gradients the other. Each stage adds the balance losses of its own layers to
-the gradient; losses and loads are then added up over all processes, as ever. The last stage looks tokens up for multi-token
-prediction, and for a head tied to the embedding, in a copy of the embedding: its gradient goes to the first stage, which
-trains the one that counts, and every step begins with its values.
+Each stage sends hidden states to the next one and their gradients to the one before. It adds the balance losses of its own
+layers to the gradient. Losses and loads are summed over all processes, as without a pipeline.
+
+The last stage needs the embedding too, for multi-token prediction and for a head that is tied to it. It has a copy, which takes
+the embedding's values at the start of every step; the copy's gradient is sent to the first stage, which trains the embedding.
 
 Letters in names: B sequence, T position, D hidden.
 """
@@ -34,37 +36,37 @@ if TYPE_CHECKING:
 
     from cadre.train.parallel.shard import Part
 
-_TABLE = "embed_tokens.weight"
+_EMBEDDING = "embed_tokens.weight"
 
 
 class Pipeline:
-    """This process's stages, by their number, and the passages through all. `rank`: this process; `wait`: how long it waits
-    for another. Processes must call the same methods in the same order; but of those for an evaluation the ones that are
-    `ahead`, with the last stage, call `scored` and `done`, and the others `follow` meanwhile."""
+    """This process's stages, by number, and passes through all stages. `rank`: of this process. `wait`: how long it waits for
+    other processes. All processes must call the same methods in the same order, but for an evaluation: processes that hold the
+    last stage (`has_last_stage`) call `scoring_model` and `end_scoring`, and the others call `serve_scoring` meanwhile."""
 
     def __init__(self, model: Transformer, layout: Layout, rank: int, device: torch.device, wait: timedelta) -> None:
         self.model, self.layout, self.device = model, layout, device
         self.places = layout.places
         ranks = torch.arange(layout.pipeline * layout.data).view(layout.pipeline, layout.data)
-        # Of the same sequences, stage after stage; and of the same stages, all sequences.
+        # The ranks that compute the same sequences, one of each place; and the ranks of this place, which hold the same stages.
         self.group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=wait)
-        self.alike, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=wait)
+        self.same_stages, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=wait)
         self.place = rank // layout.data
         self.stages = {
             number: Stage(model, blocks, device)
             for number, blocks in enumerate(layout.stages)
             if self.places[number] == self.place
         }
-        self.ahead = self.places[-1] == self.place
+        self.has_last_stage = self.places[-1] == self.place
         self._schedule: _PipelineSchedule | None = None
-        self._table: Tensor | None = None
+        self._embedding: Tensor | None = None
         self._copy: Tensor | None = None
-        # It reports a failure with all that every process had to do.
+        # torch would log the whole schedule of every rank with each failure.
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
 
     def place_of(self, name: str) -> int:
-        """Which place holds a parameter."""
-        if name == _TABLE:
+        """The place in the pipeline that holds a parameter, by the parameter's name."""
+        if name == _EMBEDDING:
             return self.places[0]
         kind, number, *_ = name.split(".")
         stages = enumerate(self.layout.stages)
@@ -74,17 +76,17 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------------- a step
 
     def backward(self, work: Step) -> Tensor:
-        """`Step.backward`, of the losses of this process's stages."""
+        """`Step.backward` for the losses of this process's stages."""
         self._begin()
         for stage in self.stages.values():
             stage.begin(work)
         if self._schedule is None:
             self._schedule = self._scheduled(work)
-        # Stages have their micro-batches; torch wants something to cut up all the same.
+        # The stages take their micro-batches from `work`; torch only splits this tensor into as many parts.
         numbers = torch.arange(len(work.micro_batches))
         try:
             self._schedule.step(*([numbers] if 0 in self.stages else []), target=numbers, return_outputs=False)
-        except RuntimeError as error:  # torch tells what it was at, and what went wrong only as the cause
+        except RuntimeError as error:  # torch says only where it failed; the cause says why
             raise error.__cause__ or error from None
         return torch.stack([stage.sums for stage in self.stages.values()]).sum(dim=0)
 
@@ -96,8 +98,8 @@ class Pipeline:
         nothing = torch.empty(1, dtype=torch.int64, device="meta")
         x = torch.empty(*ids.shape, self.model.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
-        # Some schedules put gradients of weights off, which torch cannot for weights that a stage uses at several depths, as
-        # the last one does head and embedding: there they are taken at once, and nothing is left to do.
+        # Some schedules compute gradients of weights later than those of inputs. torch cannot do that for weights that a stage
+        # uses more than once, as the last stage uses head and embedding: it computes both at once, and later does nothing.
         at_once = (lambda: lambda: None) if copies_embedding(self.model) else None
         stages = [
             PipelineStage(
@@ -115,7 +117,7 @@ class Pipeline:
 
     @torch.no_grad()
     def survey(self, work: Step) -> None:
-        """`Step.survey`, of the layers of this process's stages."""
+        """`Step.survey` for the layers of this process's stages."""
         self._begin()
         for micro in work.micro_batches:
             work.balance.listen()
@@ -127,7 +129,7 @@ class Pipeline:
             work.balance.survey(work.balance.hear(ids.shape[1]))
 
     def _forward(self, ids_BT: Tensor, document_BT: Tensor | None = None) -> Tensor | None:
-        """Through all stages, forward only. The last one's hidden states, if that is here."""
+        """A forward pass through all stages. Returns the hidden states of the last one where that is on this process."""
         x = ids_BT
         for number, stage in self.stages.items():
             before, after = (self.places[n] if 0 <= n < len(self.places) else self.place for n in (number - 1, number + 1))
@@ -138,7 +140,7 @@ class Pipeline:
             x = stage.hidden(x, document_BT=document_BT)
             if after != self.place:
                 self._send(x, after)
-        return x if self.ahead else None
+        return x if self.has_last_stage else None
 
     def _send(self, x: Tensor, place: int) -> None:
         if x.numel():
@@ -151,66 +153,67 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------------- the second embedding
 
     def bind(self, parts: dict[str, Part]) -> None:
-        """Take note, once the stages are cut up, of what this process holds of the embedding and of its copy."""
+        """Keep what this process holds of the embedding and of its copy, once the stages have been sharded."""
         if not copies_embedding(self.model):
             return
         if 0 in self.stages:
-            self._table = parts[_TABLE].local
-        if self.ahead:
+            self._embedding = parts[_EMBEDDING].local
+        if self.has_last_stage:
             self._copy = self.stages[len(self.places) - 1].embed_tokens.weight
 
     @torch.no_grad()
     def _begin(self) -> None:
-        """The copy takes the embedding's values."""
+        """Set the compute dtype of the stages, and send the embedding's values to its copy."""
         for stage in self.stages.values():
             stage.compute_dtype = self.model.compute_dtype
         copy = None if self._copy is None else _local(self._copy)
-        if self._table is not None and copy is not None:
-            copy.copy_(self._table)
-        elif self._table is not None:
-            self._send(self._table, self.places[-1])
+        if self._embedding is not None and copy is not None:
+            copy.copy_(self._embedding)
+        elif self._embedding is not None:
+            self._send(self._embedding, self.places[-1])
         elif copy is not None:
             self._receive(copy, self.places[0])
 
     @torch.no_grad()
-    def hand_back(self) -> None:
-        """The copy's gradient is added to the embedding's, which is the gradient of `bind`'s local tensor by now."""
+    def add_copy_gradient(self) -> None:
+        """Add the gradient of the embedding's copy to that of the embedding, which `Part.local` must have by now."""
         gradient = None
         if self._copy is not None:
-            # No gradient: no sequence of the step has trained the modules.
+            # There is none if no sequence of the step has trained the multi-token prediction modules.
             gradient = torch.zeros_like(_local(self._copy)) if self._copy.grad is None else _local(self._copy.grad)
             self._copy.grad = None
-        if self._table is not None:
-            assert self._table.grad is not None
+        if self._embedding is not None:
+            assert self._embedding.grad is not None
             if gradient is None:
-                gradient = torch.empty_like(self._table)
+                gradient = torch.empty_like(self._embedding)
                 self._receive(gradient, self.places[-1])
-            self._table.grad += gradient
+            self._embedding.grad += gradient
         elif gradient is not None:
             self._send(gradient, self.places[0])
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
-    def scored(self) -> Transformer:
-        """What to score, where the last stage is."""
+    def scoring_model(self) -> Transformer:
+        """The model to score with, on a process that holds the last stage."""
         self._begin()
-        return _Ahead(self)
+        return _ScoringModel(self)
 
     @torch.inference_mode()
-    def follow(self) -> None:
-        """Where it is not: compute what is asked for until `done`."""
+    def serve_scoring(self) -> None:
+        """On all other processes: compute their stages of every pass until `end_scoring` is called."""
         self._begin()
-        while (ids := self.ask(None)) is not None:
+        while (ids := self.broadcast_ids(None)) is not None:
             self._forward(ids)
-        self._rest()
+        self._reshard()
 
-    def done(self) -> None:
-        self._call(-1, 0)
-        self._rest()
+    def end_scoring(self) -> None:
+        self._broadcast_shape(-1, 0)
+        self._reshard()
 
-    def ask(self, ids_BT: Tensor | None) -> Tensor | None:
-        """The ids [B, T] that the process ahead, where they are given, wants passed through the stages; None for no more."""
-        rows, columns = self._call(*(ids_BT.shape if ids_BT is not None else (0, 0)))
+    def broadcast_ids(self, ids_BT: Tensor | None) -> Tensor | None:
+        """The ids [B, T] of the next pass, which the process with the last stage gives and the others get; None after the last
+        pass."""
+        rows, columns = self._broadcast_shape(*(ids_BT.shape if ids_BT is not None else (0, 0)))
         if rows < 0:
             return None
         ids = torch.empty(rows, columns, dtype=torch.int64, device=self.device) if ids_BT is None else ids_BT.contiguous()
@@ -218,22 +221,22 @@ class Pipeline:
             dist.broadcast(ids, group=self.group, group_src=self.places[-1])
         return ids
 
-    def _call(self, rows: int, columns: int) -> tuple[int, int]:
-        said = torch.tensor([rows, columns])
-        dist.broadcast(said, group=self.group, group_src=self.places[-1])
-        rows, columns = said.tolist()
+    def _broadcast_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        shape = torch.tensor([rows, columns])
+        dist.broadcast(shape, group=self.group, group_src=self.places[-1])
+        rows, columns = shape.tolist()
         return rows, columns
 
-    def _rest(self) -> None:
-        """Let go of gathered weights, which the optimizer is about to change."""
+    def _reshard(self) -> None:
+        """Free the weights that FSDP has gathered, for the optimizer is about to change them."""
         for stage in self.stages.values():
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
 
-class _Ahead(Transformer):
-    """The model as the process of the last stage scores with it: the others compute what comes before."""
+class _ScoringModel(Transformer):
+    """The whole model, for scoring on a process with the last stage: the other processes compute the stages before."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         nn.Module.__init__(self)
@@ -243,7 +246,7 @@ class _Ahead(Transformer):
     def hidden(
         self, ids_BT: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None, own_T: Positions = EVERY
     ) -> Tensor:
-        ids = self.pipeline.ask(ids_BT)
+        ids = self.pipeline.broadcast_ids(ids_BT)
         assert ids is not None
         hidden = self.pipeline._forward(ids)
         assert hidden is not None

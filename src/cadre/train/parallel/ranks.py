@@ -244,7 +244,7 @@ class Ranks(Parallel):
             gradient = part.parameter.grad
             part.local.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         if self.pipeline is not None:
-            self.pipeline.hand_back()
+            self.pipeline.add_copy_gradient()
 
     def drop_gradients(self) -> None:
         for part in self.parts.values():
@@ -301,12 +301,12 @@ class Ranks(Parallel):
         """Processes may have different numbers of passes to make, but every forward pass needs all of them: those that have
         finished make empty passes until all have."""
         total = Score(0.0, 0, 0)
-        if self.pipeline is not None and not self.pipeline.ahead:
-            self.pipeline.follow()
+        if self.pipeline is not None and not self.pipeline.has_last_stage:
+            self.pipeline.serve_scoring()
         else:
             data = self.layout.data
             mine = documents[self.rank % data :: data]
-            scored = model if self.pipeline is None else self.pipeline.scored()
+            scored = model if self.pipeline is None else self.pipeline.scoring_model()
             scores = score_each(scored, tokenizer, mine, context=context, stride=stride, progress=self._still_scoring)
             total = sum(scores, total)
             nothing = torch.zeros(0, context, dtype=torch.int64, device=self.device)
@@ -315,7 +315,7 @@ class Ranks(Parallel):
                 while self._any_scores(False):
                     scored.hidden(nothing)
             if self.pipeline is not None:
-                self.pipeline.done()
+                self.pipeline.end_scoring()
         sums = self._sum(torch.tensor([total.nats, total.tokens, total.bytes], dtype=torch.float64))
         return Score(float(sums[0]), int(sums[1]), int(sums[2]))
 
@@ -325,6 +325,6 @@ class Ranks(Parallel):
     def _any_scores(self, flag: bool) -> bool:
         if self.pipeline is None:
             return self.anyone(flag)
-        said = torch.tensor([float(flag)])
-        dist.all_reduce(said, group=self.pipeline.alike)
-        return bool(said)
+        scoring = torch.tensor([float(flag)])
+        dist.all_reduce(scoring, group=self.pipeline.same_stages)
+        return bool(scoring)

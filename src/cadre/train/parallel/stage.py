@@ -1,4 +1,5 @@
-"""One stage of a pipeline: a run of a model's blocks, as a model that begins with hidden states or ends with them.
+"""One stage of a pipeline: consecutive blocks of a model, as a module from hidden states to hidden states; the first stage
+begins with ids and the last one ends with the loss.
 
 Letters in names: B sequence, T position, D hidden.
 """
@@ -17,12 +18,12 @@ from cadre.train.objective import MicroBatch, Step, balance_losses, token_losses
 
 
 class Stage(Transformer):
-    """Blocks of a `whole` model, with its embedding if they are the first ones, with norm, head and multi-token prediction
-    modules if they are the last; these may need an embedding too, and have a copy then (`copies_embedding`). `sums`: the losses
-    of a step's micro-batches so far, as `Step.backward` gives them."""
+    """Some blocks of the model `whole`. The first stage has the embedding too, the last one norm, head and multi-token
+    prediction modules, and a copy of the embedding if these need it (`copies_embedding`). `sums`: the losses of a step's
+    micro-batches so far, as `Step.backward` gives them. `remaining`: the step's micro-batches still to come."""
 
     work: Step
-    left: Iterator[MicroBatch]
+    remaining: Iterator[MicroBatch]
     sums: Tensor
 
     def __init__(self, whole: Transformer, blocks: range, device: torch.device) -> None:
@@ -48,8 +49,8 @@ class Stage(Transformer):
     def hidden(
         self, ids_BT: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None, own_T: Positions = EVERY
     ) -> Tensor:
-        """As a model's, but what comes in are the hidden states [B, T, D] of the stage before, unless this is the first one,
-        and only the last one norms what goes out."""
+        """As `Transformer.hidden`, but a stage that is not the first takes the hidden states [B, T, D] of the stage before in
+        place of ids, and only the last one applies the final norm."""
         return self._pass(ids_BT, document_BT)
 
     def _pass(self, x: Tensor, document_BT: Tensor | None) -> Tensor:
@@ -61,14 +62,14 @@ class Stage(Transformer):
         return self.norm(x) if self.last else x
 
     def begin(self, work: Step) -> None:
-        """Before a step: a call for each of its micro-batches follows."""
-        self.work, self.left = work, iter(work.micro_batches)
+        """Start a step. One call of `forward` for each of its micro-batches must follow."""
+        self.work, self.remaining = work, iter(work.micro_batches)
         self.sums = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """The next micro-batch: hidden states [B, T, D] of the stage before, which the first one does without, to those for the
-        next stage, or to the loss, a scalar. Every schedule takes micro-batches in their order."""
-        work, micro = self.work, next(self.left)
+        """The step's next micro-batch: every schedule takes them in order. x: the hidden states [B, T, D] of the stage before;
+        the first stage ignores it. Returns the hidden states for the next stage, or, from the last one, the loss, a scalar."""
+        work, micro = self.work, next(self.remaining)
         ids, documents = micro.inputs(self)
         work.balance.listen()
         x = self._pass(ids if self.first else x, documents)
@@ -79,20 +80,21 @@ class Stage(Transformer):
         self.sums = self.sums + torch.stack([loss.double() for loss in (main, *further, *even.values())]) * work.share
         if self.last:
             return (total + uneven) * work.share
-        return _Aside.apply(x, uneven * work.share) if isinstance(uneven, Tensor) else x
+        return _WithLoss.apply(x, uneven * work.share) if isinstance(uneven, Tensor) else x
 
 
 def copies_embedding(model: Transformer) -> bool:
-    """Whether the last stage looks tokens up too, for multi-token prediction or a head that is the embedding."""
+    """Whether the last stage needs the embedding: for multi-token prediction, or for a head that is tied to it."""
     return model.config.tie_word_embeddings or model.config.num_nextn_predict_layers > 0
 
 
-class _Aside(torch.autograd.Function):
-    """Hidden states as they are, whose backward pass is that of a loss too."""
+class _WithLoss(torch.autograd.Function):
+    """Returns the hidden states unchanged. The backward pass adds a gradient of 1 for `loss`, as if it were part of the
+    total."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        return x.clone()  # no view: some schedules detach in place what they have sent
+        return x.clone()  # not a view: some schedules detach in place what they have sent
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

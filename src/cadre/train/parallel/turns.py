@@ -1,4 +1,4 @@
-"""Waiting for one process that is at work: for hours if it lives, but not for one that gives no sign of life."""
+"""Waiting for the work of one process: for hours as long as its heartbeat goes on, but not for a process that has stopped."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ import torch.distributed as dist
 
 from cadre.errors import RunError
 
-# Seconds between two signs of life.
+# Seconds between two heartbeats.
 BEAT = 5.0
 _FAILED, _DONE = "failed", "done "
 
 
 class Turns:
-    """Word of what processes do in turn, through the store that they have met by. A piece of work has a name that all know,
-    and no other has. `timeout`: how long to wait without a sign of life."""
+    """Processes that work in turn tell each other when they are done, through the store of their rendezvous. Each piece of work
+    has a name of its own that all processes know. `timeout`: how long to wait without a heartbeat."""
 
     def __init__(self, store: dist.Store, timeout: timedelta) -> None:
         self.store, self.timeout = store, timeout.total_seconds()
 
     @contextmanager
     def working(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Work that others wait for; what is given to the function that this yields, they hear when it is done."""
+        """Do the work `name` in this `with` block. Yields a function that sets the text that `wait` is to return in the
+        others."""
         said, ended = [""], threading.Event()
 
-        def live() -> None:
+        def beat() -> None:
             while not ended.wait(BEAT):
                 self.store.add(f"{name} lives", 1)
 
-        alive = threading.Thread(target=live, daemon=True)
-        alive.start()
+        heartbeat = threading.Thread(target=beat, daemon=True)
+        heartbeat.start()
         word = _FAILED
         try:
             yield lambda text: said.__setitem__(0, text)
             word = _DONE + said[0]
         finally:
             ended.set()
-            alive.join()
+            heartbeat.join()
             self.store.set(name, word)
 
     def wait(self, name: str, rank: int) -> str:
-        """What the process of that rank, at work on this, has to say in the end. Raises `RunError` if it fails, or gives no
-        sign of life for the time-out."""
+        """Wait until the process of this rank has done the work `name`, and return its text. Raises `RunError` if it fails, or
+        has no heartbeat for the time-out."""
         beats, since = -1, time.monotonic()
         while True:
             try:
