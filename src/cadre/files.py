@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON that is read or refused in a line."""
 
 import errno
+import json
 import os
 import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
+
+from cadre.errors import UsageError
 
 _BLOCK = 2**22
 
@@ -32,6 +35,24 @@ def require_folder(path: Path) -> None:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
     with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=there):
         pass
+
+
+def read_json(path: Path) -> Any:
+    """The file's content. Raises `UsageError` if it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:  # a file of many brackets is too deep for the reader
+        raise UsageError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The file's content, which must be an object. Raises `UsageError` otherwise."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: holds {type(values).__name__}, not a JSON object")
+    return values
 
 
 def sync(path: Path) -> None:

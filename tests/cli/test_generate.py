@@ -70,6 +70,14 @@ def test_a_directory_that_is_no_model(tmp_path):
     assert "is no model directory" in str(run(tmp_path, "yes").exception)
 
 
+@pytest.mark.parametrize("content", ["[" * 200_000, "[]", "{"])
+def test_a_damaged_config_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    refused = run(tmp_path, "yes").exception
+    assert isinstance(refused, UsageError)
+    assert str(refused).startswith(str(tmp_path / "config.json")) and "\n" not in str(refused)
+
+
 def test_a_model_without_a_tokenizer(tmp_path):
     cadre.save(Transformer(small("llama")).initialize(0), tmp_path / "m")
     result = run(tmp_path / "m", "yes")

@@ -266,7 +266,7 @@ def test_ends_that_only_generation_config_names(path):
 
 @pytest.mark.parametrize("content, said", [
     ("{", r"generation_config.json: cannot be read"),
-    ("[]", r"generation_config.json: must be a JSON object"),
+    ("[]", r"generation_config.json: holds list, not a JSON object"),
     ({"eos_token_id": "x"}, r"generation_config.json: eos_token_id is 'x'; it must be a token id from 0 to"),
     ({"eos_token_id": [1, 10**6]}, r"eos_token_id is 1000000"),
     ({"eos_token_id": True}, r"eos_token_id is True"),

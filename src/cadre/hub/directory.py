@@ -5,7 +5,6 @@ No torch here: `cadre plan` reads models on machines that could not hold them.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cadre.errors import UsageError
+from cadre.files import read_json_object
 from cadre.model.config import ModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -72,28 +72,23 @@ def load_config(path: str | Path) -> ModelConfig:
     if path.is_file():
         return ModelConfig.from_file(path)
     directory = model_directory(path)
-    config = read_config(directory)
+    config = config_with_eos(directory)
     if config.num_nextn_predict_layers and any(directory.glob("*.safetensors")):
         config = without_absent_modules(config, stored_tensors(directory))
     return config
 
 
-def read_config(directory: Path) -> ModelConfig:
-    """The config of a model directory, as its two files say: transformers ends a text at the ids that `generation_config.json`
-    names, often more than `config.json` does (of turns in a chat), and so do we.
+def config_with_eos(directory: Path) -> ModelConfig:
+    """The config of a model directory with every `eos_token_id` that its two files name: transformers ends a text at the ids of
+    `generation_config.json`, often more than `config.json` has (of turns in a chat), and so do we.
 
     Raises `UsageError` for a file that is missing or damaged.
     """
     config = ModelConfig.from_file(directory / "config.json")
     file = directory / "generation_config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return config
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{file}: must be a JSON object")
+    values = read_json_object(file)
     named, known = (_as_list(ids) for ids in (values.get("eos_token_id"), config.eos_token_id))
     for token in named:
         if type(token) is not int or not 0 <= token < config.vocab_size:
@@ -158,10 +153,11 @@ def _single(directory: Path) -> Path:
 def _index(directory: Path) -> dict[str, str]:
     """Which file holds each tensor. File names must be plain: an index must not reach outside its directory."""
     path = directory / INDEX
+    values = read_json_object(path)
     try:
-        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        placed = values["weight_map"]
         names = set(placed.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: cannot be read as an index of safetensors files ({error!r})") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,12 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cadre.errors import UsageError
+from cadre.files import read_json_object
 from cadre.hub.directory import (
     Stored,
+    config_with_eos,
     load_config,
     model_directory,
     modules_stored,
-    read_config,
     stored_tensors,
     without_absent_modules,
 )
@@ -61,8 +61,8 @@ def load(
     tokenizer with more ids than the model has embeddings.
     """
     directory = model_directory(path)
-    config = read_config(directory)
-    raw = _raw_config(directory)
+    config = config_with_eos(directory)
+    raw = read_json_object(directory / "config.json")
     check_quantization(raw, str(directory / "config.json"))
     stored = stored_tensors(directory)
     config = without_absent_modules(config, stored)
@@ -145,12 +145,7 @@ def _check_modules(directory: Path, config: ModelConfig, stored: dict[str, Store
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """What `load` makes of a model directory's tensors unless it is told otherwise."""
-    return _dtype_of(stored_tensors(directory), _raw_config(directory))
-
-
-def _raw_config(directory: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return raw
+    return _dtype_of(stored_tensors(directory), read_json_object(directory / "config.json"))
 
 
 def _dtype_of(stored: dict[str, Stored], raw: dict[str, Any]) -> torch.dtype:
@@ -171,7 +166,7 @@ def read_values(path: str | Path, dtype: torch.dtype) -> Iterator[tuple[str, Ten
     model with, for one that is not to be whole in memory. Raises `UsageError` as `load` does."""
     directory = model_directory(path)
     config = load_config(directory)
-    check_quantization(_raw_config(directory), str(directory / "config.json"))
+    check_quantization(read_json_object(directory / "config.json"), str(directory / "config.json"))
     stored = stored_tensors(directory)
     model = skeleton(config)
     plan = _plan(directory, config, model, stored)

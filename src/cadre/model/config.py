@@ -16,7 +16,6 @@ Latent attention with dense feed-forward is `deepseek_v3` with every layer dense
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,6 +23,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cadre.errors import UsageError, explain
+from cadre.files import read_json_object
 from cadre.model.hf_config import EXPERT_FIELDS, fields_from_hf, fields_to_hf
 from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
@@ -323,15 +323,7 @@ class ModelConfig(BaseModel):
     def from_file(cls, path: str | Path) -> ModelConfig:
         """Read a `config.json`. Raises `UsageError` if it is missing, no JSON or no model Cadre knows."""
         path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such file") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UsageError(f"{path}: cannot be read as JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{path}: holds {type(values).__name__}, not a JSON object")
-        return cls.from_hf(values, where=str(path))
+        return cls.from_hf(read_json_object(path), where=str(path))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of this model's `config.json`: every field its family has, no default left to the reader."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cadre.errors import UsageError
+from cadre.files import read_json_object
 from cadre.model.config import MOST_LAYERS
 from cadre.plan.shape import Block, Experts, Grouped, Latent, Shape
 
@@ -151,15 +152,7 @@ def read_config(source: str | Path) -> tuple[dict[str, Any], str]:
     if path.is_dir():
         homes = (path / "config.json", path / "model" / "config.json")
         path = next((home for home in homes if home.exists()), homes[0])
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: holds {type(values).__name__}, not a JSON object")
-    return values, str(path)
+    return read_json_object(path), str(path)
 
 
 def _latent(f: _Fields) -> Latent:

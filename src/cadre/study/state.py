@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cadre import files
 from cadre.errors import UsageError, write_error
-from cadre.files import replace_file
 from cadre.study.jobs import Job, as_jobs, as_values
 from cadre.study.match import Matched
 from cadre.study.spec import Study
@@ -115,19 +115,19 @@ def open_state(path: Path) -> State | None:
 
 def read_json(path: Path) -> Any:
     """The file's content, None if there is no such file. Raises `UsageError` if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}): choose another --out") from None
+    try:
+        return files.read_json(path)
+    except UsageError as error:
+        raise UsageError(f"{error}: choose another --out") from None
 
 
 def write_json(path: Path, values: Any) -> None:
     """Whole or not at all. Raises `RunError` if the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
+        files.replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
     except OSError as error:
         raise write_error(f"{path}: cannot be written", error) from None
 
