@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cadre.errors import UsageError
-from cadre.hub.directory import INDEX, WEIGHTS, load_config, model_directory, set_aside, stored_tensors
+from cadre.hub.directory import INDEX, WEIGHTS, display_name, load_config, model_directory, set_aside, stored_tensors
 from cadre.hub.save import save
 
 
@@ -20,6 +20,15 @@ def model_path(build, tmp_path):
 def sharded_path(build, tmp_path):
     save(build(), tmp_path / "model", max_shard_bytes=100_000)
     return tmp_path / "model"
+
+
+def test_a_model_is_called_by_its_folder_and_a_runs_by_the_run(tmp_path):
+    run = tmp_path / "pocket"
+    (run / "model").mkdir(parents=True)
+    assert display_name(run / "model") == "model"
+    (run / "recipe.toml").touch()
+    assert display_name(run) == display_name(run / "model") == "pocket"
+    assert display_name("/model") == "model"
 
 
 def refused(path, pattern):

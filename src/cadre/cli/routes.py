@@ -49,7 +49,7 @@ def routes(
 ) -> None:
     """What each expert took up: its typical tokens, contexts and documents, and who follows whom, as a page or JSON."""
     from cadre.files import replace_file
-    from cadre.hub.directory import load_config
+    from cadre.hub.directory import display_name, load_config
     from cadre.study.excerpts import held_out_text, read_text, sample
     from cadre.study.routes import LETTERS_PER_PLACE, LETTERS_PER_TOKEN, gather, sparse_layers, study
     from cadre.study.routes_page import render
@@ -78,7 +78,7 @@ def routes(
     with _reading() as progress:
         gathered = gather(loaded, tokenizer, chosen, context=context, max_tokens=max_tokens, progress=progress)
     found: dict[str, Any] = {
-        "model": _name(model),
+        "model": display_name(model),
         "data": " ".join(source) or "its held-out text",
         "documents": chosen.documents,
         "complete": chosen.complete,
@@ -121,9 +121,3 @@ def _reading() -> Iterator[Callable[[int], None] | None]:
 
     with console.status("reading") as status:
         yield add
-
-
-def _name(model: Path) -> str:
-    """What to call a model: its folder's name, a run's for the model in it."""
-    path = model.resolve()
-    return path.parent.name if path.name == "model" and (path.parent / "recipe.toml").is_file() else path.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,7 +51,7 @@ def serve(
         from cadre.serve.server import listen, run
     except ImportError as error:
         raise UsageError(f"serving needs {error.name}, which is not installed: pip install 'cadre-lm[serve]'") from None
-    from cadre.hub.directory import model_directory
+    from cadre.hub.directory import display_name, model_directory
     from cadre.hub.tokenizer import CHAT_TEMPLATE, template_source
     from cadre.infer.engine import Engine
     from cadre.plan.count import count
@@ -70,7 +69,7 @@ def serve(
     engine = Engine(loaded, tokenizer, cache_bytes=cache_bytes, max_batch=max_batch, speculate=speculate)
     counted = count(loaded.config, cache_bytes=engine.pool.first.element_size())
     card = Card(
-        model_name or _name(directory),
+        model_name or display_name(directory),
         loaded.config,
         counted.kv_cache_bytes_per_token,
         counted.kv_cache_bytes_per_token_mha,
@@ -107,9 +106,3 @@ def parse_size(text: str) -> int:
     if size >= 2**62:
         raise UsageError(f"--cache is {text[:40]!r}, more than any machine has")
     return size
-
-
-def _name(directory: Path) -> str:
-    """The folder's name; of a run's model, the run's."""
-    directory = directory.resolve()
-    return directory.parent.name if directory.name == "model" and directory.parent.name else directory.name

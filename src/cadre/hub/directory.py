@@ -47,6 +47,13 @@ def model_directory(path: str | Path) -> Path:
     raise UsageError(f"{path}: is no model directory: {'not a folder' if path.exists() else 'no such folder'}")
 
 
+def display_name(path: str | Path) -> str:
+    """What to call a model: its folder's name, a run's for the model in it."""
+    path = Path(path).resolve()
+    in_run = path.name == "model" and (path.parent / "recipe.toml").is_file()
+    return path.parent.name if in_run else path.name
+
+
 def set_aside(folder: Path) -> Path:
     """Where `save` keeps the old model for the moment between its two renames."""
     return _hidden(folder, "old")

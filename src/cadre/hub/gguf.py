@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cadre.errors import UsageError, write_error
 from cadre.files import sync
-from cadre.hub.directory import load_config, model_directory
+from cadre.hub.directory import display_name, load_config, model_directory
 from cadre.hub.gguf_tokenizer import tokenizer_keys
 from cadre.hub.load import load_tokenizer_of, read_values, stored_dtype
 from cadre.hub.names import skeleton
@@ -87,7 +87,7 @@ def write_gguf(
     arch = _ARCHITECTURES[config.model_type]
     kind = dtype or {torch.float32: "f32", torch.float16: "f16"}.get(stored_dtype(directory), "bf16")
     keys = {
-        "general.name": _name(directory),
+        "general.name": display_name(directory),
         "general.file_type": _file_type(gguf, kind),
         **{f"{arch}.{key}": value for key, value in _keys(config).items()},
         **(tokenizer_keys(tokenizer, config, directory) if tokenizer is not None else {"tokenizer.ggml.model": "none"}),
@@ -345,11 +345,6 @@ def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
 def _file_type(gguf: Any, kind: str) -> int:
     names = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     return int(gguf.LlamaFileType[names[kind]])
-
-
-def _name(directory: Path) -> str:
-    resolved = directory.resolve()
-    return resolved.parent.name if resolved.name == "model" else resolved.name
 
 
 def gguf_library(doing: str) -> Any:
