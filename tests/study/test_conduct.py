@@ -11,7 +11,7 @@ from cadre.errors import RunError, UsageError
 from cadre.study import conduct as module
 from cadre.study import decoding, turns, worker
 from cadre.study import state as state_module
-from cadre.study.conduct import Clock, begin, conduct, duration, find
+from cadre.study.conduct import Clock, begin, conduct, find
 from cadre.study.spec import read_study
 from cadre.study.state import open_state
 from cadre.train import trainer
@@ -181,4 +181,3 @@ def test_time_left_follows_what_steps_take_now(study, tmp_path):
     for job in state.jobs:
         clock.done(job)
     assert clock.seconds() == pytest.approx(40)
-    assert (duration(90), duration(5400)) == ("1:30", "1:30:00")

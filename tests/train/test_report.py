@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cadre.train.loads import max_violation
 from cadre.train.metrics import MetricsLog
-from cadre.train.report import _bytes, _duration, _short, _si, link_routes, main, write_report
+from cadre.train.report import link_routes, main, write_report
 
 SUMMARY = {
     "name": "pocket",
@@ -233,18 +231,3 @@ def test_pictures_of_a_dense_run_are_the_curve_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cadre.train.report", str(tmp_path), "--pictures", str(tmp_path / "pictures")]
     subprocess.run(command, check=True)
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["training-curve.svg"]
-
-
-@given(st.floats(0, 1e30))
-def test_scaled_numbers_keep_three_digits(number: float) -> None:
-    for text, base in ((_short(number), 1000), (_si(number, "FLOP"), 1000), (_bytes(number), 1024)):
-        digits = re.match(r"[\d,.]+", text)
-        assert digits and (number < 1e5 or number > 9e14 or float(digits[0].replace(",", "")) < base)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(41.6, "42 s"), (59.7, "1 min 00 s"), (358.4, "5 min 58 s"), (3599.6, "1 h 00 min"), (200_000, "2 d 8 h")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text

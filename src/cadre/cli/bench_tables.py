@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-_GIB = 2**30
+from cadre.units import size
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -18,7 +18,7 @@ def _train(result: dict[str, Any]) -> Iterator[str]:
     yield f"{result['tokens_per_second']:,.0f} tokens/s, {result['step_seconds_median']:.3f} s a step ({result['dtype']})"
     yield (f"{result['model_flops_per_second'] / 1e9:,.1f} GFLOP/s of {result['gemm_flops_per_second'] / 1e9:,.1f} in a "
            f"large GEMM: MFU {result['mfu']:.1%}")  # fmt: skip
-    yield f"peak memory {_gib(result['peak_memory_bytes'])}"
+    yield f"peak memory {size(result['peak_memory_bytes'])}"
 
 
 def _peer(result: dict[str, Any]) -> Iterator[str]:
@@ -27,7 +27,7 @@ def _peer(result: dict[str, Any]) -> Iterator[str]:
     rows = [("", "s a step", "tokens/s", "MFU", "peak memory", "mode")]
     for name, side, mode in ((f"{peer['name']} {peer['version']}", peer, best), ("cadre", ours, result["dtype"])):
         rows.append((name, f"{side['step_seconds_median']:.3f}", f"{side['tokens_per_second']:,.0f}", f"{side['mfu']:.1%}",
-                     _gib(side["peak_memory_bytes"]), mode))  # fmt: skip
+                     size(side["peak_memory_bytes"]), mode))  # fmt: skip
     yield from _table(rows)
     yield f"cadre's step is {result['speed_ratio']:.2f} times as fast, with {result['memory_ratio']:.2f} of the peak memory"
     for probe in result["probe"]:
@@ -40,8 +40,8 @@ def _tax(result: dict[str, Any]) -> Iterator[str]:
     for row in result["rows"]:
         sparse, dense = row["sparse"], row["dense"]
         rows.append((row["experts"], row["top_k"], row["expert_width"], f"{sparse['step_seconds_median']:.3f}",
-                     f"{dense['step_seconds_median']:.3f}", f"{row['ratio']:.3f}", _gib(sparse["peak_memory_bytes"]),
-                     _gib(dense["peak_memory_bytes"])))  # fmt: skip
+                     f"{dense['step_seconds_median']:.3f}", f"{row['ratio']:.3f}", size(sparse["peak_memory_bytes"]),
+                     size(dense["peak_memory_bytes"])))  # fmt: skip
     yield from _table(rows)
     worst = max(result["rows"], key=lambda row: row["ratio"])
     yield f"routing tax: at most {worst['ratio']:.3f} ({worst['experts']} experts, top {worst['top_k']}), {result['dtype']}"
@@ -51,7 +51,7 @@ def _fp8(result: dict[str, Any]) -> Iterator[str]:
     rows = [("experts", "s a step", "tokens/s", "peak memory")]
     for name, side in ((result["dtype"], result["plain"]), ("fp8", result["fp8"])):
         rows.append((name, f"{side['step_seconds_median']:.3f}", f"{side['tokens_per_second']:,.0f}",
-                     _gib(side["peak_memory_bytes"])))  # fmt: skip
+                     size(side["peak_memory_bytes"])))  # fmt: skip
     yield from _table(rows)
     yield f"a step with experts in FP8 is {result['speed_ratio']:.2f} times as fast"
 
@@ -65,7 +65,7 @@ def _sweep(result: dict[str, Any]) -> Iterator[str]:
             if "reason" in point:
                 rows.append((*start, "-", "-"))
             else:
-                rows.append((*start, f"{point['step_seconds_median']:.3f}", _gib(point["peak_memory_bytes"])))
+                rows.append((*start, f"{point['step_seconds_median']:.3f}", size(point["peak_memory_bytes"])))
         yield from _table(rows)
         for point in found["points"]:
             if "reason" in point:
@@ -109,7 +109,3 @@ def _table(rows: Sequence[Sequence[object]]) -> Iterator[str]:
         first, *rest = (cell.ljust(width) if not place else cell.rjust(width)
                         for place, (cell, width) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
         yield "  ".join((first, *rest)).rstrip()
-
-
-def _gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB"

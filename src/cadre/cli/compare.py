@@ -15,6 +15,7 @@ import typer
 from cadre.data.remote import is_remote
 from cadre.data.sources import SOTU
 from cadre.errors import UsageError, write_error
+from cadre.units import clock, compact
 
 if TYPE_CHECKING:
     from cadre.study.conduct import Watch
@@ -121,10 +122,7 @@ def _make(path: Path) -> None:
 
 def _announce(state: State, watch: Watch) -> None:
     """The arms as matched, and how long all of it takes."""
-    from cadre.study.conduct import duration
-    from cadre.study.figures import figures_of
-
-    watch.note(f"{state.study.title}: a budget of {figures_of(state.amount)} {state.study.budget.unit} a run")
+    watch.note(f"{state.study.title}: a budget of {compact(state.amount)} {state.study.budget.unit} a run")
     for name, arm in state.arms.items():
         steps = next(job.steps for job in state.jobs if job.kind == "run" and job.arm == name)
         solved = "".join(f", {field} = {value}" for field, value in arm.solved.items())
@@ -135,17 +133,17 @@ def _announce(state: State, watch: Watch) -> None:
             f"{steps:,} steps of {state.step_seconds[name]:.3f} s, {passes:,.1f} times the text"
         )
     left = sum(state.result(job) is None for job in state.jobs)
-    watch.note(f"{left} of {len(state.jobs)} runs to go, about {duration(_left(state))} in all")
+    watch.note(f"{left} of {len(state.jobs)} runs to go, about {clock(_left(state))} in all")
 
 
 def _left(state: State) -> float:
     from cadre.study.conduct import Clock
 
-    clock = Clock(state)
+    left = Clock(state)
     for job in state.jobs:
         if state.result(job) is not None:
-            clock.done(job)
-    return clock.seconds()
+            left.done(job)
+    return left.seconds()
 
 
 def _end(state: State, json_output: bool, values: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cadre.plan.memory import RESERVE
+from cadre.units import compact, gigabytes
 
 _TERMS = {
     "compute": "computing", "recompute": "computing activations again", "all_to_all": "all-to-all, exposed",
@@ -62,9 +63,9 @@ def _parameters(out: Console, plan: dict[str, Any]) -> None:
 def _compute(out: Console, plan: dict[str, Any]) -> None:
     context, cache = plan["context"], plan["kv_cache_bytes_per_token"]
     rows: list[tuple[str, ...]] = [
-        (f"training FLOPs a token at context {context:,}", _si(plan["training_flops_per_token"])),
-        (f"forward FLOPs a token at context {context:,}", _si(plan["forward_flops_per_token"])),
-        (f"decoding FLOPs a token after {context:,} tokens", _si(plan["decode_flops_per_token"])),
+        (f"training FLOPs a token at context {context:,}", compact(plan["training_flops_per_token"], 4, " ")),
+        (f"forward FLOPs a token at context {context:,}", compact(plan["forward_flops_per_token"], 4, " ")),
+        (f"decoding FLOPs a token after {context:,} tokens", compact(plan["decode_flops_per_token"], 4, " ")),
         ("cache bytes a token", f"{cache:,}"),
     ]
     for name, key in (("multi-head attention", "mha"), ("8 groups", "gqa8")):
@@ -85,7 +86,7 @@ def _training(out: Console, plan: dict[str, Any], explain: bool) -> None:
     rows.append((speed, f"{plan['tokens_per_second']:,.0f} (MFU {plan['mfu']:.1%})"))
     if plan["tokens"] is not None:
         rows += [
-            ("tokens", _si(plan["tokens"]).replace("G", "B")),
+            ("tokens", compact(plan["tokens"], 4, " ").replace("G", "B")),
             ("device-hours", f"{_round(plan['device_hours'])} ({_days(plan['days'])})"),
             ("price", f"${_round(plan['cost_usd'])}"),
             ("energy", f"{_round(plan['energy_kwh'])} kWh"),
@@ -95,11 +96,11 @@ def _training(out: Console, plan: dict[str, Any], explain: bool) -> None:
     if memory:
         free = RESERVE * memory["capacity"]
         parts = ("weights", "gradients", "optimizer", "activations")
-        rows = [(name, _gb(memory[name])) for name in parts]
-        rows += [("buffers", _gb(memory["buffers"] - free)), ("kept free", _gb(free))]
-        rows += [(name, _gb(memory[name])) for name in ("total", "capacity")]
+        rows = [(name, gigabytes(memory[name])) for name in parts]
+        rows += [("buffers", gigabytes(memory["buffers"] - free)), ("kept free", gigabytes(free))]
+        rows += [(name, gigabytes(memory[name])) for name in ("total", "capacity")]
         for name in ("without_recomputation", "with_selective_recomputation", "with_recomputation"):
-            rows.append((f"activations {name.replace('_', ' ')}", _gb(memory[f"activations_{name}"])))
+            rows.append((f"activations {name.replace('_', ' ')}", gigabytes(memory[f"activations_{name}"])))
         _table(out, "Memory of the fullest device" if plan["fits"] else "Memory of the leanest layout: does not fit", rows)
     if explain and plan["layout"]:
         _explain(out, plan)
@@ -112,7 +113,7 @@ def _explain(out: Console, plan: dict[str, Any]) -> None:
     for name, label in (("all_to_all", "all-to-all"), ("pipeline", "hand-over"), ("gradients", "gradients and weights")):
         rows.append((f"hidden behind computing: {label}", _time(hidden[name]), ""))
     _table(out, "Where a step's time goes", rows)
-    others = [(describe(one), _time(one["step_seconds"]), _gb(one["memory_bytes"])) for one in plan["layouts"]]
+    others = [(describe(one), _time(one["step_seconds"]), gigabytes(one["memory_bytes"])) for one in plan["layouts"]]
     _table(out, "The fastest layouts that fit", others, ("layout", "step", "memory"))
 
 
@@ -171,19 +172,8 @@ def _assumptions(out: Console, plan: dict[str, Any]) -> None:
 
 def _number(value: float) -> str:
     if abs(value) >= 1e6:
-        return _si(value)
+        return compact(value, 4, " ")
     return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
-
-
-def _si(value: float) -> str:
-    for power, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{value / power:,.4g} {letter}"
-    return f"{value:.4g}"
-
-
-def _gb(value: float) -> str:
-    return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
 
 
 def _round(value: float) -> str:

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cadre.train.recipe import UNTIMED
+from cadre.units import clock
 
 
 class TrainingLine:
@@ -39,11 +40,11 @@ class TrainingLine:
             return
         # Where only the clock ends a run, the steps are known once the clock has told how long one takes.
         known = total_steps < UNTIMED
-        left = _clock((total_steps - record["step"]) * record["seconds_per_step"]) if known else "?"
+        left = clock((total_steps - record["step"]) * record["seconds_per_step"]) if known else "?"
         line = (
             f"step {record['step']}/{total_steps if known else '?'}  loss {record.get('loss', float('nan')):.3f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  "
-            f"elapsed {_clock(record['seconds'])}  left {left}"
+            f"elapsed {clock(record['seconds'])}  left {left}"
         )
         if self.live:
             self.live.update(Text(line))
@@ -61,9 +62,3 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 def printable(text: str) -> str:
     """What a model wrote, without what a terminal would take for commands."""
     return text.translate(_CONTROLS)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -19,6 +19,7 @@ from cadre.errors import UsageError, write_error
 from cadre.files import sync
 from cadre.hub.directory import INDEX, WEIGHTS, in_making, set_aside
 from cadre.hub.names import Shape, duplicates, hollow, pieces, skeleton
+from cadre.kernels.limits import dtype_name
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 
@@ -136,7 +137,7 @@ def _write(
 ) -> None:
     config = model.config
     stored_dtype = dtype or model.embed_tokens.weight.dtype
-    _write_json(folder / "config.json", {**config.to_hf(), "dtype": str(stored_dtype).removeprefix("torch.")})
+    _write_json(folder / "config.json", {**config.to_hf(), "dtype": dtype_name(stored_dtype)})
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
     _write_tensors(list(_tensors(model, dtype)), folder, max_shard_bytes, fetch)

@@ -25,6 +25,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configs and recipes write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

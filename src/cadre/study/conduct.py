@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cadre import units
 from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
 from cadre.study.jobs import AFTER_SECONDS, Job, amount_for, evaluating, plan_jobs, recipe_of, seconds_of
@@ -47,7 +48,7 @@ def begin(
     record. `source`: text in place of the study's. `processes`: how many train every run. Raises `UsageError` for arms that
     cannot be matched, a budget too small, and a directory that holds anything else."""
     from cadre.data.shards import prepare
-    from cadre.kernels.limits import default_device, training_dtype
+    from cadre.kernels.limits import default_device, dtype_name, training_dtype
     from cadre.study.turns import step_seconds
 
     try:
@@ -73,7 +74,7 @@ def begin(
     arms = match(study, base, data.vocab_size)
     dtype: str = base.train.dtype
     if dtype == "auto":  # once for all: each run would measure anew, and might choose differently
-        dtype = str(training_dtype(default_device())).removeprefix("torch.")
+        dtype = dtype_name(training_dtype(default_device()))
     hourly, hourly_source = rent_of(study, rent)
     path.mkdir(parents=True, exist_ok=True)
     probe = {a.name: recipe_of(Job("run", a.name, study.seeds[0], 1000, 1.0), a.recipe, 1.0, 10, dtype) for a in arms}
@@ -157,13 +158,6 @@ class Clock:
         return max(0.0, total - (step * self.measured[job.arm] if job else 0))
 
 
-def duration(seconds: float) -> str:
-    """90 -> "1:30", 5400 -> "1:30:00"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def rent_of(study: Study, rent: float | None) -> tuple[float, str]:
     """US dollars an hour of this machine, and where the figure comes from."""
     from cadre.kernels.limits import default_device
@@ -201,7 +195,7 @@ def _train(state: State, job: Job, number: str, clock: Clock, watch: Watch) -> N
         raise write_error(f"{file}: cannot be written", error) from None
     what = f"{job.arm}, rates x {factor:g}" + ("" if job.kind == "sweep" else f", seed {job.seed}")
     watch.note(f"[{number}] {'sweep: ' if job.kind == 'sweep' else ''}{what}, {job.steps} steps; "
-               f"{duration(clock.seconds())} left in all")  # fmt: skip
+               f"{units.clock(clock.seconds())} left in all")  # fmt: skip
     command = [sys.executable, "-m", "cadre.study.worker", str(file), str(out), job.kind, str(state.processes)]
     with (out.parent / f"{out.name}.log").open("a+b") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -239,7 +233,7 @@ def _listen(process: subprocess.Popen[str], job: Job, number: str, what: str, cl
         elif "step" in said:
             loss = f"  loss {said['loss']:.3f}" if said.get("loss") is not None else ""
             watch.moving(f"[{number}] {what}: step {said['step']}/{job.steps}{loss}  "
-                         f"left in all {duration(clock.seconds(job, said['step']))}")  # fmt: skip
+                         f"left in all {units.clock(clock.seconds(job, said['step']))}")  # fmt: skip
 
 
 def _let_save(process: subprocess.Popen[str], watch: Watch) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from cadre.errors import UsageError
 from cadre.infer.bench.decode import WARM_UP, Decoding, random_model
+from cadre.kernels.limits import dtype_name
 from cadre.model.config import ModelConfig
 from cadre.study.spec import Decode
 
@@ -47,6 +48,6 @@ def decode_rates(
             median = statistics.median(seconds[name][WARM_UP:])
             rows.append({
                 "arm": name, "context": context, "batch": batch, "tokens_per_second": batch / median,
-                "cache_bytes_per_token": decoding.engine.pool.bytes_per_token, "dtype": str(dtype).removeprefix("torch."),
+                "cache_bytes_per_token": decoding.engine.pool.bytes_per_token, "dtype": dtype_name(dtype),
             })  # fmt: skip
     return rows

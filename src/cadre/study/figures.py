@@ -6,6 +6,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from cadre.train import figures
+from cadre.units import compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +49,7 @@ def _draw_loss(axes: Axes, results: dict[str, Any], axis: str) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: figures_of(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     span = max(max(tops) - min(ends), 0.02)
     axes.set_ylim(min(ends) - 0.06 * span, max(tops) + 0.06 * span)
     axes.set_xlabel(AXES[axis])
@@ -87,11 +88,3 @@ def png(figure: Figure) -> bytes:
         figure.set_dpi(2 * figure.dpi)
         FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
-
-
-def figures_of(number: float) -> str:
-    """Three digits: 1.65e7 -> "16.5M", 2e14 -> "200T"; 1e15 and beyond -> "1e+15"."""
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if unit <= number < 1000 * unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.3g}"

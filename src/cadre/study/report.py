@@ -8,11 +8,11 @@ from typing import Any
 from cadre.errors import write_error
 from cadre.files import replace_file
 from cadre.study import figures
-from cadre.study.figures import figures_of
 from cadre.study.match import SAID
 from cadre.study.results import results
 from cadre.study.state import State, write_json
 from cadre.study.verdict import verdict
+from cadre.units import compact
 
 PAGE, NUMBERS = "report.html", "results.json"
 
@@ -65,7 +65,7 @@ def render(found: dict[str, Any], pictures: dict[str, Any]) -> str:
         races=[[name, *_race(arm)] for name, arm in found["arms"].items()],
         matrices=[(axis, [[_factor(found, a, b, axis) for b in names] for a in names]) for axis in ("seconds", "flops")],
         decode=_decode(found, names),
-        budget=" ".join(f"{figures_of(amount)} {unit}" for unit, amount in found["budget"].items()),
+        budget=" ".join(f"{compact(amount)} {unit}" for unit, amount in found["budget"].items()),
         held={**SAID, "seconds": "seconds of training", "price": "price of training"}[found["held"]],
     )
 
@@ -84,7 +84,7 @@ def _cards(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         cards.append((f"To {found['first']}'s loss", f"{max(seconds, 1 / seconds):.2f}x",
                       f"{'less' if seconds >= 1 else 'more'} time; {max(flops, 1 / flops):.2f}x "
                       f"{'fewer' if flops >= 1 else 'more'} FLOPs"))  # fmt: skip
-    cards.append(("A run of it", f"{arm['seconds']:,.0f} s", f"of steps; {figures_of(arm['tokens'])} tokens"))
+    cards.append(("A run of it", f"{arm['seconds']:,.0f} s", f"of steps; {compact(arm['tokens'])} tokens"))
     cards.append(("Price of that run", f"${arm['usd']:.2g}", f"at ${found['rent_usd_per_hour']:g} an hour"))
     return cards
 
@@ -92,7 +92,7 @@ def _cards(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _shape(arm: dict[str, Any]) -> list[str]:
     matched = [f"{said} {pair['here'] / pair['there'] - 1:+.2%} of {pair['of']}" for said, pair in arm["held"].items()]
     matched += [f"{field} = {value}" for field, value in arm["solved"].items()]
-    return [f"{arm['total_parameters']:,}", f"{arm['active_parameters']:,}", figures_of(arm["training_flops_per_token"]),
+    return [f"{arm['total_parameters']:,}", f"{arm['active_parameters']:,}", compact(arm["training_flops_per_token"]),
             f"{arm['kv_cache_bytes_per_token']:,}", "; ".join(matched) or "-"]  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _race(arm: dict[str, Any]) -> list[str]:
     rate = arm["learning_rate"]
     return [
         _spread(arm["bits_per_byte"], "{:.4f}"), _spread(arm["bits_per_byte_all_held_out"], "{:.4f}"),
-        "-" if rate is None else f"{rate:.3g}", f"{arm['steps']:,}", figures_of(arm["flops"]),
+        "-" if rate is None else f"{rate:.3g}", f"{arm['steps']:,}", compact(arm["flops"]),
         f"{arm['step_seconds'] * 1000:,.1f}", f"{arm['seconds']:,.1f}", _spread(arm["wall_seconds"], "{:,.1f}"),
         _spread(arm["cpu_seconds"], "{:,.1f}"), "-" if memory is None else f"{memory / 2**20:,.0f}", f"{arm['usd']:.3g}",
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from cadre.files import replace_file
 from cadre.train import figures
 from cadre.train.figures import Record, curve_figure, load_figure, series
 from cadre.train.metrics import load_colours, read_metrics
+from cadre.units import duration, short, si, size
 
 __all__ = ["curve_figure", "load_figure", "write_report"]
 
@@ -106,12 +107,10 @@ def _cards(summary: Summary, records: Sequence[Record]) -> list[dict[str, str]]:
     """The headline numbers there are: label, value, note."""
     result, counts, data, machine = (summary.get(key) or {} for key in ("result", "counts", "data", "machine"))
     held_out = series(records, "bits_per_byte")[1]
-    score = _first(result.get("bits_per_byte"), held_out[-1] if held_out.size else None)
-    seconds = _first(result.get("seconds"), _last(records, "seconds"))
-    speed = _first(result.get("tokens_per_second"), _last(records, "tokens_per_second"))
-    mfu = _first(result.get("mfu"), _last(records, "mfu"))
-    steps = _first(result.get("steps"), _last(records, "step"))
-    tokens = _first(result.get("tokens"), _last(records, "tokens"))
+    found = {key: _last(records, key) for key in ("seconds", "tokens_per_second", "mfu", "tokens")}
+    found |= {"bits_per_byte": held_out[-1] if held_out.size else None, "steps": _last(records, "step")}
+    found |= {key: value for key, value in result.items() if value is not None}
+    steps = found["steps"]
     total, active = counts.get("total_parameters"), counts.get("active_parameters")
     cache, cache_mha = counts.get("kv_cache_bytes_per_token"), counts.get("kv_cache_bytes_per_token_mha")
     documents, share = data.get("held_out_documents"), result.get("read_share", 1)
@@ -119,15 +118,16 @@ def _cards(summary: Summary, records: Sequence[Record]) -> list[dict[str, str]]:
     cores = machine.get("cores")
     peak = machine.get("gemm_flops_per_second")
     cards = [
-        ("Held-out bits per byte", score, "{:.3f}".format, unseen),
-        ("Training time", seconds, _duration, steps and f"{steps:,} steps, {_short(tokens or 0)} tokens"),
-        ("Tokens per second", speed, "{:,.0f}".format, cores and f"on {cores} CPU cores, {machine.get('dtype', '')}"),
-        ("MFU", mfu, "{:.1%}".format, peak and f"of {_si(peak, 'FLOP/s')} in matrix products"),
-        ("Parameters", total, _short, active and total and f"{_short(active)} active, {active / total:.0%}"),
+        ("Held-out bits per byte", found["bits_per_byte"], "{:.3f}".format, unseen),
+        ("Training time", found["seconds"], duration, steps and f"{steps:,} steps, {short(found['tokens'] or 0)} tokens"),
+        ("Tokens per second", found["tokens_per_second"], "{:,.0f}".format,
+         cores and f"on {cores} CPU cores, {machine.get('dtype', '')}"),
+        ("MFU", found["mfu"], "{:.1%}".format, peak and f"of {si(peak, 'FLOP/s')} in matrix products"),
+        ("Parameters", total, short, active and total and f"{short(active)} active, {active / total:.0%}"),
         (
-            "Cache per token", cache, _bytes,
+            "Cache per token", cache, size,
             cache and cache_mha and cache_mha != cache
-            and f"MHA: {_bytes(cache_mha)}, {cache_mha / cache:.3g} times as much",
+            and f"MHA: {size(cache_mha)}, {cache_mha / cache:.3g} times as much",
         ),
     ]  # fmt: skip
     return [
@@ -222,7 +222,7 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
     """Key-value tables: title, rows. Unknown values and empty tables are left out."""
     counts, result, data, machine, cost = (summary.get(key) or {} for key in ("counts", "result", "data", "machine", "cost"))
     shows: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "seconds_per_step": ("Seconds a step", "{:.4g} s".format), "peak_memory_bytes": ("Peak memory", _bytes),
+        "seconds_per_step": ("Seconds a step", "{:.4g} s".format), "peak_memory_bytes": ("Peak memory", size),
     }  # fmt: skip
     tables: dict[str, list[tuple[str, Any, Callable[[Any], str]]]] = {
         "Counts and cost": [
@@ -230,13 +230,13 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
             ("Active parameters", counts.get("active_parameters"), "{:,}".format),
             ("… without input embedding", counts.get("active_parameters_without_input_embedding"), "{:,}".format),
             ("… without embeddings", counts.get("active_parameters_without_embeddings"), "{:,}".format),
-            ("Training FLOPs per token", counts.get("training_flops_per_token"), partial(_si, unit="FLOP")),
-            ("KV cache per token", counts.get("kv_cache_bytes_per_token"), _bytes),
-            ("KV cache per token, MHA", counts.get("kv_cache_bytes_per_token_mha"), _bytes),
-            ("Training FLOPs", result.get("total_flops"), partial(_si, unit="FLOP")),
+            ("Training FLOPs per token", counts.get("training_flops_per_token"), partial(si, unit="FLOP")),
+            ("KV cache per token", counts.get("kv_cache_bytes_per_token"), size),
+            ("KV cache per token, MHA", counts.get("kv_cache_bytes_per_token_mha"), size),
+            ("Training FLOPs", result.get("total_flops"), partial(si, unit="FLOP")),
             ("Tokens trained on", result.get("tokens"), "{:,}".format),
             ("Final training loss", result.get("loss"), "{:.4f} nats/token".format),
-            ("Peak memory", result.get("peak_memory_bytes"), _bytes),
+            ("Peak memory", result.get("peak_memory_bytes"), size),
             ("Device hours", cost.get("device_hours"), "{:,.3g}".format),
             ("Note", cost.get("note"), str),
         ],
@@ -249,7 +249,7 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
             ("Documents", data.get("documents"), "{:,}".format),
             ("… held out", data.get("held_out_documents"), "{:,}".format),
             ("Tokens", data.get("tokens"), "{:,}".format),
-            ("Text", data.get("bytes"), _bytes),
+            ("Text", data.get("bytes"), size),
             ("Bytes per token", data.get("bytes_per_token"), "{:.2f}".format),
             ("Vocabulary", data.get("vocab_size"), "{:,}".format),
         ],
@@ -257,9 +257,9 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
             ("CPU", machine.get("cpu"), str),
             ("Cores", machine.get("cores"), str),
             ("Threads", machine.get("threads"), str),
-            ("Memory", machine.get("memory_bytes"), _bytes),
+            ("Memory", machine.get("memory_bytes"), size),
             ("Compute dtype", machine.get("dtype"), str),
-            ("GEMM rate", machine.get("gemm_flops_per_second"), partial(_si, unit="FLOP/s")),
+            ("GEMM rate", machine.get("gemm_flops_per_second"), partial(si, unit="FLOP/s")),
             ("PyTorch", machine.get("torch"), str),
         ],
         "Config": [(key, value, _plain) for key, value in (summary.get("config") or {}).items()],
@@ -296,48 +296,8 @@ def _last(records: Sequence[Record], key: str) -> float | None:
     return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
 
 
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _scaled(number: float, base: int, units: Sequence[str]) -> str:
-    """Three digits and the unit among `units` (each `base` times the one before) that keeps them below `base`."""
-    power = 0
-    while number >= 0.9995 * base and power < len(units) - 1:
-        number, power = number / base, power + 1
-    digits = f"{number:.0f}" if number >= 99.95 else f"{number:#.3g}"
-    return digits + units[power]
-
-
-def _short(number: float) -> str:
-    """1234 -> "1,234", 20971520 -> "21.0M", 671e9 -> "671B"."""
-    return f"{number:,.0f}" if number < 10_000 else _scaled(number, 1000, ("", "K", "M", "B", "T"))
-
-
-def _si(number: float, unit: str) -> str:
-    return _scaled(number, 1000, [f" {prefix}{unit}" for prefix in ("", "k", "M", "G", "T", "P", "E", "Z", "Y")])
-
-
-def _bytes(number: float) -> str:
-    """Exact below 100,000 bytes, where caches are compared, else binary units."""
-    if number < 100_000:
-        return f"{number:,.0f} B"
-    return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    if round(seconds) < 60:
-        return f"{seconds:.0f} s"
-    if round(seconds) < 3600:
-        return f"{int(round(seconds) // 60)} min {round(seconds) % 60:02d} s"
-    if round(minutes) < 48 * 60:
-        return f"{int(round(minutes) // 60)} h {round(minutes) % 60:02d} min"
-    return f"{int(round(hours) // 24)} d {round(hours) % 24} h"
 
 
 def _time_unit(seconds: float) -> tuple[str, int]:
