@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from collections.abc import Iterable
+
+    from pydantic_core import ErrorDetails
 
 
 class UsageError(ValueError):
@@ -37,6 +40,8 @@ class RefusedError(RunError):
     status = 2
 
 
+# Of what was given, as many characters are repeated.
+_LONGEST = 80
 _REFUSALS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT))
 
 
@@ -51,14 +56,21 @@ def write_error(what: str, error: Exception) -> RunError:
     return RunError(f"{what}: {reason}")
 
 
-def explain(error: ValidationError) -> str:
-    """The first problem of a pydantic error as one line."""
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    if first["type"] == "extra_forbidden":
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is unknown: the one it is nearest to, if any."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def explain(problem: ErrorDetails) -> str:
+    """One of the problems in a pydantic error as one line."""
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "extra_forbidden":
         return f"{name} is not a known field"
-    if first["type"] == "missing":
+    if problem["type"] == "missing":
         return f"{name} is missing"
-    return f"{name} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    given = repr(problem["input"])
+    given = given if len(given) <= _LONGEST else given[: _LONGEST - 3] + "..."
+    return f"{name} is {given}; {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -57,7 +57,7 @@ def test_quick_keeps_its_arms_seeds_and_factors():
     ("what", "by", "said"),
     [
         ("held = ", "hold = ", "unknown key hold; did you mean held?"),
-        ('held = "active_flops"', 'held = "speed"', "held is speed"),
+        ('held = "active_flops"', 'held = "speed"', "held is 'speed'"),
         ("tokens = 2560", "tokens = 2560\nflops = 1e9", "budget: needs exactly one of flops, seconds, tokens, usd"),
         ("tokens = 2560", "tokens = -1", "budget.tokens is -1"),
         ("tokens = 2560", "token = 1", "unknown key budget.token; did you mean tokens?"),

@@ -304,7 +304,7 @@ class ModelConfig(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise UsageError(explain(error)) from None
+            raise UsageError(explain(error.errors()[0])) from None
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:

@@ -164,5 +164,5 @@ def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, An
     try:
         RopeParameters(**given)
     except ValidationError as error:
-        raise UsageError(f"{where}: rope_parameters: {explain(error)}") from None
+        raise UsageError(f"{where}: rope_parameters: {explain(error.errors()[0])}") from None
     return given

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import tomllib
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from cadre.errors import UsageError
+from cadre import sections
+from cadre.sections import Section
 from cadre.train.recipe import Recipe, dump_toml, parse_recipe, read_recipe
 
 Shape = Literal["active_flops", "total_parameters", "cache_bytes"]
@@ -24,11 +21,7 @@ ARM_TRAIN_KEYS = ("mtp_weight", "mtp_weight_final", "mtp_share", "clip", "micro_
 _LETTERS = set("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Budget(_Section):
+class Budget(Section):
     """What each run of an arm may use, in one of these. `flops` are training FLOPs, `seconds` those of optimizer steps,
     `usd` such seconds at the rent."""
 
@@ -52,7 +45,7 @@ class Budget(_Section):
         return float(getattr(self, self.unit))
 
 
-class Sweep(_Section):
+class Sweep(Section):
     """Short runs of the first seed with the arm's learning rates times each factor, over `share` of its budget."""
 
     factors: list[float] = Field(default=[0.5, 1.0, 2.0], min_length=1)
@@ -69,7 +62,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Quick(_Section):
+class Quick(Section):
     """The first answer: the whole study in about `minutes`, whatever the machine, by as short runs as that takes."""
 
     minutes: float = Field(default=10, gt=0)
@@ -78,14 +71,14 @@ class Quick(_Section):
     arms: list[str] | None = None
 
 
-class Decode(_Section):
+class Decode(Section):
     """Where decoding is timed."""
 
     contexts: list[Count] = Field(default=[512, 2048], min_length=1)
     batches: list[Count] = Field(default=[1, 8], min_length=1)
 
 
-class Arm(_Section):
+class Arm(Section):
     """Differences to the base recipe, by section. A `model` with a `model_type` is a whole model, another is laid over the
     base's. `solve`: which whole-number field of the model is free to make which quantity equal the base's. `held`: what
     must be equal in this arm, if not what the study holds. `to`: the arm before it that it is matched to, if not the first.
@@ -93,13 +86,13 @@ class Arm(_Section):
 
     to: str | None = None
     held: list[Shape] | None = None
-    solve: dict[Shape, str] = {}
+    solve: dict[Shape, str] = Field(default={})
     share: float = Field(default=1.0, gt=0, le=1)
-    model: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    schedule: dict[str, Any] = {}
-    balance: dict[str, Any] = {}
-    train: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default={})
+    optimizer: dict[str, Any] = Field(default={})
+    schedule: dict[str, Any] = Field(default={})
+    balance: dict[str, Any] = Field(default={})
+    train: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _only_its_own(self) -> Self:
@@ -109,7 +102,7 @@ class Arm(_Section):
         return self
 
 
-class Study(_Section):
+class Study(Section):
     """A study as written. `base`: the first arm's recipe, a shipped name or a file, unless `recipe` holds one. The first
     arm is the one that the others are matched to and judged against."""
 
@@ -191,7 +184,7 @@ class Study(_Section):
 
 def shipped() -> list[str]:
     """Names of the studies inside the package."""
-    return sorted(p.name[:-5] for p in resources.files("cadre.studies").iterdir() if p.name.endswith(".toml"))
+    return sections.shipped("cadre.studies")
 
 
 def read_study(name_or_path: str) -> tuple[Study, str]:
@@ -199,53 +192,13 @@ def read_study(name_or_path: str) -> tuple[Study, str]:
 
     Raises `UsageError` for an unknown study, key, type or value.
     """
-    known = shipped()
-    if name_or_path in known:
-        text, name = (resources.files("cadre.studies") / f"{name_or_path}.toml").read_text(encoding="utf-8"), name_or_path
-    else:
-        path = Path(name_or_path)
-        try:
-            text, name = path.read_text(encoding="utf-8"), path.stem
-        except FileNotFoundError:
-            close = difflib.get_close_matches(name_or_path, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UsageError(
-                f"study {name_or_path!r} is neither a file nor a shipped study; {hint}(shipped: {', '.join(known)})"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"study {name_or_path!r} cannot be read ({error})") from None
+    text, name = sections.text_of("study", "cadre.studies", name_or_path)
     return parse_study(text, name_or_path, name), hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_study(text: str, where: str, name: str = "study") -> Study:
     """Check a study's text. `where` names it in error messages."""
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where}: not valid TOML: {error}") from None
+    values = sections.parse(text, where)
     values.setdefault("name", name)
     values.setdefault("title", name)
-    try:
-        return Study(**values)
-    except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(error)}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    # A misspelt key is also a missing one: the spelling is what helps.
-    first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "value_error":
-        return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
-    if first["type"] == "extra_forbidden":
-        fields: dict[str, Any] = Study.model_fields
-        if len(first["loc"]) == 2:
-            fields = getattr(Study.model_fields[str(first["loc"][0])].annotation, "model_fields", fields)
-        elif len(first["loc"]) == 3:
-            fields = Arm.model_fields
-        close = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
-        return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(fields)}")
-    if first["type"] == "missing":
-        return f"{name} is missing"
-    given = str(first["input"])
-    return f"{name} is {given[:40]}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    return sections.check(Study, values, where)

