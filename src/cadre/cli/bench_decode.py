@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cadre.cli.bench_train import DType, Peer, notes, torch_dtype
+from cadre.cli.bench_train import DType, Peer, torch_dtype
 from cadre.cli.generate import Quantize
 
 
@@ -35,7 +35,7 @@ def bench_decode(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:  # fmt: skip
     """Time decoding on random weights, against the machine's memory rate."""
-
+    from cadre.cli.progress import notes
     from cadre.errors import UsageError
     from cadre.infer.bench import decode
     from cadre.kernels.allocator import keep_freed_memory

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -53,6 +52,7 @@ def bench_train(
     """Time full optimizer steps of a model on random tokens, against the machine's GEMM rate."""
     mode = _mode({"peer": peer is not None, "tax": tax, "sweep": sweep, "fp8": fp8, "profile": profile}, quick)
     from cadre.cli import bench_tables
+    from cadre.cli.progress import notes
     from cadre.model.config import ModelConfig
 
     shape = ModelConfig.from_file(config)
@@ -109,18 +109,3 @@ def torch_dtype(choice: DType) -> Any:
     import torch
 
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
-
-
-@contextmanager
-def notes(json_: bool) -> Iterator[Callable[[str], None]]:
-    """Shows how far the work is: on a terminal one line that moves, elsewhere lines. Beside JSON only on a terminal, and
-    never on standard output."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=json_, highlight=False, markup=False, emoji=False)
-    if console.is_terminal:
-        with console.status("") as status:
-            yield lambda text: status.update(Text(text))
-    else:
-        yield lambda text: None if json_ else print(text, flush=True)

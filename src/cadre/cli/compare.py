@@ -165,21 +165,17 @@ def _end(state: State, json_output: bool, values: dict[str, Any]) -> None:
 def _watching(json_output: bool) -> Iterator[Watch]:
     """On a terminal a line that moves and notes above it, elsewhere notes only; beside JSON on standard error."""
     from rich.console import Console
-    from rich.text import Text
+
+    from cadre.cli.progress import moving_line
 
     console = Console(stderr=json_output, highlight=False, markup=False, emoji=False)
+    with moving_line(console) as show:
 
-    class Lines:
-        def note(self, text: str) -> None:
-            console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True)
+        class Lines:
+            def note(self, text: str) -> None:
+                console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True)
 
-        def moving(self, text: str) -> None:
-            if status is not None:
-                status.update(Text(text))
+            def moving(self, text: str) -> None:
+                show(text)
 
-    status = console.status("") if console.is_terminal else None
-    if status is None:
-        yield Lines()
-        return
-    with status:
         yield Lines()

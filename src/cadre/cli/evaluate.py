@@ -46,6 +46,7 @@ def evaluate(
     """Bits per byte of text, per file and overall: every token of whole files, each within a sliding context."""
     import torch
 
+    from cadre.cli.progress import counting
     from cadre.data.sources import file_of, read_documents
     from cadre.hub.tokenizer import lossy
     from cadre.kernels.limits import products_keep_up
@@ -81,8 +82,8 @@ def evaluate(
             yield document
 
     files: dict[str, Score] = {}
-    with _Counter() as counter:
-        scores = score_each(loaded, tokenizer, noted(), context=context, stride=stride, progress=counter.add)
+    with counting("scored") as progress:
+        scores = score_each(loaded, tokenizer, noted(), context=context, stride=stride, progress=progress)
         for number, score in enumerate(scores):
             files[names[number]] = files.get(names[number], Score(0.0, 0, 0)) + score
     total = sum(files.values(), Score(0.0, 0, 0))
@@ -118,28 +119,3 @@ def _place(entry: str) -> Path:
 
 def _fields(score: Score) -> dict[str, float]:
     return {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes, "tokens": score.tokens}
-
-
-class _Counter:
-    """On a terminal, how many tokens are scored so far."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        self.tokens = 0
-        self.status = console.status("reading") if console.is_terminal else None
-
-    def __enter__(self) -> _Counter:
-        if self.status:
-            self.status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.status:
-            self.status.stop()
-
-    def add(self, tokens: int) -> None:
-        self.tokens += tokens
-        if self.status:
-            self.status.update(f"{self.tokens:,} tokens scored")

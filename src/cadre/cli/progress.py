@@ -1,8 +1,10 @@
-"""The live line of a training run: on a terminal one line that moves, elsewhere a line per logged step."""
+"""How far the work is: on a terminal one line that moves, elsewhere lines or nothing."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -53,6 +55,39 @@ class TrainingLine:
 
     def note(self, text: str) -> None:
         self.console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True)
+
+
+@contextmanager
+def moving_line(console: Console) -> Iterator[Callable[[str], None]]:
+    """On a terminal a line that shows the newest text; elsewhere nothing."""
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(Text(text))
+
+
+@contextmanager
+def counting(done: str) -> Iterator[Callable[[int], None]]:
+    """On a terminal, how many tokens are `done` so far, such as "read"; called with how many more there are."""
+    total = 0
+    with moving_line(Console(stderr=True)) as show:
+
+        def add(tokens: int) -> None:
+            nonlocal total
+            total += tokens
+            show(f"{total:,} tokens {done}")
+
+        show("reading")
+        yield add
+
+
+@contextmanager
+def notes(json_output: bool) -> Iterator[Callable[[str], None]]:
+    """On a terminal one line that moves, elsewhere lines. Beside JSON only on a terminal, and never on standard output."""
+    console = Console(stderr=json_output, highlight=False, markup=False, emoji=False)
+    with moving_line(console) as show:
+        yield show if console.is_terminal else lambda text: None if json_output else print(text, flush=True)
 
 
 # All but line ends and tabs, which alone move no further than they say.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +46,7 @@ def routes(
     ] = False,
 ) -> None:
     """What each expert took up: its typical tokens, contexts and documents, and who follows whom, as a page or JSON."""
+    from cadre.cli.progress import counting
     from cadre.files import replace_file
     from cadre.hub.directory import display_name, load_config
     from cadre.study.excerpts import held_out_text, read_text, sample
@@ -75,7 +74,7 @@ def routes(
             f"{model}: max_position_embeddings is {context}: there is no room for a token and what comes before it"
         )
     chosen = sample(documents, LETTERS_PER_TOKEN * max_tokens, LETTERS_PER_PLACE * context)
-    with _reading() as progress:
+    with counting("read") as progress:
         gathered = gather(loaded, tokenizer, chosen, context=context, max_tokens=max_tokens, progress=progress)
     found: dict[str, Any] = {
         "model": display_name(model),
@@ -101,23 +100,3 @@ def routes(
     if not json_output:
         sizes = f"{len(found['layers'])} x {len(found['layers'][0]['experts'])} experts"
         typer.echo(f"{path}: {sizes} on {found['tokens']:,} tokens, documents: {found['documents']:,}")
-
-
-@contextmanager
-def _reading() -> Iterator[Callable[[int], None] | None]:
-    """On a terminal, shows how many tokens are read so far."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    read = 0
-
-    def add(tokens: int) -> None:
-        nonlocal read
-        read += tokens
-        status.update(f"{read:,} tokens read")
-
-    with console.status("reading") as status:
-        yield add
