@@ -47,12 +47,9 @@ def inline(figure: Any, name: str, label: str) -> Any:
 
 def render(found: dict[str, Any], pictures: dict[str, Any]) -> str:
     """The page of `results` with its `verdict`."""
-    import jinja2
+    from cadre.html import page_environment
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = page_environment("cadre.study")
     names = list(found["arms"])
     return environment.get_template("compare.html.j2").render(
         study=found,

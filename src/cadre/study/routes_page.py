@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,15 +27,9 @@ Study = dict[str, Any]
 def render(study: Study) -> str:
     """The page for what `cadre.study.routes.study` found, with the keys the command adds: "model", "data", "top_k",
     "shared_experts", "parameters", "documents", "complete"."""
-    import jinja2
+    from cadre.html import page_environment
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("cadre.study")
     environment.filters["shown"] = shown
     environment.filters["marked"] = marked
     groups, layers = study["groups"], study["layers"]

@@ -52,17 +52,12 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
     its section out. The page makes no outside request. Raises RunError if the disk refuses, UsageError if the metrics are
     damaged.
     """
-    import jinja2
     from markupsafe import Markup
 
+    from cadre.html import page_environment
+
     records = read_metrics(run_dir)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("cadre.train")
     result = summary.get("result") or {}
     events = _events(records)
     with figures.style():
