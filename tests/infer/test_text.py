@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
-from cadre.infer.text import Detokenizer, StopStrings
+from cadre.infer.text import AnswerLine, Detokenizer, StopStrings
 from tests.infer.conftest import TEXT
 
 BYTE_LEVEL = train_tokenizer([TEXT * 20], 300)
@@ -148,3 +148,21 @@ def test_the_earliest_of_several_stop_strings_counts():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(UsageError, match="stop string is empty"):
         StopStrings(["x", ""])
+
+
+@pytest.mark.parametrize("pieces, answer", [
+    (["yes", " we", " do\nno"], "yes we do"),
+    (["\n", " \n", "\tyes", "\n"], "yes"),
+    (["\n\nyes\nno"], "yes"),
+    (["yes"], "yes"),
+    (["\n", ""], ""),
+])  # fmt: skip
+def test_an_answer_is_one_line(pieces, answer):
+    line = AnswerLine()
+    given = ""
+    for piece in pieces:
+        given += line.push(piece)
+        if line.ended:
+            break
+    assert given == answer
+    assert line.ended == ("\n" in "".join(pieces).lstrip())

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import save_tokenizer, template_source
-from cadre.serve.template import AnswerLine, ChatTemplate, chat_template, transcript
+from cadre.serve.template import ChatTemplate, chat_template, transcript
 
 
 def read_template(folder):
@@ -108,24 +108,6 @@ def test_what_it_refuses_is_bad_input(source, reason):
 
 def test_transcript_has_a_line_for_each_message():
     assert transcript([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]) == "hi\nyes\n"
-
-
-@pytest.mark.parametrize("pieces, answer", [
-    (["yes", " we", " do\nno"], "yes we do"),
-    (["\n", " \n", "\tyes", "\n"], "yes"),
-    (["\n\nyes\nno"], "yes"),
-    (["yes"], "yes"),
-    (["\n", ""], ""),
-])  # fmt: skip
-def test_an_answer_is_one_line(pieces, answer):
-    line = AnswerLine()
-    given = ""
-    for piece in pieces:
-        given += line.push(piece)
-        if line.ended:
-            break
-    assert given == answer
-    assert line.ended == ("\n" in "".join(pieces).lstrip())
 
 
 def test_a_mark_of_what_an_assistant_says():

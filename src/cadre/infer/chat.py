@@ -11,7 +11,7 @@ from cadre.infer.engine import Engine, Request
 from cadre.infer.generate import checked, encode_prompt
 from cadre.infer.pages import bytes_for, cache_dtype
 from cadre.infer.sampling import Sampling
-from cadre.infer.text import Detokenizer
+from cadre.infer.text import AnswerLine, Detokenizer
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -58,18 +58,13 @@ class Conversation:
 
     def _answer(self, detokenizer: Detokenizer) -> Iterator[str]:
         self.line_open = True
-        started = False
+        line = AnswerLine()
         for token in self._tokens():
-            piece = detokenizer.push(token)
-            if not started:
-                piece = piece.lstrip()  # a blank line is no answer
-                started = bool(piece)
-            if "\n" in piece:
-                self.line_open = False
-                piece = piece[: piece.index("\n")]
+            piece = line.push(detokenizer.push(token))
+            self.line_open = not line.ended
             if piece:
                 yield piece
-            if not self.line_open:
+            if line.ended:
                 return
 
     def _tokens(self) -> Iterator[int]:

@@ -96,6 +96,23 @@ class StopStrings:
         return held
 
 
+class AnswerLine:
+    """Cuts a continuation of a transcript to the answer: one line, blank lines before it left out."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.ended = False
+
+    def push(self, piece: str) -> str:
+        """The part of this piece that belongs to the answer. Once the line is complete, `ended` is set."""
+        if not self.started:
+            piece = piece.lstrip()
+            self.started = bool(piece)
+        line, newline, _ = piece.partition("\n")
+        self.ended = bool(newline)
+        return line
+
+
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of the text are the beginning, but not the whole, of the stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from cadre.infer.text import Detokenizer
+from cadre.infer.text import AnswerLine, Detokenizer
 from cadre.serve.errors import ApiError, server_error, too_late
 from cadre.serve.pieces import dumps, written
 from cadre.serve.service import Prompt, Service
-from cadre.serve.template import AnswerLine
 
 if TYPE_CHECKING:
     from cadre.infer.engine import Output

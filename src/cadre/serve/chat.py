@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import Response
 
+from cadre.infer.text import AnswerLine
 from cadre.serve.answer import Choice, Shape, answer, choices_of
 from cadre.serve.schema import ChatRequest, Message
 from cadre.serve.service import Prompt, Service, check_logprobs
-from cadre.serve.template import AnswerLine, transcript
+from cadre.serve.template import transcript
 
 if TYPE_CHECKING:
     from cadre.infer.engine import Output

@@ -53,23 +53,6 @@ def transcript(messages: Messages) -> str:
     return "".join(message["content"] + "\n" for message in messages)
 
 
-class AnswerLine:
-    """Cuts a continuation of a transcript to the answer: one line, blank lines before it left out."""
-
-    def __init__(self) -> None:
-        self.started = False
-        self.ended = False
-
-    def push(self, piece: str) -> str:
-        """The part of this piece that belongs to the answer. Once the line is complete, `ended` is set."""
-        if not self.started:
-            piece = piece.lstrip()
-            self.started = bool(piece)
-        line, newline, _ = piece.partition("\n")
-        self.ended = bool(newline)
-        return line
-
-
 def _special(values: dict[str, Any]) -> dict[str, str]:
     """The special tokens that templates name, such as bos_token; older files hold objects instead of strings."""
     found = {}
