@@ -88,11 +88,11 @@ class _Fields:
             raise UsageError(f"{self.where}: {name} is missing; {kind} needs it: null, or a whole number, at least {least}")
         return self.maybe(name, least)
 
-    def flag(self, name: str, default: bool = False) -> bool:
+    def flag(self, name: str) -> bool:
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
             self.refuse(name, value, "true or false")
-        return default if value is None else value
+        return bool(value)
 
     def layers(self) -> int:
         """The number of decoder blocks, bounded so that a slip of the pen does not fill the memory."""

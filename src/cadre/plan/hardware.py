@@ -53,14 +53,17 @@ LINK_EFFICIENCY = 0.8
 LINK_EFFICIENCY_SOURCE = "arXiv 2505.09343, section 4.3: 160 of 200 GB/s over NVLink, 40 of 50 GB/s over InfiniBand reached"
 
 
+_GPUS_A_NODE = 8
+
+
 def _gpu(
     name: str, bf16: float, fp8: float | None, memory: float, bandwidth: float, link: float, network: float, watts: float,
-    rent: float, figures: str, links: str, rented: str, node: int = 8,
+    rent: float, figures: str, links: str, rented: str,
 ) -> Device:  # fmt: skip
     """A GPU from data sheet units: TFLOP/s, GB, GB/s, W, USD/h."""
     flops = {"bf16": bf16 * 1e12} | ({} if fp8 is None else {"fp8": fp8 * 1e12})
     return Device(
-        name, flops, memory * 1e9, bandwidth * 1e9, node, link * 1e9, network * 1e9, watts, rent,
+        name, flops, memory * 1e9, bandwidth * 1e9, _GPUS_A_NODE, link * 1e9, network * 1e9, watts, rent,
         {precision: _GPU_EFFICIENCY[precision] for precision in flops}, _GPU_HALF_RATE_WIDTH,
         {"flops": figures, "memory": figures, "watts": figures, "links": links, "rent": rented,
          "efficiency": _GPU_EFFICIENCY_SOURCE},

@@ -51,11 +51,10 @@ class Request:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(request: Request, alternatives: int = 10) -> dict[str, Any]:
+def make_plan(request: Request) -> dict[str, Any]:
     """The plan as plain values, ready for JSON; `docs/plan.md` says what each key means.
 
-    alternatives: how many layouts to list. Raises `UsageError` for a precision the device has no rate for, and for numbers
-    out of their range.
+    Raises `UsageError` for a precision the device has no rate for, and for numbers out of their range.
     """
     check(request)
     precision = _precision(request)
@@ -64,7 +63,7 @@ def make_plan(request: Request, alternatives: int = 10) -> dict[str, Any]:
     counted = replace(counted, training_flops_per_token=round(counted.training_flops(request.mtp_share)))
     devices = request.devices or _enough(request, precision) or _MOST_DEVICES
     work = _work(request, precision, devices)
-    found = steps.search(work, devices, keep=alternatives)
+    found = steps.search(work, devices)
     notes = list(request.notes)
     reach = shape.max_position_embeddings
     if reach is not None and request.context > reach:

@@ -19,16 +19,18 @@ from cadre.infer.speculate import Payoff
 from cadre.kernels.limits import default_device
 from cadre.model.transformer import Transformer
 
+# Stretches of held-out text on which a module is asked whether it is right.
+_WINDOWS = 32
 # Texts that are continued one at a time, each once plainly and once with drafts, so many times over.
 _TEXTS, _TURNS = 4, 3
 
 
-def acceptance(model: Transformer, held_out: Tokens, length: int, windows: int = 32) -> list[float]:
+def acceptance(model: Transformer, held_out: Tokens, length: int) -> list[float]:
     """Of each module of multi-token prediction, at how many of the held-out positions its first choice is the one the main
     model makes there a step later: what greedy speculation accepts, given the true text."""
     depth = len(model.mtp)
     size = length + 1 + depth
-    count = min(windows, len(held_out) // size)
+    count = min(_WINDOWS, len(held_out) // size)
     agreed = [0] * depth
     total = 0
     model.eval()

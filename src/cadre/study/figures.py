@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Mid-tones that read on white and on near-black, told apart with the order in mind: the first arm is grey-blue.
 COLOURS = ("#3b82d6", "#e0782f", "#2a9d7f", "#c9548a", "#8a6fd1", "#b39222", "#4aa3b8", "#9a5b3c")
+_WIDTH = 440
 AXES = {"flops": "training FLOPs", "seconds": "seconds of optimizer steps"}
 
 
@@ -21,13 +22,13 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def loss_figure(results: dict[str, Any], axis: str, width: float = 440, height: float = 280) -> Figure | None:
+def loss_figure(results: dict[str, Any], axis: str) -> Figure | None:
     """Held-out bits per byte of every run against "flops" or "seconds", on a logarithmic axis: seeds pale, a name at the
     end. None if no run has a curve."""
     if not any(arm["curves"] for arm in results["arms"].values()):
         return None
     with figures.style():
-        figure = figures.blank(width, height)
+        figure = figures.blank(_WIDTH, 280)
         axes = figure.subplots()
         _draw_loss(axes, results, axis)
     return figure
@@ -56,7 +57,7 @@ def _draw_loss(axes: Axes, results: dict[str, Any], axis: str) -> None:
     axes.legend(loc="upper right", fontsize=9)
 
 
-def decode_figure(results: dict[str, Any], width: float = 440, height: float = 240) -> Figure | None:
+def decode_figure(results: dict[str, Any]) -> Figure | None:
     """Decode rate by context and batch, a bar an arm; None if none was measured."""
     rows = [row for row in results["decode"] if row.get("tokens_per_second")]
     if not rows:
@@ -65,7 +66,7 @@ def decode_figure(results: dict[str, Any], width: float = 440, height: float = 2
     rate = {(row["arm"], row["context"], row["batch"]): row["tokens_per_second"] for row in rows}
     wide = 0.8 / len(results["arms"])
     with figures.style():
-        figure = figures.blank(width, height)
+        figure = figures.blank(_WIDTH, 240)
         axes = figure.subplots()
         for number, name in enumerate(results["arms"]):
             places = [i for i, point in enumerate(points) if (name, *point) in rate]

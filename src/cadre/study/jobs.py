@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from cadre.errors import UsageError
 from cadre.study.match import Matched
@@ -36,10 +35,6 @@ class Job:
     def folder(self) -> str:
         """Where in the study's directory it is."""
         return f"sweep/{self.arm}-x{self.factor:g}" if self.kind == "sweep" else f"runs/{self.arm}-seed{self.seed}"
-
-
-def as_jobs(values: list[dict[str, Any]]) -> list[Job]:
-    return [Job(**value) for value in values]
 
 
 def plan_jobs(
@@ -146,10 +141,6 @@ def recipe_of(job: Job, recipe: Recipe, factor: float, evaluations: int, dtype: 
         "eval": recipe.eval.model_copy(update={"every": every, "prompts": []}),
         "checkpoint": recipe.checkpoint.model_copy(update={"every": max(50, steps // 10), "keep": 1}),
     })  # fmt: skip
-
-
-def as_values(jobs: list[Job]) -> list[dict[str, Any]]:
-    return [asdict(job) for job in jobs]
 
 
 def _said(budget: Budget, amount: float | None) -> str:

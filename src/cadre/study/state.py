@@ -9,14 +9,14 @@ report.html, results.json, *.png
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cadre import files
 from cadre.errors import UsageError, write_error
-from cadre.study.jobs import Job, as_jobs, as_values
-from cadre.study.match import Matched
+from cadre.study.jobs import Job
+from cadre.study.match import Matched, counted
 from cadre.study.spec import Study
 from cadre.study.worker import RESULT, read_curve
 from cadre.train.recipe import parse_recipe
@@ -87,7 +87,7 @@ class State:
         }
         write_json(self.path / FILE, {
             "format": _FORMAT, "text_hash": self.text_hash, "quick": self.quick, "minutes": self.minutes,
-            "study": self.study.model_dump(exclude_none=True), "arms": arms, "jobs": as_values(self.jobs),
+            "study": self.study.model_dump(exclude_none=True), "arms": arms, "jobs": [asdict(job) for job in self.jobs],
             "step_seconds": self.step_seconds, "amount": self.amount, "rent": self.rent, "rent_source": self.rent_source,
             "dtype": self.dtype, "held_out_tokens": self.held_out_tokens,
             "train_tokens": self.train_tokens, "machine": self.machine,
@@ -106,7 +106,8 @@ def open_state(path: Path) -> State | None:
     try:
         study = Study(**values["study"])
         arms = {name: _arm(path, name, arm) for name, arm in values["arms"].items()}
-        return State(path=path, study=study, arms=arms, jobs=as_jobs(values["jobs"]), **{key: values[key] for key in rest})
+        jobs = [Job(**job) for job in values["jobs"]]
+        return State(path=path, study=study, arms=arms, jobs=jobs, **{key: values[key] for key in rest})
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -133,7 +134,5 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _arm(path: Path, name: str, values: dict[str, Any]) -> Matched:
-    from cadre.study.match import counted
-
     recipe = parse_recipe(values["recipe"], f"{path / FILE}, arm {name}", name=name)
     return counted(f"{path / FILE}, arm {name}", name, recipe, values["vocab_size"], values["solved"])
