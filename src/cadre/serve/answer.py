@@ -72,7 +72,7 @@ class Choice:
         return piece
 
 
-class Shape(ABC):
+class AnswerFormat(ABC):
     """How one kind of completion is written down. Lists that may be long are iterators (see `pieces`)."""
 
     PREFIX: ClassVar[str]
@@ -122,25 +122,25 @@ class Shape(ABC):
 
 
 async def answer(
-    place: Place, choices: Sequence[Choice], requests: Sequence[Sequenced], shape: Shape, stream: bool
+    place: Place, choices: Sequence[Choice], requests: Sequence[Sequenced], form: AnswerFormat, stream: bool
 ) -> Response:
     """What the engine makes of a request, as a stream or as a whole. Raises `ApiError` for a whole without an answer."""
     running = place.submit(requests)
     if stream:
-        return EventStream(place, running, choices, shape)
+        return EventStream(place, running, choices, form)
     async for choice, output in _outputs(place, running, choices):
         if choice is not None and output is not None:
             choice.take(output)
-    return Response(await written(shape.whole(choices)), media_type="application/json")
+    return Response(await written(form.whole(choices)), media_type="application/json")
 
 
 class EventStream(StreamingResponse):
     """Server-sent events as the engine's outputs come. However it ends, it leaves its place."""
 
-    def __init__(self, place: Place, stream: Stream, choices: Sequence[Choice], shape: Shape) -> None:
+    def __init__(self, place: Place, stream: Stream, choices: Sequence[Choice], form: AnswerFormat) -> None:
         place.kept, self.place = True, place
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(_events(place, stream, choices, shape), media_type="text/event-stream", headers=headers)
+        super().__init__(_events(place, stream, choices, form), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -149,21 +149,21 @@ class EventStream(StreamingResponse):
             self.place.leave()
 
 
-async def _events(place: Place, stream: Stream, choices: Sequence[Choice], shape: Shape) -> AsyncIterator[str]:
+async def _events(place: Place, stream: Stream, choices: Sequence[Choice], form: AnswerFormat) -> AsyncIterator[str]:
     try:
         async for choice, output in _outputs(place, stream, choices):
             if choice is None or output is None:
                 yield _PING
                 continue
             piece, first, choice.begun = choice.take(output), not choice.begun, True
-            for chunk in shape.chunks(choice, piece, output, first=first):
+            for chunk in form.chunks(choice, piece, output, first=first):
                 # A prompt's log-probabilities come all at once.
                 yield _event(dumps(chunk) if output.prompt_logprobs is None else await written(chunk))
     except ApiError as error:
         yield _event(dumps(error.body))
         return
-    if shape.usage_wanted:
-        yield _event(dumps(shape.usage_chunk(choices)))
+    if form.usage_wanted:
+        yield _event(dumps(form.usage_chunk(choices)))
     yield _event("[DONE]")
 
 

@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from cadre.infer.text import AnswerLine
-from cadre.serve.answer import Choice, Shape, answer, choices_of
+from cadre.serve.answer import AnswerFormat, Choice, answer, choices_of
 from cadre.serve.schema import ChatRequest, Message
 from cadre.serve.service import Prompt, Service, check_logprobs
 from cadre.serve.template import transcript
@@ -31,13 +31,13 @@ async def converse(service: Service, request: Request, body: ChatRequest) -> Res
         prompt = await encode_chat(service, body.messages)
         new_tokens = service.new_tokens(prompt, asked, param)
         check_logprobs(logprobs, new_tokens * (body.n or 1))
-        shape = ChatShape(service, body)
-        requests = await service.sequences(place, shape.name, body, [prompt], [new_tokens], logprobs=logprobs)
+        form = ChatFormat(service, body)
+        requests = await service.sequences(place, form.name, body, [prompt], [new_tokens], logprobs=logprobs)
         choices = choices_of(service, requests, [prompt], keep=not body.stream)
         if service.template is None:
             for choice in choices:
                 choice.line = AnswerLine()
-        return await answer(place, choices, requests, shape, bool(body.stream))
+        return await answer(place, choices, requests, form, bool(body.stream))
 
     return await service.admission.serve(request, body.n or 1, work)
 
@@ -56,7 +56,7 @@ def _plain(message: Message) -> dict[str, str]:
     return plain if message.name is None else plain | {"name": message.name}
 
 
-class ChatShape(Shape):
+class ChatFormat(AnswerFormat):
     """OpenAI's `chat.completion` objects and their chunks."""
 
     PREFIX, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"

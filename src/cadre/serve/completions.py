@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from cadre.infer.engine import end_ids
-from cadre.serve.answer import Choice, Shape, answer, choices_of
+from cadre.serve.answer import AnswerFormat, Choice, answer, choices_of
 from cadre.serve.schema import CompletionRequest
 from cadre.serve.service import Service, check_logprobs
 
@@ -37,18 +37,18 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
         new_tokens = [service.new_tokens(prompt, body.max_tokens, "max_tokens", _DEFAULT_TOKENS) for prompt in prompts]
         lengths = (most + told * len(prompt.ids) for prompt, most in zip(prompts, new_tokens, strict=True))
         check_logprobs(body.logprobs, sum(lengths) * (body.n or 1))
-        shape = CompletionShape(service, body)
-        requests = await service.sequences(place, shape.name, body, prompts, new_tokens, logprobs=body.logprobs, **options)
+        form = CompletionFormat(service, body)
+        requests = await service.sequences(place, form.name, body, prompts, new_tokens, logprobs=body.logprobs, **options)
         choices = choices_of(service, requests, prompts, keep=not body.stream)
         if dropped:
             for choice in choices:
                 choice.ends = end_ids(service.card.config)
-        return await answer(place, choices, requests, shape, bool(body.stream))
+        return await answer(place, choices, requests, form, bool(body.stream))
 
     return await service.admission.serve(request, len(many) * (body.n or 1), work)
 
 
-class CompletionShape(Shape):
+class CompletionFormat(AnswerFormat):
     """OpenAI's `text_completion` objects."""
 
     PREFIX, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"

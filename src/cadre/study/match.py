@@ -8,7 +8,7 @@ from typing import Any
 from cadre.errors import UsageError
 from cadre.model.config import ModelConfig
 from cadre.plan.count import Count, count
-from cadre.study.spec import ARM_SECTIONS, Shape, Study
+from cadre.study.spec import ARM_SECTIONS, Quantity, Study
 from cadre.train.recipe import Recipe, dump_toml, parse_recipe
 
 # Widths are multiples of the first of these that comes within the tolerance: round widths compute faster.
@@ -37,7 +37,7 @@ class Matched:
     flops_per_token: float
     solved: dict[str, int]
 
-    def quantity(self, which: Shape) -> float:
+    def quantity(self, which: Quantity) -> float:
         """active_flops, total_parameters or cache_bytes: see `SAID`."""
         if which == "active_flops":
             return self.flops_per_token
@@ -93,8 +93,9 @@ def _match(study: Study, base: Recipe, name: str, other: Matched, vocab_size: in
 
 
 def _solve(
-    study: Study, base: Recipe, name: str, quantity: Shape, field: str, target: float, solved: dict[str, int], vocab_size: int
-) -> int:
+    study: Study, base: Recipe, name: str, quantity: Quantity, field: str, target: float, solved: dict[str, int],
+    vocab_size: int,
+) -> int:  # fmt: skip
     """The value of the field that brings the quantity nearest to `target`."""
     if field not in ModelConfig.model_fields:
         raise UsageError(f"study {study.name}: arms.{name}.solve.{quantity} is {field!r}; it must be a field of a model")

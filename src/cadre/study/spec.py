@@ -11,9 +11,9 @@ from cadre import sections
 from cadre.sections import Section
 from cadre.train.recipe import Recipe, dump_toml, parse_recipe, read_recipe
 
-Shape = Literal["active_flops", "total_parameters", "cache_bytes"]
+Quantity = Literal["active_flops", "total_parameters", "cache_bytes"]
 Held = Literal["active_flops", "total_parameters", "cache_bytes", "seconds", "price"]
-SHAPES: tuple[Shape, ...] = ("cache_bytes", "total_parameters", "active_flops")
+QUANTITIES: tuple[Quantity, ...] = ("cache_bytes", "total_parameters", "active_flops")
 
 # What an arm may choose for itself. Text, tokenizer, batches and their order, seed, length and evaluation are the study's.
 ARM_SECTIONS = ("model", "optimizer", "schedule", "balance", "train")
@@ -85,8 +85,8 @@ class Arm(Section):
     `share` of the budget is what the arm gets."""
 
     to: str | None = None
-    held: list[Shape] | None = None
-    solve: dict[Shape, str] = Field(default={})
+    held: list[Quantity] | None = None
+    solve: dict[Quantity, str] = Field(default={})
     share: float = Field(default=1.0, gt=0, le=1)
     model: dict[str, Any] = Field(default={})
     optimizer: dict[str, Any] = Field(default={})
@@ -163,11 +163,11 @@ class Study(Section):
     def first(self) -> str:
         return next(iter(self.arms))
 
-    def held_by(self, name: str) -> list[Shape]:
+    def held_by(self, name: str) -> list[Quantity]:
         """Which quantities of the model's shape must be the first arm's; in the order in which they are solved."""
         arm = self.arms[name]
-        held = arm.held if arm.held is not None else [self.held] if self.held in SHAPES else []
-        return [quantity for quantity in SHAPES if quantity in held]
+        held = arm.held if arm.held is not None else [self.held] if self.held in QUANTITIES else []
+        return [quantity for quantity in QUANTITIES if quantity in held]
 
     def shortened(self) -> Study:
         """The study that `--quick` runs; the size of its budget is found once the machine's speed is known."""
