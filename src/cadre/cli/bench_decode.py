@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cadre.cli.bench_train import DType, Peer, torch_dtype
-from cadre.cli.generate import Quantize
+from cadre.cli.options import DType, Json, Peer, Quantize, torch_dtype
 
 
 def bench_decode(
@@ -32,7 +31,7 @@ def bench_decode(
     ] = None,
     peer: Annotated[Peer | None, typer.Option(help="Decode the same shape in it, in turn.", show_default=False)] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Contexts and batches, beside MHA and GQA twins.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    json_output: Json = False,
 ) -> None:  # fmt: skip
     """Time decoding on random weights, against the machine's memory rate."""
     from cadre.cli.progress import notes

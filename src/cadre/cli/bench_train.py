@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cadre.cli.options import DType, Json, Peer, torch_dtype
 from cadre.errors import UsageError
 
 _STEPS = 8
 _STEPS_OF_A_POINT = 3
-
-
-class DType(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Peer(StrEnum):
-    transformers = "transformers"
 
 
 def bench_train(
@@ -47,7 +37,7 @@ def bench_train(
     ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Where the time goes, and how near the limits.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points of --tax or --sweep.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Time full optimizer steps of a model on random tokens, against the machine's GEMM rate."""
     mode = _mode({"peer": peer is not None, "tax": tax, "sweep": sweep, "fp8": fp8, "profile": profile}, quick)
@@ -58,11 +48,11 @@ def bench_train(
     shape = ModelConfig.from_file(config)
     bench = _bench(mode, quick)
     steps = steps or (_STEPS_OF_A_POINT if mode == "sweep" else _STEPS)
-    with notes(json_) as note:
+    with notes(json_output) as note:
         seq_len = seq_len or min(512, shape.max_position_embeddings)
         values = bench(shape, batch=batch, seq_len=seq_len, steps=steps, dtype=torch_dtype(dtype), note=note)
     result = {"mode": mode, **values}
-    print(json.dumps(result) if json_ else "\n".join(bench_tables.lines(result)))
+    print(json.dumps(result) if json_output else "\n".join(bench_tables.lines(result)))
 
 
 def _mode(chosen: dict[str, bool], quick: bool) -> str:
@@ -103,9 +93,3 @@ def _bench(mode: str, quick: bool) -> Callable[..., dict[str, Any]]:
     from cadre.train.bench.step import bench_train
 
     return lambda config, note, **shape: bench_train(config, **shape)
-
-
-def torch_dtype(choice: DType) -> Any:
-    import torch
-
-    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[choice]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from cadre.cli.generate import MaxTokens, Model, Seed, Temperature, TopK, TopP, load_with_tokenizer
+from cadre.cli.models import load_with_tokenizer
+from cadre.cli.options import MaxTokens, Model, Seed, Temperature, TopK, TopP
 from cadre.cli.progress import printable
 from cadre.errors import UsageError
 

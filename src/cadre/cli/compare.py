@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cadre.cli.options import Json
 from cadre.data.remote import is_remote
 from cadre.data.sources import SOTU
 from cadre.errors import UsageError, write_error
@@ -49,7 +50,7 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Match the arms, time their steps, say how long it takes.")
     ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else there.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Race architectures at equal cost: loss against FLOPs and seconds, cache, decode rate, price, and a verdict."""
     from cadre.cli.summary import cpu_name

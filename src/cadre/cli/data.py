@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from cadre.cli.options import Json
+
 
 def data(
     files: Annotated[
@@ -27,7 +29,7 @@ def data(
         int | None, typer.Option(metavar="N", help="Entries of the tokenizer that is trained. [default: 4096]")
     ] = None,
     held_out: Annotated[float, typer.Option(metavar="F", help="Share of the documents held out.")] = 0.05,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Tokenise text into shards on disk, split by document into training and held-out text."""
     from cadre.data.shards import prepare

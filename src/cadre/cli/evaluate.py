@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cadre.cli.generate import Model, Quantize, load_with_tokenizer
+from cadre.cli.models import load_with_tokenizer
+from cadre.cli.options import Json, Model, Quantize
 from cadre.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def evaluate(
         int | None, typer.Option(metavar="N", help="Tokens that the window moves at a time. [default: half a window]")
     ] = None,
     quantize: Quantize = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Bits per byte of text, per file and overall: every token of whole files, each within a sliding context."""
     import torch

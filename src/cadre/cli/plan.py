@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cadre.cli.models import vocabulary
+from cadre.cli.options import Json, token_count
 from cadre.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def plan(
     ] = None,
     here: Annotated[bool, typer.Option("--here", help="Measure this machine (up to 30 s), predict training on it.")] = False,
     explain: Annotated[bool, typer.Option(help="Show every term of a step and the next best layouts.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Count a model and predict memory, time, price and decoding rate before anything runs."""
     from cadre.plan.hardware import hardware as device
@@ -208,31 +209,7 @@ def _of_recipe(source: str, name: str, mtp: bool | None) -> dict[str, Any]:
     return _found(name, f"recipe {recipe.name}", shape, ignored, tuple(notes), recipe)
 
 
-def vocabulary(recipe: Recipe) -> int:
-    """The vocabulary that the run's tokenizer will have."""
-    from cadre.data.shards import DEFAULT_VOCAB_SIZE, TokenData
-    from cadre.data.sources import token_data
-    from cadre.hub.tokenizer import load_tokenizer, vocabulary_size
-
-    if (made := token_data(recipe.data.source)) is not None:
-        return TokenData.open(made).vocab_size
-    if recipe.data.tokenizer is None:
-        return recipe.data.vocab_size or DEFAULT_VOCAB_SIZE
-    return vocabulary_size(load_tokenizer(recipe.data.tokenizer))
-
-
 def _recipe_tokens(recipe: Recipe | None) -> float | None:
     if recipe is None or recipe.train.steps is None:
         return None
     return recipe.train.steps * recipe.train.batch * recipe.data.seq_len
-
-
-def token_count(text: str) -> float:
-    """What `--tokens` says. Raises `UsageError` for what is no number of tokens."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
-    if not match or not 1 <= float(match[1]) * _UNITS[match[2]] < float("inf"):
-        raise UsageError(f"--tokens {text}: must be a number such as 14.8T, 300B, 5e9 or 1500000")
-    return float(match[1]) * _UNITS[match[2]]
-
-
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

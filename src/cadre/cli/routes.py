@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadre.cli.generate import Model, load_with_tokenizer
+from cadre.cli.models import load_with_tokenizer
+from cadre.cli.options import Model
 from cadre.errors import UsageError, write_error
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from cadre.cli.generate import Model, Quantize, load_with_tokenizer
+from cadre.cli.models import load_with_tokenizer
+from cadre.cli.options import Model, Quantize
 from cadre.errors import UsageError
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

@@ -209,7 +209,8 @@ def _predict(run: Run, note: Any) -> None:
 def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: str | None, hardware: str | None) -> Recipe:
     """The recipe with the length that the command line asks for, if it does, instead of its own."""
     from cadre.cli.choose import money_flops, steps_within
-    from cadre.cli.plan import token_count, vocabulary
+    from cadre.cli.models import vocabulary
+    from cadre.cli.options import token_count
 
     length: dict[str, float | None]
     if budget is not None:

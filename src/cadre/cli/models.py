@@ -1,0 +1,61 @@
+"""The models that commands are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from cadre.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from cadre.cli.options import Quantization
+    from cadre.model.transformer import Transformer
+    from cadre.train.recipe import Recipe
+
+
+def load_with_tokenizer(path: Path, quantize: Quantization | None = None) -> tuple[Transformer, Tokenizer]:
+    """Load a model for commands that read or write text. Raises `UsageError` for one without a tokenizer."""
+    from cadre.hub.load import load
+    from cadre.infer.quantize import quantize_model
+    from cadre.kernels.allocator import keep_freed_memory
+    from cadre.kernels.limits import default_device
+
+    keep_freed_memory()
+    tell_kernels()
+    model, tokenizer = load(path, device=default_device())
+    if tokenizer is None:
+        raise UsageError(f"{path}: the model has no tokenizer.json, and text needs one")
+    if quantize is not None:
+        quantize_model(model, quantize.value)
+    return model, tokenizer
+
+
+def tell_kernels() -> None:
+    """Say on standard error that the C++ kernels are being compiled, or why all is slower without them; else nothing."""
+    from cadre.kernels.limits import default_device
+    from cadre.kernels.native.library import must_compile, why_missing
+
+    if default_device().type != "cpu":
+        return
+    if must_compile():
+        typer.echo("compiling the C++ kernels for this machine, once: about half a minute", err=True)
+    missing = why_missing()
+    if missing is not None:
+        typer.echo(f"C++ kernels are missing, all is slower: {missing}", err=True)
+
+
+def vocabulary(recipe: Recipe) -> int:
+    """The vocabulary that the run's tokenizer will have."""
+    from cadre.data.shards import DEFAULT_VOCAB_SIZE, TokenData
+    from cadre.data.sources import token_data
+    from cadre.hub.tokenizer import load_tokenizer, vocabulary_size
+
+    if (made := token_data(recipe.data.source)) is not None:
+        return TokenData.open(made).vocab_size
+    if recipe.data.tokenizer is None:
+        return recipe.data.vocab_size or DEFAULT_VOCAB_SIZE
+    return vocabulary_size(load_tokenizer(recipe.data.tokenizer))
