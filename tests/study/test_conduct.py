@@ -2,7 +2,9 @@
 
 import json
 import re
+import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +138,25 @@ def test_a_stopped_run_interrupts_and_a_failed_one_is_named(study, tmp_path, mon
     monkeypatch.setattr(worker, "main", lambda arguments: 1)
     with pytest.raises(RunError, match=r"run sweep/dense-x1: its process died.*exit status 1"):
         conduct(state, Notes())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, TypeError])
+def test_whatever_ends_a_study_ends_its_run(study, tmp_path, monkeypatch, error):
+    state, processes = started(study, tmp_path / "out"), []
+
+    def training(command, **options):
+        endless = "import time; print('7\\n{\"step\": 1}', flush=True); time.sleep(600)"
+        processes.append(subprocess.Popen([sys.executable, "-c", endless], **options))
+        return processes[-1]
+
+    class Gone(Notes):
+        def moving(self, text):
+            raise error
+
+    monkeypatch.setattr(module, "subprocess", in_process(training))
+    with pytest.raises(error):
+        conduct(state, Gone())
+    assert [process.poll() for process in processes] == [-signal.SIGTERM]
 
 
 @pytest.mark.parametrize("slow, chosen", [(2.5, 1.0), (2.512, 1.0), (2.513, 3.0)])

@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,12 +200,9 @@ def _train(state: State, job: Job, number: str, clock: Clock, watch: Watch) -> N
     command = [sys.executable, "-m", "cadre.study.worker", str(file), str(out), job.kind, str(state.processes)]
     with (out.parent / f"{out.name}.log").open("a+b") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
+        with _ending(process, watch):
             _listen(process, job, number, what, clock, watch)
             status = process.wait()
-        except KeyboardInterrupt:
-            _let_save(process, watch)
-            raise
         log.seek(0)
         said = log.read().decode(errors="replace").strip().splitlines()
     if status == STOPPED:
@@ -222,6 +220,8 @@ def _listen(process: subprocess.Popen[str], job: Job, number: str, what: str, cl
             said = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(said, dict):  # a library's print
+            continue
         if "seconds_per_step" in said:
             recent = [*recent[-4:], said["seconds_per_step"]]
             clock.heard(job.arm, statistics.median(recent))
@@ -236,19 +236,27 @@ def _listen(process: subprocess.Popen[str], job: Job, number: str, what: str, cl
                          f"left in all {units.clock(clock.seconds(job, said['step']))}")  # fmt: skip
 
 
-def _let_save(process: subprocess.Popen[str], watch: Watch) -> None:
-    """The run's process has had the terminal's signal too; one that has not (the study alone was told to stop) gets it."""
-    watch.note("stopping: the run at work saves")
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _ending(process: subprocess.Popen[str], watch: Watch) -> Iterator[None]:
+    """Whatever ends the study, be it a terminal that is gone, ends the run's process: it would train on and keep the run's
+    folder from whoever continues the study. It saves first."""
     try:
-        process.send_signal(signal.SIGTERM)
-        if process.stdout is not None:
-            process.stdout.close()
-        process.wait(_SAVING)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        yield
+    except BaseException:
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            process.send_signal(signal.SIGTERM)  # which it may have had already, from the terminal
+            with suppress(OSError):
+                watch.note("stopping: the run at work saves")
+            if process.stdout is not None:
+                process.stdout.close()
+            process.wait(_SAVING)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        raise
 
 
 def _turns(state: State, watch: Watch) -> dict[str, Any]:
