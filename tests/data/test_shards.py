@@ -214,6 +214,13 @@ def test_bos_separates_documents_where_there_is_no_eos(corpus, tmp_path):
         prepare(corpus, tokenizer=foreign_tokenizer(tmp_path / "u", ["<pad>"]))
 
 
+def test_without_any_text_nothing_is_said_to_be_read():
+    said = []
+    with pytest.raises(UsageError, match="no text was named"):
+        prepare([], progress=said.append)
+    assert said == []
+
+
 def test_an_out_folder_with_something_else_is_refused_by_name(corpus, tmp_path):
     out = tmp_path / "out"
     prepare(corpus, vocab_size=300, out=out)

@@ -13,7 +13,7 @@ from cadre.cli.options import DType, Json, Peer, Quantize, torch_dtype
 
 
 def bench_decode(
-    config: Annotated[Path, typer.Option(help="A Hugging Face config.json.", show_default=False)],
+    config: Annotated[Path, typer.Option(metavar="FILE", help="A Hugging Face config.json.", show_default=False)],
     context: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Tokens that each sequence has; 512, --sweep tries several.", show_default=False),

@@ -18,13 +18,13 @@ _STEPS_OF_A_POINT = 3
 
 
 def bench_train(
-    config: Annotated[Path, typer.Option(help="A Hugging Face config.json.")],
-    batch: Annotated[int, typer.Option(help="Sequences a step.", min=1)] = 16,
+    config: Annotated[Path, typer.Option(metavar="FILE", help="A Hugging Face config.json.")],
+    batch: Annotated[int, typer.Option(metavar="B", help="Sequences a step.", min=1)] = 16,
     seq_len: Annotated[
-        int | None, typer.Option("--seq", help="Tokens a sequence. [default: 512, or the model's context]", min=2)
+        int | None, typer.Option("--seq", metavar="N", help="Tokens a sequence. [default: 512, or the model's context]", min=2)
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help=f"Timed steps ({_STEPS}; {_STEPS_OF_A_POINT} a point of --sweep).", min=1)
+        int | None, typer.Option(metavar="N", help=f"Timed steps ({_STEPS}; {_STEPS_OF_A_POINT} a point of --sweep).", min=1)
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Compute type.")] = DType.auto,
     peer: Annotated[Peer | None, typer.Option(help="Against another library's fastest mode of the same shape.")] = None,

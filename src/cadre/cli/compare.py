@@ -29,7 +29,9 @@ def compare(
     study: Annotated[
         str | None,
         typer.Argument(
-            help=f"A shipped study's name or a TOML file. [default: {DEFAULT}, or the one in --out]", show_default=False
+            metavar="STUDY",
+            help=f"A shipped study's name or a TOML file. [default: {DEFAULT}, or the one in --out]",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[

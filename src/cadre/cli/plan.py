@@ -38,7 +38,7 @@ class Optimizer(StrEnum):
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Catalogue name, config.json, recipe, model or run directory.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Catalogue name, config.json, recipe, model or run directory.")],
     tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens to train on: 14.8T, 300B, 5e9.")] = None,
     hardware: Annotated[
         str | None, typer.Option(metavar="NAME", help="Device. [default: h100; of a recipe cpu-2core, if that can hold it]")

@@ -24,19 +24,32 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a TOML file; `pocket` if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/RECIPE-TIME if left out.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to train on, such as 5M, instead of --steps.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a TOML file; `pocket` if left out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; runs/RECIPE-TIME if left out.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", min=1)] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens to train on, such as 5M, instead of --steps.")] = None,
     budget: Annotated[
-        str | None, typer.Option(help="90s, 10m, 2h of wall clock, 2e15flops, or 5usd. Without RECIPE it chooses the model.")
+        str | None,
+        typer.Option(
+            metavar="AMOUNT", help="90s, 10m, 2h of wall clock, 2e15flops, or 5usd. Without RECIPE it chooses the model."
+        ),
     ] = None,
     hardware: Annotated[str | None, typer.Option(metavar="NAME", help="What a --budget in usd rents, such as h100.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, over the recipe's.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; [parallel] says how they share.", min=1)] = None,
-    restarts: Annotated[int, typer.Option(help="With --nproc: how often to start again when a process fails.", min=0)] = 0,
-    logs: Annotated[Path | None, typer.Option(help="With --nproc: a folder for what all but the first print.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="section.key=value, over the recipe's.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in this directory.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes on this machine; [parallel] says how they share.", min=1)
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(metavar="N", help="With --nproc: how often to start again when a process fails.", min=0)
+    ] = 0,
+    logs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --nproc: a folder for what all but the first print.")
+    ] = None,
 ) -> None:
     """Train a model by a recipe, on a named corpus or your own text."""
     from cadre.cli.choose import choose_recipe

@@ -176,7 +176,8 @@ def prepare(
     names = [source] if isinstance(source, str) else list(source)
     if out is None and (made := token_data(source)) is not None:
         return _made(made, given, vocab_size)
-    say(f"reading {' '.join(names)}")
+    if names:  # without any, what follows says so
+        say(f"reading {' '.join(names)}")
     if (others := passed_over(source)) is not None:
         say(f"passed over: {others} (what is read are {' '.join(SUFFIXES)})")
     split = split_documents(read_documents(source), held_out)
