@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware
-from cadre.plan.layout import Degrees, Workload, cut, layouts, memory
+from cadre.plan.layout import Degrees, Workload, cut, layouts
+from cadre.plan.memory import memory
 from cadre.plan.shape import Block
 
 

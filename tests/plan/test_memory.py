@@ -9,8 +9,8 @@ from cadre.model.config import ModelConfig
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware
-from cadre.plan.layout import Layout, Pipeline, Workload, cut, memory
-from cadre.plan.memory import RECOMPUTE, RESERVE, Memory, activation_bytes, optimizer_bytes
+from cadre.plan.layout import Layout, Pipeline, Workload, cut
+from cadre.plan.memory import RECOMPUTE, RESERVE, Memory, activation_bytes, memory, optimizer_bytes
 from cadre.plan.shape import Block, Experts, Grouped, Shape
 from tests.shapes import configs
 

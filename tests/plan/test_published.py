@@ -12,8 +12,8 @@ from cadre.plan.families import read_shape
 from cadre.plan.hardware import hardware
 from cadre.plan.layout import Layout, Workload, cut
 from cadre.plan.planner import Request, make_plan
+from cadre.plan.search import predict, search
 from cadre.plan.shape import Block, Experts, Grouped, Shape
-from cadre.plan.step import predict, search
 
 
 def main(name: str) -> Shape:

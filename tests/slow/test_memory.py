@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cadre.plan.hardware import hardware
-from cadre.plan.layout import Degrees, Workload, layouts, memory
-from cadre.plan.memory import Memory
+from cadre.plan.layout import Degrees, Workload, layouts
+from cadre.plan.memory import Memory, memory
 from cadre.plan.shape import Shape
 from cadre.train.parallel import shard
 from cadre.train.parallel.group import Parallel

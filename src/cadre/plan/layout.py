@@ -1,9 +1,9 @@
-"""Which way to spread a training run over devices: degrees of data, expert, pipeline and tensor parallelism, ranked.
+"""What a layout is: the ways to spread a training run over devices that there are, and how a model is cut into stages.
 
-Every layout that fits in memory gets a predicted step time from its compute, all-to-all bytes, tensor and gradient traffic
-and pipeline bubble (`cadre.plan.step`). A stage's `data x tensor` devices hold its experts together: `expert` of them share
-one copy, so it divides that product, as in DeepSeek-V3's 16-way pipeline with 64-way expert parallelism and no tensor
-parallelism (arXiv 2412.19437, section 3.2) or Megatron's parallel folding (arXiv 2504.14960).
+A stage's `data x tensor` devices hold its experts together: `expert` of them share one copy, so it divides that product, as in
+DeepSeek-V3's 16-way pipeline with 64-way expert parallelism and no tensor parallelism (arXiv 2412.19437, section 3.2) or
+Megatron's parallel folding (arXiv 2504.14960). What a layout holds is in `cadre.plan.memory`, what a step takes under it in
+`cadre.plan.step`, which one is best in `cadre.plan.search`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,7 @@ from typing import Literal
 
 from cadre.plan.count import count
 from cadre.plan.hardware import Device
-from cadre.plan.memory import (
-    GRADIENT_BYTES,
-    RECOMPUTE,
-    RESERVE,
-    Memory,
-    Recompute,
-    Stage,
-    largest_block,
-    left_to_adamw,
-    loss_bytes,
-    optimizer_bytes,
-    update_bytes,
-    weight_bytes,
-)
+from cadre.plan.memory import RECOMPUTE, Recompute, Stage, largest_block, optimizer_bytes, weight_bytes
 from cadre.plan.shape import Block, Shape
 
 Schedule = Literal["none", "1f1b", "interleaved", "dualpipe"]
@@ -305,95 +292,6 @@ def _ways(work: Workload, pipeline: int, data: int) -> Iterator[tuple[Schedule, 
             micro_batches = -(-work.batch // (data * size))
             if pipeline % 2 == 0 and micro_batches >= 2 * pipeline:
                 yield "dualpipe", 1, size, recompute, False
-
-
-def memory(cuts: Pipeline, layout: Layout) -> Memory:
-    """Bytes on the fullest device, by part."""
-    work = cuts.work
-    wide = work.held_bytes
-    tokens = layout.micro_batch * work.context / layout.tensor
-    again = cuts.fullest_block * tokens if layout.recompute == "full" else 0.0
-    fixed = RESERVE * work.device.memory_bytes + _exchange(work, layout, tokens)
-    found: list[Memory] = []
-    for stages, kept in _held(cuts, layout):
-        common, matrices, expert, alike = (
-            sum(getattr(stage, name) for stage in stages) for name in ("common", "matrices", "expert", "alike")
-        )
-        held = whole = common / layout.tensor + expert / layout.expert
-        local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
-        last = any(stage.last for stage in stages)
-        buffers = loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0
-        if layout.sharded:
-            buffers += _gathered(work, layout)
-            held = local
-        # When the optimizer steps, activations and gathered weights are gone, and it may use their room.
-        step = _update_bytes(work, layout, matrices, alike, expert)
-        buffers = fixed + max(buffers, step - kept * tokens - again) + work.cast_bytes * whole
-        # Both copies that a DualPipe rank holds are updated by two ranks together.
-        shared = 2 if layout.schedule == "dualpipe" else 1
-        left = (common - matrices) / layout.tensor / layout.shards
-        state = (work.state_bytes * local + left_to_adamw(work.optimizer, work.held_precision, left)) / shared
-        found.append(Memory(wide * held, GRADIENT_BYTES * held, state, kept * tokens + again, buffers))
-    return max(found, key=lambda memory: memory.total)
-
-
-def _update_bytes(work: Workload, layout: Layout, matrices: float, alike: float, expert: float) -> float:
-    experts = work.shape.experts
-    largest = 2 * experts.moe_intermediate_size * work.shape.hidden_size * experts.n_routed_experts if experts else 0
-    own = expert / layout.expert / layout.copies
-    cut = layout.sharded and layout.shards > 1
-    share = matrices / layout.tensor / (layout.shards if cut else 1)
-    return update_bytes(work.optimizer, share, alike / layout.tensor, cut, own, largest / layout.expert / layout.copies)
-
-
-def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[tuple[Stage, ...], float]]:
-    """For each kind of rank: the stages that it holds, and the activation bytes of a token times the micro-batches alive."""
-    depth, chunks = layout.pipeline, layout.chunks
-    micro_batches = layout.micro_batches(cuts.work.batch)
-    if layout.schedule == "dualpipe":
-        for a, b in cuts.pairs:
-            kept = (cuts.kept[id(a), layout.recompute] + cuts.kept[id(b), layout.recompute]) / 2
-            yield (a, b), kept * (depth + 1)
-        return
-    for rank, stage in cuts.kinds:
-        alive = float(depth - rank)
-        if layout.schedule == "interleaved":  # arXiv 2205.05198, section 4.2.3
-            alive = alive + (depth - 1) / chunks
-        yield (stage,), cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches)
-
-
-def _exchange(work: Workload, layout: Layout, tokens: float) -> float:
-    """Bytes of the rows that are being sent and received in one dispatch and combine: one for each expert of a token, or, as
-    `cadre train` sends them, for each rank that holds some."""
-    experts = work.shape.experts
-    if layout.expert == 1 or experts is None:
-        return 0.0
-    rows = experts.num_experts_per_tok
-    if work.degrees is not None:
-        rows = min(rows, layout.expert)
-    return 2 * tokens * rows * work.shape.hidden_size * weight_bytes(work.precision)
-
-
-def _gathered(work: Workload, layout: Layout) -> float:
-    """Bytes of whole weights and gradients on a sharded rank (arXiv 2304.11277): embedding and head from a pass's beginning to
-    its end; the largest block and the next; gradients twice, as computed and as added up. Experts that are spread are a group
-    of their own, gathered when they compute and added up before the rest of the block."""
-    shape = work.shape
-    wide = work.held_bytes if layout.shards > 1 else 0  # what is not cut up needs no gathering
-    ends = (1 if shape.tie_word_embeddings else 2) * shape.matrix / layout.tensor
-    held = max(_block_gathered(work, layout, wide, block) for block in set(shape.blocks))
-    return wide * ends + max(held, 2 * GRADIENT_BYTES * ends)
-
-
-def _block_gathered(work: Workload, layout: Layout, wide: int, block: Block) -> float:
-    common = work.shape.every_token(block) / layout.tensor
-    experts = work.shape.routed / layout.expert if block.sparse else 0.0
-    if layout.expert == 1:
-        return 2 * (wide + GRADIENT_BYTES) * (common + experts)
-    apart = (work.held_bytes if layout.copies > 1 else 0) * experts
-    if layout.copies * layout.replicas > 1:  # what no other rank holds needs no adding up
-        apart += 2 * GRADIENT_BYTES * experts
-    return 2 * wide * common + max(2 * GRADIENT_BYTES * common, apart)
 
 
 def _divisors(number: int, most: int) -> list[int]:

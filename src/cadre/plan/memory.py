@@ -8,11 +8,15 @@ arXiv 2205.05198).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cadre.plan.shape import Block, Latent, Shape
+
+if TYPE_CHECKING:
+    from cadre.plan.layout import Layout, Pipeline, Workload
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -183,3 +187,92 @@ def largest_block(stages: list[Stage], precision: str) -> float:
 def loss_bytes(shape: Shape, tokens: int) -> float:
     """Logits and their gradient that a chunked loss holds."""
     return min(tokens, _LOSS_ROWS) * shape.vocab_size * 2 * 4
+
+
+def memory(cuts: Pipeline, layout: Layout) -> Memory:
+    """Bytes on the fullest device, by part."""
+    work = cuts.work
+    wide = work.held_bytes
+    tokens = layout.micro_batch * work.context / layout.tensor
+    again = cuts.fullest_block * tokens if layout.recompute == "full" else 0.0
+    fixed = RESERVE * work.device.memory_bytes + _exchange(work, layout, tokens)
+    found: list[Memory] = []
+    for stages, kept in _held(cuts, layout):
+        common, matrices, expert, alike = (
+            sum(getattr(stage, name) for stage in stages) for name in ("common", "matrices", "expert", "alike")
+        )
+        held = whole = common / layout.tensor + expert / layout.expert
+        local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
+        last = any(stage.last for stage in stages)
+        buffers = loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0
+        if layout.sharded:
+            buffers += _gathered(work, layout)
+            held = local
+        # When the optimizer steps, activations and gathered weights are gone, and it may use their room.
+        step = _update_bytes(work, layout, matrices, alike, expert)
+        buffers = fixed + max(buffers, step - kept * tokens - again) + work.cast_bytes * whole
+        # Both copies that a DualPipe rank holds are updated by two ranks together.
+        shared = 2 if layout.schedule == "dualpipe" else 1
+        left = (common - matrices) / layout.tensor / layout.shards
+        state = (work.state_bytes * local + left_to_adamw(work.optimizer, work.held_precision, left)) / shared
+        found.append(Memory(wide * held, GRADIENT_BYTES * held, state, kept * tokens + again, buffers))
+    return max(found, key=lambda memory: memory.total)
+
+
+def _update_bytes(work: Workload, layout: Layout, matrices: float, alike: float, expert: float) -> float:
+    experts = work.shape.experts
+    largest = 2 * experts.moe_intermediate_size * work.shape.hidden_size * experts.n_routed_experts if experts else 0
+    own = expert / layout.expert / layout.copies
+    cut = layout.sharded and layout.shards > 1
+    share = matrices / layout.tensor / (layout.shards if cut else 1)
+    return update_bytes(work.optimizer, share, alike / layout.tensor, cut, own, largest / layout.expert / layout.copies)
+
+
+def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[tuple[Stage, ...], float]]:
+    """For each kind of rank: the stages that it holds, and the activation bytes of a token times the micro-batches alive."""
+    depth, chunks = layout.pipeline, layout.chunks
+    micro_batches = layout.micro_batches(cuts.work.batch)
+    if layout.schedule == "dualpipe":
+        for a, b in cuts.pairs:
+            kept = (cuts.kept[id(a), layout.recompute] + cuts.kept[id(b), layout.recompute]) / 2
+            yield (a, b), kept * (depth + 1)
+        return
+    for rank, stage in cuts.kinds:
+        alive = float(depth - rank)
+        if layout.schedule == "interleaved":  # arXiv 2205.05198, section 4.2.3
+            alive = alive + (depth - 1) / chunks
+        yield (stage,), cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches)
+
+
+def _exchange(work: Workload, layout: Layout, tokens: float) -> float:
+    """Bytes of the rows that are being sent and received in one dispatch and combine: one for each expert of a token, or, as
+    `cadre train` sends them, for each rank that holds some."""
+    experts = work.shape.experts
+    if layout.expert == 1 or experts is None:
+        return 0.0
+    rows = experts.num_experts_per_tok
+    if work.degrees is not None:
+        rows = min(rows, layout.expert)
+    return 2 * tokens * rows * work.shape.hidden_size * weight_bytes(work.precision)
+
+
+def _gathered(work: Workload, layout: Layout) -> float:
+    """Bytes of whole weights and gradients on a sharded rank (arXiv 2304.11277): embedding and head from a pass's beginning to
+    its end; the largest block and the next; gradients twice, as computed and as added up. Experts that are spread are a group
+    of their own, gathered when they compute and added up before the rest of the block."""
+    shape = work.shape
+    wide = work.held_bytes if layout.shards > 1 else 0  # what is not cut up needs no gathering
+    ends = (1 if shape.tie_word_embeddings else 2) * shape.matrix / layout.tensor
+    held = max(_block_gathered(work, layout, wide, block) for block in set(shape.blocks))
+    return wide * ends + max(held, 2 * GRADIENT_BYTES * ends)
+
+
+def _block_gathered(work: Workload, layout: Layout, wide: int, block: Block) -> float:
+    common = work.shape.every_token(block) / layout.tensor
+    experts = work.shape.routed / layout.expert if block.sparse else 0.0
+    if layout.expert == 1:
+        return 2 * (wide + GRADIENT_BYTES) * (common + experts)
+    apart = (work.held_bytes if layout.copies > 1 else 0) * experts
+    if layout.copies * layout.replicas > 1:  # what no other rank holds needs no adding up
+        apart += 2 * GRADIENT_BYTES * experts
+    return 2 * wide * common + max(2 * GRADIENT_BYTES * common, apart)

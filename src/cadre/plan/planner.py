@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cadre.errors import UsageError
-from cadre.plan import step as steps
 from cadre.plan.count import Count, count
 from cadre.plan.decode import CACHE_BYTES, serving
 from cadre.plan.hardware import LINK_EFFICIENCY, LINK_EFFICIENCY_SOURCE, Device
 from cadre.plan.layout import Degrees, Layout, Workload
 from cadre.plan.memory import OPTIMIZERS, RESERVE, Memory
+from cadre.plan.search import Prediction, activations, fits, search, smallest
 from cadre.plan.shape import Shape
 
 # DeepSeek-V3's largest batch, 15,360 sequences of 4,096 tokens (arXiv 2412.19437, section 4.2): the default is no larger.
@@ -63,12 +63,12 @@ def make_plan(request: Request) -> dict[str, Any]:
     counted = replace(counted, training_flops_per_token=round(counted.training_flops(request.mtp_share)))
     devices = request.devices or _enough(request, precision) or _MOST_DEVICES
     work = _work(request, precision, devices)
-    found = steps.search(work, devices)
+    found = search(work, devices)
     notes = list(request.notes)
     reach = shape.max_position_embeddings
     if reach is not None and request.context > reach:
         notes.append(f"context {request.context:,} is beyond the {reach:,} positions the model is made for")
-    leanest = None if found else steps.smallest(work, devices)
+    leanest = None if found else smallest(work, devices)
     if not found:
         notes.append(_why_not(request, work, devices, leanest))
     chosen = found[0] if found else leanest
@@ -136,7 +136,7 @@ def check(request: Request) -> None:
 
 def exceeds(request: Request, devices: int) -> bool:
     """Whether training takes more memory than so many devices have, in the leanest layout that there is on them."""
-    leanest = steps.smallest(_work(request, _precision(request), devices), devices)
+    leanest = smallest(_work(request, _precision(request), devices), devices)
     return leanest is not None and leanest.memory.total > request.device.memory_bytes
 
 
@@ -163,10 +163,10 @@ def _work(request: Request, precision: str, devices: int) -> Workload:
 def _enough(request: Request, precision: str) -> int | None:
     """The fewest devices, of the powers of two, on which training fits; None if it does on none."""
     powers = (2**power for power in range(_MOST_DEVICES.bit_length()))
-    return next((devices for devices in powers if steps.fits(_work(request, precision, devices), devices)), None)
+    return next((devices for devices in powers if fits(_work(request, precision, devices), devices)), None)
 
 
-def _why_not(request: Request, work: Workload, devices: int, leanest: steps.Prediction | None) -> str:
+def _why_not(request: Request, work: Workload, devices: int, leanest: Prediction | None) -> str:
     room = f"{work.device.memory_bytes / 1e9:.0f} GB"
     if leanest is None and request.devices is None:
         return (f"training at a context of {work.context:,} fits on no number of {work.device.name}, with the {work.batch} "
@@ -184,7 +184,7 @@ def _why_not(request: Request, work: Workload, devices: int, leanest: steps.Pred
 
 
 def _speed(
-    request: Request, counted: Count, precision: str, devices: int, found: list[steps.Prediction]
+    request: Request, counted: Count, precision: str, devices: int, found: list[Prediction]
 ) -> tuple[float, float]:  # fmt: skip
     """Training tokens a second over all devices, and the share of their peak that this is."""
     peak = request.device.flops[precision] * devices
@@ -208,10 +208,10 @@ def _layout(layout: Layout) -> dict[str, Any]:
     return {**asdict(layout), "devices": layout.devices}
 
 
-def _memory(chosen: steps.Prediction, work: Workload) -> dict[str, float]:
+def _memory(chosen: Prediction, work: Workload) -> dict[str, float]:
     """The chosen layout's memory by part, and what its activations would be under each recomputation."""
     held: Memory = chosen.memory
-    other = steps.activations(work, chosen.layout)
+    other = activations(work, chosen.layout)
     return {**asdict(held), "total": held.total, "capacity": work.device.memory_bytes, **other}
 
 

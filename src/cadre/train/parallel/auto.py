@@ -14,8 +14,8 @@ from cadre.kernels.memory import total_bytes
 from cadre.model.config import ModelConfig
 from cadre.plan.hardware import Device, hardware, hardware_names
 from cadre.plan.layout import Workload
+from cadre.plan.search import search, smallest
 from cadre.plan.shape import Shape
-from cadre.plan.step import search, smallest
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import Recipe
 
