@@ -215,7 +215,7 @@ DOCS = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-
 @pytest.mark.parametrize(
     ("command", "until"),
     [
-        ("cadre plan deepseek-v3 --", "The report states"),
+        ("cadre plan deepseek-v3 --", "DeepSeek's report states"),
         ("cadre plan deepseek-v2-lite --", "To decide"),
         ("cadre plan pocket\n", "`make demo`"),
     ],
