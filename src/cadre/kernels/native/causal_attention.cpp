@@ -140,16 +140,6 @@ void scaled(const float* from, float factor, size_t n, float* to) {
     by_vectors(n, [=](size_t i, auto some) { store_some(to + i, load(from + i) * factor, some); });
 }
 
-void turn_back(float* x, const float* turn, size_t R, bool split) {
-    for (size_t i = 0; i < R / 2; i++) {
-        float* first = x + (split ? i : 2 * i);
-        float* second = split ? first + R / 2 : first + 1;
-        float a = *first, b = *second, cosine = turn[2 * i], sine = turn[2 * i + 1];
-        *first = a * cosine + b * sine;
-        *second = b * cosine - a * sine;
-    }
-}
-
 // One head of one sequence: widths padded to vectors, lengths to whole panels, all padding zero.
 struct Shape {
     const CausalAttention& c;
@@ -450,7 +440,7 @@ void backward(const Shape& s, CausalGradient& d, int b, int g, int then) {
             for (size_t i = 0; i < count; i++) {
                 float* from_row = d_q + i * s.wide_k;
                 float* to = d.q.data + ((size_t)b * s.queries + from + i) * d.q.token + h * d.q.head;
-                if (c.turn) turn_back(from_row + s.N, c.turn + (s.past + from + i) * s.R, s.R, c.split);
+                if (c.turn) rotate(from_row + s.N, c.turn + (s.past + from + i) * s.R, s.R, c.split, true);
                 scaled(from_row, c.scale, s.K, to);
             }
         }
@@ -458,7 +448,7 @@ void backward(const Shape& s, CausalGradient& d, int b, int g, int then) {
         const size_t place = (size_t)b * s.length + t;
         float* key = d_keys + t * s.wide_k;
         std::copy_n(key, s.N, d.k.data + place * d.k.token + g * d.k.head);
-        if (c.turn) turn_back(key + s.N, c.turn + t * s.R, s.R, c.split);
+        if (c.turn) rotate(key + s.N, c.turn + t * s.R, s.R, c.split, true);
         if (s.R) std::copy_n(key + s.N, s.R, d.k_rotary.data + place * d.k_rotary.token + g * d.k_rotary.head);
         std::copy_n(d_values + t * s.wide_v, s.V, d.v.data + place * d.v.token + g * d.v.head);
     }

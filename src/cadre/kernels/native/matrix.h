@@ -215,16 +215,22 @@ static inline size_t share(size_t M) {
     return (M + tiles - 1) / tiles;
 }
 
+// Calls f with `some`, from 1 to TOKENS, as a type: it is compiled for each.
+template <class F>
+static inline void by_count(size_t some, F f) {
+    switch (some) {
+        case 1: return f(std::integral_constant<int, 1>());
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        case 4: return f(std::integral_constant<int, 4>());
+        case 5: return f(std::integral_constant<int, 5>());
+        default: return f(std::integral_constant<int, TOKENS>());
+    }
+}
+
 template <int NR, class W>
 static inline void dot_some(const W& w, size_t row, const float* const* x, size_t some, size_t K, bool ahead, float* out) {
-    switch (some) {
-        case 1: return dot_tile<1, NR>(w, row, x, K, ahead, out);
-        case 2: return dot_tile<2, NR>(w, row, x, K, ahead, out);
-        case 3: return dot_tile<3, NR>(w, row, x, K, ahead, out);
-        case 4: return dot_tile<4, NR>(w, row, x, K, ahead, out);
-        case 5: return dot_tile<5, NR>(w, row, x, K, ahead, out);
-        default: return dot_tile<TOKENS, NR>(w, row, x, K, ahead, out);
-    }
+    by_count(some, [&](auto m) { dot_tile<m, NR>(w, row, x, K, ahead, out); });
 }
 
 // Rows [begin, end) of w times M vectors: put(m, row, value) for each product. Vectors outside, rows inside: a tile's
@@ -314,14 +320,7 @@ static inline void wide_dots(const W& w, size_t begin, size_t end, const float* 
                 for (size_t half = 0; half < SPAN / 4; half++) {
                     const float* four = wide + half * 4 * DEPTH;
                     floats* to = sums + (half * M + m) * 4;
-                    switch (some) {
-                        case 1: wide_tile<1>(four, DEPTH, x + m, from, depth, to); break;
-                        case 2: wide_tile<2>(four, DEPTH, x + m, from, depth, to); break;
-                        case 3: wide_tile<3>(four, DEPTH, x + m, from, depth, to); break;
-                        case 4: wide_tile<4>(four, DEPTH, x + m, from, depth, to); break;
-                        case 5: wide_tile<5>(four, DEPTH, x + m, from, depth, to); break;
-                        default: wide_tile<TOKENS>(four, DEPTH, x + m, from, depth, to);
-                    }
+                    by_count(some, [&](auto count) { wide_tile<count>(four, DEPTH, x + m, from, depth, to); });
                 }
             }
         }
@@ -369,14 +368,7 @@ template <int NV, class W>
 __attribute__((noinline)) static void sum_columns(const W& w, size_t row, size_t J, const float* const* a, size_t M, size_t c, float* const* y) {
     for (size_t m = 0, some; m < M; m += some) {
         some = share(M - m);
-        switch (some) {
-            case 1: sum_tile<1, NV>(w, row, J, a + m, c, y + m); break;
-            case 2: sum_tile<2, NV>(w, row, J, a + m, c, y + m); break;
-            case 3: sum_tile<3, NV>(w, row, J, a + m, c, y + m); break;
-            case 4: sum_tile<4, NV>(w, row, J, a + m, c, y + m); break;
-            case 5: sum_tile<5, NV>(w, row, J, a + m, c, y + m); break;
-            default: sum_tile<TOKENS, NV>(w, row, J, a + m, c, y + m);
-        }
+        by_count(some, [&](auto count) { sum_tile<count, NV>(w, row, J, a + m, c, y + m); });
     }
 }
 
@@ -444,14 +436,7 @@ static inline void sums_in_words(const Bfloat16& w, size_t row, size_t J, const 
         for (size_t m = 0, some; m < M; m += some) {
             some = share(M - m);
             const uint32_t* with = rounded + m * stride;
-            switch (some) {
-                case 1: sum_word_tile<1, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
-                case 2: sum_word_tile<2, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
-                case 3: sum_word_tile<3, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
-                case 4: sum_word_tile<4, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
-                case 5: sum_word_tile<5, vectors, tail>(w, row, J, with, stride, c, count, y + m); break;
-                default: sum_word_tile<TOKENS, vectors, tail>(w, row, J, with, stride, c, count, y + m);
-            }
+            by_count(some, [&](auto tokens) { sum_word_tile<tokens, vectors, tail>(w, row, J, with, stride, c, count, y + m); });
         }
     };
     size_t c = begin;

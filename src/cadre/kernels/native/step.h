@@ -66,12 +66,12 @@ static inline void team_linear(const Matrix& w, const float* bias, const float* 
     team_dots(w, x, M, [=](size_t m, size_t row, float value) { y[m * N + row] = bias ? value + bias[row] : value; });
 }
 
-// Turns pairs by position: (2i, 2i + 1), or (i, i + R / 2) if `split`.
-static inline void rotate(float* x, const float* turn, size_t R, bool split) {
+// Turns pairs by position, or `back`: (2i, 2i + 1), or (i, i + R / 2) if `split`.
+static inline void rotate(float* x, const float* turn, size_t R, bool split, bool back = false) {
     for (size_t i = 0; i < R / 2; i++) {
         float* first = x + (split ? i : 2 * i);
         float* second = split ? first + R / 2 : first + 1;
-        float a = *first, b = *second, cosine = turn[2 * i], sine = turn[2 * i + 1];
+        float a = *first, b = *second, cosine = turn[2 * i], sine = back ? -turn[2 * i + 1] : turn[2 * i + 1];
         *first = a * cosine - b * sine;
         *second = a * sine + b * cosine;
     }
