@@ -84,8 +84,11 @@ def instructions(capability: int) -> dict[str, list[str]]:
     found = {}
     for name, signature in SIGNATURES.items():
         of, block = (adamw_triton, "BLOCK") if name == "_step" else (fp8_triton, "RUN")
-        source = ASTSource(getattr(of, name), {**signature, block: "constexpr"}, {block: getattr(of, block)})
         launch = fp8_triton._launch()
+        constants = {block: getattr(of, block), "PART": launch.pop("PART")}
+        if not name.startswith("_multiply"):
+            del constants["PART"]
+        source = ASTSource(getattr(of, name), {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
         assert made.asm["cubin"]
         found[name] = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\S*", made.asm["ptx"])))

@@ -84,7 +84,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_RK: Tensor, load_E: Tensor, w_ENK: Tensor, products: Any) -> Tensor:
-        ctx.products, ctx.weights, ctx.dtype = products, products(w_ENK), w_ENK.dtype
+        ctx.weights, ctx.dtype = products(w_ENK), w_ENK.dtype
         ctx.save_for_backward(x_RK, load_E)
         return ctx.weights.forward(x_RK, load_E)
 
@@ -94,7 +94,7 @@ class _GroupedLinear(torch.autograd.Function):
         x_RK, load_E = ctx.saved_tensors
         grad_RN = grad_RN.contiguous()
         grad_x = ctx.weights.input_gradient(grad_RN, load_E) if ctx.needs_input_grad[0] else None
-        grad_w = ctx.products.weight_gradient(grad_RN, x_RK, load_E).to(ctx.dtype) if ctx.needs_input_grad[2] else None
+        grad_w = ctx.weights.weight_gradient(grad_RN, x_RK, load_E).to(ctx.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_w, None
 
 

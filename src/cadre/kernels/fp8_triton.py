@@ -22,6 +22,9 @@ from torch import Tensor
 from cadre.kernels.fp8 import ELEMENT, RUN
 
 _WARPS, _STAGES = 8, 3
+# Of a product: rows a program makes, and its warps. Two of these fit on a multiprocessor, and one's sums are added up in
+# float32 while the other multiplies; one of 128 rows would take all registers.
+_PART, _PART_WARPS = 64, 4
 
 
 @dataclass(frozen=True)
@@ -68,31 +71,33 @@ class Products:
             w_ENK, self.w_ENK, self.w_EKN, self.scale_ENK, N, K, runs_n, runs_k, RUN=RUN, num_warps=_WARPS
         )
         self.scale_EKN = self.scale_ENK.transpose(1, 2).contiguous()
+        # Of the rows of one pass, the same for all three: working them out takes two dozen launches.
+        self.tiles: Tiles | None = None
 
     def forward(self, x_RK: Tensor, load_E: Tensor) -> Tensor:
-        return _rows_by_experts(x_RK, load_E, self.w_ENK, self.scale_ENK)
+        self.tiles = Tiles.of(len(x_RK), load_E)
+        return _rows_by_experts(x_RK, self.tiles, self.w_ENK, self.scale_ENK)
 
     def input_gradient(self, grad_RN: Tensor, load_E: Tensor) -> Tensor:
-        return _rows_by_experts(grad_RN, load_E, self.w_EKN, self.scale_EKN)
+        return _rows_by_experts(grad_RN, self.tiles or Tiles.of(len(grad_RN), load_E), self.w_EKN, self.scale_EKN)
 
-    @staticmethod
-    def weight_gradient(grad_RN: Tensor, x_RK: Tensor, load_E: Tensor) -> Tensor:
-        tiles = Tiles.of(len(x_RK), load_E)
+    def weight_gradient(self, grad_RN: Tensor, x_RK: Tensor, load_E: Tensor) -> Tensor:
+        tiles = self.tiles or Tiles.of(len(x_RK), load_E)
         grad_NP, grad_scale_NI = _rounded_turned(grad_RN, tiles)
         x_KP, x_scale_KI = _rounded_turned(x_RK, tiles)
         E, N, K = len(load_E), len(grad_NP), len(x_KP)
         out_ENK = x_RK.new_empty(E, N, K, dtype=torch.float32)
-        _multiply_turned[(E, triton.cdiv(N, RUN), triton.cdiv(K, RUN))](
+        _multiply_turned[(E, triton.cdiv(N, _PART), triton.cdiv(K, RUN))](
             grad_NP, grad_scale_NI, x_KP, x_scale_KI, tiles.tile_E1, out_ENK, N, K, len(tiles), RUN=RUN, **_launch()
         )
         return out_ENK
 
 
 def _launch() -> dict[str, Any]:
-    return {"num_warps": _WARPS, "num_stages": _STAGES}
+    return {"PART": _PART, "num_warps": _PART_WARPS, "num_stages": _STAGES}
 
 
-def _rows_by_experts(x_RK: Tensor, load_E: Tensor, w_ENK: Tensor, scale_ENK: Tensor) -> Tensor:
+def _rows_by_experts(x_RK: Tensor, tiles: Tiles, w_ENK: Tensor, scale_ENK: Tensor) -> Tensor:
     """[R, N] in x's dtype."""
     (R, K), N, runs = x_RK.shape, w_ENK.shape[1], scale_ENK.shape[2]
     rounded_RK = torch.empty_like(x_RK, dtype=ELEMENT)
@@ -100,8 +105,7 @@ def _rows_by_experts(x_RK: Tensor, load_E: Tensor, w_ENK: Tensor, scale_ENK: Ten
     out_RN = x_RK.new_empty(R, N)
     if R:
         _round_rows[(triton.cdiv(R, RUN), runs)](x_RK, rounded_RK, scale_RG, R, K, runs, RUN=RUN, num_warps=_WARPS)
-        tiles = Tiles.of(R, load_E)
-        _multiply_rows[(len(tiles), triton.cdiv(N, RUN))](
+        _multiply_rows[(len(tiles) * (RUN // _PART), triton.cdiv(N, RUN))](
             rounded_RK, scale_RG, w_ENK, scale_ENK, tiles.first_I, tiles.stop_I, tiles.expert_I, out_RN, N, K,
             triton.cdiv(N, RUN), runs, RUN=RUN, **_launch(),
         )  # fmt: skip
@@ -194,17 +198,20 @@ def _round_blocks(w, rounded, turned, scale, N, K, runs_n, runs_k, RUN: tl.const
 
 
 @triton.jit
-def _multiply_rows(x, x_scale, w, w_scale, first, stop, experts, out, N, K, runs_n, runs_k, RUN: tl.constexpr):
-    tile, over_n = tl.program_id(0), tl.program_id(1)
+def _multiply_rows(
+    x, x_scale, w, w_scale, first, stop, experts, out, N, K, runs_n, runs_k, RUN: tl.constexpr, PART: tl.constexpr
+):
+    tile, over_n = tl.program_id(0) // (RUN // PART), tl.program_id(1)
     last = tl.load(stop + tile)
-    row = tl.load(first + tile) + tl.arange(0, RUN)
+    begin = tl.load(first + tile) + tl.program_id(0) % (RUN // PART) * PART
+    row = begin + tl.arange(0, PART)
     expert = tl.load(experts + tile).to(tl.int64)
     n = over_n * RUN + tl.arange(0, RUN)
     k = tl.arange(0, RUN)
     x_at = row.to(tl.int64)[:, None] * K + k[None, :]
     w_at = expert * N * K + n[:, None] * K + k[None, :]
-    total = tl.zeros((RUN, RUN), dtype=tl.float32)
-    if last > 0:
+    total = tl.zeros((PART, RUN), dtype=tl.float32)
+    if begin < last:
         for run in range(0, runs_k):
             in_run = (run * RUN + k < K)[None, :]
             part_x = tl.load(x + x_at + run * RUN, mask=(row < last)[:, None] & in_run, other=0.0)
@@ -217,15 +224,15 @@ def _multiply_rows(x, x_scale, w, w_scale, first, stop, experts, out, N, K, runs
 
 
 @triton.jit
-def _multiply_turned(y, y_scale, x, x_scale, tile_of, out, N, K, tiles, RUN: tl.constexpr):
+def _multiply_turned(y, y_scale, x, x_scale, tile_of, out, N, K, tiles, RUN: tl.constexpr, PART: tl.constexpr):
     expert, over_n, over_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = over_n * RUN + tl.arange(0, RUN)
+    n = over_n * PART + tl.arange(0, PART)
     k = over_k * RUN + tl.arange(0, RUN)
     lane = tl.arange(0, RUN)
     begin = tl.load(tile_of + expert)
     y_at = y + n.to(tl.int64)[:, None] * (tiles * RUN) + (begin * RUN + lane)[None, :]
     x_at = x + k.to(tl.int64)[:, None] * (tiles * RUN) + (begin * RUN + lane)[None, :]
-    total = tl.zeros((RUN, RUN), dtype=tl.float32)
+    total = tl.zeros((PART, RUN), dtype=tl.float32)
     for tile in range(begin, tl.load(tile_of + expert + 1)):
         part_y = tl.load(y_at, mask=(n < N)[:, None], other=0.0)
         part_x = tl.load(x_at, mask=(k < K)[:, None], other=0.0)
