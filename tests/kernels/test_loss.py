@@ -38,7 +38,7 @@ def value_and_gradients(function, h, w, target, weight):
 def test_equals_the_reference_in_value_and_gradient(backend, positions, hidden, words, seed, elements):
     inputs = problem(positions, hidden, words, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CHUNK_ELEMENTS", elements)  # 1: chunks of the fewest rows
+        patch.setattr(module, "CHUNK_ELEMENTS", elements)  # 1: chunks of the fewest rows
         got = value_and_gradients(backend, *inputs)
     for mine, plain in zip(got, value_and_gradients(linear_cross_entropy_reference, *inputs), strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
@@ -94,7 +94,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_never_holds_the_logits_of_all_positions(monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
     h, w, target, weight = problem(1024, 4, 300, seed=4)
     with _Largest() as largest:
         value_and_gradients(linear_cross_entropy, h, w, target, weight)

@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cadre.kernels.card import has_triton, launches
 from cadre.kernels.linear import product
 from cadre.kernels.native.library import kernels, trains
 
 # Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products; on a card 256 MB,
 # rows enough to outlast the launching of what follows.
-_CHUNK_ELEMENTS = 1 << 22
-_CHUNK_ELEMENTS_OF_A_CARD = 1 << 26
+CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS_OF_A_CARD = 1 << 26
+LEAST_ROWS = 64
 
 
 def linear_cross_entropy_reference(hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_head = (needs and keeps for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_head = torch.zeros_like(head_WD, dtype=torch.float32) if needs_head else None
-        rows = max(64, (_CHUNK_ELEMENTS_OF_A_CARD if hidden_ND.is_cuda else _CHUNK_ELEMENTS) // len(head_WD))
+        rows = max(LEAST_ROWS, (CHUNK_ELEMENTS_OF_A_CARD if hidden_ND.is_cuda else CHUNK_ELEMENTS) // len(head_WD))
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
             hidden = hidden_ND[part]
@@ -55,6 +57,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_head is not None:
                 if dtype == torch.float32:
                     product(grad.t(), hidden, grad_head, add=True, narrow=narrow)
+                elif has_triton(grad.device):  # an NVIDIA card adds in float32 as it multiplies
+                    torch.ops.aten.addmm.dtype_out(grad_head, grad.t(), hidden, torch.float32, out=grad_head)
                 else:
                     grad_head += grad.t() @ hidden
         ctx.save_for_backward(grad_hidden, grad_head)
@@ -84,6 +88,11 @@ def _cross_entropy(logit_NW: Tensor, target_N: Tensor, weight_N: Tensor, wants_g
             loss_N.data_ptr(),
         )  # fmt: skip
         return loss_N.sum(), logit if wants_grad else None
+    if launches(logit_NW, target_N, weight_N) and logit_NW.stride(1) == 1:
+        from cadre.kernels.loss_triton import cross_entropy_on_card
+
+        loss_N = cross_entropy_on_card(logit_NW, target_N.contiguous(), weight_N, wants_grad)
+        return loss_N.sum(), logit_NW if wants_grad else None
     target, weight = target_N[:, None], weight_N[:, None]
     log_p = torch.log_softmax(logit_NW.float(), dim=-1)
     loss = -(log_p.gather(1, target) * weight).sum()
