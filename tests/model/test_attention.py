@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadre.model.attention import GroupedQueryAttention, LatentAttention
+from cadre.model.attention import GroupedQueryAttention, LatentAttention, LayerCache
 from cadre.model.config import ModelConfig
 from cadre.model.rope import RotaryTable
 from tests.shapes import configs, small
@@ -27,7 +27,7 @@ KINDS = [
 ]
 
 
-class ListCache:
+class ListCache(LayerCache):
     """One layer's cache of several sequences: everything, joined. `count_B` says whose the next new positions are."""
 
     def __init__(self, sequences: int = 1) -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given
 
 from cadre.errors import UsageError
+from cadre.model.attention import LayerCache
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
@@ -114,7 +115,7 @@ def elements(module: torch.nn.Module) -> int:
     return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
 
 
-class KeepEverything:
+class KeepEverything(LayerCache):
     """A cache that only remembers what it was given, for one sequence from its start."""
 
     def __init__(self, tokens: int) -> None:

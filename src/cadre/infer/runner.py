@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from cadre.infer.native import NATIVE_ROWS, NATIVE_TOKENS, NativeModel
 from cadre.infer.pages import PagePool
+from cadre.kernels.card import launches
 from cadre.kernels.limits import best_dtype, products_keep_up
+from cadre.model.attention import Averages
 from cadre.model.experts import Routes
 from cadre.model.transformer import Block, Transformer
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 # Passes whose experts are counted together.
 _COUNT_EVERY = 32
+# New tokens of a sequence that one kernel attends for along with those of all others.
+_FEW = 8
 
 
 @dataclass
@@ -265,6 +269,8 @@ class PagedCache:
         self.pool = pool
         self.slot_T = torch.from_numpy(slot_T).to(device)
         self.position_T = batch.position_T.to(device)
+        self.few = max(batch.count_B) <= _FEW
+        self._page_BP, self._row_T = batch.page_BP, torch.from_numpy(row_T)
         self.stop = 0
         # Of each sequence: its rows among T, how many positions it has seen, and its first slot if its pages follow each
         # other, else their numbers.
@@ -281,8 +287,20 @@ class PagedCache:
             self.stop = max(self.stop, seen)
             place += count
 
+    @cached_property
+    def told(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `kernels.latent_triton` reads, int32: the pages of each sequence, whose a token is, and how much it sees."""
+        device = self.position_T.device
+        row_T = self._row_T.to(device, torch.int32)
+        return self._page_BP.to(device), row_T, (self.position_T + 1).to(torch.int32)
+
     def layer(self, index: int) -> PagedLayer:
         return PagedLayer(self, self.pool.first[index], self.pool.second[index])
+
+
+def _takes(latent_NPC: Tensor, latent_TC: Tensor) -> bool:
+    """Whether the kernel for cards takes a layer's latents: of 16 bits, as they are kept."""
+    return latent_NPC.dtype.itemsize == 2 and latent_TC.dtype == latent_NPC.dtype and launches(latent_NPC, latent_TC)
 
 
 @dataclass
@@ -291,12 +309,30 @@ class PagedLayer:
     first_NPX: Tensor
     second_NPX: Tensor
 
-    def append(self, first_TX: Tensor, second_TX: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Write the new positions into their pages. Of each sequence its rows among the new ones, and all it has seen,
-        [S, X] twice: views where its pages follow each other, else copies."""
+    def averages(self, latent_TC: Tensor, key_TR: Tensor) -> Averages | None:
+        """By Triton on a card; None of more than a few tokens a sequence and where there is no kernel for them."""
+        if not (self.cache.few and _takes(self.first_NPX, latent_TC)):
+            return None
+        from cadre.kernels.latent_triton import latent_decode
+
+        self._write(latent_TC, key_TR)
+
+        def attend(q_THC: Tensor, q_THR: Tensor, scale: float) -> Tensor:
+            q_THC, q_THR = q_THC.contiguous(), q_THR.contiguous()
+            return latent_decode(q_THC, q_THR, self.first_NPX, self.second_NPX, *self.cache.told, scale, self.cache.stop)
+
+        return attend
+
+    def _write(self, first_TX: Tensor, second_TX: Tensor) -> tuple[Tensor, Tensor]:
         first, second = self.first_NPX.flatten(0, 1), self.second_NPX.flatten(0, 1)
         first.index_copy_(0, self.cache.slot_T, first_TX.to(first.dtype))
         second.index_copy_(0, self.cache.slot_T, second_TX.to(second.dtype))
+        return first, second
+
+    def append(self, first_TX: Tensor, second_TX: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Write the new positions into their pages. Of each sequence its rows among the new ones, and all it has seen,
+        [S, X] twice: views where its pages follow each other, else copies."""
+        first, second = self._write(first_TX, second_TX)
         for rows, seen, where in self.cache.sequences:
             if isinstance(where, int):
                 kept = first[where : where + seen], second[where : where + seen]

@@ -7,7 +7,7 @@ cache keeps, one or two dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -23,12 +23,21 @@ from cadre.model.rope import softmax_scale
 LATENT_NORM_EPS = 1e-6
 
 
+# Averages of latents [T, H, C] from folded queries [T, H, C], turned ones [T, H, R] and a scale.
+Averages = Callable[[Tensor, Tensor, float], Tensor]
+
+
 class LayerCache(Protocol):
     """What attention asks of a cache: keep two tensors per position of one layer. The T new positions are those of one or
     several sequences, one after the other; with a cache the batch is 1."""
 
     def append(self, first_TX: Tensor, second_TX: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Keep the new positions. For each sequence in turn: its own among the T, and all it has seen: [S, X] twice."""
+
+    def averages(self, latent_TC: Tensor, key_TR: Tensor) -> Averages | None:
+        """Where one kernel attends for the few new positions of all sequences: keep these, and give what it makes of queries.
+        Else None, and nothing is kept."""
+        return None
 
 
 class _Watched(nn.Module):
@@ -96,8 +105,12 @@ class LatentAttention(_Watched):
             )
         else:
             q_BTHN, q_BTHR = q_BTHK.split((self.nope, self.rotary), dim=-1)
-            k_TR = self.rotate(k_BTR[:, :, None], turn_TR)[0, :, 0]
-            out_BTHV = self.cached(q_BTHN, self.rotate(q_BTHR, turn_TR), cache.append(latent_BTC[0], k_TR))
+            k_TR, q_BTHR = self.rotate(k_BTR[:, :, None], turn_TR)[0, :, 0], self.rotate(q_BTHR, turn_TR)
+            averages = cache.averages(latent_BTC[0], k_TR)
+            if averages is not None:
+                out_BTHV = self.unfold(averages(self.fold(q_BTHN)[0], q_BTHR[0], self.scale)[None])
+            else:
+                out_BTHV = self.cached(q_BTHN, q_BTHR, cache.append(latent_BTC[0], k_TR))
         return self.o_proj(out_BTHV.flatten(-2))
 
     def cached(self, q_BTHN: Tensor, q_BTHR: Tensor, sequences: Iterator[tuple[slice, Tensor, Tensor]]) -> Tensor:
