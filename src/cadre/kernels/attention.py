@@ -7,15 +7,20 @@ width; of latent attention N the part of K without position, R the rotary part, 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cadre.kernels.card import launches
 from cadre.kernels.native.causal import GroupedCausalAttention, LatentCausalAttention, first_seen, takes
 from cadre.kernels.rotary import rotate_halves, rotate_pairs
 
 # Of which logits are held at once, to find the largest.
 _QUERIES = 512
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention_mask(queries: int, positions: int, document_BS: Tensor | None, device: torch.device) -> Tensor:
@@ -80,16 +85,32 @@ def causal_attention(
     if peak_H is not None and len(q_BTHK):
         torch.maximum(peak_H, largest_logits(q_BTHK, k_BSGK, scale, document_BS), out=peak_H)
     K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
-    if V < K:
-        v_BSGV = F.pad(v_BSGV, (0, K - V))
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
     grouped = q.shape[1] != k.shape[1]
-    if document_BS is None and q.shape[2] == k.shape[2]:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    else:
-        mask = attention_mask(q.shape[2], k.shape[2], document_BS, q.device)[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    whole = document_BS is None and q.shape[2] == k.shape[2]
+    # cuDNN makes a plan for each shape it meets, and every prompt is a new one; and under a mask its gradients of queries may
+    # be NaN (pytorch/pytorch#196678).
+    cudnn = whole and torch.is_grad_enabled()
+    if V < K and not (cudnn and _takes_narrow_values(q, k, v, grouped)):
+        v = F.pad(v, (0, K - V))
+    with nullcontext() if cudnn or not q.is_cuda else sdpa_kernel(_WITHOUT_CUDNN):
+        if whole:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        else:
+            mask = attention_mask(q.shape[2], k.shape[2], document_BS, q.device)[:, None]
+            if grouped and q.is_cuda:  # the kernel that takes a mask takes no groups
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+                grouped = False
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)[..., :V]
+
+
+def _takes_narrow_values(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
+    """Whether torch may take its cuDNN kernel, Hopper's first choice, which wants no padding. Padded, 192 and 128 of DeepSeek's
+    heads would be 192 and 192, whose gradient not every cuDNN has."""
+    if not (launches(q, k, v) and torch.backends.cuda.cudnn_sdp_enabled()):
+        return False
+    return torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, grouped))
 
 
 def latent_attention_reference(
