@@ -67,8 +67,9 @@ def evaluate(
         raise UsageError(f"{model}: is no run with text held out: say with --data what to read")
     else:
         raise UsageError(f"{model}: no such file or folder")
-    loaded, tokenizer = load_with_tokenizer(model, quantize)
-    if quantize is None and loaded.embed_tokens.weight.dtype == torch.bfloat16 and products_keep_up():
+    loaded, tokenizer = load_with_tokenizer(model, quantize, exact=True)
+    weight = loaded.embed_tokens.weight
+    if quantize is None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and products_keep_up():
         loaded.compute_in(torch.bfloat16)  # by our products, and more exactly than in activations of bfloat16
     if context is None:
         context = min(loaded.config.max_position_embeddings, _LONGEST_DEFAULT_CONTEXT)

@@ -67,7 +67,7 @@ def routes(
         raise UsageError(f"{model}: is no run with text held out: say with --data what to read")
     if not load_config(model).has_experts:
         raise UsageError(f"{model}: the model is dense: it has no experts whose routes could be read")
-    loaded, tokenizer = load_with_tokenizer(model)
+    loaded, tokenizer = load_with_tokenizer(model, exact=True)
     sparse_layers(loaded)
     context = min(loaded.config.max_position_embeddings, _LONGEST_CONTEXT)
     if context < 2:

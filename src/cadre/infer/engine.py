@@ -38,6 +38,8 @@ __all__ = ["Engine", "EngineStats", "Output", "Request", "end_ids"]
 
 # The cache's share of the memory that is free once the model is loaded; the rest is for activations and other programs.
 _CACHE_SHARE = 0.5
+# Prompt tokens a step. On a card 1,024 are worked through before what follows them has been launched.
+_CHUNK, _CHUNK_OF_A_CARD = 1024, 8192
 # Logits of prompt positions held at once, in elements: a few MB in float32.
 _SCORE_ELEMENTS = 1 << 20
 
@@ -72,9 +74,9 @@ class Engine:
 
     cache_bytes: the page pool's size; None for half of the memory that is free, or less if `max_batch` full contexts need
     less. page_size: positions a page. max_batch: sequences that run at once. chunk: prompt tokens a step: the more, the more
-    rows experts get at a time, and the longer others wait. prefix_sharing: whether requests find the pages of others that begin
-    alike. speculate: tokens that the model's multi-token prediction modules draft at a time; 0 for none. Drafting stops by
-    itself where it does not pay, by `payoff`.
+    rows experts get at a time, and the longer others wait; None for 1,024, on a card 8,192. prefix_sharing: whether requests
+    find the pages of others that begin alike. speculate: tokens that the model's multi-token prediction modules draft at a
+    time; 0 for none. Drafting stops by itself where it does not pay, by `payoff`.
 
     Raises `UsageError` for sizes below 1 and a cache that holds no page.
     """
@@ -87,7 +89,7 @@ class Engine:
         cache_bytes: int | None = None,
         page_size: int = 16,
         max_batch: int = 64,
-        chunk: int = 1024,
+        chunk: int | None = None,
         prefix_sharing: bool = True,
         speculate: int = 0,
         payoff: Payoff | None = None,
@@ -96,10 +98,12 @@ class Engine:
             raise UsageError(f"speculate is {speculate}; it must be at least 0")
         if speculate and not len(model.mtp):
             raise UsageError("speculation needs multi-token prediction modules, which this model has not")
+        weight, config = model.embed_tokens.weight, model.config
+        if chunk is None:
+            chunk = _CHUNK_OF_A_CARD if weight.is_cuda else _CHUNK
         for name, value in (("page_size", page_size), ("max_batch", max_batch), ("chunk", chunk)):
             if value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
-        weight, config = model.embed_tokens.weight, model.config
         dtype = cache_dtype(model)
         layers = config.num_hidden_layers + min(speculate, len(model.mtp))
         if cache_bytes is None:
