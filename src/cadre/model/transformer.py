@@ -161,27 +161,28 @@ class Transformer(nn.Module):
         return self.rotary.at(cache.position_T, cache.stop)
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> Transformer:
-        """Fill every weight from one seed: matrices normal with std `initializer_range`, norms 1, biases 0."""
+    def initialize(self, seed: int, device: torch.device | str = "cpu") -> Transformer:
+        """Fill every weight from one seed: matrices normal with std `initializer_range`, norms 1, biases 0. `device`: what
+        draws the numbers; a card is faster at many, but only a CPU's are the same everywhere."""
         state = dict((*self.named_parameters(remove_duplicate=False), *self.named_buffers()))
-        for name, value in self.initial_values(seed):
+        for name, value in self.initial_values(seed, device):
             state[name].copy_(value)
         return self
 
-    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """What `initialize` fills parameters and router biases with, by name, in order and on the CPU; the model itself may
+    def initial_values(self, seed: int, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+        """What `initialize` fills parameters and router biases with, by name, in order and on `device`; the model itself may
         be without storage. Of a head tied to the embedding, which come one after the other, the head's value holds."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         for path, module in self.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                value = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                value = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
                 if isinstance(module, RMSNorm):
                     value.fill_(1.0)
                 elif name != "bias":
                     value.normal_(std=self.config.initializer_range, generator=generator)
                 yield f"{path}.{name}", value
             if isinstance(module, Router) and module.e_score_correction_bias is not None:
-                yield f"{path}.e_score_correction_bias", torch.zeros(module.e_score_correction_bias.shape)
+                yield f"{path}.e_score_correction_bias", torch.zeros(module.e_score_correction_bias.shape, device=device)
 
     def sparse_layers(self) -> list[tuple[int, MixtureOfExperts]]:
         """Every mixture of experts with its layer number, multi-token prediction blocks included."""

@@ -310,7 +310,7 @@ def _kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
 def _rows(config: ModelConfig, step: Step, dtype: torch.dtype, device: torch.device, limit: float) -> int:
     """Sequences of a micro-batch to measure: all of them unless a pass would take longer than `limit` seconds."""
-    rate = gemm_flops_per_second(dtype, device, 512, 3) * _LEAST_SHARE
+    rate = gemm_flops_per_second(dtype, device, None if device.type == "cuda" else 512, 3) * _LEAST_SHARE
     flops = count(config, context=step.seq_len).training_flops_per_token * step.seq_len
     return max(1, min(step.micro_batch, int(limit * rate / flops)))
 

@@ -57,7 +57,8 @@ class TrainingStep:
         torch.manual_seed(0)
         self.batch, self.seq_len, self.dtype, self.device = batch, seq_len, dtype, device
         self.mtp_rows = batch if mtp_rows is None else mtp_rows
-        self.model = Transformer(config).initialize(0).to(device)
+        with device:
+            self.model = Transformer(config).initialize(0, device)
         self.model.compute_in(dtype, fp8_experts)
         self.model.train()
         self.optimizer = Optimizer(self.model, optimizer, narrow=dtype == torch.bfloat16)
