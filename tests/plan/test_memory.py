@@ -5,12 +5,24 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
+from cadre.kernels import loss
 from cadre.model.config import ModelConfig
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware
 from cadre.plan.layout import Layout, Pipeline, Workload, cut
-from cadre.plan.memory import RECOMPUTE, RESERVE, Memory, activation_bytes, memory, optimizer_bytes
+from cadre.plan.memory import (
+    LOSS_ELEMENTS,
+    LOSS_ELEMENTS_OF_A_CARD,
+    LOSS_LEAST_ROWS,
+    RECOMPUTE,
+    RESERVE,
+    Memory,
+    activation_bytes,
+    loss_bytes,
+    memory,
+    optimizer_bytes,
+)
 from cadre.plan.shape import Block, Experts, Grouped, Shape
 from tests.shapes import configs
 
@@ -141,9 +153,20 @@ def test_eight_bits_make_activations_leaner_and_full_recomputation_keeps_the_inp
 
 def test_buffers_are_the_reserve_the_exchange_and_the_loss():
     plain = memory(pipeline(EVEN, 1), layout()).buffers
-    assert plain == RESERVE * 80e9 + 16 * 64 * 2 * 4
+    assert plain == RESERVE * 80e9 + 16 * 64 * 2 + 2 * 64 * 32 * 4
     spread = memory(pipeline(EVEN, 1), layout(data=4, expert=4)).buffers
     assert spread - plain == 2 * 16 * 2 * 32 * 2
+
+
+def test_the_loss_holds_what_the_kernel_does():
+    assert (loss.CHUNK_ELEMENTS, loss.CHUNK_ELEMENTS_OF_A_CARD, loss.LEAST_ROWS) == (
+        LOSS_ELEMENTS, LOSS_ELEMENTS_OF_A_CARD, LOSS_LEAST_ROWS
+    )  # fmt: skip
+    shape = catalogue.lookup("deepseek-v3").shape
+    head = 2 * 4 * shape.matrix
+    assert loss_bytes(shape, 4096, "bf16", card=True) - head == pytest.approx(2 * 2**26, rel=0.01)
+    assert loss_bytes(shape, 4096, "bf16", card=False) - head == 64 * shape.vocab_size * 4  # the fewest rows
+    assert loss_bytes(shape, 10, "fp32", card=True) - head == 10 * shape.vocab_size * 4
 
 
 def test_a_memory_is_the_sum_of_its_parts():

@@ -19,7 +19,7 @@ class Device:
     share the fast links. link_bandwidth, network_bandwidth: bytes/s of one device to its node and beyond it, one direction.
     watts: power at full load. rent: US dollars a device-hour. efficiency: share of `flops` reached while computing, dense
     layers. half_rate_width: routed experts this wide compute at half of that, in general at w / (w + half_rate_width).
-    sources: where each of these comes from.
+    sources: where each of these comes from. cpu: whether it is one.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Device:
     efficiency: dict[str, float]
     half_rate_width: float
     sources: dict[str, str]
+    cpu: bool = False
 
 
 # What a GPU reaches while it computes: fitted so that the step model of `cadre.plan.step` gives published throughputs with
@@ -81,6 +82,7 @@ def _cpu(name: str, flops: dict[str, float], read: float, figures: str) -> Devic
          "efficiency": "between cadre train's with pocket and with 20M parameters on 2 cores: 39% and 64% of the GEMM rate in "
                        "float32, 25% and 54% in bfloat16 (benchmarks/README.md)",
          "experts": "grouped GEMM on 2 cores: 84% of the dense rate for experts 128 wide"},
+        cpu=True,
     )  # fmt: skip
 
 

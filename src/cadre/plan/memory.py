@@ -31,8 +31,9 @@ _MUON_AT_ONCE, _MUON_COPIES, _MUON_CUT_COPIES = 2**24, 5, 6
 GRADIENT_BYTES = 4
 # Share of a device's memory kept free: the runtime's own context, communication buffers, fragmentation.
 RESERVE = 0.05
-# Rows of logits that a chunked loss holds at once, in float32 with their gradient.
-_LOSS_ROWS = 1024
+# Logits that the chunked loss holds at once, elements, and rows at least: `cadre.kernels.loss`, which writes their gradient
+# over them. On a CPU they are float32 whatever is multiplied.
+LOSS_ELEMENTS, LOSS_ELEMENTS_OF_A_CARD, LOSS_LEAST_ROWS = 2**22, 2**26, 64
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,12 @@ def largest_block(stages: list[Stage], precision: str) -> float:
     return max(activation_bytes(shape, Block(sparse), precision, "none") for sparse in kinds)
 
 
-def loss_bytes(shape: Shape, tokens: int) -> float:
-    """Logits and their gradient that a chunked loss holds."""
-    return min(tokens, _LOSS_ROWS) * shape.vocab_size * 2 * 4
+def loss_bytes(shape: Shape, tokens: int, precision: str, card: bool) -> int:
+    """Bytes of logits that the chunked loss holds, and of the head's float32 gradient, which it has before the backward pass
+    begins: beside the one that it will be added to, and once more when it is scaled."""
+    elements, wide = (LOSS_ELEMENTS_OF_A_CARD, weight_bytes(precision)) if card else (LOSS_ELEMENTS, 4)
+    rows = min(tokens, max(LOSS_LEAST_ROWS, elements // shape.vocab_size))
+    return rows * shape.vocab_size * wide + 2 * GRADIENT_BYTES * shape.matrix
 
 
 def memory(cuts: Pipeline, layout: Layout) -> Memory:
@@ -204,7 +208,10 @@ def memory(cuts: Pipeline, layout: Layout) -> Memory:
         held = whole = common / layout.tensor + expert / layout.expert
         local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
         last = any(stage.last for stage in stages)
-        buffers = loss_bytes(work.shape, layout.micro_batch * work.context) / layout.tensor if last else 0.0
+        buffers = 0.0
+        if last:
+            logits = loss_bytes(work.shape, layout.micro_batch * work.context, work.precision, not work.device.cpu)
+            buffers = logits / layout.tensor
         if layout.sharded:
             buffers += _gathered(work, layout)
             held = local
