@@ -35,11 +35,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 2048, repeats: int = 5) -> float:
+def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int | None = None, repeats: int = 5) -> float:
     """Rate of one large square matrix product, FLOP/s: the best of `repeats`, multiply and add counted as two. The best,
     not the median: it stands for what the machine can do, and other work can only lower it."""
-    if device.type == "cuda":
-        size = max(size, 8192)
+    size = size or (8192 if device.type == "cuda" else 2048)
     # Of float32 also ours, where that is the faster one.
     ours = (product,) if device.type == "cpu" and dtype == torch.float32 else ()
     return _rate((torch.mm, *ours), dtype, device, size, repeats)

@@ -98,8 +98,8 @@ def linear(
     """x W^T + b for x [..., I] in x's dtype: [..., O]. `narrow` where `multiplies(narrow)` says that there is such a thing;
     x is float32 then. `narrow_back`: the same of the gradients' products, if it is not as `narrow`."""
     rows, back = x.numel() // max(1, x.shape[-1]), narrow if narrow_back is None else narrow_back
-    ours = multiplies(narrow) or multiplies(back)
-    if not (feeds(x, weight_OI, narrow=narrow) and ours and rows >= _LEAST_ROWS):
+    # Asked in this order: on a card nothing is to be compiled.
+    if not (rows >= _LEAST_ROWS and feeds(x, weight_OI, narrow=narrow) and (multiplies(narrow) or multiplies(back))):
         return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
     y = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_OI, narrow, back).view(*x.shape[:-1], len(weight_OI))
     return y if bias_O is None else y + bias_O

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Logits held at once, in elements: a few MB in float32, so that the passes over them stay in the cache.
 _CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS_OF_A_CARD = 1 << 26
 # Characters tokenised at a time: documents are scored together up to this much, so that their short ends share batches. A
 # tokenizer's answer takes some hundred bytes a token.
 _GROUP_CHARACTERS = 1 << 16
@@ -218,7 +219,8 @@ def _nats(
 
 def _cross_entropy(model: Transformer, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """float32 [N]: -log softmax(head(hidden_n))[target_n], a few rows' logits at a time."""
-    rows = max(64, _CHUNK_ELEMENTS // model.config.vocab_size)
+    elements = _CHUNK_ELEMENTS_OF_A_CARD if hidden_ND.is_cuda else _CHUNK_ELEMENTS
+    rows = max(64, elements // model.config.vocab_size)
     return torch.cat(
         [
             F.cross_entropy(model.lm_head(hidden).float(), target, reduction="none")

@@ -101,6 +101,8 @@ def plain(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
     import torch
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+    if any(x.device.type != "cpu" for x in tensors):  # soonest said, and often asked of a card's tensors
+        return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if _get_current_dispatch_mode() is not None:  # it must see every operation, and may give tensors without elements

@@ -148,10 +148,13 @@ def joined(timeout: float) -> Iterator[tuple[Parallel, torch.device]]:
         return
     from cadre.train.parallel.ranks import Ranks
 
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     try:
+        if device.type == "cuda":
+            place, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if place >= cards:
+                raise UsageError(f"each process here needs a card of its own, and torch sees {cards}: start at most so many")
+            device = torch.device("cuda", place)
+            torch.cuda.set_device(device)
         ranks = Ranks(device, timeout)
         yield ranks, device
     except (UsageError, RunError) as error:
