@@ -22,8 +22,8 @@ from torch import Tensor
 from cadre.kernels.fp8 import ELEMENT, RUN
 
 _WARPS, _STAGES = 8, 3
-# Of a product: rows a program makes, and its warps. Two of these fit on a multiprocessor, and one's sums are added up in
-# float32 while the other multiplies; one of 128 rows would take all registers.
+# Of a product: rows a program makes, and its warps. By registers two of these fit on a multiprocessor, so that one's sums can
+# be added up in float32 while the other multiplies, and one of 128 rows and 8 warps. Counted, not measured.
 _PART, _PART_WARPS = 64, 4
 
 
