@@ -14,12 +14,13 @@ from cadre.kernels.permute import (
     gather_rows,
     gather_rows_reference,
     sort_choices,
+    sort_choices_by_digits,
     sort_choices_reference,
     sum_choices,
     sum_choices_reference,
 )
 
-SORT = [sort_choices, sort_choices_reference]
+SORT = [sort_choices, sort_choices_reference, sort_choices_by_digits]
 GATHER = [gather_rows, gather_rows_reference]
 SUM = [sum_choices, sum_choices_reference]
 
@@ -70,6 +71,14 @@ def test_sorting_by_hand(sort):
     expert_TK = torch.tensor([[3, 0], [0, 1]]).T.contiguous().T
     row_TK, token_R, load_E = sort(expert_TK, 5)
     assert (row_TK.tolist(), token_R.tolist(), load_E.tolist()) == ([[3, 0], [1, 2]], [0, 1, 1, 0], [2, 1, 0, 1, 0])
+
+
+@pytest.mark.parametrize("experts", [256, 257, 2**15 - 1])
+def test_sorting_among_many_experts(experts):
+    expert_TK = torch.randint(experts, (500, 4), generator=torch.Generator().manual_seed(0))
+    expert_TK[0] = experts - 1
+    for one, other in zip(sort_choices_by_digits(expert_TK, experts), sort_choices_reference(expert_TK, experts), strict=True):
+        assert torch.equal(one, other) and one.dtype == torch.int64
 
 
 @pytest.mark.parametrize("sort", SORT)
