@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "model": {"kernels"},
     "kernels": set(),
 }
-FOR_ALL = {"errors", "files"}
+FOR_ALL = {"errors", "files", "html", "sections", "units"}
 
 
 def imported(file: Path) -> set[str]:

@@ -1,5 +1,5 @@
-"""What torch is asked to do where a kernel of ours takes its place: operations, each a launch on a card, and the bytes that they
-read and write.
+"""What torch is asked to do where a kernel of ours takes its place: operations, each a launch on a card, and the bytes that
+they read and write.
 
     python -m tests.card.launches
 """
@@ -25,7 +25,7 @@ from tests.shapes import small
 
 
 class Counting(TorchDispatchMode):
-    """Operations that compute something, and the bytes of the tensors they take and give: views and empty tensors are nothing."""
+    """Operations that compute something, and the bytes of the tensors they take and give: views and empty tensors are none."""
 
     def __init__(self) -> None:
         super().__init__()
