@@ -14,7 +14,7 @@ import cadre
 from cadre.cli.evaluate import evaluate
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
-from cadre.kernels.native.library import multiplies
+from cadre.kernels.native.library import own_products_faster
 from cadre.model.scoring import token_nats
 from cadre.model.transformer import Transformer
 from cadre.train.recipe import read_recipe
@@ -67,7 +67,7 @@ def test_json_has_every_file_and_the_whole(model_dir, files, options):
 @pytest.mark.parametrize("ours", [True, False])
 def test_weights_of_bfloat16_score_as_their_values_do(model_dir, files, tmp_path, monkeypatch, ours):
     """By our products or by torch's in bfloat16."""
-    ours = ours and multiplies(narrow=True)
+    ours = ours and own_products_faster(narrow=True)
     monkeypatch.setattr("cadre.kernels.limits.products_keep_up", lambda: ours)
     chosen, compute_in = [], Transformer.compute_in
     monkeypatch.setattr(Transformer, "compute_in", lambda model, dtype: chosen.append(dtype) or compute_in(model, dtype))

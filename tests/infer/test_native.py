@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cadre.infer.native import NativeModel
 from cadre.infer.quantize import quantize_model
-from cadre.kernels.native.library import library, multiplies, why_missing
+from cadre.kernels.native.library import library, own_products_faster, why_missing
 from cadre.kernels.native.structs import Keeper
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -149,7 +149,7 @@ def test_products_with_bfloat16(tokens: int, rows: int, cols: int, seed: int) ->
     weight = torch.randn(rows, cols, generator=generator).to(torch.bfloat16)
     x, y = torch.randn(tokens, cols, generator=generator), torch.empty(tokens, rows)
     kernels.cadre_linear(keep.matrix(weight), x.data_ptr(), tokens, 2, y.data_ptr())
-    factor = x.to(torch.bfloat16) if multiplies(narrow=True) else x
+    factor = x.to(torch.bfloat16) if own_products_faster(narrow=True) else x
     expected = factor.double() @ weight.double().t()
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * cols**0.5)
 

@@ -226,14 +226,14 @@ def test_latent_attention_equals_float64(problem: Latents):
 @pytest.mark.parametrize("queries", [50, 35])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_latent_attention_without_the_kernel(monkeypatch, documents, queries, interleaved):
-    monkeypatch.setattr("cadre.kernels.attention.takes", lambda *tensors: False)
+    monkeypatch.setattr("cadre.kernels.attention.attention_kernel_takes", lambda *tensors: False)
     check_latents(latent_attention, Latents(2, 50, queries, 2, 12, 8, 10, interleaved=interleaved, documents=documents))
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_grouped_queries_of_the_last_positions(monkeypatch, native):
     if not native:
-        monkeypatch.setattr("cadre.kernels.attention.takes", lambda *tensors: False)
+        monkeypatch.setattr("cadre.kernels.attention.attention_kernel_takes", lambda *tensors: False)
     q, k, v = Problem(2, 150, 2, 2, 24, 16).tensors()
     whole, last = causal_attention(q, k, v, 0.2), causal_attention(q[:, 60:], k, v, 0.2)
     assert_close(last, whole[:, 60:], atol=1e-5, rtol=1e-4)

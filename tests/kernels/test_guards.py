@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from cadre.kernels.attention import causal_attention, causal_attention_reference
 from cadre.kernels.loss import linear_cross_entropy, linear_cross_entropy_reference
-from cadre.kernels.native.library import plain
+from cadre.kernels.native.library import is_plain
 from cadre.kernels.norm import rms_norm, rms_norm_reference
 from cadre.kernels.permute import sort_choices
 from cadre.kernels.routed import dense_swiglu, routed_swiglu
@@ -82,9 +82,9 @@ def test_views_that_negate_and_modes_that_watch_go_through_torch():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        assert not plain(torch.ones(2))
+        assert not is_plain(torch.ones(2))
         assert causal_attention(*(torch.ones(1, 3, 1, 4) for _ in range(3)), 1.0).shape == (1, 3, 1, 4)
-    assert plain(torch.ones(2))
+    assert is_plain(torch.ones(2))
 
 
 def test_gradients_that_negate_are_those_of_what_they_are():

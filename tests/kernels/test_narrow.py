@@ -14,12 +14,12 @@ from cadre.kernels.attention import causal_attention, causal_attention_reference
 from cadre.kernels.grouped import expert_swiglu, expert_swiglu_reference
 from cadre.kernels.limits import training_dtype
 from cadre.kernels.loss import linear_cross_entropy, linear_cross_entropy_reference
-from cadre.kernels.native.library import feeds, multiplies, training_library
+from cadre.kernels.native.library import kernels_take_rows, own_products_faster, training_library
 from cadre.kernels.permute import sort_choices
 from cadre.kernels.quantized import dequantize, quantize
 from cadre.kernels.routed import dense_swiglu, routed_swiglu, routed_swiglu_quantized
 
-pytestmark = pytest.mark.skipif(not multiplies(narrow=True), reason="the processor has no products of bfloat16")
+pytestmark = pytest.mark.skipif(not own_products_faster(narrow=True), reason="the processor has no products of bfloat16")
 
 # Where few positions are seen, scores have next to no gradient: differences of numbers near one that were rounded.
 FEW, NEAR_ZERO = 20, 0.3
@@ -58,7 +58,7 @@ def test_without_kernels_it_is_what_torch_multiplies_faster(monkeypatch) -> None
     monkeypatch.setattr("cadre.kernels.limits.best_dtype", lambda device: torch.float16)
     assert training_dtype(torch.device("cpu")) == torch.float16
     monkeypatch.setattr("cadre.kernels.limits.training_library", training_library)
-    monkeypatch.setattr("cadre.kernels.limits.multiplies", lambda narrow: False)
+    monkeypatch.setattr("cadre.kernels.limits.own_products_faster", lambda narrow: False)
     assert training_dtype(torch.device("cpu")) == torch.float32
 
 
@@ -174,10 +174,11 @@ def test_matrices_of_bfloat16(tokens: int, hidden: int, width: int, experts: int
     ]
     gate_up, down = halves
     alone = [gate_up[0, :width].contiguous(), gate_up[0, width:].contiguous(), down[0].contiguous()]
-    assert not feeds(x, *halves, narrow=True)
+    assert not kernels_take_rows(x, *halves, narrow=True)
     with torch.no_grad():
-        assert feeds(x, *halves, narrow=True) and not feeds(x, *halves, narrow=False)
-        assert not feeds(x.bfloat16(), *halves, narrow=True) and not feeds(x, gate_up, down.float(), narrow=True)
+        assert kernels_take_rows(x, *halves, narrow=True) and not kernels_take_rows(x, *halves, narrow=False)
+        assert not kernels_take_rows(x.bfloat16(), *halves, narrow=True)
+        assert not kernels_take_rows(x, gate_up, down.float(), narrow=True)
         with pytest.raises(ValueError, match="do not fit"):
             routed_swiglu(x, weight_TK, row_TK, token_R, load_E, *halves)
         got = routed_swiglu(x, weight_TK, row_TK, token_R, load_E, *halves, narrow=True)

@@ -13,7 +13,7 @@ from cadre.kernels.norm import rms_norm, rms_norm_reference
 
 def through_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "trains", lambda *_: False)
+        patch.setattr(module, "training_kernels_take", lambda *_: False)
         return rms_norm(x, weight, eps)
 
 

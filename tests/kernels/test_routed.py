@@ -14,24 +14,24 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from cadre.kernels.grouped import expert_swiglu_reference
-from cadre.kernels.native.library import multiplies, training_library, trains, why_missing
+from cadre.kernels.native.library import own_products_faster, training_kernels_take, training_library, why_missing
 from cadre.kernels.permute import sort_choices
 from cadre.kernels.routed import dense_swiglu, routed_swiglu, rows_swiglu
 
 
 def test_the_kernels_are_had_here() -> None:
     assert training_library() is not None, why_missing()
-    assert trains(torch.zeros(1))
+    assert training_kernels_take(torch.zeros(1))
 
 
 @pytest.mark.parametrize("other", [torch.zeros(1).double(), torch.zeros(1).bfloat16(), torch.zeros(1, device="meta")])
 def test_what_is_not_float32_on_a_cpu_is_left_to_torch(other: Tensor) -> None:
-    assert not trains(other) and not trains(torch.zeros(1), other)
+    assert not training_kernels_take(other) and not training_kernels_take(torch.zeros(1), other)
 
 
 def test_autocast_is_left_to_torch() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        assert not trains(torch.zeros(1))
+        assert not training_kernels_take(torch.zeros(1))
 
 
 @dataclass
@@ -138,7 +138,7 @@ def test_shared_experts_join_in_as_if_added_afterwards(
     given: Problem, width: int, narrow: bool, frozen: set[int], fewer: bool
 ) -> None:
     """To the last bit, whichever leaves want a gradient, and if the last expert's rows are nobody's."""
-    narrow = narrow and multiplies(narrow=True)
+    narrow = narrow and own_products_faster(narrow=True)
     shared = shared_experts(given.x_TD.shape[1], width)
     leaves = [*given.leaves(), *shared]
     for number in frozen:

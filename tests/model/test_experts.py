@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cadre.kernels import grouped, routing
-from cadre.kernels.native.library import multiplies
+from cadre.kernels.native.library import own_products_faster
 from cadre.kernels.routing import choose_experts, choose_experts_reference
 from cadre.model import experts, layers
 from cadre.model.config import ModelConfig
@@ -200,9 +200,9 @@ def mixture_by_hand(mixture: MixtureOfExperts, x_TD: Tensor) -> Tensor:
 
 def through_torch(patch: pytest.MonkeyPatch) -> None:
     """As where the C++ kernels are not to be had."""
-    patch.setattr(routing, "trains", lambda *_: False)
+    patch.setattr(routing, "training_kernels_take", lambda *_: False)
     for module in (experts, grouped, layers):
-        patch.setattr(module, "feeds", lambda *_, **__: False)
+        patch.setattr(module, "kernels_take_rows", lambda *_, **__: False)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -322,7 +322,7 @@ def test_narrow_gradients_leave_the_router_itself_exact():
         results.append([*vars(routes).values(), torch.autograd.grad(routes.weight_TK.square().sum(), leaf)[0]])
     (*plain, gradient), (*same, rounded) = results
     assert all(torch.equal(one, other) for one, other in zip(plain, same, strict=True))
-    if multiplies(narrow=True):
+    if own_products_faster(narrow=True):
         assert not torch.equal(gradient, rounded)
     assert_close(gradient, rounded, rtol=0.02, atol=0.02 * float(gradient.abs().max()))
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadre.kernels.native.library import multiplies
+from cadre.kernels.native.library import own_products_faster
 from cadre.model.config import ModelConfig
 from cadre.model.layers import RMSNorm
 from cadre.model.transformer import Transformer
@@ -193,7 +193,7 @@ def test_sparse_layers_are_those_the_config_says(config: ModelConfig):
     assert config.has_experts == bool(want)
 
 
-@pytest.mark.skipif(not multiplies(narrow=True), reason="the processor has no products of bfloat16")
+@pytest.mark.skipif(not own_products_faster(narrow=True), reason="the processor has no products of bfloat16")
 @pytest.mark.parametrize("config", KINDS, ids=FAMILIES)
 def test_on_a_cpu_with_products_of_bfloat16_only_factors_are_rounded(config):
     def run(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
@@ -213,7 +213,7 @@ def test_on_a_cpu_with_products_of_bfloat16_only_factors_are_rounded(config):
 
 
 def test_elsewhere_all_that_flows_is_bfloat16(monkeypatch):
-    monkeypatch.setattr("cadre.model.transformer.multiplies", lambda narrow: False)
+    monkeypatch.setattr("cadre.model.transformer.own_products_faster", lambda narrow: False)
     model = Transformer(small("deepseek_v3")).initialize(0)
     model.compute_in(torch.bfloat16)
     assert model(ids_for(model.config, 9)).dtype == torch.bfloat16

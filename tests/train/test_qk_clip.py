@@ -57,7 +57,7 @@ def test_peaks_are_the_largest_logits_that_are_seen(batch, length, groups, width
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("cadre.kernels.attention._QUERIES", 64)
         expected = largest_logits(q, k, 0.3, document)
-        patched.setattr("cadre.kernels.attention.takes", lambda *_: False)
+        patched.setattr("cadre.kernels.attention.attention_kernel_takes", lambda *_: False)
         without_kernel = torch.full((4,), -1.0)
         causal_attention(q, k, v, 0.3, document, peak_H=without_kernel)
         causal_attention(q[:0], k[:0], v[:0], 0.3, peak_H=without_kernel)
@@ -74,7 +74,7 @@ def test_peaks_are_the_largest_logits_that_are_seen(batch, length, groups, width
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "llama", "llama with biases"])
 def test_a_clipped_head_is_at_the_bound_and_others_are_as_they_were(family, kernel, monkeypatch):
     if not kernel:
-        monkeypatch.setattr("cadre.kernels.attention.takes", lambda *_: False)
+        monkeypatch.setattr("cadre.kernels.attention.attention_kernel_takes", lambda *_: False)
     family, _, biases = family.partition(" ")
     model = lively(family, **LATENT.get(family, {}), num_hidden_layers=1, **({"attention_bias": True} if biases else {}))
     ids = torch.randint(0, 31, (4, 16), generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cadre.errors import UsageError
 from cadre.kernels.grouped import expert_swiglu
 from cadre.kernels.linear import linear, narrowed
-from cadre.kernels.native.library import multiplies, trains
+from cadre.kernels.native.library import own_products_faster, training_kernels_take
 from cadre.kernels.quantized import QuantizedMatrix, dequantize, quantize
 from cadre.kernels.routed import Dense, routed_swiglu_quantized
 from cadre.model.experts import Experts, Plan
@@ -70,7 +70,7 @@ class QuantizedExperts(nn.Module):
         self.narrow = experts.narrow
 
     def moves_rows(self, x_TD: Tensor) -> bool:
-        return self.narrow and not torch.is_grad_enabled() and trains(x_TD) and multiplies(narrow=True)
+        return self.narrow and not torch.is_grad_enabled() and training_kernels_take(x_TD) and own_products_faster(narrow=True)
 
     def forward(self, x: Tensor, load_E: Tensor, plan: Plan | None = None, shared: Dense | None = None) -> Tensor:
         if plan is None:

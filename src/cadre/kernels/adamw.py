@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cadre.kernels.card import has_triton
 from cadre.kernels.native import structs
-from cadre.kernels.native.library import kernels, plain, trains
+from cadre.kernels.native.library import is_plain, kernels, training_kernels_take
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def adamw_in_place(steps: Sequence[AdamWStep]) -> None:
         from cadre.kernels.adamw_triton import adamw_on_card
 
         adamw_on_card(steps)
-    elif trains(*wide) and plain(*narrow, dtype=torch.bfloat16):
+    elif training_kernels_take(*wide) and is_plain(*narrow, dtype=torch.bfloat16):
         kernels().cadre_adamw((structs.AdamWStep * len(steps))(*map(_native, steps)), len(steps), torch.get_num_threads())
     else:
         adamw_reference(steps)

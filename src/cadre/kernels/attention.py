@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cadre.kernels.card import launches
-from cadre.kernels.native.causal import GroupedCausalAttention, LatentCausalAttention, first_seen, takes
+from cadre.kernels.native.causal import GroupedCausalAttention, LatentCausalAttention, attention_kernel_takes, first_seen
 from cadre.kernels.rotary import rotate_halves, rotate_pairs
 
 # Of which logits are held at once, to find the largest.
@@ -79,7 +79,7 @@ def causal_attention(
     torch's fused CPU kernel takes equal widths only, so a narrower value is padded with zeros, which costs less than the
     unfused path torch would fall back to.
     """
-    if takes(q_BTHK, k_BSGK, v_BSGV):
+    if attention_kernel_takes(q_BTHK, k_BSGK, v_BSGV):
         first_BT = _first_seen(q_BTHK, document_BS)
         return GroupedCausalAttention.apply(q_BTHK, k_BSGK, v_BSGV, scale, first_BT, narrow, peak_H)
     if peak_H is not None and len(q_BTHK):
@@ -131,7 +131,7 @@ def latent_attention(
     document_BS: Tensor | None = None, narrow: bool = False, peak_H: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As the reference; peak_H as in `causal_attention`. Our kernel turns and joins the parts as it reads them."""
-    if takes(q_BTHK, kv_BSHX, k_BSR):
+    if attention_kernel_takes(q_BTHK, kv_BSHX, k_BSR):
         first_BT = _first_seen(q_BTHK, document_BS)
         return LatentCausalAttention.apply(q_BTHK, kv_BSHX, k_BSR, turn_SR, scale, not interleaved, first_BT, narrow, peak_H)
     joined = _joined(q_BTHK, kv_BSHX, k_BSR, turn_SR, interleaved)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadre.kernels.fp8 import grouped_linear_fp8
-from cadre.kernels.native.library import feeds
+from cadre.kernels.native.library import kernels_take_rows
 from cadre.kernels.routed import rows_swiglu
 from cadre.kernels.swiglu import swiglu, swiglu_reference
 
@@ -36,7 +36,7 @@ def expert_swiglu(
     take the reference. `narrow`: as in `kernels.linear`, in C++. `fp8`: both products in FP8 instead (`kernels.fp8`)."""
     if fp8:
         return grouped_linear_fp8(swiglu(grouped_linear_fp8(x_RD, load_E, gate_up_END)), load_E, down_EDF)
-    if feeds(x_RD, gate_up_END, down_EDF, narrow=narrow):
+    if kernels_take_rows(x_RD, gate_up_END, down_EDF, narrow=narrow):
         return rows_swiglu(x_RD, load_E, gate_up_END, down_EDF, narrow)
     if not _grouped_mm_takes(x_RD, down_EDF):
         return expert_swiglu_reference(x_RD, load_E, gate_up_END, down_EDF)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cadre.kernels.linear import product
-from cadre.kernels.native.library import multiplies, training_library
+from cadre.kernels.native.library import own_products_faster, training_library
 
 # How much faster products of bfloat16 must be to be taken.
 _WORTH = 1.2
@@ -87,7 +87,7 @@ def training_dtype(device: torch.device) -> torch.dtype:
     float32, else float32, which is all that they take otherwise; without them what is `best_dtype`."""
     if device.type == "cuda" or training_library() is None:
         return best_dtype(device)
-    if not multiplies(narrow=True):
+    if not own_products_faster(narrow=True):
         return torch.float32
     narrow = _rate((partial(product, narrow=True),), torch.float32, device, 768, 3)
     return torch.bfloat16 if narrow > _WORTH * gemm_flops_per_second(torch.float32, device, 768, 3) else torch.float32
@@ -97,7 +97,7 @@ def training_dtype(device: torch.device) -> torch.dtype:
 def products_keep_up() -> bool:
     """Whether our products of bfloat16 factors are about as fast here as torch's of bfloat16, which some processors have units
     for (AMX)."""
-    if not multiplies(narrow=True):
+    if not own_products_faster(narrow=True):
         return False
     device = torch.device("cpu")
     ours = _rate((partial(product, narrow=True),), torch.float32, device, 768, 3)

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import feeds, kernels, library, multiplies, plain, trains
+from cadre.kernels.native.library import (
+    is_plain,
+    kernels,
+    kernels_take_rows,
+    library,
+    own_products_faster,
+    training_kernels_take,
+)
 from cadre.kernels.native.structs import Keeper
 from cadre.kernels.quantized import QuantizedMatrix, dequantize
 
@@ -42,14 +49,14 @@ def product_reference(
 
 def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, *, add: bool = False, narrow: bool = False) -> Tensor:
     """As the reference, by our kernel where it is the faster one. Operands may be transposed views. b may be of bfloat16 where
-    `feeds` takes it."""
-    mine = feeds(a_MK, b_KN, narrow=narrow) and multiplies(narrow) and a_MK.shape[0] >= _LEAST_ROWS
+    `kernels_take_rows` takes it."""
+    mine = kernels_take_rows(a_MK, b_KN, narrow=narrow) and own_products_faster(narrow) and a_MK.shape[0] >= _LEAST_ROWS
     if not mine or (out is not None and not _by_rows(out)):
         return product_reference(a_MK, b_KN, out, add=add, narrow=narrow)
     (M, K), N = a_MK.shape, b_KN.shape[1]
     if out is None:
         out = a_MK.new_empty(M, N)
-    if b_KN.shape[0] != K or out.shape != (M, N) or not trains(out):
+    if b_KN.shape[0] != K or out.shape != (M, N) or not training_kernels_take(out):
         raise ValueError(f"{tuple(a_MK.shape)} times {tuple(b_KN.shape)} does not give {tuple(out.shape)}")
     a, b = _Operand(a_MK), _Operand(b_KN)
     kernels().cadre_product(
@@ -95,11 +102,11 @@ class _Linear(torch.autograd.Function):
 def linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, narrow: bool = False, narrow_back: bool | None = None
 ) -> Tensor:
-    """x W^T + b for x [..., I] in x's dtype: [..., O]. `narrow` where `multiplies(narrow)` says that there is such a thing;
-    x is float32 then. `narrow_back`: the same of the gradients' products, if it is not as `narrow`."""
+    """x W^T + b for x [..., I] in x's dtype: [..., O]. `narrow` where `own_products_faster(narrow)` says that there is such a
+    thing; x is float32 then. `narrow_back`: the same of the gradients' products, if it is not as `narrow`."""
     rows, back = x.numel() // max(1, x.shape[-1]), narrow if narrow_back is None else narrow_back
-    # Asked in this order: on a card nothing is to be compiled.
-    if not (rows >= _LEAST_ROWS and feeds(x, weight_OI, narrow=narrow) and (multiplies(narrow) or multiplies(back))):
+    taken = rows >= _LEAST_ROWS and kernels_take_rows(x, weight_OI, narrow=narrow)
+    if not (taken and (own_products_faster(narrow) or own_products_faster(back))):  # last, for it may have to compile
         return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
     y = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_OI, narrow, back).view(*x.shape[:-1], len(weight_OI))
     return y if bias_O is None else y + bias_O
@@ -107,7 +114,7 @@ def linear(
 
 def narrowed(matrix: QuantizedMatrix) -> Tensor:
     """What a quantized matrix stands for, rounded to bfloat16: [rows, cols]."""
-    native = library() if plain(matrix.data, dtype=matrix.data.dtype) else None
+    native = library() if is_plain(matrix.data, dtype=matrix.data.dtype) else None
     if native is None:
         return dequantize(matrix, torch.bfloat16)
     wide = torch.empty(matrix.rows, matrix.cols, dtype=torch.bfloat16)

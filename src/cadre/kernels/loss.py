@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from cadre.kernels.card import has_triton, launches
 from cadre.kernels.linear import product
-from cadre.kernels.native.library import kernels, trains
+from cadre.kernels.native.library import kernels, training_kernels_take
 
 # Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products; on a card 256 MB,
 # rows enough to outlast the launching of what follows.
@@ -78,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _cross_entropy(logit_NW: Tensor, target_N: Tensor, weight_N: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
     """The loss, and its gradient by the logits, which may be written over them."""
-    if trains(logit_NW, weight_N):
+    if training_kernels_take(logit_NW, weight_N):
         if len(target_N) and not (int(target_N.min()) >= 0 and int(target_N.max()) < logit_NW.shape[1]):
             raise IndexError(f"a target is not one of the {logit_NW.shape[1]} words")
         logit, target, weight = logit_NW.contiguous(), target_N.to(torch.int64).contiguous(), weight_N.contiguous()

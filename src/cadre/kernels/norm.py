@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import kernels, trains
+from cadre.kernels.native.library import kernels, training_kernels_take
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -88,7 +88,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
         return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
     if x.dtype == torch.float32 and weight_D.dtype == torch.float32 and x.ndim > 1:
-        if trains(x, weight_D):
+        if training_kernels_take(x, weight_D):
             return _NativeRMSNorm.apply(x, weight_D, eps)
         return _RMSNorm.apply(x, weight_D, eps)
     return rms_norm_reference(x, weight_D, eps)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cadre.kernels.linear import rounded
 from cadre.kernels.native import structs
-from cadre.kernels.native.library import kernels, multiplies, trains
+from cadre.kernels.native.library import kernels, own_products_faster, training_kernels_take
 
 # K. Jordan's quintic (2024): it pushes singular values to within about 0.7 to 1.2, which is near enough, in few steps.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -45,8 +45,8 @@ def orthogonalize(g_BMN: Tensor, steps: int = 5, narrow: bool = False) -> Tensor
     """As the reference. Float32 on a CPU goes matrix by matrix, each in a thread's own cache, if there are enough for all.
     `narrow`, on a CPU: only if its processor multiplies bfloat16."""
     threads = torch.get_num_threads()
-    narrow = narrow and (g_BMN.device.type != "cpu" or multiplies(narrow=True))
-    if len(g_BMN) < threads or not trains(g_BMN):
+    narrow = narrow and (g_BMN.device.type != "cpu" or own_products_faster(narrow=True))
+    if len(g_BMN) < threads or not training_kernels_take(g_BMN):
         return orthogonalize_reference(g_BMN, steps, narrow)
     g = g_BMN.contiguous()
     out = torch.empty_like(g)
@@ -101,7 +101,7 @@ def muon_in_place(steps: Sequence[MuonStep], narrow: bool = False) -> bool:
     tensors = [tensor for step in steps for tensor in (step.weight, step.gradient, step.momentum)]
     if (
         sum(step.batch for step in steps) < threads
-        or not trains(*tensors)
+        or not training_kernels_take(*tensors)
         or not all(tensor.is_contiguous() for tensor in tensors)
     ):
         return False
@@ -121,4 +121,4 @@ def _coefficients() -> ctypes.Array[ctypes.c_float]:
 
 
 def _factors(narrow: bool) -> int:
-    return int(narrow and multiplies(narrow=True))
+    return int(narrow and own_products_faster(narrow=True))

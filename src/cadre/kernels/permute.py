@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadre.kernels.card import launches
-from cadre.kernels.native.library import library, plain
+from cadre.kernels.native.library import is_plain, library
 
 
 class _GatherRows(torch.autograd.Function):
@@ -84,7 +84,7 @@ def sort_choices(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tenso
     """As the reference; on a CPU by counting, in C++."""
     if expert_TK.is_cuda and experts < 2**15:
         return sort_choices_by_digits(expert_TK, experts)
-    native = library() if plain(expert_TK, dtype=torch.int64) else None
+    native = library() if is_plain(expert_TK, dtype=torch.int64) else None
     if native is None:
         return sort_choices_reference(expert_TK, experts)
     if expert_TK.numel() and not 0 <= int(expert_TK.min()) <= int(expert_TK.max()) < experts:

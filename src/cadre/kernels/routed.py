@@ -26,9 +26,9 @@ def routed_swiglu(
     x_TD: Tensor, weight_TK: Tensor, row_TK: Tensor, token_R: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor,
     narrow: bool = False, shared: Dense | None = None,
 ) -> Tensor:  # fmt: skip
-    """sum_k weight_TK[t, k] * expert_swiglu(x_TD[token_R])[row_TK[t, k]], [T, D], where `feeds` takes them all. Rows of one
-    expert are adjacent, experts in order; load_E: rows per expert. Rows beyond their sum,
-    which is at most R, are nobody's: their choices add nothing and get no gradient.
+    """sum_k weight_TK[t, k] * expert_swiglu(x_TD[token_R])[row_TK[t, k]], [T, D], for what
+    `kernels_take_rows`. Rows of one expert are adjacent, experts in order; load_E: rows per expert. Rows beyond their sum, at
+    most R, are nobody's: their choices add nothing and get no gradient.
 
     `narrow`, here and below: as in `kernels.linear`. `shared`: what the shared experts are; their `dense_swiglu` is then part
     of the sum, and of its gradient, without a pass over memory to add it. Raises `ValueError` for operands that do not fit."""
@@ -48,7 +48,7 @@ def routed_swiglu_quantized(
     down: QuantizedMatrix,
 ) -> Tensor:  # fmt: skip
     """The same of quantized matrices, [E * 2F, D] and [E * D, F], each expert's turned to bfloat16 in the cache, for float32 x
-    where `multiplies(narrow=True)`. Without gradients."""
+    where `own_products_faster(narrow=True)`. Without gradients."""
     experts, F = len(load_E), down.cols
     fits = (gate_up.rows, gate_up.cols) == (experts * 2 * F, x_TD.shape[1]) and down.rows == experts * x_TD.shape[1]
     _check_routes(x_TD, weight_TK, row_TK, token_R, load_E, fits)
@@ -65,8 +65,8 @@ def routed_swiglu_quantized(
 
 
 def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Tensor, narrow: bool = False) -> Tensor:
-    """`expert_swiglu` of rows sorted by expert, where `feeds` takes them all. Raises `ValueError` if load_E does not sum to
-    the number of rows."""
+    """`expert_swiglu` of rows sorted by expert, for what `kernels_take_rows`. Raises `ValueError` if load_E does not sum to the
+    number of rows."""
     if int(load_E.sum()) != len(x_RD):
         raise ValueError(f"load_E sums to {int(load_E.sum())}, but there are {len(x_RD)} rows")
     fits = gate_up_END.shape == (len(load_E), 2 * down_EDF.shape[2], x_RD.shape[1])
@@ -77,7 +77,7 @@ def rows_swiglu(x_RD: Tensor, load_E: Tensor, gate_up_END: Tensor, down_EDF: Ten
 
 
 def dense_swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, narrow: bool = False) -> Tensor:
-    """down(silu(gate x) * up x) of every position [..., D], where `feeds` takes them all."""
+    """down(silu(gate x) * up x) of every position [..., D], for what `kernels_take_rows`."""
     x_TD = x.reshape(-1, x.shape[-1])
     _check_dense(x_TD, (gate_FD, up_FD, down_DF), narrow)
     load_E, absent = _all_of(x_TD), (None, None, None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import kernels, trains
+from cadre.kernels.native.library import kernels, training_kernels_take
 from cadre.kernels.native.structs import Router, Routing, RoutingGradient, address
 
 
@@ -56,7 +56,7 @@ def _choices(score_TE: Tensor, correction_E: Tensor | None, rule: RoutingRule) -
 
 def choose_experts(logit_TE: Tensor, correction_E: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
-    if trains(logit_TE):
+    if training_kernels_take(logit_TE):
         return _Choose.apply(logit_TE, correction_E, rule)
     return choose_experts_reference(logit_TE, correction_E, rule)
 
@@ -64,7 +64,7 @@ def choose_experts(logit_TE: Tensor, correction_E: Tensor | None, rule: RoutingR
 def top_experts(logit_TE: Tensor, count: int) -> Tensor:
     """Each token's `count` experts with the largest logits, int64 [T, K] in any order; no gradient."""
     logit_TE = logit_TE.detach()
-    if not trains(logit_TE) or count > logit_TE.shape[-1]:  # which torch refuses
+    if not training_kernels_take(logit_TE) or count > logit_TE.shape[-1]:  # which torch refuses
         return logit_TE.topk(count, dim=-1, sorted=False).indices
     logit = logit_TE.contiguous()
     expert_TK = logit.new_empty(len(logit), count, dtype=torch.int64)
@@ -82,7 +82,8 @@ def balance_terms_reference(score_TE: Tensor, frequency_BE: Tensor) -> Tensor:
 def balance_terms(score_TE: Tensor, frequency_BE: Tensor) -> Tensor:
     """As the reference; frequency_BE gets no gradient. Float32 on a CPU takes one pass over memory, and one back."""
     frequency_BE = frequency_BE.detach()
-    if trains(score_TE, frequency_BE) and len(score_TE) % len(frequency_BE) == 0 and score_TE.shape[1] == frequency_BE.shape[1]:
+    fits = len(score_TE) % len(frequency_BE) == 0 and score_TE.shape[1] == frequency_BE.shape[1]
+    if fits and training_kernels_take(score_TE, frequency_BE):
         return _BalanceTerms.apply(score_TE, frequency_BE)
     return balance_terms_reference(score_TE, frequency_BE)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cadre.kernels.grouped import expert_swiglu
 from cadre.kernels.linear import linear
-from cadre.kernels.native.library import feeds
+from cadre.kernels.native.library import kernels_take_rows
 from cadre.kernels.permute import gather_rows, sort_choices, sum_choices
 from cadre.kernels.routed import Dense, routed_swiglu
 from cadre.kernels.routing import RoutingRule, choose_experts
@@ -121,7 +121,7 @@ class Experts(nn.Module):
 
     def moves_rows(self, x_TD: Tensor) -> bool:
         """Whether dispatch and combine can be had as part of the experts' kernel, so that no row is ever stored."""
-        return not self.fp8 and feeds(x_TD, self.gate_up_proj, self.down_proj, narrow=self.narrow)
+        return not self.fp8 and kernels_take_rows(x_TD, self.gate_up_proj, self.down_proj, narrow=self.narrow)
 
 
 class MixtureOfExperts(nn.Module):

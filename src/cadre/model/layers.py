@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadre.kernels.linear import linear
-from cadre.kernels.native.library import feeds
+from cadre.kernels.native.library import kernels_take_rows
 from cadre.kernels.norm import rms_norm
 from cadre.kernels.routed import Dense, dense_swiglu
 
@@ -70,4 +70,4 @@ class SwiGLU(nn.Module):
         if not all(type(part) is Linear and not is_watched(part) for part in parts):
             return None
         gate, up, down = (part.weight for part in parts)
-        return (gate, up, down) if feeds(x, gate, up, down, narrow=self.gate_proj.narrow) else None
+        return (gate, up, down) if kernels_take_rows(x, gate, up, down, narrow=self.gate_proj.narrow) else None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadre.kernels.native.library import multiplies
+from cadre.kernels.native.library import own_products_faster
 from cadre.model.attention import GroupedQueryAttention, LatentAttention, LayerCache
 from cadre.model.config import ModelConfig
 from cadre.model.experts import Experts, MixtureOfExperts, Router
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         """Compute in bfloat16 or float32, with weights of float32 (or, without gradients, of bfloat16). On a CPU with our own
         products of bfloat16, bfloat16 means those: what lies between products stays float32. `fp8_experts`: routed experts
         multiply in FP8."""
-        narrow = dtype == torch.bfloat16 and self.device.type == "cpu" and multiplies(narrow=True)
+        narrow = dtype == torch.bfloat16 and self.device.type == "cpu" and own_products_faster(narrow=True)
         self.compute_dtype = torch.float32 if narrow else dtype
         self.round_factors(narrow)
         for module in self.modules():

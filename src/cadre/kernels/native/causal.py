@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import kernels, library, plain
+from cadre.kernels.native.library import is_plain, kernels, library
 from cadre.kernels.native.structs import CausalAttention, CausalGradient, Heads, address
 
 
-def takes(*tensors: Tensor) -> bool:
+def attention_kernel_takes(*tensors: Tensor) -> bool:
     """Whether the kernel can be had for these."""
-    return plain(*tensors) and library() is not None
+    return is_plain(*tensors) and library() is not None
 
 
 def first_seen(document_BT: Tensor) -> Tensor:

@@ -73,30 +73,30 @@ def training_library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def multiplies(narrow: bool) -> bool:
+def own_products_faster(narrow: bool) -> bool:
     """Whether our own products are faster here than torch's of float32: of factors rounded to bfloat16 (`narrow`) where the
     processor multiplies those itself, of float32 where torch's BLAS leaves it half idle."""
     loaded = training_library()
     return loaded is not None and bool(loaded.cadre_multiplies(narrow))
 
 
-def trains(*tensors: Tensor) -> bool:
-    """Whether the training kernels take these: `plain` tensors, and the kernels can be had."""
-    return plain(*tensors) and training_library() is not None
+def training_kernels_take(*tensors: Tensor) -> bool:
+    """Whether the training kernels take these: `is_plain` tensors, and the kernels can be had."""
+    return is_plain(*tensors) and training_library() is not None
 
 
-def feeds(x: Tensor, *weights: Tensor, narrow: bool) -> bool:
+def kernels_take_rows(x: Tensor, *weights: Tensor, narrow: bool) -> bool:
     """Whether the training kernels take rows x and these matrices: float32 all of them; or, where products are to be `narrow`
     and without gradients, matrices of bfloat16."""
     import torch
 
-    if trains(x, *weights):
+    if training_kernels_take(x, *weights):
         return True
-    halves = narrow and not torch.is_grad_enabled() and plain(*weights, dtype=torch.bfloat16)
-    return halves and trains(x) and multiplies(narrow=True)
+    halves = narrow and not torch.is_grad_enabled() and is_plain(*weights, dtype=torch.bfloat16)
+    return halves and training_kernels_take(x) and own_products_faster(narrow=True)
 
 
-def plain(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
+def is_plain(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether all are tensors of a dtype (float32) on a CPU whose elements lie where they say, computed now, not traced."""
     import torch
     from torch.utils._python_dispatch import _get_current_dispatch_mode

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from cadre.kernels.attention import causal_attention, latent_attention
-from cadre.kernels.native.causal import takes
+from cadre.kernels.native.causal import attention_kernel_takes
 from cadre.model.attention import GroupedQueryAttention, LatentAttention, LayerCache
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Block, Transformer
@@ -104,7 +104,7 @@ def _recompute_expansion(attend: Callable[[Tensor, Tensor], Tensor], q_BTHK: Ten
         attends = "_scaled_dot_product" in op.name()
         return CheckpointPolicy.MUST_SAVE if attends else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts = noop_context_fn if takes(q_BTHK) else partial(create_selective_checkpoint_contexts, policy)
+    contexts = noop_context_fn if attention_kernel_takes(q_BTHK) else partial(create_selective_checkpoint_contexts, policy)
     return checkpoint(attend, q_BTHK, kept_BSX, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
