@@ -85,15 +85,17 @@ def test_a_whole_step_equals_the_reference_in_float64(shapes, halves, narrow, se
     want = [double(step) for step in made]
     gradients = [step.gradient.clone() for step in made]
     weights = [step.weight.double() for step in made]
+    rounding = [replace(step, weight=step.weight.clone(), momentum=step.momentum.clone()) for step in made]
     muon_reference(want)
+    muon_reference(rounding, narrow=True)
     if not muon_in_place(made, narrow):
         assert sum(step.batch for step in made) < torch.get_num_threads()
         return
-    for step, exact, gradient, before in zip(made, want, gradients, weights, strict=True):
+    for step, exact, alike, gradient, before in zip(made, want, rounding, gradients, weights, strict=True):
         assert_close(step.momentum.double(), exact.momentum, atol=1e-5, rtol=1e-5)
-        if narrow:  # of what the update moves, some hundredths where it is one of many that are rounded
+        if narrow:  # as the reference that rounds, but for sums that fall to the other side; it may be a tenth off what is exact
             moved = (exact.weight - 0.99 * before).norm() + 1e-9
-            assert (step.weight - exact.weight).norm() < 0.05 * moved
+            assert (step.weight - alike.weight).norm() < 0.05 * moved
         else:
             assert_close(step.weight.double(), exact.weight, atol=3e-4, rtol=1e-3)
         assert torch.equal(step.gradient, gradient)
