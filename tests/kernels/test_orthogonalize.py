@@ -93,7 +93,7 @@ def test_a_whole_step_equals_the_reference_in_float64(shapes, halves, narrow, se
         return
     for step, exact, alike, gradient, before in zip(made, want, rounding, gradients, weights, strict=True):
         assert_close(step.momentum.double(), exact.momentum, atol=1e-5, rtol=1e-5)
-        if narrow:  # as the reference that rounds, but for sums that fall to the other side; it may be a tenth off what is exact
+        if narrow:  # as the reference that rounds, but for sums that fall to the other side; both may be a tenth off
             moved = (exact.weight - 0.99 * before).norm() + 1e-9
             assert (step.weight - alike.weight).norm() < 0.05 * moved
         else:
