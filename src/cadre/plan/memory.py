@@ -186,11 +186,9 @@ def largest_block(stages: list[Stage], precision: str) -> float:
 
 
 def loss_bytes(shape: Shape, tokens: int, precision: str, card: bool) -> int:
-    """Bytes of logits that the chunked loss holds, and of the head's float32 gradient, which it has before the backward pass
-    begins: beside the one that it will be added to, and once more when it is scaled."""
+    """Bytes of the logits that the chunked loss holds."""
     elements, wide = (LOSS_ELEMENTS_OF_A_CARD, weight_bytes(precision)) if card else (LOSS_ELEMENTS, 4)
-    rows = min(tokens, max(LOSS_LEAST_ROWS, elements // shape.vocab_size))
-    return rows * shape.vocab_size * wide + 2 * GRADIENT_BYTES * shape.matrix
+    return min(tokens, max(LOSS_LEAST_ROWS, elements // shape.vocab_size)) * shape.vocab_size * wide
 
 
 def memory(cuts: Pipeline, layout: Layout) -> Memory:
@@ -208,10 +206,8 @@ def memory(cuts: Pipeline, layout: Layout) -> Memory:
         held = whole = common / layout.tensor + expert / layout.expert
         local = common / layout.tensor / layout.shards + expert / layout.expert / layout.copies
         last = any(stage.last for stage in stages)
-        buffers = 0.0
-        if last:
-            logits = loss_bytes(work.shape, layout.micro_batch * work.context, work.precision, not work.device.cpu)
-            buffers = logits / layout.tensor
+        logits = loss_bytes(work.shape, layout.micro_batch * work.context, work.precision, not work.device.cpu)
+        buffers = logits / layout.tensor if last else 0.0
         if layout.sharded:
             buffers += _gathered(work, layout)
             held = local
