@@ -48,7 +48,8 @@ def latent_decode(
     return out_THC
 
 
-@triton.jit
+# What grows as sequences do is not compiled for anew.
+@triton.jit(do_not_specialize=["pages_stride", "parts"])
 def _attend(
     q, qr, latent, key, pages, row, seen, average, lse, scale, H, pages_stride, parts,
     C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
@@ -88,7 +89,7 @@ def _attend(
     tl.store(average + place[:, None] * C + c[None, :], sum_HC, mask=own_h[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _join(average, lse, out, parts, C: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
     i, c = tl.arange(0, BI), tl.arange(0, BC)

@@ -16,8 +16,8 @@ from cadre.kernels.card import has_triton, launches
 from cadre.kernels.linear import product
 from cadre.kernels.native.library import kernels, training_kernels_take
 
-# Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products; on a card 256 MB,
-# rows enough to outlast the launching of what follows.
+# Logits held at once, in elements: 16 MB in float32, few enough for the cache, rows enough for the products; on a card 128 MB
+# in bfloat16, rows enough to outlast the launching of what follows. `cadre.plan.memory` counts them.
 CHUNK_ELEMENTS = 1 << 22
 CHUNK_ELEMENTS_OF_A_CARD = 1 << 26
 LEAST_ROWS = 64

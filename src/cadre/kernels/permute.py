@@ -81,7 +81,7 @@ def count_choices(expert_TK: Tensor, experts: int) -> Tensor:
 
 
 def sort_choices(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference; on a CPU by counting, in C++."""
+    """As the reference; on a CPU by counting, in C++, on a card by digits."""
     if expert_TK.is_cuda and experts < 2**15:
         return sort_choices_by_digits(expert_TK, experts)
     native = library() if is_plain(expert_TK, dtype=torch.int64) else None

@@ -22,7 +22,6 @@ from cadre.model.rope import softmax_scale
 # q_a_layernorm and kv_a_layernorm ignore rms_norm_eps in transformers and in DeepSeek's code.
 LATENT_NORM_EPS = 1e-6
 
-
 # Averages of latents [T, H, C] from folded queries [T, H, C], turned ones [T, H, R] and a scale.
 Averages = Callable[[Tensor, Tensor, float], Tensor]
 
