@@ -183,7 +183,7 @@ def cases(widest: bool = False) -> dict[str, tuple]:
             (latent, dict(**v3, seen=[40_000], new=[1])),
             (latent, dict(**v3, seen=[4000, 17, 900] * 20, new=[1, 2, 1] * 20)),
         ]
-        found += [(loss, dict(N=500, W=129280, size=3)), (swiglu, dict(R=70_000, F=2048)), (choices, dict(T=5000, K=8, D=7168))]
+        found += [(loss, dict(N=500, W=129280, size=3)), (swiglu, dict(R=9000, F=2048)), (choices, dict(T=1000, K=8, D=7168))]
     return {f"{check.__name__} {arguments}": (check, arguments) for check, arguments in found}
 
 

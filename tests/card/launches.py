@@ -25,7 +25,7 @@ from tests.shapes import small
 
 
 class Counting(TorchDispatchMode):
-    """Operations that compute something, and the bytes of the tensors they take and give: views and empty tensors are none."""
+    """Operations that compute something, and the bytes of the tensors they take and give: neither views nor empty tensors."""
 
     def __init__(self) -> None:
         super().__init__()

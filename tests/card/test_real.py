@@ -11,8 +11,6 @@ import importlib.util
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a card, and CADRE_TEST_CARD=1", allow_module_level=True)
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which torch's builds for CUDA bring along", allow_module_level=True)
 
@@ -27,12 +25,15 @@ from cadre.kernels.loss import linear_cross_entropy, linear_cross_entropy_refere
 from cadre.kernels.permute import sort_choices, sort_choices_reference
 from cadre.model.transformer import Transformer
 from cadre.train.balance import Balance
-from cadre.train.bench import TrainingStep
+from cadre.train.bench.step import TrainingStep
 from cadre.train.objective import losses
 from cadre.train.recipe import BalanceSection
 from tests.card.kernels import FP8, LIMITS, adamw, apart, cases, fp8
 from tests.card.steps import V3, WIDE
 from tests.shapes import small
+
+if not torch.cuda.is_available():  # only here, so that what is imported above is there in any run
+    pytest.skip("needs a card, and CADRE_TEST_CARD=1", allow_module_level=True)
 
 CARD = torch.device("cuda", 0)
 HALVES = torch.bfloat16
