@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "infer": {"plan", "model", "kernels"},
     "plan": {"model.config"},
     "data": {"hub"},
-    "hub": {"model"},
+    "hub": {"model", "kernels"},
     "model": {"kernels"},
     "kernels": set(),
 }

@@ -20,7 +20,8 @@ def test_a_variant_and_its_twin_have_equal_active_flops_but_for_the_router(confi
     routers = here.parts["router"]
     assert here.forward_flops_per_token - there.forward_flops_per_token == 2 * routers
     assert here.active_parameters - there.active_parameters == routers
-    in_modules = sparse.num_nextn_predict_layers * experts * (sparse.hidden_size + (sparse.scoring_func == "sigmoid"))
+    modules = sum(sparse.is_sparse(layer) for layer in range(sparse.num_hidden_layers, sparse.total_layers))
+    in_modules = modules * experts * (sparse.hidden_size + (sparse.scoring_func == "sigmoid"))
     assert here.training_flops_per_token - there.training_flops_per_token == 6 * (routers + in_modules)
     assert here.parts["attention"] == there.parts["attention"] == count(config).parts["attention"]
     assert not twin.has_experts and sparse.has_experts
