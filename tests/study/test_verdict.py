@@ -203,3 +203,32 @@ def test_cache_decode_rate_and_acceptance_are_said_where_they_differ():
     said = verdict(found)["arms"]["latent"]
     assert "Its cache is 7.0 times smaller; it decodes 1.50 times as fast at context 2,048, batch 8" in said
     assert "its drafts agree with it 80%, 50% of the time; with them one text at a time is made at 1,200 tokens/s" in said
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "high", "said"),
+    [
+        (1.06, 1.3, 1.5, "1.30 times as fast at context 512, batch 8 (1.06 to 1.50 in the middle half of 40 rounds)."),
+        (1.04, 1.3, 1.5, None),
+        (0.7, 1.3, 1.5, None),
+        (0.7, 0.8, 0.94, "It decodes 0.80 times as fast"),
+        (0.7, 0.8, 0.96, None),
+    ],
+)
+def test_a_decode_rate_is_said_if_the_rounds_agree_on_it(low, median, high, said):
+    rows = [{"arm": arm, "context": 512, "batch": 8, "tokens_per_second": rate, "rounds": 40}
+            for arm, rate in (("mha", 1.0), ("latent", median), ("short", 1.0))]  # fmt: skip
+    rows[1]["over_first"] = {"low": low, "median": median, "high": high}
+    rows[2]["same_as"] = "mha"
+    sentences = verdict(results(decode=rows, mha=[1.5, 1.5], latent=[1.5, 1.5], short=[1.5, 1.5]))["arms"]
+    assert (said in sentences["latent"]) if said else ("decodes" not in sentences["latent"])
+    assert "decodes" not in sentences["short"]
+
+
+def test_medians_alone_speak_where_they_are_far_apart():
+    rows = [{"arm": arm, "context": 512, "batch": 8, "tokens_per_second": rate}
+            for arm, rate in (("mha", 1.0), ("latent", 1.26), ("near", 1.24), ("slow", 0.79))]  # fmt: skip
+    losses = {arm: [1.5, 1.5] for arm in ("mha", "latent", "near", "slow")}
+    said = verdict(results(decode=rows, **losses))["arms"]
+    assert "It decodes 1.26 times as fast at context 512, batch 8 (medians only: their spread was not kept)." in said["latent"]
+    assert "decodes" not in said["near"] and "decodes 0.79 times as fast" in said["slow"]

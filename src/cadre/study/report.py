@@ -11,7 +11,7 @@ from cadre.study import figures
 from cadre.study.match import SAID
 from cadre.study.results import results
 from cadre.study.state import State, write_json
-from cadre.study.verdict import verdict
+from cadre.study.verdict import listed, verdict
 from cadre.units import compact
 
 PAGE, NUMBERS = "report.html", "results.json"
@@ -62,6 +62,7 @@ def render(found: dict[str, Any], pictures: dict[str, Any]) -> str:
         races=[[name, *_race(arm)] for name, arm in found["arms"].items()],
         matrices=[(axis, [[_factor(found, a, b, axis) for b in names] for a in names]) for axis in ("seconds", "flops")],
         decode=_decode(found, names),
+        decoded=_decoded(found),
         budget=" ".join(f"{compact(amount)} {unit}" for unit, amount in found["budget"].items()),
         held={**SAID, "seconds": "seconds of training", "price": "price of training"}[found["held"]],
     )
@@ -124,7 +125,23 @@ def _decode(found: dict[str, Any], names: list[str]) -> list[list[str]]:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    return f"{row['tokens_per_second']:,.0f}" if row.get("tokens_per_second") else "does not fit"
+    if not row.get("tokens_per_second"):
+        return "does not fit"
+    over = row.get("over_first")
+    return f"{row['tokens_per_second']:,.0f}" + (f" ({over['low']:.2f} to {over['high']:.2f})" if over else "")
+
+
+def _decoded(found: dict[str, Any]) -> str:
+    """What there is to say of how decoding was timed."""
+    said = "Tokens a second over random weights, the arms in turn"
+    if any(row.get("over_first") for row in found["decode"]):
+        said += f"; in brackets how many times as fast as {found['first']} in the middle half of the rounds"
+    twins: dict[str, list[str]] = {}
+    for row in found["decode"]:
+        if "same_as" in row and row["arm"] not in (others := twins.setdefault(row["same_as"], [])):
+            others.append(row["arm"])
+    shared = "".join(f" {listed([name, *others])} have one shape and were measured once." for name, others in twins.items())
+    return f"{said}.{shared}"
 
 
 def _spread(values: dict[str, float] | None, form: str) -> str:

@@ -21,6 +21,9 @@ FEW_STEPS = 200
 LATE = 0.75
 # The share by which a run's own clock may differ from the time measured in turn before it is worth a word.
 _NOISE = 0.25
+# A decode rate is worth a word if the middle half of the rounds lies beyond this share; where only medians were kept, if
+# they are `_NOISE` apart.
+_FASTER = 0.05
 
 # LEANS: all seeds say the same, and it may still be luck.
 WINS, LOSES, EVEN, LEANS, SPLIT, UNKNOWN = "wins", "loses", "even", "leans", "seeds disagree", "unknown"
@@ -109,7 +112,7 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
         return f"The budget is too small to tell: {'; '.join(small)}."
     if learned := by_heart(results):
         passes = max(arm["passes"] for arm in results["arms"].values())
-        return (f"No verdict: {_and(learned)} learned the text by heart, so that held-out loss rose again. The runs read it "
+        return (f"No verdict: {listed(learned)} learned the text by heart, so that held-out loss rose again. The runs read it "
                 f"up to {passes:,.1f} times: give more text, or a smaller budget.")  # fmt: skip
     winners = [name for name, found in outcomes.items() if found == WINS]
     if winners:
@@ -125,21 +128,23 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
         best = min(lower, key=lambda name: _mean(results, name))
         return f"{_capital(best)} ends lowest, in one seed: more would tell whether by luck. {_against(results, best, LEANS)}"
     if lower or split:
-        doubts = [f"the seeds disagree about {_and(split)}"] if split else []
-        doubts += [f"{_and(lower)} end{'s' if len(lower) == 1 else ''} lower by no more than luck may do"] if lower else []
+        doubts = [f"the seeds disagree about {listed(split)}"] if split else []
+        doubts += [f"{listed(lower)} end{'s' if len(lower) == 1 else ''} lower by no more than luck may do"] if lower else []
         return f"No arm beats {first} beyond doubt: {'; '.join(doubts)}. More seeds would tell."
     if UNKNOWN in outcomes.values():
-        return f"No verdict on {_and([n for n, f in outcomes.items() if f == UNKNOWN])}: no run of it can be compared."
+        return f"No verdict on {listed([n for n, f in outcomes.items() if f == UNKNOWN])}: no run of it can be compared."
     if EVEN in outcomes.values():
         even = [name for name, found in outcomes.items() if found == EVEN]
-        return f"No arm beats {first}: {_and(even)} end{'s' if len(even) == 1 else ''} within {NEAR:.1%} of its loss."
+        return f"No arm beats {first}: {listed(even)} end{'s' if len(even) == 1 else ''} within {NEAR:.1%} of its loss."
     less = [name for name in outcomes if _share(results, name) < 1]
-    but = f" ({_and(less)} on less of the budget)" if less else ""
+    but = f" ({listed(less)} on less of the budget)" if less else ""
     unsure = [name for name, found in outcomes.items() if found == LEANS]
     if unsure and len(results["seeds"]) == 1:
         return f"{_capital(first)} ends lowest, in one seed: more would tell whether by luck{but}."
     if unsure:
-        return f"{_capital(first)} ends lowest, {_and(unsure)} higher by no more than luck may do. More seeds would tell{but}."
+        return (
+            f"{_capital(first)} ends lowest, {listed(unsure)} higher by no more than luck may do. More seeds would tell{but}."
+        )
     return f"{_capital(first)} wins: every other arm ends with a higher loss{but}."
 
 
@@ -228,13 +233,8 @@ def _beside(results: dict[str, Any], name: str) -> str:
     ratio = there["kv_cache_bytes_per_token"] / here["kv_cache_bytes_per_token"]
     if abs(ratio - 1) > 0.02:
         said.append(f"its cache is {ratio:.1f} times smaller" if ratio > 1 else f"its cache is {1 / ratio:.1f} times larger")
-    rates = {(r["arm"], r["context"], r["batch"]): r.get("tokens_per_second") for r in results["decode"]}
-    points = [(c, b) for arm, c, b in rates if arm == name and rates[arm, c, b] and rates.get((results["first"], c, b))]
-    if points:
-        context, batch = max(points)
-        speed = rates[name, context, batch] / rates[results["first"], context, batch]
-        if abs(speed - 1) > 0.05:
-            said.append(f"it decodes {speed:.2f} times as fast at context {context:,}, batch {batch}")
+    if decoding := _decoding(results, name):
+        said.append(decoding)
     if here["acceptance"]:
         said.append("its drafts agree with it " + ", ".join(f"{a:.0%}" for a in here["acceptance"]) + " of the time")
     if (rates := here.get("drafting")) is not None:
@@ -242,6 +242,27 @@ def _beside(results: dict[str, Any], name: str) -> str:
             f"with them one text at a time is made at {rates['drafted']:,.0f} tokens/s, without at {rates['plain']:,.0f}"
         )
     return _capital("; ".join(said)) + "." if said else ""
+
+
+def _decoding(results: dict[str, Any], name: str) -> str:
+    """How fast the arm decodes at the longest context and largest batch, if beyond what rounds differ by anyway."""
+    rows = {(row["arm"], row["context"], row["batch"]): row for row in results["decode"] if row.get("tokens_per_second")}
+    points = [(c, b) for arm, c, b in rows if arm == name and (results["first"], c, b) in rows]
+    if not points:
+        return ""
+    context, batch = max(points)
+    row, first = rows[name, context, batch], rows[results["first"], context, batch]
+    where = f"at context {context:,}, batch {batch}"
+    if "rounds" in row:
+        over = row.get("over_first")  # not of the first arm's own shape
+        if over is None or (over["low"] <= 1 + _FASTER and over["high"] >= 1 / (1 + _FASTER)):
+            return ""
+        range_ = f"{over['low']:.2f} to {over['high']:.2f} in the middle half of {row['rounds']} rounds"
+        return f"it decodes {over['median']:.2f} times as fast {where} ({range_})"
+    speed = row["tokens_per_second"] / first["tokens_per_second"]
+    if 1 / (1 + _NOISE) <= speed <= 1 + _NOISE:
+        return ""
+    return f"it decodes {speed:.2f} times as fast {where} (medians only: their spread was not kept)"
 
 
 def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
@@ -306,7 +327,8 @@ def _of(name: str) -> str:
     return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
-def _and(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
