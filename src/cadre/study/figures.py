@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # Mid-tones that read on white and on near-black, told apart with the order in mind: the first arm is grey-blue.
 COLOURS = ("#3b82d6", "#e0782f", "#2a9d7f", "#c9548a", "#8a6fd1", "#b39222", "#4aa3b8", "#9a5b3c")
 _WIDTH = 440
+# What an arm's line or bar in the legend takes with the gaps beside it, and at most a letter of its name.
+_KEY, _LETTER = 44, 5.5
 AXES = {"flops": "training FLOPs", "seconds": "seconds of optimizer steps"}
 
 
@@ -31,6 +33,7 @@ def loss_figure(results: dict[str, Any], axis: str) -> Figure | None:
         figure = figures.blank(_WIDTH, 280)
         axes = figure.subplots()
         _draw_loss(axes, results, axis)
+        _name_arms(figure, axes)
     return figure
 
 
@@ -54,7 +57,6 @@ def _draw_loss(axes: Axes, results: dict[str, Any], axis: str) -> None:
     span = max(max(tops) - min(ends), 0.02)
     axes.set_ylim(min(ends) - 0.06 * span, max(tops) + 0.06 * span)
     axes.set_xlabel(AXES[axis])
-    axes.legend(loc="upper right", fontsize=9)
 
 
 def decode_figure(results: dict[str, Any]) -> Figure | None:
@@ -75,8 +77,16 @@ def decode_figure(results: dict[str, Any]) -> Figure | None:
         axes.set_xticks(range(len(points)), [f"{context:,} x {batch}" for context, batch in points])
         axes.set_xlabel("context x batch")
         axes.set_ylabel("tokens/s")
-        axes.legend(loc="upper right", fontsize=9)
+        _name_arms(figure, axes)
     return figure
+
+
+def _name_arms(figure: Figure, axes: Axes) -> None:
+    """The legend, above the axes, where no arm can be behind it: in one row if it fits, else in columns."""
+    handles, names = axes.get_legend_handles_labels()
+    wide = [_KEY + _LETTER * len(name) for name in names]
+    columns = len(names) if sum(wide) <= _WIDTH else max(1, int(_WIDTH / max(wide)))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=9, columnspacing=1.5)
 
 
 def png(figure: Figure) -> bytes:
