@@ -5,7 +5,7 @@ import random
 import pytest
 
 from cadre.study.results import Curve, _sooner
-from cadre.study.verdict import LEVEL, interval, verdict
+from cadre.study.verdict import LEVEL, best, interval, verdict
 
 STEPS = tuple(range(50, 1001, 50))
 
@@ -227,8 +227,41 @@ def test_a_decode_rate_is_said_if_the_rounds_agree_on_it(low, median, high, said
 
 def test_medians_alone_speak_where_they_are_far_apart():
     rows = [{"arm": arm, "context": 512, "batch": 8, "tokens_per_second": rate}
-            for arm, rate in (("mha", 1.0), ("latent", 1.26), ("near", 1.24), ("slow", 0.79))]  # fmt: skip
+            for arm, rate in (("mha", 1.0), ("latent", 1.36), ("near", 1.34), ("slow", 0.73))]  # fmt: skip
     losses = {arm: [1.5, 1.5] for arm in ("mha", "latent", "near", "slow")}
     said = verdict(results(decode=rows, **losses))["arms"]
-    assert "It decodes 1.26 times as fast at context 512, batch 8 (medians only: their spread was not kept)." in said["latent"]
-    assert "decodes" not in said["near"] and "decodes 0.79 times as fast" in said["slow"]
+    assert "It decodes 1.36 times as fast at context 512, batch 8 (medians only: their spread was not kept)." in said["latent"]
+    assert "decodes" not in said["near"] and "decodes 0.73 times as fast" in said["slow"]
+
+
+def test_the_best_arm_is_that_of_all_held_out_text_over_seeds_that_both_have():
+    found = results(dense=[1.5, 1.52], experts=[1.3, 1.32], other=[1.4, 1.41])
+    assert best(found) == "experts"
+    found["arms"]["experts"]["finals"] = {"0": 1.6, "1": 1.61}
+    assert best(found) == "other"
+    # A lucky seed alone is compared with the first arm's same seed, not with its mean.
+    assert best(results(dense=[1.3, 1.7], experts=[1.31])) == "dense"
+    assert best(results(dense=[], experts=[1.5], other=[1.4])) == "other"
+    assert best(results(dense=[], experts=[])) is None
+
+
+def test_what_takes_as_much_is_not_said_to_take_more():
+    said = verdict(results(seconds={"experts": 1.25}, dense=[1.5, 1.5], experts=[1.3, 1.3]))["arms"]["experts"]
+    assert "1.25 times fewer FLOPs and in about as much time." in said
+    said = verdict(results(seconds={"experts": 1.25}, dense=[1.5, 1.5], experts=[1.28, 1.32]))["arms"]["experts"]
+    assert "in about as much (0.98 to 1.03 times less) time." in said
+
+
+def test_results_that_do_not_say_how_often_text_was_read_have_a_verdict():
+    found = results(dense=[1.5, 1.5], experts=[1.3, 1.3])
+    for arm in found["arms"].values():
+        del arm["passes"]
+    assert verdict(found)["outcomes"] == {"experts": "wins"}
+
+
+def test_an_arm_without_a_judge_says_so():
+    found = results(dense=[], experts=[1.3])
+    found["arms"]["dense"]["diverged"] = [{"seed": 0, "message": "x"}]
+    said = verdict(found)
+    assert said["headline"] == "No verdict on experts: no run of it can be compared."
+    assert said["arms"]["experts"] == "experts: dense diverged, which it is judged against."

@@ -1,42 +1,64 @@
-"""`report.html`, its pictures and `results.json`: a study on one self-contained page."""
+"""`report.html`, its pictures and `results.json`: a study on one self-contained page.
+
+python -m cadre.study.report DIR...        page, pictures and verdict anew from each folder's results.json
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cadre.errors import write_error
+from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
 from cadre.study import figures
 from cadre.study.match import SAID
 from cadre.study.results import results
-from cadre.study.state import State, write_json
-from cadre.study.verdict import listed, verdict
+from cadre.study.state import State, read_json, write_json
+from cadre.study.verdict import best, listed, possessive, verdict
 from cadre.units import compact
 
 PAGE, NUMBERS = "report.html", "results.json"
+PICTURES = {
+    "loss-flops": "Held-out bits per byte against training FLOPs",
+    "loss-seconds": "Held-out bits per byte against seconds",
+    "decode": "Decode rate by context and batch",
+}
 
 
 def write_report(state: State) -> Path:
     """Writes the study's page, PNGs and JSON from what its runs have left so far; the page's path. Raises `RunError` if the
     disk refuses."""
-    found = results(state)
+    return _write(state.path, results(state), PICTURES)
+
+
+def renew(folder: Path) -> Path:
+    """Writes page, verdict and the PNGs that are there anew from the `results.json` of a folder: what was measured stays as
+    it is, what is said of it is today's. The page's path. Raises `UsageError` for a folder without, or with a damaged one."""
+    found = read_json(folder / NUMBERS)
+    if found is None:
+        raise UsageError(f"{folder / NUMBERS}: no such file")
+    return _write(folder, found, [name for name in PICTURES if (folder / f"{name}.png").exists()])
+
+
+def _write(folder: Path, found: dict[str, Any], kept: Iterable[str]) -> Path:
     found["verdict"] = verdict(found)
-    pictures = {
-        "loss-flops": (figures.loss_figure(found, "flops"), "Held-out bits per byte against training FLOPs"),
-        "loss-seconds": (figures.loss_figure(found, "seconds"), "Held-out bits per byte against seconds"),
-        "decode": (figures.decode_figure(found), "Decode rate by context and batch"),
+    drawn = {
+        "loss-flops": figures.loss_figure(found, "flops"),
+        "loss-seconds": figures.loss_figure(found, "seconds"),
+        "decode": figures.decode_figure(found),
     }
-    page = render(found, {name: inline(figure, name, label) for name, (figure, label) in pictures.items()})
+    page = render(found, {name: inline(figure, name, PICTURES[name]) for name, figure in drawn.items()})
     try:
-        for name, (figure, _) in pictures.items():
-            if figure is not None:
-                replace_file(state.path / f"{name}.png", figures.png(figure))
-        replace_file(state.path / PAGE, page.encode())
+        for name in kept:
+            if (figure := drawn[name]) is not None:
+                replace_file(folder / f"{name}.png", figures.png(figure))
+        replace_file(folder / PAGE, page.encode())
     except OSError as error:
-        raise write_error(f"{state.path}: cannot be written", error) from None
-    write_json(state.path / NUMBERS, found)
-    return state.path / PAGE
+        raise write_error(f"{folder}: cannot be written", error) from None
+    write_json(folder / NUMBERS, found)
+    return folder / PAGE
 
 
 def inline(figure: Any, name: str, label: str) -> Any:
@@ -70,16 +92,15 @@ def render(found: dict[str, Any], pictures: dict[str, Any]) -> str:
 
 def _cards(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Label, value, note: the best arm, the pace, the clock, the price."""
-    scored = {name: arm for name, arm in found["arms"].items() if arm["bits_per_byte"]}
-    if not scored:
+    name = best(found)
+    if name is None:
         return []
-    best = min(scored, key=lambda name: scored[name]["bits_per_byte"]["mean"])
-    arm = scored[best]
-    cards = [("Lowest held-out loss", f"{arm['bits_per_byte']['mean']:.4f}", f"bits per byte, {best}")]
-    pace = found["sooner"][best].get(found["first"]) if best != found["first"] else None
+    arm = found["arms"][name]
+    cards = [("Lowest held-out loss", f"{arm['bits_per_byte_all_held_out']['mean']:.4f}", f"bits per byte, {name}")]
+    pace = found["sooner"][name].get(found["first"]) if name != found["first"] else None
     if pace and pace["seconds"]:
         seconds, flops = pace["seconds"]["mean"], pace["flops"]["mean"]
-        cards.append((f"To {found['first']}'s loss", f"{max(seconds, 1 / seconds):.2f}x",
+        cards.append((f"To {possessive(found['first'])} loss", f"{max(seconds, 1 / seconds):.2f}x",
                       f"{'less' if seconds >= 1 else 'more'} time; {max(flops, 1 / flops):.2f}x "
                       f"{'fewer' if flops >= 1 else 'more'} FLOPs"))  # fmt: skip
     cards.append(("A run of it", f"{arm['seconds']:,.0f} s", f"of steps; {compact(arm['tokens'])} tokens"))
@@ -150,3 +171,18 @@ def _spread(values: dict[str, float] | None, form: str) -> str:
         return "-"
     mean, least, most = (form.format(values[key]) for key in ("mean", "least", "most"))
     return mean if least == most else f"{mean} ({least} to {most})"
+
+
+def main(folders: list[str]) -> int:
+    """Exit status: 0, or that of the first folder that cannot be renewed."""
+    try:
+        for folder in folders:
+            print(renew(Path(folder)))
+    except (UsageError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

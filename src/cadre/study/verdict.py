@@ -21,9 +21,9 @@ FEW_STEPS = 200
 LATE = 0.75
 # The share by which a run's own clock may differ from the time measured in turn before it is worth a word.
 _NOISE = 0.25
-# A decode rate is worth a word if the middle half of the rounds lies beyond this share; where only medians were kept, if
-# they are `_NOISE` apart.
-_FASTER = 0.05
+# A decode rate is worth a word if the middle half of the rounds lies beyond the first share; where only medians were kept, if
+# they are more than the second apart: those of one model, timed as if it were two, were 30% apart.
+_FASTER, _MEDIANS_FASTER = 0.05, 0.35
 
 # LEANS: all seeds say the same, and it may still be luck.
 WINS, LOSES, EVEN, LEANS, SPLIT, UNKNOWN = "wins", "loses", "even", "leans", "seeds disagree", "unknown"
@@ -43,6 +43,16 @@ def verdict(results: dict[str, Any]) -> dict[str, Any]:
         "cautions": cautions,
         "outcomes": outcomes,
     }
+
+
+def best(results: dict[str, Any]) -> str | None:
+    """The arm with the lowest loss on all held-out text, by the seeds that it shares with the first arm; None before any
+    run is done. Without runs of the first arm each arm's own seeds count."""
+    scored = {name: finals for name, arm in results["arms"].items() if (finals := _finals(arm))}
+    if results["first"] in scored:
+        gaps = {name: found for name in scored if (found := differences(results, name))}
+        return min(gaps, key=lambda name: statistics.fmean(gaps[name]))
+    return min(scored, key=lambda name: statistics.fmean(scored[name].values()), default=None)
 
 
 def differences(results: dict[str, Any], name: str) -> list[float]:
@@ -86,7 +96,7 @@ def risen(arm: dict[str, Any]) -> float:
 
 def by_heart(results: dict[str, Any]) -> list[str]:
     """The arms that did so: their text was read often enough, and their loss ends higher than it was."""
-    return [name for name, arm in results["arms"].items() if risen(arm) > NEAR and arm["passes"] > REPEATED]
+    return [name for name, arm in results["arms"].items() if risen(arm) > NEAR and _passes(arm) > REPEATED]
 
 
 def too_small(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
@@ -111,7 +121,7 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
     if small:
         return f"The budget is too small to tell: {'; '.join(small)}."
     if learned := by_heart(results):
-        passes = max(arm["passes"] for arm in results["arms"].values())
+        passes = max(_passes(arm) for arm in results["arms"].values())
         return (f"No verdict: {listed(learned)} learned the text by heart, so that held-out loss rose again. The runs read it "
                 f"up to {passes:,.1f} times: give more text, or a smaller budget.")  # fmt: skip
     winners = [name for name, found in outcomes.items() if found == WINS]
@@ -171,7 +181,7 @@ def _with_less(results: dict[str, Any], outcomes: dict[str, str], named: str) ->
     least = min(good, key=lambda name: _share(results, name))
     how = "a lower loss than" if outcomes[least] == WINS else "a loss level with"
     return (f"With decayed rates on {_share(results, least):.0%} of the budget, {least} ends with {how} "
-            f"{_of(results['first'])}: {_whole(results, least)}")  # fmt: skip
+            f"{possessive(results['first'])}: {_whole(results, least)}")  # fmt: skip
 
 
 def _whole(results: dict[str, Any], name: str) -> str:
@@ -190,8 +200,12 @@ def _against(results: dict[str, Any], name: str, found: str) -> str:
     first = results["first"]
     gaps = differences(results, name)
     if not gaps:
-        diverged = results["arms"][name]["diverged"]
-        return f"{name}: " + ("training diverged." if diverged else "no finished run to compare yet.")
+        for diverged in (name, first):
+            if results["arms"][diverged]["diverged"] and not _finals(results["arms"][diverged]):
+                return f"{name}: " + (
+                    "training diverged." if diverged == name else f"{first} diverged, which it is judged against."
+                )
+        return f"{name}: " + ("no seed to compare." if results["complete"] else "no finished run to compare yet.")
     mean = statistics.fmean(gaps)
     part = results["arms"][name]["share_of_budget"]
     of = "" if part == 1 else f", on {part:.0%} of the budget,"
@@ -219,11 +233,12 @@ def _time(results: dict[str, Any], name: str, found: str) -> str:
         return ""
     flops, seconds = pair["flops"], pair["seconds"]
     some = "" if pair["reached"] == pair["seeds"] else f" (in {pair['reached']} of {pair['seeds']} seeds)"
-    text = f"{_capital(fast)} reaches {_of(slow)} final loss with {_times(flops, 'fewer', 'more')} FLOPs"
+    time = _times(seconds, "less", "more", "much")
+    text = f"{_capital(fast)} reaches {possessive(slow)} final loss with {_times(flops, 'fewer', 'more', 'many')} FLOPs"
     if flops["mean"] > 1 > seconds["mean"]:
-        return (f"{text}{some}, but not sooner: it takes {_times(seconds, 'less', 'more')} time on this machine, since its "
-                "steps cost more than their FLOPs say.")  # fmt: skip
-    return f"{text} and in {_times(seconds, 'less', 'more')} time{some}."
+        why = "since its steps cost more than their FLOPs say"
+        return f"{text}{some}, but not sooner: it takes {time} time on this machine, {why}."
+    return f"{text} and in {time} time{some}."
 
 
 def _beside(results: dict[str, Any], name: str) -> str:
@@ -260,7 +275,7 @@ def _decoding(results: dict[str, Any], name: str) -> str:
         range_ = f"{over['low']:.2f} to {over['high']:.2f} in the middle half of {row['rounds']} rounds"
         return f"it decodes {over['median']:.2f} times as fast {where} ({range_})"
     speed = row["tokens_per_second"] / first["tokens_per_second"]
-    if 1 / (1 + _NOISE) <= speed <= 1 + _NOISE:
+    if 1 / (1 + _MEDIANS_FASTER) <= speed <= 1 + _MEDIANS_FASTER:
         return ""
     return f"it decodes {speed:.2f} times as fast {where} (medians only: their spread was not kept)"
 
@@ -273,7 +288,7 @@ def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
     for name, arm in results["arms"].items():
         if (share := risen(arm)) > NEAR:
             said.append(f"{name}: its held-out loss ends {share:.1%} above the lowest it had.")
-    passes = max(arm["passes"] for arm in results["arms"].values())
+    passes = max(_passes(arm) for arm in results["arms"].values())
     if passes > MANY_PASSES:
         said.append(f"The longest runs read the text {passes:,.1f} times: beyond {MANY_PASSES} times it teaches less and less.")
     for name, arm in results["arms"].items():
@@ -302,6 +317,11 @@ def _finals(arm: dict[str, Any]) -> dict[str, float]:
     return {seed: arm["finals"][seed] for seed in arm["curves"] if seed in arm["finals"]}
 
 
+def _passes(arm: dict[str, Any]) -> float:
+    """How often the arm's runs read the text; results of long ago do not say, and have no word on it."""
+    return float(arm.get("passes", 0))
+
+
 def _lead(results: dict[str, Any], name: str, part: float) -> float | None:
     """Mean loss of the arm less the first's at a part of their runs, over the seeds they share."""
     here, there = results["arms"][name]["curves"], results["arms"][results["first"]]["curves"]
@@ -315,15 +335,20 @@ def _at(curve: dict[str, list[float]], part: float) -> float:
     return curve["bits_per_byte"][place]
 
 
-def _times(factor: dict[str, float], less: str, more: str) -> str:
-    """1.5 -> "1.50 times fewer", 0.5 -> "2.00 times more"; with the range over seeds where it is wide enough to matter."""
+def _times(factor: dict[str, float], less: str, more: str, same: str) -> str:
+    """1.5 -> "1.50 times fewer", 0.5 -> "2.00 times more", 1.001 -> "about as many"; with the range over seeds where it is
+    wide enough to matter."""
+    if f"{factor['mean']:.2f}" == "1.00":
+        low, high = factor["least"], factor["most"]
+        return f"about as {same}" + (f" ({low:.2f} to {high:.2f} times {less})" if high - low >= 0.05 else "")
     word = less if factor["mean"] >= 1 else more
     mean, low, high = (factor[key] if word == less else 1 / factor[key] for key in ("mean", "least", "most"))
     low, high = sorted((low, high))
     return f"{mean:.2f} times " + (f"({low:.2f} to {high:.2f}) " if high - low >= 0.05 else "") + word
 
 
-def _of(name: str) -> str:
+def possessive(name: str) -> str:
+    """dense's, four-layers'."""
     return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
