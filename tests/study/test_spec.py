@@ -79,7 +79,7 @@ def test_quick_keeps_its_arms_seeds_and_factors():
         ("factors = [1.0]", "factors = [2.0, 2.0]", "quick.factors are [2.0, 2.0]; they must differ"),
         ("[arms.dense]", '[arms.".."]', "arms...: an arm's name"),
         ("[arms.dense]", "", "at least 2"),
-        ("title = ", 'base = "pocket"\ntitle = ', "needs either base"),
+        ("title = ", 'base = "pocket"\ntitle = ', "give base or [recipe], not both"),
         ("title = ", "title = = ", "not valid TOML"),
     ],
 )

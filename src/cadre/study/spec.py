@@ -132,8 +132,10 @@ class Study(Section):
         wanted = {"seconds": "seconds", "price": "usd"}.get(self.held)
         if wanted and self.budget.unit != wanted:
             raise ValueError(f"held is {self.held!r}; then the budget must be in {wanted}, not {self.budget.unit}")
-        if (self.base is None) == (self.recipe is None):
-            raise ValueError("needs either base (a recipe's name or file) or a [recipe]")
+        if self.base is not None and self.recipe is not None:
+            raise ValueError("give base or [recipe], not both")
+        if self.base is None and self.recipe is None:
+            raise ValueError("needs base (a recipe's name or file) or [recipe]")
         if len(set(self.seeds)) < len(self.seeds) or len(set(self.quick.seeds)) < len(self.quick.seeds):
             raise ValueError("seeds must differ from each other")
         for name, given in (("factors", self.quick.factors), ("arms", self.quick.arms or [])):
