@@ -10,6 +10,7 @@ import pytest
 from cadre.cli import main as module
 from cadre.study import conduct, turns
 from cadre.train import trainer
+from cadre.train.run import only_writer
 from tests.runs import write_corpus
 from tests.study.studies import InProcess, write_study
 
@@ -110,5 +111,19 @@ def test_options_of_a_new_study_are_refused_for_one_that_has_begun(compare, caps
     assert compare("tiny.toml", "--out", "race", "--dry-run") == 0
     assert compare("--out", "race", "--minutes", "5") == 2
     assert "has begun; --minutes, --data and --rent are for a new one" in capsys.readouterr().err
-    assert compare("tiny.toml", "--quick", "--out", "race") == 2
-    assert "began without --quick" in capsys.readouterr().err
+    for arguments in (["tiny.toml"], []):
+        assert compare(*arguments, "--quick", "--out", "race") == 2
+        assert "began without --quick" in capsys.readouterr().err
+
+
+def test_a_quick_study_goes_on_with_or_without_being_called_so(compare, capsys):
+    assert compare("tiny.toml", "--out", "race", "--quick", "--dry-run") == 0
+    assert compare("--out", "race", "--quick", "--dry-run") == 0
+    assert compare("--out", "race", "--dry-run") == 0
+
+
+def test_a_study_at_work_is_left_alone(compare, tmp_path, capsys):
+    (tmp_path / "race").mkdir()
+    with only_writer(tmp_path / "race"):
+        assert compare("tiny.toml", "--out", "race", "--dry-run") == 2
+    assert "--out race: another process conducts this study: wait for it or stop it" in capsys.readouterr().err

@@ -122,7 +122,9 @@ def test_another_study_or_other_files_in_the_folder_are_refused(study, tmp_path)
         find(tmp_path / "out", study[0], "0" * 64, False)
     with pytest.raises(UsageError, match="began without --quick"):
         find(tmp_path / "out", *study, True)
-    again = find(tmp_path / "out", None, None, None)
+    with pytest.raises(UsageError, match=r"began without --quick: .* leave --quick out"):
+        find(tmp_path / "out", None, None, True)
+    again = find(tmp_path / "out", None, None, False)
     assert again is not None and again.jobs == state.jobs and again.arms.keys() == state.arms.keys()
     assert again.arms["experts"].flops_per_token == state.arms["experts"].flops_per_token
     assert find(tmp_path / "none", *study, False) is None
@@ -202,3 +204,20 @@ def test_time_left_follows_what_steps_take_now(study, tmp_path):
     for job in state.jobs:
         clock.done(job)
     assert clock.seconds() == pytest.approx(40)
+
+
+def test_time_left_knows_what_an_unfinished_run_has_saved(study, tmp_path):
+    state = started(study, tmp_path / "out")
+    whole, run = Clock(state).seconds(), state.jobs[-1]
+    folder = tmp_path / "out" / run.folder / "checkpoints"
+    for step in (4, 12):
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+    clock = Clock(state)
+    assert whole - clock.seconds() == pytest.approx(12 * SECONDS[run.arm])
+    # At work it is where it says, and what it had saved counts once.
+    assert whole - clock.seconds(run, 15) == pytest.approx(15 * SECONDS[run.arm])
+    other = state.jobs[0]
+    assert whole - clock.seconds(other, 5) == pytest.approx(12 * SECONDS[run.arm] + 5 * SECONDS[other.arm])
+    clock.done(run)
+    assert clock.seconds() == pytest.approx(Clock(state).seconds() - (run.steps - 12) * SECONDS[run.arm]
+                                            - 12.0 - clock.evaluation[run.arm])  # fmt: skip

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,7 +59,6 @@ def compare(
     from cadre.study.conduct import begin, conduct, find
     from cadre.study.report import NUMBERS, write_report
     from cadre.study.spec import read_study
-    from cadre.train.run import only_writer
 
     for name, value in (("--minutes", minutes), ("--rent", rent)):
         if value is not None and not 0 < value < float("inf"):
@@ -71,7 +70,7 @@ def compare(
     path = out or Path("studies") / f"{wanted[0].name if wanted else DEFAULT}-{time.strftime('%Y%m%d-%H%M%S')}"
     there = path.exists()
     _make(path)
-    with only_writer(path), _left_empty(path, there), _watching(json_output) as watch:
+    with _alone(path), _left_empty(path, there), _watching(json_output) as watch:
         state = find(path, wanted[0] if wanted else None, wanted[1] if wanted else None, quick) if going_on else None
         if state is None:
             assert wanted is not None
@@ -96,6 +95,19 @@ def compare(
             watch.note(f"interrupted; continue with: cadre compare --out {path}")
             raise
     _end(state, json_output, json.loads((path / NUMBERS).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep others from conducting the study meanwhile."""
+    from cadre.train.run import only_writer
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(only_writer(path))
+        except UsageError:
+            raise UsageError(f"--out {path}: another process conducts this study: wait for it or stop it") from None
+        yield
 
 
 @contextmanager

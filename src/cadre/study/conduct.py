@@ -24,6 +24,7 @@ from cadre.study.match import Matched, match
 from cadre.study.spec import Study
 from cadre.study.state import State, open_state, write_json
 from cadre.study.worker import STOPPED
+from cadre.train.checkpoint import checkpoints, step_of
 
 Note = Callable[[str], None]
 
@@ -136,6 +137,8 @@ class Clock:
 
     def __init__(self, state: State) -> None:
         self.state, self.left = state, {job.folder: job for job in state.jobs}
+        # What runs that were interrupted go on from.
+        self.behind = {folder: _saved_step(state.path / folder) for folder in self.left}
         self.measured = dict(state.step_seconds)
         runs = {name: sum(job.arm == name for job in state.jobs) for name in state.arms}
         self.evaluation = {
@@ -154,9 +157,16 @@ class Clock:
     def seconds(self, job: Job | None = None, step: int = 0) -> float:
         """From now on, with `job` at `step`."""
         total = sum(seconds_of(j, self.measured[j.arm], self.evaluation[j.arm]) for j in self.left.values())
+        behind = {**self.behind, **({job.folder: step} if job else {})}
+        total -= sum(behind[folder] * self.measured[j.arm] for folder, j in self.left.items())
         if not (self.state.path / "decode.json").exists():
             total += AFTER_SECONDS * len(self.state.arms)
-        return max(0.0, total - (step * self.measured[job.arm] if job else 0))
+        return max(0.0, total)
+
+
+def _saved_step(run: Path) -> int:
+    """The step of the newest checkpoint of a run, 0 without one."""
+    return max((step_of(checkpoint) for checkpoint in checkpoints(run)), default=0)
 
 
 def rent_of(study: Study, rent: float | None) -> tuple[float, str]:
@@ -279,14 +289,18 @@ def _turns(state: State, watch: Watch) -> dict[str, Any]:
 
 
 def find(path: Path, study: Study | None, text_hash: str | None, quick: bool | None) -> State | None:
-    """The study that `path` holds, None if it holds none. Raises `UsageError` if it is not the one that is asked for."""
+    """The study that `path` holds, None if it holds none. Raises `UsageError` if it is not the one that is asked for; `study`
+    is None for whichever it is."""
     state = open_state(path)
-    if state is None or study is None:
-        return state
-    if state.text_hash != text_hash:
+    if state is None:
+        return None
+    if study is not None and state.text_hash != text_hash:
         raise UsageError(f"--out {path}: holds study {state.study.name}, and its text was another: choose another folder, or "
                          f"leave the study's name out to continue the one that is there")  # fmt: skip
-    if quick is not None and state.quick != quick:
-        raise UsageError(f"--out {path}: the study there began {'with' if state.quick else 'without'} --quick: choose another "
-                         "folder, or leave the study's name out to continue it")  # fmt: skip
+    if quick and not state.quick:
+        raise UsageError(f"--out {path}: the study there began without --quick: choose another folder, or leave --quick out "
+                         "to continue it")  # fmt: skip
+    if study is not None and quick is False and state.quick:
+        raise UsageError(f"--out {path}: the study there began with --quick: choose another folder, or leave the study's name "
+                         "out to continue it")  # fmt: skip
     return state
