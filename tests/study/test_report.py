@@ -143,7 +143,11 @@ def test_arms_of_one_shape_are_said_to_be_and_the_middle_half_of_the_rounds_is_s
     assert (
         "in brackets how many times as fast as dense in the middle half of the rounds. dense and four-layers have one" in text
     )
-    assert "<td>10 (1.20 to 1.40)</td>" in text and "<td>10</td>" in text and "<td>does not fit</td>" in text
+    assert (
+        "<td>10 (1.20\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}1.40)</td>" in text
+        and "<td>10</td>" in text
+        and "<td>does not fit</td>" in text
+    )
 
 
 def test_a_first_arm_whose_name_ends_with_s_has_its_apostrophe(begun):

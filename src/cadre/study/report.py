@@ -19,6 +19,8 @@ from cadre.study.state import State, read_json, write_json
 from cadre.study.verdict import best, listed, possessive, verdict
 from cadre.units import compact
 
+# Within what must stay on one line.
+_TO = "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}"
 PAGE, NUMBERS = "report.html", "results.json"
 PICTURES = {
     "loss-flops": "Held-out bits per byte against training FLOPs",
@@ -149,7 +151,8 @@ def _rate(row: dict[str, Any]) -> str:
     if not row.get("tokens_per_second"):
         return "does not fit"
     over = row.get("over_first")
-    return f"{row['tokens_per_second']:,.0f}" + (f" ({over['low']:.2f} to {over['high']:.2f})" if over else "")
+    range_ = f" ({over['low']:.2f}{_TO}{over['high']:.2f})" if over else ""
+    return f"{row['tokens_per_second']:,.0f}{range_}"
 
 
 def _decoded(found: dict[str, Any]) -> str:
