@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,6 +22,8 @@ _WHOLE_PARAMETERS = 30e6
 _DECODE_STEPS = 24
 _DECODE_WARM_UP = 3
 _DECODE_CONTEXT = 512
+# Seconds after which a large model's decoding is left out: the measurement has taken its time.
+_TIME_FOR_TRAINING = 30.0
 
 
 def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> dict[str, Any]:
@@ -43,9 +46,13 @@ def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> d
     if request.precision is not None and request.precision not in _DTYPES:
         raise UsageError(f"--precision {request.precision}: --here measures fp32 and bf16, in which Cadre trains")
     dtype = training_dtype(device) if wanted in (None, "auto") else getattr(torch, str(wanted))
+    began = time.perf_counter()
     measured = calibrate(config, step, dtype=dtype, limits=True)
+    took, notes = time.perf_counter() - began, list(request.notes)
     context = min(_DECODE_CONTEXT, config.max_position_embeddings - _DECODE_STEPS)
-    if context > 0:
+    if took > _TIME_FOR_TRAINING and count(config).total_parameters > _WHOLE_PARAMETERS:
+        notes.append(f"decoding was not measured: measuring training took {took:.0f} s")
+    elif context > 0:
         seconds = _decode_seconds(config, context)
         measured = dataclasses.replace(measured, decode_seconds=seconds, decode_context=context)
     predicted = forecast(request.shape, measured)
@@ -54,7 +61,7 @@ def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> d
     return {
         "model": request.name,
         "source": request.source,
-        "notes": list(request.notes),
+        "notes": notes,
         **{key: value for key, value in counted.items() if key != "parts"},
         **predicted.as_dict(),
         "tokens": request.tokens,

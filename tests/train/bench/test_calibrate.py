@@ -1,5 +1,6 @@
 """Measuring blocks: what is measured is the step, and what a child process says is what a run keeps."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -85,15 +86,48 @@ def test_sequences_are_left_out_where_a_pass_would_take_too_long(monkeypatch):
     config = small("llama")
     flops = module.count(config, context=8).training_flops_per_token * 8
     wide = step(batch=64, micro=64)
-    assert module._rows(config, wide, torch.float32, CPU, 3.5 * flops / (1e9 * module._LEAST_SHARE)) == 3
-    assert module._rows(config, wide, torch.float32, CPU, 1e-12) == 1
-    assert module._rows(config, wide, torch.float32, CPU, 1e12) == 64
+
+
+    def rows(seconds: float, deadline: float = 1e12) -> int:
+        effort = Effort(repeats=3, most=3, seconds=0, pass_seconds=seconds, deadline=deadline)
+        return module._rows(config, wide, torch.float32, CPU, effort)
+
+    assert rows(3.5 * flops / (1e9 * module._LEAST_SHARE)) == 3
+    assert rows(1e-12) == 1 and rows(1e12) == 64
+    with pytest.raises(UsageError, match=r"measuring them on one sequence of 8 tokens takes .* s here or more: plan without"):
+        rows(1e12, deadline=8 * flops / 1e9)
 
 
 def test_a_model_beyond_the_memory_is_refused_in_one_line():
     vast = small("llama", vocab_size=10**9)
-    with pytest.raises(UsageError, match=r"one block of each kind .* GiB are free: plan without --here"):
+    with pytest.raises(UsageError, match=r"one block of each kind .* GiB, but of the memory that is free .*: plan without"):
         calibrate(vast, step(), dtype=torch.float32)
+
+
+def test_memory_decides_how_many_sequences_are_measured(monkeypatch):
+    """Four fifths of what is free, for all that a measurement holds."""
+    few, wide = fewest_blocks(small("deepseek_v3", num_hidden_layers=4)), step(batch=64, micro=64)
+    for free, rows in ((module.measuring_bytes(few, wide, CPU, 5) + 1, 5), (1e15, 64)):
+        monkeypatch.setattr(module, "free_bytes", lambda _, free=free: free / module._MEMORY_USED)
+        assert module._rows_in_memory(few, wide, CPU) == rows
+    monkeypatch.setattr(module, "free_bytes", lambda _: module.measuring_bytes(few, wide, CPU, 1))
+    with pytest.raises(UsageError, match="on one sequence of 8 tokens to measure takes"):
+        module._rows_in_memory(few, wide, CPU)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_a_measurement_takes_no_more_memory_than_is_said(family: str, name: str):
+    """On blocks whose activations and states are large beside a process."""
+    config = small(
+        family, num_hidden_layers=2, hidden_size=256, intermediate_size=768, vocab_size=4096, max_position_embeddings=1024,
+        **({} if family == "llama" else dict(moe_intermediate_size=512)),
+    )  # fmt: skip
+    few = fewest_blocks(config)
+    wanted = Step(8, 8, 1024, 1.0, OptimizerSection(name=name, lr=1e-3))
+    found = calibrate(config, wanted, dtype=torch.float32, effort=SHORT)
+    said = module.measuring_bytes(few, wanted, CPU, found.rows)
+    assert said / 4 < found.process_bytes + found.growth_bytes < said
 
 
 def test_a_process_of_its_own_answers(monkeypatch, tmp_path):
@@ -106,8 +140,25 @@ def test_a_process_of_its_own_answers(monkeypatch, tmp_path):
     monkeypatch.setattr(module.sys, "executable", str(chatty))
     assert isinstance(calibrate(small("llama"), step(), dtype=torch.float32, effort=SHORT), Calibration)
     monkeypatch.setattr(module.sys, "executable", "/bin/false")
-    with pytest.raises(module.RunError, match="measuring this machine failed"):
+    with pytest.raises(module.RunError, match="measuring this machine failed: status 1"):
         calibrate(small("llama"), step(), dtype=torch.float32, effort=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "line"),
+    [
+        ("exec sleep 60", module.RunError, "had not ended after 1 s and was stopped"),
+        ("kill -9 $$", module.RunError, "measuring this machine failed: killed, most likely for want of memory"),
+        ("echo warning >&2; echo too slow >&2; exit 2", UsageError, "^too slow$"),
+    ],
+)
+def test_a_process_that_does_not_answer_is_one_line(monkeypatch, tmp_path, body, error, line):
+    mute = tmp_path / "mute"
+    mute.write_text(f"#!/bin/sh\n{body}\n")
+    mute.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(mute))
+    with pytest.raises(error, match=line):
+        calibrate(small("llama"), step(), dtype=torch.float32, effort=dataclasses.replace(SHORT, deadline=1.0))
 
 
 def test_a_run_keeps_its_prediction(lab, monkeypatch):

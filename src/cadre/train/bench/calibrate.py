@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,8 +39,8 @@ from cadre.model.config import ModelConfig
 from cadre.model.scoring import token_nats
 from cadre.model.transformer import Block
 from cadre.plan.count import count
-from cadre.plan.here import Calibration, Forecast, Kind, forecast, kinds
-from cadre.plan.memory import state_bytes
+from cadre.plan.here import HEAP_GAPS, Calibration, Forecast, Kind, forecast, kinds
+from cadre.plan.memory import Stage, largest_block, loss_bytes, optimizer_bytes, state_bytes, update_bytes
 from cadre.plan.shape import Shape
 from cadre.train.bench.step import CLIP, TrainingStep
 from cadre.train.figures import import_drawing
@@ -56,17 +57,26 @@ _GEMM_SIZES = (256, 512, 1024, 2048)
 _STILL = 1e-6
 # Steps after which memory grows no more, and half as many after an evaluation.
 _SETTLED = 10
+# Whole passes that a measurement takes at least: two steps, an evaluation, two steps, and what a forward pass keeps; those that
+# are timed come on top.
+_LEAST_PASSES = 5
+# What a process holds on a CPU that has loaded all that training loads, rounded up: 300 MB were measured.
+_PROCESS_BYTES = 2**29
+# Of the free memory, what a measurement may take: no more, or the machine begins to swap, and then to kill.
+_MEMORY_USED = 0.8
 
 
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: at least `repeats` times, and on until `seconds` are over or `most` times are; sequences are left
-    out where one pass would take more than `pass_seconds`."""
+    out where one pass would take more than `pass_seconds`. What has not ended after `deadline` seconds never will in time: the
+    process is ended."""
 
     repeats: int
     most: int
     seconds: float
     pass_seconds: float
+    deadline: float = 90.0
 
 
 # `cadre plan --here`, with products, memory rate and decoding beside it, within 30 seconds; what a run may spend; and what each
@@ -110,30 +120,48 @@ def calibrate(
 ) -> Calibration:
     """Measure what `forecast` needs, in a new process; with `limits` also what this machine's products and memory do.
 
-    Raises `UsageError` if even one block of each kind cannot be trained in this machine's memory, `RunError` if the process
-    fails.
+    Raises `UsageError` if even one block of each kind cannot be trained on one sequence in this machine's memory, or in the
+    time there is, `RunError` if the process fails.
     """
     few = fewest_blocks(config)
-    _check_memory(few, step.optimizer.name, default_device())
+    most_rows = _rows_in_memory(few, step, default_device())
     asked = {
         "config": few.model_dump(exclude_none=True),
         "step": {**dataclasses.asdict(step), "optimizer": step.optimizer.model_dump()},
         "dtype": str(dtype).removeprefix("torch."),
         "effort": dataclasses.asdict(effort),
         "limits": limits,
+        "most_rows": most_rows,
     }
     command = [sys.executable, "-m", "cadre.train.bench.calibrate"]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(asked), capture_output=True, text=True, check=False, timeout=effort.deadline
+        )
+    except subprocess.TimeoutExpired:
+        raise RunError(
+            f"measuring this machine had not ended after {effort.deadline:.0f} s and was stopped: the model is too large for it, "
+            "or other work takes its time"
+        ) from None
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise RunError(f"measuring this machine failed: {why}")
+        said = done.stderr.strip().splitlines()
+        if done.returncode == UsageError.status and said:
+            raise UsageError(said[-1])
+        if done.returncode == -signal.SIGKILL:
+            said = ["killed, most likely for want of memory"]
+        raise RunError(f"measuring this machine failed: {said[-1] if said else f'status {done.returncode}'}")
     # What libraries may have printed stands before it.
     return Calibration(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(few: ModelConfig, step: Step, dtype: torch.dtype, device: torch.device, effort: Effort) -> Calibration:
-    """The measurement, in this process: `few` has one block of each kind."""
-    rows = _rows(few, step, dtype, device, effort.pass_seconds)
+def measure(
+    few: ModelConfig, step: Step, dtype: torch.dtype, device: torch.device, effort: Effort, most_rows: int | None = None
+) -> Calibration:  # fmt: skip
+    """The measurement, in this process: `few` has one block of each kind. `most_rows`: sequences that there is memory for.
+
+    Raises `UsageError` if one sequence takes so long that `effort.deadline` would pass."""
+    rows = _rows(few, step, dtype, device, effort)
+    rows = min(rows, most_rows or rows)
     process = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     trained = TrainingStep(
         few, batch=rows, seq_len=step.seq_len, dtype=dtype, device=device, optimizer=step.optimizer,
@@ -308,20 +336,48 @@ def _kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(kept.values())
 
 
-def _rows(config: ModelConfig, step: Step, dtype: torch.dtype, device: torch.device, limit: float) -> int:
-    """Sequences of a micro-batch to measure: all of them unless a pass would take longer than `limit` seconds."""
-    rate = gemm_flops_per_second(dtype, device, None if device.type == "cuda" else 512, 3) * _LEAST_SHARE
+def _rows(config: ModelConfig, step: Step, dtype: torch.dtype, device: torch.device, effort: Effort) -> int:
+    """Sequences of a micro-batch to measure: all of them unless a pass would take longer than `effort.pass_seconds`. Raises
+    `UsageError` where one sequence takes too long even at the rate of a large product."""
+    rate = gemm_flops_per_second(dtype, device, None if device.type == "cuda" else 512, 3)
     flops = count(config, context=step.seq_len).training_flops_per_token * step.seq_len
-    return max(1, min(step.micro_batch, int(limit * rate / flops)))
-
-
-def _check_memory(config: ModelConfig, optimizer: str, device: torch.device) -> None:
-    need, held = state_bytes(Shape.from_config(config), optimizer), free_bytes(device)
-    if need > held:
+    least = (_LEAST_PASSES + effort.repeats + 1) * flops / rate
+    if least > effort.deadline:
         raise UsageError(
-            f"one block of each kind with embedding and head has {count(config).total_parameters:,} parameters: training them "
-            f"to measure takes {need / 2**30:,.0f} GiB, but {held / 2**30:,.0f} GiB are free: plan without --here"
+            f"one block of each kind with embedding and head has {count(config).total_parameters:,} parameters: measuring them "
+            f"on one sequence of {step.seq_len:,} tokens takes {least:,.0f} s here or more: plan without --here, or with a "
+            "shorter --context"
         )
+    return max(1, min(step.micro_batch, int(effort.pass_seconds * rate * _LEAST_SHARE / flops)))
+
+
+def _rows_in_memory(few: ModelConfig, step: Step, device: torch.device) -> int:
+    """Sequences of a micro-batch that a measurement has memory for. Raises `UsageError` where that is none."""
+    room = _MEMORY_USED * free_bytes(device)
+    if (need := measuring_bytes(few, step, device, 1)) > room:
+        raise UsageError(
+            f"one block of each kind with embedding and head has {count(few).total_parameters:,} parameters: training them on "
+            f"one sequence of {step.seq_len:,} tokens to measure takes {need / 2**30:,.1f} GiB, but of the memory that is free "
+            f"it may take {room / 2**30:,.1f} GiB: plan without --here"
+        )
+    each = measuring_bytes(few, step, device, 2) - need
+    return max(1, min(step.micro_batch, 1 + int((room - need) / each)))
+
+
+def measuring_bytes(few: ModelConfig, step: Step, device: torch.device, rows: int) -> float:
+    """What a measurement on `rows` sequences takes at its peak: the process; weights, gradients and optimizer states of `few`,
+    and once more the states of the blocks that are trained alone; what `rows` sequences keep from forward to backward, with a
+    block's gradients of it; logits. (Checkpoints' copies are predicted, not made.)"""
+    shape, name = Shape.from_config(few), step.optimizer.name
+    whole, tokens = Stage(shape, shape.blocks, first=True, last=True), rows * step.seq_len
+    alone = sum(shape.every_token(block) + (shape.routed if block.sparse else 0) for block in shape.blocks)
+    states = state_bytes(shape, name) + alone * optimizer_bytes(name, "fp32")
+    # Float32 whatever the products' factors are: on a CPU what flows between them stays so.
+    kept = (whole.activations("fp32", "none") + largest_block([whole], "fp32") + 2 * 4 * shape.hidden_size) * tokens
+    logits = loss_bytes(shape, tokens, "fp32", card=device.type == "cuda")
+    if device.type == "cpu":
+        return _PROCESS_BYTES + states + HEAP_GAPS * kept + logits
+    return states + kept + logits + update_bytes(name, whole.matrices, whole.alike, False, whole.expert, shape.routed)
 
 
 def _main() -> None:
@@ -333,7 +389,11 @@ def _main() -> None:
     device = default_device()
     step = Step(**{**asked["step"], "optimizer": OptimizerSection(**asked["step"]["optimizer"])})
     few, dtype = ModelConfig.from_dict(asked["config"]), getattr(torch, asked["dtype"])
-    measured = measure(few, step, dtype, device, Effort(**asked["effort"]))
+    try:
+        measured = measure(few, step, dtype, device, Effort(**asked["effort"]), asked["most_rows"])
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(UsageError.status)
     if asked["limits"]:
         measured = with_limits(measured, device)
     print(json.dumps(dataclasses.asdict(measured)))
