@@ -43,4 +43,7 @@ def test_what_does_not_fit_says_so():
     assert "training does not fit on 8 h800" in text
     assert "Memory of the leanest layout: does not fit" in text
     assert "one copy with one user at context 4,096 does not fit" in text
-    assert "if it fitted" in text
+    assert "unknown: no layout to predict from" in text and "price" not in text
+    text = shown("deepseek-v3", devices=8, tokens=1e12)
+    assert "device-hours, price, energy  unknown; --mfu sets a share of the peak" in text
+    assert "if it fitted" in shown("deepseek-v3", devices=8, mfu=0.2)

@@ -9,6 +9,7 @@ from cadre.errors import UsageError
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware
+from cadre.plan.layout import Degrees
 from cadre.plan.planner import Request, make_plan
 
 
@@ -55,6 +56,19 @@ def test_what_fits_on_no_number_of_devices_is_said_so():
     (note,) = (note for note in planned(devices=1)["notes"] if "does not fit" in note)
     enough = int(note.rpartition("; ")[2].split()[0].replace(",", ""))
     assert planned(devices=enough)["fits"]
+
+
+def test_what_does_not_fit_has_neither_speed_nor_price():
+    """The share reached while computing would be several times too fast: V2-Lite on 16 RTX 4090 reaches MFU 21%."""
+    unknown = ("mfu", "tokens_per_second", "device_hours", "days", "cost_usd", "energy_kwh", "step_seconds")
+    less = planned(device=hardware("rtx4090"), devices=8, tokens=3e11)
+    assert not less["fits"] and less["tokens"] == 3e11 and all(less[key] is None for key in unknown)
+    assert "MFU" not in {one["name"] for one in less["assumptions"]}
+    assert planned(device=hardware("rtx4090"), devices=16, tokens=3e11)["mfu"] < 0.25
+    uneven = planned(devices=3, batch=16, degrees=Degrees(), tokens=1e9)
+    assert "cannot be spread over 3 devices" in uneven["notes"][0] and all(uneven[key] is None for key in unknown)
+    asked = planned(device=hardware("rtx4090"), devices=8, tokens=3e11, mfu=0.2)
+    assert asked["mfu"] == 0.2 and asked["cost_usd"] > 10_000 and asked["step_seconds"] is None
 
 
 def test_memory_by_part_adds_up_and_fits():

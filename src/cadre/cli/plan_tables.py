@@ -82,11 +82,17 @@ def _training(out: Console, plan: dict[str, Any], explain: bool) -> None:
         if plan["idle_devices"]:
             rows.append(("idle, for a better layout", f"{plan['idle_devices']:,}"))
         rows.append(("step", f"{_time(plan['step_seconds'])}"))
-    speed = "tokens a second" if plan["fits"] else "tokens a second, if it fitted"
-    rows.append((speed, f"{plan['tokens_per_second']:,.0f} (MFU {plan['mfu']:.1%})"))
+    if plan["tokens_per_second"] is None:
+        rows.append(("tokens a second", "unknown: no layout to predict from"))
+    else:
+        speed = "tokens a second" if plan["fits"] else "tokens a second, if it fitted"
+        rows.append((speed, f"{plan['tokens_per_second']:,.0f} (MFU {plan['mfu']:.1%})"))
     if plan["tokens"] is not None:
+        rows.append(("tokens", compact(plan["tokens"], 4, " ").replace("G", "B")))
+    if plan["device_hours"] is None and plan["tokens"] is not None:
+        rows.append(("device-hours, price, energy", "unknown; --mfu sets a share of the peak"))
+    elif plan["device_hours"] is not None:
         rows += [
-            ("tokens", compact(plan["tokens"], 4, " ").replace("G", "B")),
             ("device-hours", f"{_round(plan['device_hours'])} ({_days(plan['days'])})"),
             ("price", f"${_round(plan['cost_usd'])}"),
             ("energy", f"{_round(plan['energy_kwh'])} kWh"),

@@ -74,7 +74,7 @@ def make_plan(request: Request) -> dict[str, Any]:
     chosen = found[0] if found else leanest
     speed, mfu = _speed(request, counted, precision, devices, found)
     # A given MFU is the whole step's: every term takes its share of it.
-    pace = work.batch * work.context / (speed * found[0].seconds) if found else 1.0
+    pace = work.batch * work.context / (speed * found[0].seconds) if found and speed else 1.0
     return {
         "model": request.name,
         "model_type": shape.model_type,
@@ -107,7 +107,7 @@ def make_plan(request: Request) -> dict[str, Any]:
         "tokens": request.tokens,
         **_cost(request, devices, speed),
         "decode": _decode(shape, device, devices, precision, request.context),
-        "assumptions": _assumptions(request, precision, devices, work, mfu, bool(found)),
+        "assumptions": _assumptions(request, precision, devices, work, mfu),
         "excluded": list(EXCLUDED),
         "ignored": list(request.ignored),
         "notes": notes,
@@ -185,14 +185,16 @@ def _why_not(request: Request, work: Workload, devices: int, leanest: Prediction
 
 def _speed(
     request: Request, counted: Count, precision: str, devices: int, found: list[Prediction]
-) -> tuple[float, float]:  # fmt: skip
-    """Training tokens a second over all devices, and the share of their peak that this is."""
+) -> tuple[float | None, float | None]:  # fmt: skip
+    """Training tokens a second over all devices, and the share of their peak that this is. None where there is no layout to
+    predict from and no share is given: what the devices reach while computing is several times what a run does."""
     peak = request.device.flops[precision] * devices
-    if request.mfu is None and found:
-        speed = found[0].tokens_per_second
-        return speed, speed * counted.training_flops_per_token / peak
-    mfu = request.device.efficiency[precision] if request.mfu is None else request.mfu
-    return mfu * peak / counted.training_flops_per_token, mfu
+    if request.mfu is not None:
+        return request.mfu * peak / counted.training_flops_per_token, request.mfu
+    if not found:
+        return None, None
+    speed = found[0].tokens_per_second
+    return speed, speed * counted.training_flops_per_token / peak
 
 
 def _counts(counted: Count) -> dict[str, Any]:
@@ -215,9 +217,9 @@ def _memory(chosen: Prediction, work: Workload) -> dict[str, float]:
     return {**asdict(held), "total": held.total, "capacity": work.device.memory_bytes, **other}
 
 
-def _cost(request: Request, devices: int, speed: float) -> dict[str, float | None]:
+def _cost(request: Request, devices: int, speed: float | None) -> dict[str, float | None]:
     rent = request.device.rent if request.rent is None else request.rent
-    if request.tokens is None:
+    if request.tokens is None or speed is None:
         return dict.fromkeys(("device_hours", "days", "cost_usd", "energy_kwh"))
     hours = request.tokens / speed / 3600 * devices
     energy = hours * request.device.watts / 1000
@@ -251,7 +253,7 @@ def _bound(memory: float, compute: float, links: float) -> str:
 
 
 def _assumptions(
-    request: Request, precision: str, devices: int, work: Workload, mfu: float, fits: bool
+    request: Request, precision: str, devices: int, work: Workload, mfu: float | None
 ) -> list[dict[str, Any]]:
     device, found = request.device, []
 
@@ -270,8 +272,8 @@ def _assumptions(
     if request.shape.sparse_blocks:
         what = "expert width at which it halves"
         say(what, device.half_rate_width, device.sources.get("experts", device.sources["efficiency"]), "--mfu")
-    why = "predicted by the layout model" if fits else "the share while computing: no layout to predict from"
-    say("MFU", mfu, own if request.mfu is not None else why, "--mfu")
+    if mfu is not None:
+        say("MFU", mfu, own if request.mfu is not None else "predicted by the layout model", "--mfu")
     say("USD a device-hour", device.rent if request.rent is None else request.rent,
         own if request.rent is not None else device.sources["rent"], "--rent")  # fmt: skip
     say("watts a device", device.watts, device.sources["watts"], "--hardware")
