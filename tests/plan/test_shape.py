@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 
@@ -7,6 +9,24 @@ from cadre.model.config import ModelConfig
 from cadre.plan import catalogue
 from cadre.plan.shape import Block, Experts, Grouped, Latent, Shape
 from tests.shapes import configs
+
+
+@pytest.mark.parametrize(
+    ("experts", "parts"),
+    [
+        (Experts(16, 3, 8), 4), (Experts(16, 3, 8), 16), (Experts(16, 4, 8, n_group=4, topk_group=2), 4),
+        (Experts(16, 4, 8, n_group=4, topk_group=2), 8), (Experts(16, 4, 8, n_group=4, topk_group=2), 2),
+        (Experts(16, 5, 8, n_group=8, topk_group=3), 2), (Experts(16, 2, 8), 1),
+    ],
+)  # fmt: skip
+def test_parts_that_a_token_touches_against_a_draw(experts: Experts, parts: int):
+    rng, seen, draws = random.Random(0), 0, 20_000
+    group, size = 16 // experts.n_group, 16 // parts
+    for _ in range(draws):
+        groups = rng.sample(range(experts.n_group), experts.topk_group)
+        reachable = [group * g + e for g in groups for e in range(group)]
+        seen += len({expert // size for expert in rng.sample(reachable, experts.num_experts_per_tok)})
+    assert experts.touched(parts) == pytest.approx(seen / draws, rel=0.01)
 
 
 @given(configs())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import LINK_EFFICIENCY, hardware
-from cadre.plan.layout import Layout, Pipeline, Workload, cut
+from cadre.plan.layout import Degrees, Layout, Pipeline, Workload, cut
 from cadre.plan.search import predict, search
 from cadre.plan.shape import Block, Experts, Grouped, Shape
 from cadre.plan.step import step
@@ -73,6 +74,29 @@ def test_all_to_all_within_a_node_runs_over_its_links():
     each = 2 * (1 - 1 / 8) * 32 * 4 / (200e9 * LINK_EFFICIENCY)
     assert made["all_to_all"] == pytest.approx(2 * 16 * each * 512 / 8 * 4096)
     assert terms(cut(work(EVEN), 1), data=8)["all_to_all"] == 0
+
+
+def test_a_recipes_all_to_all_sends_a_row_to_each_rank():
+    """V2-Lite over 16 processes of two nodes: of 64 experts a token's 6 lie on 5.3 ranks of 4; 8 of 16 are on the other
+    node, 7 on its own. Every row goes there by itself, with its choices; DeepSeek's kernels would send one to each node."""
+    degrees = Degrees(16)
+    cuts = cut(work("deepseek-v2-lite", precision="bf16", degrees=degrees, device=hardware("h100"), batch=16), 1)
+    made = terms(cuts, data=16, expert=16, sharded=True)
+    ranks = 16 * (1 - math.comb(60, 6) / math.comb(64, 6))
+    row = 2048 * (2 + 2) + 6 * 6
+    each = ranks * 8 / 16 * row / (50e9 * LINK_EFFICIENCY)
+    assert made["all_to_all"] == pytest.approx(2 * 26 * each * 4096)
+    assert ranks == pytest.approx(5.32, abs=0.01)
+    near = terms(cut(replace(cuts.work, device=replace(hardware("h100"), node_size=16)), 1), data=16, expert=16, sharded=True)
+    assert near["all_to_all"] == pytest.approx(2 * 26 * ranks * 15 / 16 * row / (450e9 * LINK_EFFICIENCY) * 4096)
+
+
+def test_within_a_node_a_token_goes_once_to_each_device():
+    """V2 limits a token's 6 experts to 3 of 8 devices."""
+    made = terms(cut(work("deepseek-v2"), 1), data=8, expert=8)
+    devices = 8 * (3 / 8) * (1 - math.comb(40, 6) / math.comb(60, 6))
+    each = devices * (1 - 1 / 8) * 5120 * 4 / (200e9 * LINK_EFFICIENCY)
+    assert made["all_to_all"] == pytest.approx(2 * 59 * each * 512 / 8 * 4096)
 
 
 def test_dualpipe_hides_all_to_all_behind_computing():

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal
 
-from cadre.plan.shape import Block, Latent, Shape
+from cadre.plan.shape import Block, Experts, Latent, Shape
 
 if TYPE_CHECKING:
     from cadre.plan.layout import Layout, Pipeline, Workload
@@ -247,16 +247,18 @@ def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[tuple[Stage, ...], f
         yield (stage,), cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches)
 
 
+@cache
+def rows_sent(experts: Experts, ranks: int) -> float:
+    """Rows of a token in an all-to-all over so many ranks: one for each that holds some of its experts, itself included."""
+    return experts.touched(ranks)
+
+
 def _exchange(work: Workload, layout: Layout, tokens: float) -> float:
-    """Bytes of the rows that are being sent and received in one dispatch and combine: one for each expert of a token, or, as
-    `cadre train` sends them, for each rank that holds some."""
+    """Bytes of the rows that are being sent and received in one dispatch and combine."""
     experts = work.shape.experts
     if layout.expert == 1 or experts is None:
         return 0.0
-    rows = experts.num_experts_per_tok
-    if work.degrees is not None:
-        rows = min(rows, layout.expert)
-    return 2 * tokens * rows * work.shape.hidden_size * weight_bytes(work.precision)
+    return 2 * tokens * rows_sent(experts, layout.expert) * work.shape.hidden_size * weight_bytes(work.precision)
 
 
 def _gathered(work: Workload, layout: Layout) -> float:

@@ -6,6 +6,7 @@ plan can compare them. `cadre.plan.families` reads one from any supported `confi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -131,6 +132,21 @@ class Experts:
     def node_limit(self) -> int:
         """The most nodes that a token's experts lie on when one group is on one node."""
         return min(self.num_experts_per_tok, self.topk_group) if self.n_group > 1 else self.num_experts_per_tok
+
+    def touched(self, parts: int) -> float:
+        """Of so many equal parts that the experts are spread over in order, how many hold some of a token's experts on average,
+        if all choices are equally likely: P (1 - C(E - E/P, K) / C(E, K)), within the token's groups where they are limited."""
+        groups, limit, chosen = self.n_group, self.topk_group, self.num_experts_per_tok
+        size, group = self.n_routed_experts // parts, self.n_routed_experts // groups
+        if max(size, group) % min(size, group):  # parts that cut across groups: as if there were none
+            groups, limit, group = 1, 1, self.n_routed_experts
+        reach = limit * group
+        held = max(1, size // group)  # groups that a part has some experts of
+        missed = 0.0
+        for mine in range(max(0, held + limit - groups), min(held, limit) + 1):
+            likely = math.comb(held, mine) * math.comb(groups - held, limit - mine) / math.comb(groups, limit)
+            missed += likely * math.comb(reach - mine * min(size, group), chosen) / math.comb(reach, chosen)
+        return parts * (1 - missed)
 
 
 @dataclass(frozen=True)

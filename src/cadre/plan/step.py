@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cadre.plan.hardware import LINK_EFFICIENCY
 from cadre.plan.layout import Layout, Pipeline, Workload
-from cadre.plan.memory import GRADIENT_BYTES, weight_bytes
+from cadre.plan.memory import GRADIENT_BYTES, rows_sent, weight_bytes
 from cadre.plan.shape import Latent, Shape
 
 
@@ -76,22 +76,29 @@ def _expansion_flops(shape: Shape) -> float:
 def _all_to_all(work: Workload, layout: Layout) -> float:
     """Seconds that one block's dispatch and combine take for one micro-batch on one device.
 
-    A token goes once to each node that holds some of its experts, min(top-k, node limit) at most, and from there to each
-    expert over the node's own links; both happen at once (arXiv 2412.19437, section 3.2.2). Dispatch is in 8 bits where the
-    training is, combine is not.
+    With DeepSeek's kernels a token goes once to each node that holds some of its experts, min(top-k, node limit) at most, and
+    from there over the node's own links once to each device that does; both happen at once (arXiv 2412.19437, section 3.2.2).
+    `cadre train` sends it once to each such device wherever that is, in one all-to-all, with 8 bytes a choice forward and 4
+    backward. Dispatch is in 8 bits where the training is, combine is not.
     """
     experts = work.shape.experts
     if layout.expert == 1 or experts is None:
         return 0.0
     node = work.device.node_size
-    nodes = -(-layout.expert // node)
     wide = weight_bytes(work.precision)
     narrow = work.precision == "fp8" or (work.degrees is not None and work.degrees.fp8_rows)
     row = work.shape.hidden_size * ((1 if narrow else wide) + wide)
-    sent = layout.micro_batch * work.context / layout.tensor * row / LINK_EFFICIENCY
-    abroad = min(experts.num_experts_per_tok, experts.node_limit, nodes) * (1 - 1 / nodes)
     local = min(layout.expert, node)
-    near = experts.num_experts_per_tok * (1 - 1 / local)
+    ranks = rows_sent(experts, layout.expert)
+    if work.degrees is None:
+        nodes = -(-layout.expert // node)
+        abroad = min(experts.num_experts_per_tok, experts.node_limit, nodes) * (1 - 1 / nodes)
+        near = ranks * (1 - 1 / local)
+    else:
+        row += 6 * experts.num_experts_per_tok
+        abroad = ranks * (layout.expert - local) / layout.expert
+        near = ranks * (local - 1) / layout.expert
+    sent = layout.micro_batch * work.context / layout.tensor * row / LINK_EFFICIENCY
     return sent * max(abroad / work.device.network_bandwidth, near / work.device.link_bandwidth)
 
 
