@@ -158,6 +158,9 @@ def _decoding(out: Console, plan: dict[str, Any], explain: bool) -> None:
         rows.append(row)
     headers = ("users a copy", "tokens/s each", "tokens/s a copy", "bound by")
     _table(out, title, rows, (*headers, "experts", "memory", "compute", "links") if explain else headers)
+    if plan["parameters"]["routed_experts"] and decode["devices_per_copy"] > 1:
+        shared = decode["devices_per_set_of_weights"]
+        out.print(f"experts spread over a copy; the other weights and their users over {shared}")
     out.print(f"all copies full: {decode['users']:,} users, {decode['tokens_per_second']:,.0f} tokens/s")
 
 

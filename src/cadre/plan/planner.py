@@ -233,6 +233,7 @@ def _decode(shape: Shape, device: Device, devices: int, precision: str, context:
     return {
         "context": context,
         "devices_per_copy": made.group,
+        "devices_per_set_of_weights": made.tensor,
         "copies": made.copies,
         "users": made.users * made.copies,
         "users_per_copy": made.users,
