@@ -30,6 +30,8 @@ def test_degrees_multiply_to_the_devices(name, devices):
         assert one.pipeline == len(cuts.stages) <= len(task.shape.blocks)
         assert task.shape.attention.num_attention_heads % one.tensor == 0 and one.tensor <= task.device.node_size
         assert one.data * one.micro_batch <= task.batch
+        if one.schedule == "interleaved":
+            assert one.micro_batches(task.batch) % one.pipeline == 0
         if one.schedule == "dualpipe":
             assert one.pipeline % 2 == 0 and one.micro_batches(task.batch) >= 2 * one.pipeline
         assert (one.schedule == "none") == (one.pipeline == 1)

@@ -129,6 +129,16 @@ def test_micro_batches_alive_on_the_first_rank():
     assert memory(few, layout(pipeline=4, schedule="1f1b")).activations == 2 * one
 
 
+def test_a_folded_place_holds_the_first_and_the_last_stage():
+    cuts = cut(pipeline(EVEN, 1).work, 4, "zbv")
+    held = memory(cuts, layout(pipeline=4, schedule="zbv"))
+    first, last = cuts.stages[0], cuts.stages[7]
+    assert held.weights == 2 * (first.common + first.expert + last.common + last.expert)
+    kept = 16 * sum(cuts.kept[id(stage), "none"] for stage in (first, last))
+    assert held.activations == 4 * kept
+    assert memory(cuts, layout(pipeline=4, schedule="dualpipev")).activations == 4.5 * kept
+
+
 def test_dualpipe_holds_two_stages_but_updates_one():
     cuts = pipeline(EVEN, 4)
     held = memory(cuts, layout(pipeline=4, schedule="dualpipe"))

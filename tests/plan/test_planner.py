@@ -171,6 +171,9 @@ def test_a_layout_in_words():
     assert describe(plain) == "one device"
     rich = dict(plain, data=8, expert=4, pipeline=2, devices=16, schedule="interleaved", chunks=2, recompute="full")
     assert describe(rich) == "data 8, expert 4, pipeline 2, tensor 1, interleaved 1F1B x2, full recomputation"
+    folded = dict(plain, pipeline=2, devices=2, schedule="dualpipev")
+    assert describe(folded) == "data 1, expert 1, pipeline 2, tensor 1, DualPipeV"
+    assert describe(dict(folded, schedule="zbv")).endswith("ZB-V")
     assert describe(dict(plain, data=4, devices=4, sharded=True, replicas=2, micro_batch=4)) == (
         "data 4, expert 1, pipeline 1, tensor 1, replicas 2, weights sharded, micro-batch 4"
     )

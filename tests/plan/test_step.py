@@ -54,6 +54,24 @@ def test_bubbles():
     assert terms(cut(work(DENSE), 2), schedule="dualpipe")["bubble"] == 0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "device", "bubble", "again"),
+    [
+        # Of a chunk's forward pass (half a place's), F : B : W = 1 : 1 : 1, 8 places, 512 micro-batches: what torch's lists of
+        # operations take on a clock.
+        ("zbv", "h800", 7, 0), ("dualpipev", "h800", 7, 0),
+        # With kernels that give both gradients at once every pass that is put off is made twice.
+        ("zbv", "cpu-2core-bf16", 14, 512 * 4), ("dualpipev", "cpu-2core-bf16", 2, 28),
+    ],
+)  # fmt: skip
+def test_schedules_that_put_off_gradients_of_weights(schedule, device, bubble, again):
+    cuts = cut(work(DENSE, device=hardware(device)), 8, schedule)
+    assert len(cuts.stages) == 16 and len(cuts.slowest_blocks) == 2
+    made = step(cuts, layout(pipeline=8, schedule=schedule))[0]
+    chunk = made["compute"] / 512 / 6
+    assert (made["bubble"], made["recompute"]) == (pytest.approx(bubble * chunk), pytest.approx(again * chunk))
+
+
 def test_all_to_all_bytes_of_v3():
     """k' hidden (dispatch + combine bytes) a token and layer, k' = min(top-k, node limit), over 40 GB/s: an eighth of it stays
     on the node. Forward and backward."""

@@ -13,11 +13,12 @@ from cadre.plan.memory import RESERVE
 from cadre.units import compact, gigabytes
 
 _TERMS = {
-    "compute": "computing", "recompute": "computing activations again", "all_to_all": "all-to-all, exposed",
+    "compute": "computing", "recompute": "computing again", "all_to_all": "all-to-all, exposed",
     "tensor": "tensor parallelism", "pipeline": "hand-over between stages", "bubble": "pipeline bubble",
     "gradients": "gradients and weights, exposed", "optimizer": "optimizer",
 }  # fmt: skip
-_SCHEDULES = {"none": "no pipeline", "1f1b": "1F1B", "interleaved": "interleaved 1F1B", "dualpipe": "DualPipe"}
+_SCHEDULES = {"none": "no pipeline", "1f1b": "1F1B", "interleaved": "interleaved 1F1B", "dualpipe": "DualPipe",
+              "zbv": "ZB-V", "dualpipev": "DualPipeV"}  # fmt: skip
 
 
 def show(plan: dict[str, Any], explain: bool = False, console: Console | None = None) -> None:

@@ -36,6 +36,10 @@ class Device:
     sources: dict[str, str]
     cpu: bool = False
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.name.startswith("cpu")
+
 
 # What a GPU reaches while it computes: fitted so that the step model of `cadre.plan.step` gives published throughputs with
 # the published layouts. docs/plan.md has the table, tests/plan/test_published.py holds it.

@@ -18,18 +18,22 @@ from cadre.plan.hardware import Device
 from cadre.plan.memory import RECOMPUTE, Recompute, Stage, largest_block, optimizer_bytes, weight_bytes
 from cadre.plan.shape import Block, Shape
 
-Schedule = Literal["none", "1f1b", "interleaved", "dualpipe"]
+Schedule = Literal["none", "1f1b", "interleaved", "dualpipe", "zbv", "dualpipev"]
+# The schedules of `cadre train` (`cadre.train.parallel.pipeline`) that have two stages at every place, and of these the ones whose
+# stages go through the places in order and then back.
+TWO_STAGES = ("interleaved", "zbv", "dualpipev")
+V_SHAPED = ("zbv", "dualpipev")
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """What a recipe's `[parallel]` says of its layout; None leaves a degree to the search. two_stages: the schedule holds two
-    stages of a pipeline in each of its places, and is counted as interleaved. fp8_rows: tokens go to experts in 8 bits."""
+    """What a recipe's `[parallel]` says of its layout; None leaves a degree to the search. schedule: of a pipeline. fp8_rows:
+    tokens go to experts in 8 bits."""
 
     expert: int | None = 1
     replicas: int | None = 1
     pipeline: int = 1
-    two_stages: bool = False
+    schedule: Schedule = "1f1b"
     fp8_rows: bool = False
 
 
@@ -131,22 +135,29 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The model cut into stages of about equal compute, with what their memory is made of."""
+    """The model cut into stages of about equal compute, with what their memory is made of. folded: each place holds two of
+    them, the first and the last, the second and the last but one, and so on."""
 
     work: Workload
     stages: list[Stage]
+    folded: bool = False
 
     @cached_property
     def flops(self) -> float:
-        """Weighted forward FLOPs for one token of the slowest stage."""
-        return max(self._flops(stage) for stage in self.stages)
+        """Weighted forward FLOPs for one token of the slowest place."""
+        return self._flops(self._slowest)
 
     @cached_property
-    def slowest(self) -> Stage:
-        return max(self.stages, key=self._flops)
+    def slowest_blocks(self) -> tuple[Block, ...]:
+        """The blocks of the slowest place, those of prediction modules included."""
+        return tuple(b for s in self._slowest for b in s.blocks + (self.work.shape.extra if s.last else ()))
 
-    def _flops(self, stage: Stage) -> float:
-        return sum(map(self.work.flops, stage.blocks)) + (self.work.head_flops if stage.last else 0)
+    @cached_property
+    def _slowest(self) -> tuple[Stage, ...]:
+        return max(self.pairs if self.folded else [(stage,) for stage in self.stages], key=self._flops)
+
+    def _flops(self, stages: tuple[Stage, ...]) -> float:
+        return sum(sum(map(self.work.flops, s.blocks)) + (self.work.head_flops if s.last else 0) for s in stages)
 
     @cached_property
     def kinds(self) -> list[tuple[int, Stage]]:
@@ -158,7 +169,7 @@ class Pipeline:
 
     @cached_property
     def pairs(self) -> list[tuple[Stage, Stage]]:
-        """The two stages that each DualPipe rank holds, once for each kind of pair."""
+        """The two stages that each DualPipe rank or folded place holds, once for each kind of pair."""
         both = {
             (a.common + b.common, a.expert + b.expert, len(a.blocks) + len(b.blocks)): (a, b)
             for a, b in zip(self.stages, reversed(self.stages), strict=True)
@@ -175,16 +186,18 @@ class Pipeline:
         return largest_block(self.stages, self.work.precision)
 
 
-def cut(work: Workload, pipeline: int) -> Pipeline:
-    """Cut the blocks into `pipeline` runs so that the slowest is as fast as can be."""
+def cut(work: Workload, pipeline: int, schedule: Schedule = "1f1b") -> Pipeline:
+    """Cut the blocks into `pipeline` runs, twice as many where a V-shaped schedule folds them, so that the slowest is as fast
+    as can be."""
+    folded = schedule in V_SHAPED
     blocks = work.shape.blocks
     costs = [work.flops(block) for block in blocks]
     costs[-1] += work.head_flops
     stages = [
         Stage(work.shape, blocks[run.start : run.stop], first=run.start == 0, last=run.stop == len(blocks))
-        for run in even_runs(costs, pipeline)
+        for run in even_runs(costs, 2 * pipeline if folded else pipeline)
     ]
-    return Pipeline(work, stages)
+    return Pipeline(work, stages, folded)
 
 
 def stage_blocks(shape: Shape, context: int, stages: int) -> list[range]:
@@ -251,21 +264,32 @@ def layouts(work: Workload, devices: int) -> Iterator[tuple[Pipeline, Layout]]:
 def _of_trainer(work: Workload, devices: int, degrees: Degrees) -> Iterator[tuple[Pipeline, Layout]]:
     """Those that `cadre train` can be told: everything sharded within replicas, experts spread within those too. A pipeline's
     stages stay gathered for a whole step."""
-    data = devices // degrees.pipeline
-    if devices % degrees.pipeline or degrees.pipeline > len(work.shape.blocks) or work.batch % data:
+    pipeline, schedule = degrees.pipeline, degrees.schedule if degrees.pipeline > 1 else "none"
+    data = devices // pipeline
+    stages = 2 * pipeline if schedule in TWO_STAGES else pipeline
+    if devices % pipeline or stages > len(work.shape.blocks) or not data or work.batch % data:
         return
     share = work.batch // data
     micro_batch = min(work.micro_batch or share, share)
-    if share % micro_batch:
+    if share % micro_batch or wanted_micro_batches(schedule, pipeline, share // micro_batch):
         return
-    routed, cuts = _routed(work.shape), cut(work, degrees.pipeline)
-    schedule: Schedule = "none" if degrees.pipeline == 1 else "interleaved" if degrees.two_stages else "1f1b"
+    routed, cuts = _routed(work.shape), cut(work, pipeline, schedule)
     chunks, sharded = 2 if schedule == "interleaved" else 1, data > 1 and schedule == "none"
     for replicas in _divisors(data, data):
         for expert in _divisors(routed, data // replicas):
             fits = data // replicas % expert == 0
             if fits and degrees.replicas in (None, replicas) and degrees.expert in (None, expert):
-                yield cuts, Layout(data, expert, degrees.pipeline, 1, schedule, chunks, micro_batch, "none", sharded, replicas)
+                yield cuts, Layout(data, expert, pipeline, 1, schedule, chunks, micro_batch, "none", sharded, replicas)
+
+
+def wanted_micro_batches(schedule: str, pipeline: int, micro_batches: int) -> str | None:
+    """How many micro-batches of a process the schedule of `cadre train` runs with, in words, unless it runs with these."""
+    if schedule == "none":
+        return None
+    if schedule == "interleaved":
+        return f"a multiple of {pipeline}" if micro_batches % pipeline or not micro_batches else None
+    least = 2 * pipeline if schedule == "dualpipev" else pipeline
+    return f"at least {least}" if micro_batches < least else None
 
 
 def _routed(shape: Shape) -> int:
@@ -285,11 +309,12 @@ def _ways(work: Workload, pipeline: int, data: int) -> Iterator[tuple[Schedule, 
                     yield "none", 1, size, recompute, True
                 continue
             yield "1f1b", 1, size, recompute, False
-            for chunks in (2, 4, 8):
+            micro_batches = -(-work.batch // (data * size))
+            # Interleaving takes micro-batches in rounds of one for each stage (arXiv 2104.04473, section 2.2.2).
+            for chunks in (2, 4, 8) if micro_batches % pipeline == 0 else ():
                 # Embedding and head may take a chunk each, as in Llama 3 (arXiv 2407.21783, section 3.3.2).
                 if chunks * pipeline <= len(work.shape.blocks) + 2:
                     yield "interleaved", chunks, size, recompute, False
-            micro_batches = -(-work.batch // (data * size))
             if pipeline % 2 == 0 and micro_batches >= 2 * pipeline:
                 yield "dualpipe", 1, size, recompute, False
 

@@ -240,6 +240,11 @@ def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[tuple[Stage, ...], f
             kept = (cuts.kept[id(a), layout.recompute] + cuts.kept[id(b), layout.recompute]) / 2
             yield (a, b), kept * (depth + 1)
         return
+    if cuts.folded:  # DualPipeV keeps a chunk more, as DualPipe does a micro-batch (arXiv 2412.19437, table 2)
+        alive = min(depth + (0.5 if layout.schedule == "dualpipev" else 0.0), micro_batches)
+        for a, b in cuts.pairs:
+            yield (a, b), (cuts.kept[id(a), layout.recompute] + cuts.kept[id(b), layout.recompute]) * alive
+        return
     for rank, stage in cuts.kinds:
         alive = float(depth - rank)
         if layout.schedule == "interleaved":  # arXiv 2205.05198, section 4.2.3

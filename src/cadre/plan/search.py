@@ -87,7 +87,7 @@ def fits(work: Workload, devices: int) -> bool:
 
 def activations(work: Workload, layout: Layout) -> dict[str, float]:
     """Activation bytes of the fullest device if this layout recomputed otherwise: nothing, cheap parts, or whole blocks."""
-    cuts = cut(work, layout.pipeline)
+    cuts = cut(work, layout.pipeline, layout.schedule)
     names = ("without_recomputation", "with_selective_recomputation", "with_recomputation")
     return {
         f"activations_{name}": memory(cuts, replace(layout, recompute=recompute)).activations

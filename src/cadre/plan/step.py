@@ -15,12 +15,11 @@ from cadre.plan.shape import Latent, Shape
 def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of one step by cause (their sum is the step), and seconds of communication hidden behind computation."""
     work = cuts.work
-    device, stage = work.device, cuts.slowest
+    device, blocks = work.device, cuts.slowest_blocks
     micro_batches, depth = layout.micro_batches(work.batch), layout.pipeline
     tokens = layout.micro_batch * work.context
     rate = device.flops[work.precision] * device.efficiency[work.precision] * layout.tensor
     forward = cuts.flops * tokens / rate
-    blocks = stage.blocks + (work.shape.extra if stage.last else ())
     again = 0.0
     if layout.recompute == "full":
         again = forward
@@ -34,6 +33,7 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
     exchanges = replays * exchange
     compute = 3 * forward + again
     hidden = {"all_to_all": 0.0, "pipeline": 0.0, "gradients": 0.0}
+    twice = 0.0
     if layout.schedule == "dualpipe":
         # Forward and backward of two micro-batches hide each other's communication (arXiv 2412.19437, section 3.2.1).
         exposed = max(0.0, exchanges - compute)
@@ -44,12 +44,15 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
         bubble = (depth / 2 - 1) * max(0.0, both + backward - 3 * forward)
     else:
         exposed = exchanges
-        transfers = 2 * hop * layout.chunks
+        transfers = 2 * hop * (2 if cuts.folded else layout.chunks)
         # One forward one backward: (PP - 1)(F + B); interleaved: that over the chunks (arXiv 2104.04473, section 2.2.2).
         bubble = (depth - 1) * (compute + exchanges + split) / layout.chunks
+        if cuts.folded:
+            one_way = forward + (exchanges + split) / 2  # forward, or backward to the inputs
+            bubble, twice = _v_shaped(layout, one_way / 2, forward / 2, micro_batches, device.is_cpu)
     terms = {
         "compute": micro_batches * 3 * forward,
-        "recompute": micro_batches * again,
+        "recompute": micro_batches * again + twice,
         "all_to_all": micro_batches * exposed,
         "tensor": micro_batches * split,
         "pipeline": micro_batches * transfers,
@@ -61,6 +64,24 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
         terms["gradients"], hidden["gradients"] = _gradients(cuts, layout, forward)
     terms["optimizer"] = _update(cuts, layout)
     return terms, hidden
+
+
+def _v_shaped(layout: Layout, chunk: float, weights: float, micro_batches: int, at_once: bool) -> tuple[float, float]:
+    """Seconds of bubble, and of backward passes made twice, of the two schedules that put off the gradients of weights.
+
+    chunk: seconds of one stage's forward pass of a micro-batch, and of its backward pass to the inputs; weights: to the weights.
+    at_once: kernels give both gradients at once, so that each of the two passes takes the time of both. What is here is what
+    torch 2.13's own schedules (`ScheduleZBVZeroBubble`, `ScheduleDualPipeV`) take when their lists of operations, for 2, 4 and 8
+    places, are laid out on a clock with such times. zbv puts off all gradients, dualpipev the first and last 2 (PP - 1) chunks'.
+    """
+    places = layout.pipeline
+    if layout.schedule == "zbv":
+        if at_once:
+            return (places - 1) * (chunk + weights), micro_batches * 2 * (chunk + weights)
+        return (places - 1) * chunk, 0.0
+    if at_once:
+        return min(2, places - 1) * weights, 2 * (places - 1) * (chunk + weights)
+    return (places - 1) * (2 * chunk - weights), 0.0
 
 
 def _expansion_flops(shape: Shape) -> float:
@@ -137,7 +158,7 @@ def _spread(work: Workload, ranks: int, stride: int, moved: float) -> float:
 
 def _parameters(cuts: Pipeline, layout: Layout) -> tuple[float, float]:
     """Parameters of the fullest rank: those every token passes, and its experts'."""
-    if layout.schedule == "dualpipe":
+    if layout.schedule == "dualpipe" or cuts.folded:
         ranks = [(a.common + b.common, a.expert + b.expert) for a, b in cuts.pairs]
     else:
         ranks = [(stage.common, stage.expert) for _, stage in cuts.kinds]
@@ -194,8 +215,7 @@ def _newton_schulz_flops(cuts: Pipeline, layout: Layout) -> float:
         m, n = sorted((rows, columns))
         return 0.75 * (2 * m * m * n + 2 * m**3) + 2 * m * m * n
 
-    shape, stage = cuts.work.shape, cuts.slowest
-    blocks = stage.blocks + (shape.extra if stage.last else ())
+    shape, blocks = cuts.work.shape, cuts.slowest_blocks
     common = 5 * sum(one(*matrix) for block in blocks for matrix in shape.matrices(block))
     experts = 0.0
     if shape.experts:

@@ -228,7 +228,7 @@ class ParallelSection(Section):
                 "parallel.expert and parallel.replicas as numbers"
             )
         expert, replicas = (None if degree == "auto" else degree for degree in (self.expert, self.replicas))
-        return Degrees(expert, replicas, self.pipeline, self.schedule != "1f1b", self.rows == "fp8")
+        return Degrees(expert, replicas, self.pipeline, self.schedule, self.rows == "fp8")
 
 
 # What may be said anew of a model that training goes on with: how far its positions reach.

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from cadre.errors import UsageError
 from cadre.plan.hardware import hardware
+from cadre.plan.layout import Workload, layouts
+from cadre.plan.shape import Shape
 from cadre.train.parallel.auto import settle
 from cadre.train.parallel.layout import compose
 from cadre.train.parallel.ranks import Ranks
@@ -47,6 +49,31 @@ def test_what_is_chosen_is_a_layout_and_what_is_given_stays(processes, expert, r
     if possible:
         layout = compose(wanted.model_copy(update={"parallel": settled}), CONFIG, processes)
         assert layout.expert * layout.copies * layout.replicas == processes
+
+
+@given(
+    st.sampled_from(["1f1b", "interleaved", "zbv", "dualpipev"]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 12),
+    st.integers(2, 9),
+)  # fmt: skip
+def test_what_is_planned_is_what_training_accepts(schedule, pipeline, data, micro_batches, blocks):
+    """Blocks and micro-batches that are too few for a schedule are refused by both."""
+    config = small("deepseek_v3", n_routed_experts=8, num_hidden_layers=blocks, first_k_dense_replace=1)
+    batch = data * micro_batches
+    wanted = recipe(
+        f"parallel.schedule={schedule}", f"parallel.pipeline={pipeline}", f"train.batch={batch}", "train.micro_batch=1"
+    )  # fmt: skip
+    work = Workload(
+        Shape.from_config(config), H100, "bf16", wanted.data.seq_len, batch, micro_batch=1, degrees=wanted.parallel.degrees()
+    )  # fmt: skip
+    planned = [layout for _, layout in layouts(work, data * pipeline)]
+    try:
+        composed = compose(wanted, config, data * pipeline)
+    except UsageError:
+        assert not planned
+    else:
+        (layout,) = planned
+        assert (layout.data, layout.pipeline) == (composed.data, composed.pipeline)
+        assert layout.schedule == (schedule if pipeline > 1 else "none")
 
 
 def test_nothing_to_choose_says_nothing():
