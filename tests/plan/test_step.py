@@ -157,6 +157,19 @@ def test_sharded_weights_are_gathered_for_every_micro_batch():
     assert made.hidden["gradients"] + made.terms["gradients"] == pytest.approx(1024 / 64 * each)
 
 
+def test_cores_that_send_do_not_compute_meanwhile():
+    """On a CPU nothing is hidden; a card hides the gathering of weights."""
+    for name, shown in (("cpu-2core", True), ("h100", False)):
+        task = work(DENSE, device=hardware(name), precision=next(iter(hardware(name).flops)), degrees=Degrees())
+        for sharded in (True, False):
+            made, hidden = step(cut(task, 1), layout(data=2, sharded=sharded))
+            assert (made["gradients"] > 0, hidden["gradients"] > 0) == (shown, not shown)
+    dual, hidden = step(cut(work(EVEN, device=hardware("cpu-2core"), precision="fp32"), 2), layout(
+        data=2, expert=2, pipeline=2, schedule="dualpipe"
+    ))  # fmt: skip
+    assert not any(hidden.values()) and dual["all_to_all"] > 0 and dual["pipeline"] > 0
+
+
 def test_the_terms_add_up_to_the_step():
     for made in search(work("mixtral-8x7b"), 64):
         assert made.seconds == sum(made.terms.values())

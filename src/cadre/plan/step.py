@@ -36,10 +36,10 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
     twice = 0.0
     if layout.schedule == "dualpipe":
         # Forward and backward of two micro-batches hide each other's communication (arXiv 2412.19437, section 3.2.1).
-        exposed = max(0.0, exchanges - compute)
+        exposed = max(0.0, exchanges - _cover(work, compute))
         hidden["all_to_all"] = micro_batches * (exchanges - exposed)
-        hidden["pipeline"] = micro_batches * 2 * hop
-        transfers = 0.0
+        transfers = 2 * hop if device.is_cpu else 0.0
+        hidden["pipeline"] = micro_batches * (2 * hop - transfers)
         both, backward = compute + exposed + split, 2 * forward + again + (replays - 1) * exchange
         bubble = (depth / 2 - 1) * max(0.0, both + backward - 3 * forward)
     else:
@@ -64,6 +64,11 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
         terms["gradients"], hidden["gradients"] = _gradients(cuts, layout, forward)
     terms["optimizer"] = _update(cuts, layout)
     return terms, hidden
+
+
+def _cover(work: Workload, compute: float) -> float:
+    """Seconds of communication that so many seconds of computation hide. On a CPU none: what sends are the cores that compute."""
+    return 0.0 if work.device.is_cpu else compute
 
 
 def _v_shaped(layout: Layout, chunk: float, weights: float, micro_batches: int, at_once: bool) -> tuple[float, float]:
@@ -174,7 +179,7 @@ def _gradients(cuts: Pipeline, layout: Layout, forward: float) -> tuple[float, f
     scatter = _spread(work, layout.data, layout.tensor, common * GRADIENT_BYTES)
     scatter += _spread(work, layout.copies, layout.expert, expert * GRADIENT_BYTES)
     gather = scatter * weight_bytes(work.precision) / GRADIENT_BYTES
-    exposed = max(0.0, scatter - 2 * forward) + max(0.0, gather - forward)
+    exposed = max(0.0, scatter - _cover(work, 2 * forward)) + max(0.0, gather - _cover(work, forward))
     return exposed, scatter + gather - exposed
 
 
@@ -189,7 +194,7 @@ def _gathering(cuts: Pipeline, layout: Layout, compute: float, micro_batches: in
     each = _spread(work, shards, layout.tensor, common * wide) + _spread(work, copies, layout.expert, expert * wide)
     shares = (common / shards + expert / copies) * GRADIENT_BYTES
     each += 2 * _spread(work, layout.replicas, shards * layout.tensor, shares)
-    exposed = micro_batches * max(0.0, each - compute)
+    exposed = micro_batches * max(0.0, each - _cover(work, compute))
     return exposed, micro_batches * each - exposed
 
 
