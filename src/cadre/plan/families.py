@@ -40,6 +40,10 @@ _ALIASES = {
 }
 
 
+# No number of a config is larger but by a slip of the pen.
+_MOST = 10**9
+
+
 @dataclass(frozen=True)
 class Reading:
     """A shape, and what of its config was not understood and so left out (`ignored`) or is worth saying (`notes`)."""
@@ -79,6 +83,8 @@ class _Fields:
         value = self.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             self.refuse(name, value, f"a whole number, at least {least}")
+        if value is not None and value > _MOST:
+            self.refuse(name, value, f"at most {_MOST:,}")
         return value
 
     def stated(self, name: str, least: int = 1) -> int | None:
@@ -161,6 +167,8 @@ def _latent(f: _Fields) -> Latent:
     if groups not in (None, heads):
         f.refuse("num_key_value_heads", groups, f"{heads}, the number of heads: latent attention has no groups")
     nope, rotary, value = f.whole("qk_nope_head_dim"), f.whole("qk_rope_head_dim"), f.whole("v_head_dim")
+    if rotary % 2:
+        f.refuse("qk_rope_head_dim", rotary, "an even number: rotary dimensions turn in pairs")
     # What transformers 5 writes beside them.
     if f.maybe("qk_head_dim") not in (None, nope + rotary):
         f.refuse("qk_head_dim", f.get("qk_head_dim"), f"{nope + rotary}, by the widths of the heads' parts")
@@ -231,6 +239,8 @@ def _deepseek(f: _Fields, kind: str, attention: Latent | Grouped | None = None) 
     if extra > MOST_LAYERS:
         f.refuse("num_nextn_predict_layers", extra, f"at most {MOST_LAYERS:,}")
     dense = f.whole("first_k_dense_replace", 0)
+    if dense > layers + extra:
+        f.refuse("first_k_dense_replace", dense, f"at most {layers + extra}, the number of layers")
     blocks = [Block(layer >= dense) for layer in range(layers + extra)]
     names = ("n_routed_experts", "n_shared_experts", "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group")
     for name in names:
