@@ -89,6 +89,7 @@ def test_multi_token_prediction_on_demand(planned, config_file):
     main_model, whole = 671_026_419_200, 682_636_487_424
     assert planned("DeepSeek-V3")["total_parameters"] == planned(config_file, "--no-mtp")["total_parameters"] == main_model
     assert planned("deepseek-v3", "--mtp")["total_parameters"] == whole
+    assert any("--mtp changes nothing" in note for note in planned("deepseek-v2-lite", "--mtp")["notes"])
     made = planned(config_file)
     assert made["total_parameters"] == whole == count(published.DEEPSEEK_V3).total_parameters
     assert made["total_parameters_without_multi_token_prediction"] == main_model
@@ -114,6 +115,11 @@ def test_a_recipe_too_large_for_two_cores_is_planned_for_cards(planned, tmp_path
     assert (made["hardware"], made["devices"]) == ("h100", 1) and any("planned for h100" in note for note in made["notes"])
     assert planned("node", "--hardware", "cpu-2core")["hardware"] == "cpu-2core"
     assert planned("pocket", "--precision", "fp8")["hardware"] == "h100"
+    # Two cores that multiply bfloat16 come before a card, which would wait for the launches of its kernels.
+    narrow = planned("pocket", "--precision", "bf16")
+    assert (narrow["hardware"], narrow["devices"], narrow["precision"]) == ("cpu-2core-bf16", 1, "bf16")
+    assert "1 x cpu-2core has no bf16: planned for cpu-2core-bf16 instead" in narrow["notes"]
+    assert planned("node", "--precision", "bf16")["hardware"] == "h100"
     spread = tmp_path / "spread.toml"
     spread.write_text((resources.files("cadre.recipes") / "pocket.toml").read_text() + "\n[parallel]\nexpert = 2\n")
     assert planned(spread)["hardware"] == "cpu-2core"  # not for one process, but not too large either
@@ -178,6 +184,9 @@ def test_ways_to_write_tokens(planned, written, tokens):
         (["."], "config.json: no such file"),
         (["olmoe-1b-7b", "--tokens", "many"], "--tokens many: must be a number such as 14.8T, 300B, 5e9"),
         (["olmoe-1b-7b", "--tokens", "0"], "--tokens 0: must be a number"),
+        (["olmoe-1b-7b", "--tokens", ""], "--tokens : must be a number"),
+        (["pocket", "--hardware", ""], "--hardware : not in the catalogue; known: h100"),
+        (["olmoe-1b-7b", "--tokens", "1e30"], "--tokens is 1e+30; at most"),
         (["olmoe-1b-7b", "--tokens", "1e999"], "--tokens 1e999: must be a number"),
         (["olmoe-1b-7b", "--hardware", "h1000"], "--hardware h1000: not in the catalogue; did you mean h100"),
         (["olmoe-1b-7b", "--precision", "fp4"], "Invalid value for '--precision'"),
@@ -200,6 +209,9 @@ def test_bad_input_ends_in_one_line(monkeypatch, capsys, tmp_path, arguments, li
         ({"model_type": None}, "model_type is missing; cadre plan knows deepseek_v2, "),
         ({"hidden_size": None}, "hidden_size is missing; deepseek_v3 needs it"),
         ({"n_group": 7}, "n_group is 7; it must be a divisor of n_routed_experts (256)"),
+        ({"hidden_size": 10**30}, f"hidden_size is {10**30}; it must be at most 1,000,000,000"),
+        ({"qk_rope_head_dim": 63}, "qk_rope_head_dim is 63; it must be an even number"),
+        ({"first_k_dense_replace": 63}, "first_k_dense_replace is 63; it must be at most 62, the number of layers"),
     ],
 )
 def test_a_config_that_cannot_be_planned(monkeypatch, capsys, config_file, changes, line):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,8 @@ from cadre.plan.count import count
 from cadre.plan.hardware import hardware
 from cadre.plan.layout import Degrees
 from cadre.plan.planner import Request, make_plan
+from cadre.plan.shape import Shape
+from cadre.train.recipe import read_recipe
 
 
 def planned(name: str = "deepseek-v2-lite", **choices: object) -> dict:
@@ -137,6 +140,14 @@ def test_a_context_beyond_the_models_is_noted():
     assert planned("llama-3.1-8b", context=131_073)["notes"][0].startswith("context 131,073 is beyond the 131,072 positions")
 
 
+def test_a_short_step_on_a_card_waits_for_launches_that_are_not_counted():
+    small = Shape.from_config(read_recipe("pocket").config(4096))
+    for device, noted in (("h100", True), ("cpu-2core", False)):
+        notes = planned(shape=small, device=hardware(device), devices=1, context=256, batch=4)["notes"]
+        assert any("launching" in note for note in notes) == noted
+    assert not any("launching" in note for note in planned(devices=64)["notes"])
+
+
 def test_idle_devices_are_counted_and_paid():
     made = planned("deepseek-v3", devices=2050, tokens=1e12)
     assert made["idle_devices"] == 2050 - made["layout"]["devices"] > 0
@@ -156,6 +167,12 @@ def test_idle_devices_are_counted_and_paid():
         ({"mfu": 0.0}, "--mfu is 0; it must be above 0 and at most 1"),
         ({"mfu": 40.0}, "--mfu is 40; it must be above 0 and at most 1"),
         ({"rent": -1.0}, "--rent is -1; it must be US dollars"),
+        ({"rent": 1e300}, r"--rent is 1e\+300; it must be US dollars a device-hour, at least 0 and at most 1,000,000"),
+        ({"batch": 10**32}, r"--batch is 1e\+32; at most 1,000,000,000 can be planned for"),
+        ({"context": 10**26}, r"--context is 1e\+26; at most 1,000,000,000 can be planned for"),
+        ({"tokens": 1e30}, r"--tokens is 1e\+30; at most 1,000,000,000,000,000,000 can be planned for"),
+        ({"shape": replace(catalogue.lookup("qwen3-8b").shape, hidden_size=10**30)},
+         r"somewhere: .*e\+\d+ parameters; at most 1e\+18 can be planned for"),
         ({"optimizer": "sgd"}, "--optimizer sgd: must be one of adamw, adamw-bf16, muon"),
         ({"precision": "fp32"}, "--precision fp32: h100 has a rate for bf16, fp8 only"),
     ],

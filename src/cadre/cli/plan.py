@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # What is planned for unless a recipe or the caller says otherwise.
 _CARD = "h100"
+# What a recipe is planned for: the first of these that has the precision and holds the training.
+_FOR_RECIPES = ("cpu-2core", "cpu-2core-bf16", _CARD)
 
 
 class Precision(StrEnum):
@@ -60,32 +62,36 @@ def plan(
 ) -> None:
     """Count a model and predict memory, time, price and decoding rate before anything runs."""
     from cadre.plan.hardware import hardware as device
-    from cadre.plan.planner import Request, check, exceeds, make_plan
+    from cadre.plan.planner import Request, check, make_plan
 
     if here:
         _refuse_with_here(hardware=hardware, devices=devices, mfu=mfu, rent=rent)
     read = _read(model, mtp)
     recipe: Recipe | None = read.pop("recipe")
+    if mtp and not read["shape"].extra:
+        read["notes"] += ("--mtp changes nothing: this model has no modules of multi-token prediction",)
     request = Request(
         **read,
-        device=device(hardware or ("cpu-2core" if recipe else _CARD)),
+        device=device(_first(hardware, _FOR_RECIPES[0] if recipe else _CARD)),
         context=_first(context, recipe.data.seq_len if recipe else None, 4096),
-        devices=_first(devices, 1 if recipe and not hardware else None),
+        devices=_first(devices, 1 if recipe and hardware is None else None),
         precision=precision,
         batch=_first(batch, recipe.train.batch if recipe else None),
         micro_batch=recipe.train.micro_batch if recipe else None,
         degrees=recipe.parallel.degrees() if recipe else None,
         mtp_share=recipe.train.trained_share if recipe else 1.0,
         optimizer=_first(optimizer, recipe.optimizer.name if recipe else None, "adamw"),
-        tokens=token_count(tokens) if tokens else _recipe_tokens(recipe),
+        tokens=_recipe_tokens(recipe) if tokens is None else token_count(tokens),
         mfu=mfu,
         rent=rent,
     )
     check(request)
-    if recipe and not (hardware or here) and (_foreign(request) or exceeds(request, devices or 1)):
-        why = f"has no {request.precision}" if _foreign(request) else "cannot hold this recipe's training"
-        said = f"{devices or 1} x {request.device.name} {why}: planned for {_CARD} instead"
-        request = replace(request, device=device(_CARD), devices=devices, notes=(*request.notes, said))
+    if recipe and hardware is None and not here and (why := _unfit(request, devices or 1)):
+        small = [replace(request, device=device(name)) for name in _FOR_RECIPES[1:-1]]
+        card = replace(request, device=device(_CARD), devices=devices)
+        found = next((other for other in small if not _unfit(other, devices or 1)), card)
+        said = f"{devices or 1} x {request.device.name} {why}: planned for {found.device.name} instead"
+        request = replace(found, notes=(*request.notes, said))
     if here:
         _plan_here(model, request, recipe, mtp, context, json_output)
         return
@@ -134,9 +140,13 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _foreign(request: Request) -> bool:
-    """Whether the device lacks the precision that is asked for."""
-    return request.precision is not None and request.precision not in request.device.flops
+def _unfit(request: Request, devices: int) -> str | None:
+    """Why so many of the device are not for this training, if they are not: the precision that is asked for, or memory."""
+    from cadre.plan.planner import exceeds
+
+    if request.precision is not None and request.precision not in request.device.flops:
+        return f"has no {request.precision}"
+    return "cannot hold this recipe's training" if exceeds(request, devices) else None
 
 
 def _read(model: str, mtp: bool | None) -> dict[str, Any]:

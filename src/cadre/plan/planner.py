@@ -18,6 +18,10 @@ from cadre.plan.shape import Shape
 _LARGEST_BATCH_TOKENS = 15360 * 4096
 _SEQUENCES_A_DEVICE = 8
 _MOST_DEVICES = 1 << 17
+# Seconds below which a step on a card waits for the launches of its kernels, some thousand of them.
+_LAUNCHES = 0.02
+# What is beyond any plan, and so a slip of the pen.
+_MOST = {"batch": 10**9, "context": 10**9, "tokens": 1e18, "rent": 1e6, "parameters": 10**18}
 
 EXCLUDED = (
     "failures and restarts, evaluation, data preparation, research runs",
@@ -68,6 +72,8 @@ def make_plan(request: Request) -> dict[str, Any]:
     reach = shape.max_position_embeddings
     if reach is not None and request.context > reach:
         notes.append(f"context {request.context:,} is beyond the {reach:,} positions the model is made for")
+    if found and not device.is_cpu and found[0].seconds < _LAUNCHES:
+        notes.append(f"a step of less than {_LAUNCHES * 1e3:.0f} ms: what launching its kernels takes is not counted, and may be longer")
     leanest = None if found else smallest(work, devices)
     if not found:
         notes.append(_why_not(request, work, devices, leanest))
@@ -124,12 +130,17 @@ def check(request: Request) -> None:
         value = getattr(request, name)
         if value is not None and not 1 <= value < float("inf"):
             raise UsageError(f"--{name} is {value:g}; it must be at least 1")
+        if value is not None and value > _MOST.get(name, value):
+            raise UsageError(f"--{name} is {value:g}; at most {_MOST[name]:,.0f} can be planned for")
     if request.devices is not None and request.devices > _MOST_DEVICES:
         raise UsageError(f"--devices is {request.devices}; at most {_MOST_DEVICES:,} can be planned for")
     if request.mfu is not None and not 0 < request.mfu <= 1:
         raise UsageError(f"--mfu is {request.mfu:g}; it must be above 0 and at most 1, such as 0.4")
-    if request.rent is not None and not 0 <= request.rent < float("inf"):
-        raise UsageError(f"--rent is {request.rent:g}; it must be US dollars a device-hour, at least 0")
+    if request.rent is not None and not 0 <= request.rent <= _MOST["rent"]:
+        most = f"{_MOST['rent']:,.0f}"
+        raise UsageError(f"--rent is {request.rent:g}; it must be US dollars a device-hour, at least 0 and at most {most}")
+    if (parameters := count(request.shape).total_parameters) > _MOST["parameters"]:
+        raise UsageError(f"{request.source}: {parameters:.3g} parameters; at most {_MOST['parameters']:.0e} can be planned for")
     if request.optimizer not in OPTIMIZERS:
         raise UsageError(f"--optimizer {request.optimizer}: must be one of {', '.join(OPTIMIZERS)}")
 
