@@ -171,8 +171,10 @@ def test_idle_devices_are_counted_and_paid():
         ({"batch": 10**32}, r"--batch is 1e\+32; at most 1,000,000,000 can be planned for"),
         ({"context": 10**26}, r"--context is 1e\+26; at most 1,000,000,000 can be planned for"),
         ({"tokens": 1e30}, r"--tokens is 1e\+30; at most 1,000,000,000,000,000,000 can be planned for"),
-        ({"shape": replace(catalogue.lookup("qwen3-8b").shape, hidden_size=10**30)},
-         r"somewhere: .*e\+\d+ parameters; at most 1e\+18 can be planned for"),
+        (
+            {"shape": replace(catalogue.lookup("qwen3-8b").shape, hidden_size=10**30)},
+            r"somewhere: .*e\+\d+ parameters; at most 1e\+18 can be planned for",
+        ),
         ({"optimizer": "sgd"}, "--optimizer sgd: must be one of adamw, adamw-bf16, muon"),
         ({"precision": "fp32"}, "--precision fp32: h100 has a rate for bf16, fp8 only"),
     ],

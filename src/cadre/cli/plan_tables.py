@@ -161,7 +161,8 @@ def _decoding(out: Console, plan: dict[str, Any], explain: bool) -> None:
     _table(out, title, rows, (*headers, "experts", "memory", "compute", "links") if explain else headers)
     if plan["parameters"]["routed_experts"] and decode["devices_per_copy"] > 1:
         shared = decode["devices_per_set_of_weights"]
-        out.print(f"experts spread over a copy; the other weights and their users over {shared}")
+        holders = "each device holds" if shared == 1 else f"every {shared} devices share"
+        out.print(f"{holders} all weights but routed experts, which a copy's devices share")
     out.print(f"all copies full: {decode['users']:,} users, {decode['tokens_per_second']:,.0f} tokens/s")
 
 

@@ -19,7 +19,7 @@ from cadre.plan.memory import RECOMPUTE, Recompute, Stage, largest_block, optimi
 from cadre.plan.shape import Block, Shape
 
 Schedule = Literal["none", "1f1b", "interleaved", "dualpipe", "zbv", "dualpipev"]
-# The schedules of `cadre train` (`cadre.train.parallel.pipeline`) that have two stages at every place, and of these the ones whose
+# The schedules of `cadre train` (`cadre.train.parallel.pipeline`) with two stages at every place, and of these the ones whose
 # stages go through the places in order and then back.
 TWO_STAGES = ("interleaved", "zbv", "dualpipev")
 V_SHAPED = ("zbv", "dualpipev")

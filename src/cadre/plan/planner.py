@@ -73,7 +73,8 @@ def make_plan(request: Request) -> dict[str, Any]:
     if reach is not None and request.context > reach:
         notes.append(f"context {request.context:,} is beyond the {reach:,} positions the model is made for")
     if found and not device.is_cpu and found[0].seconds < _LAUNCHES:
-        notes.append(f"a step of less than {_LAUNCHES * 1e3:.0f} ms: what launching its kernels takes is not counted, and may be longer")
+        least = f"{_LAUNCHES * 1e3:.0f} ms"
+        notes.append(f"a step of less than {least}: what launching its kernels takes is not counted, and may be longer")
     leanest = None if found else smallest(work, devices)
     if not found:
         notes.append(_why_not(request, work, devices, leanest))
@@ -264,9 +265,7 @@ def _bound(memory: float, compute: float, links: float) -> str:
     return max((memory, "memory"), (compute, "compute"), (links, "links"))[1]
 
 
-def _assumptions(
-    request: Request, precision: str, devices: int, work: Workload, mfu: float | None
-) -> list[dict[str, Any]]:
+def _assumptions(request: Request, precision: str, devices: int, work: Workload, mfu: float | None) -> list[dict[str, Any]]:
     device, found = request.device, []
 
     def say(name: str, value: Any, source: str, option: str | None = None) -> None:

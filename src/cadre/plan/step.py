@@ -67,17 +67,18 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
 
 
 def _cover(work: Workload, compute: float) -> float:
-    """Seconds of communication that so many seconds of computation hide. On a CPU none: what sends are the cores that compute."""
+    """Seconds of communication that so many seconds of computation hide. On a CPU none: the cores that send are those that
+    compute."""
     return 0.0 if work.device.is_cpu else compute
 
 
 def _v_shaped(layout: Layout, chunk: float, weights: float, micro_batches: int, at_once: bool) -> tuple[float, float]:
     """Seconds of bubble, and of backward passes made twice, of the two schedules that put off the gradients of weights.
 
-    chunk: seconds of one stage's forward pass of a micro-batch, and of its backward pass to the inputs; weights: to the weights.
-    at_once: kernels give both gradients at once, so that each of the two passes takes the time of both. What is here is what
-    torch 2.13's own schedules (`ScheduleZBVZeroBubble`, `ScheduleDualPipeV`) take when their lists of operations, for 2, 4 and 8
-    places, are laid out on a clock with such times. zbv puts off all gradients, dualpipev the first and last 2 (PP - 1) chunks'.
+    chunk: seconds of one stage's forward pass of a micro-batch, and of its backward pass to the inputs; weights: to the
+    weights. at_once: kernels give both gradients at once, so that each of the two passes takes the time of both. What is here
+    is what torch 2.13's own schedules (`ScheduleZBVZeroBubble`, `ScheduleDualPipeV`) take when their lists of operations, for 2,
+    4 and 8 places, are laid out on a clock with such times. zbv puts off all gradients, dualpipev those of 2 (PP - 1) chunks.
     """
     places = layout.pipeline
     if layout.schedule == "zbv":

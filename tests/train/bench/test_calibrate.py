@@ -87,7 +87,6 @@ def test_sequences_are_left_out_where_a_pass_would_take_too_long(monkeypatch):
     flops = module.count(config, context=8).training_flops_per_token * 8
     wide = step(batch=64, micro=64)
 
-
     def rows(seconds: float, deadline: float = 1e12) -> int:
         effort = Effort(repeats=3, most=3, seconds=0, pass_seconds=seconds, deadline=deadline)
         return module._rows(config, wide, torch.float32, CPU, effort)

@@ -140,8 +140,8 @@ def calibrate(
         )
     except subprocess.TimeoutExpired:
         raise RunError(
-            f"measuring this machine had not ended after {effort.deadline:.0f} s and was stopped: the model is too large for it, "
-            "or other work takes its time"
+            f"measuring this machine had not ended after {effort.deadline:.0f} s and was stopped: the model is too large for "
+            "it, or other work takes its time"
         ) from None
     if done.returncode:
         said = done.stderr.strip().splitlines()
