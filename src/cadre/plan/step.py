@@ -77,8 +77,9 @@ def _v_shaped(layout: Layout, chunk: float, weights: float, micro_batches: int, 
 
     chunk: seconds of one stage's forward pass of a micro-batch, and of its backward pass to the inputs; weights: to the
     weights. at_once: kernels give both gradients at once, so that each of the two passes takes the time of both. What is here
-    is what torch 2.13's own schedules (`ScheduleZBVZeroBubble`, `ScheduleDualPipeV`) take when their lists of operations, for 2,
-    4 and 8 places, are laid out on a clock with such times. zbv puts off all gradients, dualpipev those of 2 (PP - 1) chunks.
+    is what torch 2.13's own schedules (`ScheduleZBVZeroBubble`, `ScheduleDualPipeV`) take when their lists of operations, for
+    2, 4 and 8 places, are laid out on a clock with such times. zbv puts off all
+    gradients, dualpipev those of 2 (PP - 1) chunks.
     """
     places = layout.pipeline
     if layout.schedule == "zbv":
