@@ -109,14 +109,6 @@ def test_a_recipes_all_to_all_sends_a_row_to_each_rank():
     assert near["all_to_all"] == pytest.approx(2 * 26 * ranks * 15 / 16 * row / (450e9 * LINK_EFFICIENCY) * 4096)
 
 
-def test_within_a_node_a_token_goes_once_to_each_device():
-    """V2 limits a token's 6 experts to 3 of 8 devices."""
-    made = terms(cut(work("deepseek-v2"), 1), data=8, expert=8)
-    devices = 8 * (3 / 8) * (1 - math.comb(40, 6) / math.comb(60, 6))
-    each = devices * (1 - 1 / 8) * 5120 * 4 / (200e9 * LINK_EFFICIENCY)
-    assert made["all_to_all"] == pytest.approx(2 * 59 * each * 512 / 8 * 4096)
-
-
 def test_dualpipe_hides_all_to_all_behind_computing():
     cuts = cut(work("deepseek-v3", batch=4096), 16)
     degrees = dict(data=64, expert=64)

@@ -36,15 +36,11 @@ class Device:
     sources: dict[str, str]
     cpu: bool = False
 
-    @property
-    def is_cpu(self) -> bool:
-        return self.name.startswith("cpu")
-
 
 # What a GPU reaches while it computes: fitted so that the step model of `cadre.plan.step` gives published throughputs with
 # the published layouts. docs/plan.md has the table, tests/plan/test_published.py holds it.
-_GPU_EFFICIENCY = {"bf16": 0.56, "fp8": 0.393}
-_GPU_HALF_RATE_WIDTH = 3250.0
+_GPU_EFFICIENCY = {"bf16": 0.56, "fp8": 0.352}
+_GPU_HALF_RATE_WIDTH = 2500.0
 _GPU_EFFICIENCY_SOURCE = (
     "fitted: bf16 to Llama 3 405B on H100 (arXiv 2407.21783, table 4), narrow experts to DeepSeek-V2's 172.8K H800-hours per "
     "trillion tokens (arXiv 2405.04434, section 3.2.3), fp8 to DeepSeek-V3's 2,664K (arXiv 2412.19437, table 1)"

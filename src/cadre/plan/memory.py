@@ -252,10 +252,12 @@ def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[tuple[Stage, ...], f
         yield (stage,), cuts.kept[id(stage), layout.recompute] * min(alive, micro_batches)
 
 
-@cache
-def rows_sent(experts: Experts, ranks: int) -> float:
-    """Rows of a token in an all-to-all over so many ranks: one for each that holds some of its experts, itself included."""
-    return experts.touched(ranks)
+def rows_sent(work: Workload, ranks: int) -> float:
+    """Rows of a token in an all-to-all over so many ranks: of a recipe, as `cadre train` sends them, one for each that holds some
+    of its experts, itself included; else one for each expert."""
+    experts = work.shape.experts
+    assert experts is not None
+    return experts.touched(ranks) if work.degrees is not None else experts.num_experts_per_tok
 
 
 def _exchange(work: Workload, layout: Layout, tokens: float) -> float:
@@ -263,7 +265,7 @@ def _exchange(work: Workload, layout: Layout, tokens: float) -> float:
     experts = work.shape.experts
     if layout.expert == 1 or experts is None:
         return 0.0
-    return 2 * tokens * rows_sent(experts, layout.expert) * work.shape.hidden_size * weight_bytes(work.precision)
+    return 2 * tokens * rows_sent(work, layout.expert) * work.shape.hidden_size * weight_bytes(work.precision)
 
 
 def _gathered(work: Workload, layout: Layout) -> float:

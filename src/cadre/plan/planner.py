@@ -72,7 +72,7 @@ def make_plan(request: Request) -> dict[str, Any]:
     reach = shape.max_position_embeddings
     if reach is not None and request.context > reach:
         notes.append(f"context {request.context:,} is beyond the {reach:,} positions the model is made for")
-    if found and not device.is_cpu and found[0].seconds < _LAUNCHES:
+    if found and not device.cpu and found[0].seconds < _LAUNCHES:
         least = f"{_LAUNCHES * 1e3:.0f} ms"
         notes.append(f"a step of less than {least}: what launching its kernels takes is not counted, and may be longer")
     leanest = None if found else smallest(work, devices)

@@ -38,7 +38,7 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
         # Forward and backward of two micro-batches hide each other's communication (arXiv 2412.19437, section 3.2.1).
         exposed = max(0.0, exchanges - _cover(work, compute))
         hidden["all_to_all"] = micro_batches * (exchanges - exposed)
-        transfers = 2 * hop if device.is_cpu else 0.0
+        transfers = 2 * hop if device.cpu else 0.0
         hidden["pipeline"] = micro_batches * (2 * hop - transfers)
         both, backward = compute + exposed + split, 2 * forward + again + (replays - 1) * exchange
         bubble = (depth / 2 - 1) * max(0.0, both + backward - 3 * forward)
@@ -49,7 +49,7 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
         bubble = (depth - 1) * (compute + exchanges + split) / layout.chunks
         if cuts.folded:
             one_way = forward + (exchanges + split) / 2  # forward, or backward to the inputs
-            bubble, twice = _v_shaped(layout, one_way / 2, forward / 2, micro_batches, device.is_cpu)
+            bubble, twice = _v_shaped(layout, one_way / 2, forward / 2, micro_batches, device.cpu)
     terms = {
         "compute": micro_batches * 3 * forward,
         "recompute": micro_batches * again + twice,
@@ -69,7 +69,7 @@ def step(cuts: Pipeline, layout: Layout) -> tuple[dict[str, float], dict[str, fl
 def _cover(work: Workload, compute: float) -> float:
     """Seconds of communication that so many seconds of computation hide. On a CPU none: the cores that send are those that
     compute."""
-    return 0.0 if work.device.is_cpu else compute
+    return 0.0 if work.device.cpu else compute
 
 
 def _v_shaped(layout: Layout, chunk: float, weights: float, micro_batches: int, at_once: bool) -> tuple[float, float]:
@@ -105,8 +105,8 @@ def _all_to_all(work: Workload, layout: Layout) -> float:
     """Seconds that one block's dispatch and combine take for one micro-batch on one device.
 
     With DeepSeek's kernels a token goes once to each node that holds some of its experts, min(top-k, node limit) at most, and
-    from there over the node's own links once to each device that does; both happen at once (arXiv 2412.19437, section 3.2.2).
-    `cadre train` sends it once to each such device wherever that is, in one all-to-all, with 8 bytes a choice forward and 4
+    from there to each expert over the node's own links; both happen at once (arXiv 2412.19437, section 3.2.2). `cadre train`
+    sends it once to each device that holds some of its experts, wherever that is, in one all-to-all, with 8 bytes a choice forward and 4
     backward. Dispatch is in 8 bits where the training is, combine is not.
     """
     experts = work.shape.experts
@@ -117,15 +117,15 @@ def _all_to_all(work: Workload, layout: Layout) -> float:
     narrow = work.precision == "fp8" or (work.degrees is not None and work.degrees.fp8_rows)
     row = work.shape.hidden_size * ((1 if narrow else wide) + wide)
     local = min(layout.expert, node)
-    ranks = rows_sent(experts, layout.expert)
+    rows = rows_sent(work, layout.expert)
     if work.degrees is None:
         nodes = -(-layout.expert // node)
         abroad = min(experts.num_experts_per_tok, experts.node_limit, nodes) * (1 - 1 / nodes)
-        near = ranks * (1 - 1 / local)
+        near = rows * (1 - 1 / local)
     else:
         row += 6 * experts.num_experts_per_tok
-        abroad = ranks * (layout.expert - local) / layout.expert
-        near = ranks * (local - 1) / layout.expert
+        abroad = rows * (layout.expert - local) / layout.expert
+        near = rows * (local - 1) / layout.expert
     sent = layout.micro_batch * work.context / layout.tensor * row / LINK_EFFICIENCY
     return sent * max(abroad / work.device.network_bandwidth, near / work.device.link_bandwidth)
 
