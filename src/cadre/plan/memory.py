@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from cadre.plan.shape import Block, Experts, Latent, Shape
+from cadre.plan.shape import Block, Latent, Shape
 
 if TYPE_CHECKING:
     from cadre.plan.layout import Layout, Pipeline, Workload
@@ -253,8 +253,8 @@ def _held(cuts: Pipeline, layout: Layout) -> Iterator[tuple[tuple[Stage, ...], f
 
 
 def rows_sent(work: Workload, ranks: int) -> float:
-    """Rows of a token in an all-to-all over so many ranks: of a recipe, as `cadre train` sends them, one for each that holds some
-    of its experts, itself included; else one for each expert."""
+    """Rows of a token in an all-to-all over so many ranks: of a recipe, as `cadre train` sends them, one for each that holds
+    some of its experts, itself included; else one for each expert."""
     experts = work.shape.experts
     assert experts is not None
     return experts.touched(ranks) if work.degrees is not None else experts.num_experts_per_tok

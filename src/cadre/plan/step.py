@@ -106,8 +106,8 @@ def _all_to_all(work: Workload, layout: Layout) -> float:
 
     With DeepSeek's kernels a token goes once to each node that holds some of its experts, min(top-k, node limit) at most, and
     from there to each expert over the node's own links; both happen at once (arXiv 2412.19437, section 3.2.2). `cadre train`
-    sends it once to each device that holds some of its experts, wherever that is, in one all-to-all, with 8 bytes a choice forward and 4
-    backward. Dispatch is in 8 bits where the training is, combine is not.
+    sends it once to each device that holds some of its experts, wherever that is, in one all-to-all, with 8 bytes a choice
+    forward and 4 backward. Dispatch is in 8 bits where the training is, combine is not.
     """
     experts = work.shape.experts
     if layout.expert == 1 or experts is None:
