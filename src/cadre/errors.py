@@ -40,6 +40,10 @@ class RefusedError(RunError):
     status = 2
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 # Of what was given, as many characters are repeated.
 _LONGEST = 80
 _REFUSALS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT))

@@ -4,7 +4,7 @@ from typer.testing import CliRunner
 
 import cadre
 from cadre.cli.chat import chat
-from cadre.errors import UsageError
+from cadre.errors import Terminated, UsageError
 from cadre.infer.chat import Conversation
 from cadre.infer.sampling import Sampling
 
@@ -51,6 +51,16 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model_dir, monkeypatch):
 
     monkeypatch.setattr(Conversation, "reply", reply)
     assert run(model_dir, "one\ntwo\n").stdout == "half \nwhole\n"
+
+
+def test_sigterm_ends_the_conversation(model_dir, monkeypatch):
+    def reply(self, line):
+        yield "half "
+        raise Terminated
+
+    monkeypatch.setattr(Conversation, "reply", reply)
+    result = run(model_dir, "one\ntwo\n")
+    assert result.stdout == "half " and result.exit_code == 130  # what Typer makes of it; `cadre` itself tells them apart
 
 
 @pytest.mark.parametrize(

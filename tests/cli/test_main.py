@@ -1,5 +1,6 @@
 """The console entry: whatever is wrong ends in one line on standard error and the right status."""
 
+import signal
 import subprocess
 import sys
 
@@ -38,13 +39,18 @@ def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status,
     assert capsys.readouterr() == ("", line)
 
 
-def test_an_interrupt_has_its_own_status(monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("cadre.train.recipe.read_recipe", interrupted)
-    assert call(monkeypatch, "train") == 130
-    assert "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_told_and_has_its_own_status(monkeypatch, capsys, number, status):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("cadre.train.recipe.read_recipe", lambda *_, **__: signal.raise_signal(number))
+    try:
+        assert call(monkeypatch, "train") == status
+        assert capsys.readouterr() == ("", "cadre: interrupted\n")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # one of several processes: their launcher tells
+        assert call(monkeypatch, "train") == 130
+        assert capsys.readouterr() == ("", "")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_version(monkeypatch, capsys):

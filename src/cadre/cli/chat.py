@@ -10,7 +10,7 @@ import typer
 from cadre.cli.models import load_with_tokenizer
 from cadre.cli.options import MaxTokens, Model, Seed, Temperature, TopK, TopP
 from cadre.cli.progress import printable
-from cadre.errors import UsageError
+from cadre.errors import Terminated, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,8 @@ def chat(
     while True:
         try:
             line = _read(console)
+        except Terminated:
+            raise
         except (EOFError, KeyboardInterrupt):
             return
         if line.strip() == "/quit":
@@ -78,6 +80,8 @@ def _answer(conversation: Conversation, line: str) -> None:
     try:
         for piece in pieces:
             typer.echo(shown(piece), nl=False)
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         pass
     typer.echo()

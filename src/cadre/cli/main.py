@@ -5,11 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import RunError, Terminated, UsageError
+
+
+class _Verbs(TyperGroup):
+    """Typer ends an interrupted command without a word, and with one status for every signal. The processes of a run that has
+    several leave it so: the one that started them tells what happened."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as ended:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                raise
+            _end_interrupted(ended)
 
 
 def _app() -> typer.Typer:
@@ -27,6 +41,7 @@ def _app() -> typer.Typer:
 
     app = typer.Typer(
         name="cadre",
+        cls=_Verbs,
         help="Train and run DeepSeek-style language models, cheaply, from 2 CPU cores up.",
         no_args_is_help=True,
         add_completion=False,
@@ -79,19 +94,19 @@ def main() -> None:
     except RunError as error:
         _end(str(error), error.status)
     except KeyboardInterrupt as ended:
-        _end("interrupted", 128 + (signal.SIGTERM if isinstance(ended, _Terminated) else signal.SIGINT))
+        _end_interrupted(ended)
     except Exception as error:
         _end_of_usage(error)
         _end_of_memory(error)
         raise
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
 def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
+    raise Terminated
+
+
+def _end_interrupted(ended: KeyboardInterrupt) -> NoReturn:
+    _end("interrupted", 128 + (signal.SIGTERM if isinstance(ended, Terminated) else signal.SIGINT))
 
 
 def _end_of_usage(error: Exception) -> None:
@@ -108,7 +123,7 @@ def _end_of_memory(error: Exception) -> None:
         _end("this machine has not enough memory for that: use a smaller model, batch or sequence", 1)
 
 
-def _end(message: str, status: int) -> None:
+def _end(message: str, status: int) -> NoReturn:
     print("cadre: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)
 
