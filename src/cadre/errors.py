@@ -46,7 +46,15 @@ class Terminated(KeyboardInterrupt):
 
 # Of what was given, as many characters are repeated.
 _LONGEST = 80
-_REFUSALS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT))
+_REFUSALS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+     errno.EBUSY, errno.ELOOP)
+)  # fmt: skip
+
+
+def read_error(what: object, error: OSError) -> UsageError:
+    """The error to raise when a file or folder could not be read, or not even be looked at."""
+    return UsageError(f"{what}: cannot be read ({error.strerror or error})")
 
 
 def write_error(what: str, error: Exception) -> RunError:

@@ -3,14 +3,36 @@
 import errno
 import json
 import os
+import stat
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, read_error
 
 _BLOCK = 2**22
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def kind_of(path: Path) -> Literal["file", "folder", "other"] | None:
+    """What is at a path, links followed; "other" are pipes and devices, None is nothing. Raises `UsageError` where that cannot
+    be told: below a folder that is closed to us, for a name that is too long."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno in _NOTHING_THERE:
+            return None
+        raise read_error(path, error) from None
+    except ValueError:  # no file has such a name
+        return None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def require_regular(path: Path) -> None:
+    """Raises `UsageError` for a pipe or a device, which might keep a reader waiting for ever."""
+    if kind_of(path) == "other":
+        raise UsageError(f"{path}: is a pipe or a device; wanted a file")
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -39,6 +61,7 @@ def require_folder(path: Path) -> None:
 
 def read_json(path: Path) -> Any:
     """The file's content. Raises `UsageError` if it is missing or no JSON."""
+    require_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -39,6 +39,31 @@ def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status,
     assert capsys.readouterr() == ("", line)
 
 
+@pytest.mark.parametrize("error, status, line", [
+    (PermissionError(13, "Permission denied", "a/b"), 2, "cadre: a/b: Permission denied\n"),
+    (OSError(36, "File name too long", "xxx"), 2, "cadre: xxx: File name too long\n"),
+    (OSError(5, "Input/output error", "a/b"), 1, "cadre: a/b: Input/output error\n"),
+])  # fmt: skip
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, status, line):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("cadre.train.recipe.read_recipe", failing)
+    assert call(monkeypatch, "train") == status
+    assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval", "routes", "plan", "convert", "data", "train"])
+def test_a_name_that_is_too_long_is_one_line(monkeypatch, capsys, tmp_path, verb):
+    monkeypatch.chdir(tmp_path)
+    further = {"generate": ["x"], "convert": ["y"], "data": ["--out", "y"]}.get(verb, [])
+    assert call(monkeypatch, verb, "x" * 300, *further) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("cadre: ") and shown.err.count("\n") == 1
+    assert "File name too long" in shown.err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_told_and_has_its_own_status(monkeypatch, capsys, number, status):
     before = signal.getsignal(signal.SIGTERM)

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,52 @@ def test_any_bytes_are_either_read_exactly_or_refused(tmp_path_factory, raw):
         assert str(file) in str(error)
         return
     assert document == Document(str(file), raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "entry", "place"),
+    [
+        (0o000, "", "s"),
+        (0o444, "", "s/b.txt"),
+        (0o000, "s", "s"),
+        (0o000, "s/b.txt", "s/b.txt"),
+        (0o444, "s/b.txt", "s/b.txt"),
+        (0o000, "s/*.txt", "s/*.txt"),
+        (0o311, "s/*.txt", "s"),
+        (0o000, "*/*.txt", "s"),
+        (0o000, "**/*.txt", "s"),
+    ],
+)
+def test_text_below_a_closed_folder_is_not_lost(nobodys_folder, mode, entry, place):
+    (nobodys_folder / "a.txt").write_text("a")
+    (nobodys_folder / ".git").mkdir(mode=0)  # which nobody would read
+    (nobodys_folder / "s").mkdir()
+    (nobodys_folder / "s" / "b.txt").write_text("b")
+    (nobodys_folder / "s").chmod(mode)
+    assert refusal(nobodys_folder / entry) == f"{nobodys_folder / place}: cannot be read (Permission denied)"
+    if not entry:
+        with pytest.raises(UsageError, match="cannot be read"):
+            passed_over(str(nobodys_folder))
+
+
+@pytest.mark.parametrize("entry", ["x" * 256, "x" * 300 + ".txt", "x" * 300 + "/*.txt", "a/" + "x" * 5000])
+def test_a_name_that_is_too_long(entry):
+    assert refusal(entry) == f"{entry}: cannot be read (File name too long)"
+
+
+@pytest.mark.parametrize("source", ["", [""], ["sotu", ""]])
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, source):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.py").write_text("b")
+    monkeypatch.chdir(tmp_path)
+    assert refusal(source) == "the name of a text is empty: give files, folders or the word sotu"
+    assert passed_over(source) is None
+
+
+@pytest.mark.parametrize("name", ["f.txt", "f.jsonl", "f.parquet.gz"])
+def test_nobody_waits_for_a_pipe(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert refusal(tmp_path / name) == f"{tmp_path / name}: is a pipe or a device; wanted a file"
 
 
 def test_missing_paths_and_unknown_kinds_are_refused_at_once(tmp_path):

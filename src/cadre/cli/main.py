@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cadre.errors import RunError, Terminated, UsageError
+from cadre.errors import RunError, Terminated, UsageError, write_error
 
 
 class _Verbs(TyperGroup):
@@ -98,6 +98,7 @@ def main() -> None:
     except Exception as error:
         _end_of_usage(error)
         _end_of_memory(error)
+        _end_of_file(error)
         raise
 
 
@@ -121,6 +122,12 @@ def _end_of_usage(error: Exception) -> None:
 def _end_of_memory(error: Exception) -> None:
     if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
         _end("this machine has not enough memory for that: use a smaller model, batch or sequence", 1)
+
+
+def _end_of_file(error: Exception) -> None:
+    """What the system refused and nobody put into words."""
+    if isinstance(error, OSError) and error.filename is not None:
+        _end(f"{error.filename}: {error.strerror}", write_error("", error).status)
 
 
 def _end(message: str, status: int) -> NoReturn:

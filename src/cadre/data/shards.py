@@ -32,7 +32,7 @@ from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, SUFFIXES, Document, pass
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from cadre.errors import UsageError, write_error
-from cadre.files import stamp, sync
+from cadre.files import kind_of, require_regular, stamp, sync
 from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 
 FORMAT = 1
@@ -118,7 +118,7 @@ class TokenData:
         manifest = _read_manifest(path)
         for name, expected in manifest["files"].items():
             file = path / name
-            if not file.is_file():
+            if kind_of(file) != "file":
                 raise UsageError(f"{path}: damaged token data, {name} is missing: delete the folder and prepare again")
             if stamp(file) != expected:
                 raise UsageError(
@@ -250,9 +250,10 @@ def _cache() -> Path:
 
 def _find(folder: Path, inputs: dict[str, Any], *, cached: bool) -> TokenData | None:
     """The token data in the folder if it was made from these inputs; None if it is still to be made."""
-    if not folder.exists():
+    there = kind_of(folder)
+    if there is None:
         return None
-    if not folder.is_dir():
+    if there != "folder":
         raise UsageError(f"{folder}: is a file; give a folder")
     if not any(folder.iterdir()):
         return None
@@ -393,13 +394,14 @@ def _separator(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
+        require_regular(file)
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["format"]
         if version == FORMAT and not manifest.keys() >= _KEYS:
             raise KeyError(*(_KEYS - manifest.keys()))
     except FileNotFoundError as error:
         raise UsageError(f"{path}: holds no token data ({MANIFEST} is missing); make it with cadre data") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file}: not a manifest of token data ({error!r})") from error
     if version != FORMAT:
         raise UsageError(f"{file}: format {version}, and this version of Cadre reads format {FORMAT}: prepare again")

@@ -13,6 +13,7 @@ import gzip
 import importlib.util
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from cadre.data.remote import Remote, is_remote, list_remote
-from cadre.errors import RunError, UsageError
+from cadre.errors import RunError, UsageError, read_error
+from cadre.files import kind_of, read_json, require_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,16 +63,23 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All files of a folder, at any depth, but for hidden ones and those in hidden folders."""
-    inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return (path for path in inside if path.is_file())
+    """All files of a folder, at any depth, but for hidden ones and those in hidden folders. Raises `UsageError` for a folder
+    that cannot be read: what it holds would be lost without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise read_error(error.filename, error)
+
+    for where, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = (Path(where, name) for name in files if not name.startswith("."))
+        yield from (path for path in inside if kind_of(path) == "file")
 
 
 def passed_over(source: str | list[str]) -> str | None:
     """What the folders of a source hold beside what can be read, such as "20 .py, 1 .json"; None if nothing."""
     kinds: Counter[str] = Counter()
     for entry in [source] if isinstance(source, str) else source:
-        if entry == SOTU or is_remote(entry) or not Path(entry).is_dir():
+        if not entry or entry == SOTU or is_remote(entry) or kind_of(Path(entry)) != "folder":
             continue
         others = (path for path in _visible(Path(entry)) if _kind(path) not in SUFFIXES)
         kinds.update(path.suffix.lower() or "without suffix" for path in others)
@@ -111,25 +120,44 @@ def _files(entry: str) -> list[tuple[Path | Remote, str]]:
         if not found:
             raise UsageError(f"{entry}: holds no file that can be read; wanted {_KINDS}")
         return [(file, str(file)) for file in found]
+    if not entry:
+        raise UsageError("the name of a text is empty: give files, folders or the word sotu")
     path = Path(entry)
-    if not path.exists() and glob.has_magic(entry):
-        matched = map(Path, glob.glob(entry, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        matches = sorted(p for p in matched if _kind(p) in SUFFIXES and p.is_file())
+    there = kind_of(path)
+    if there is None and glob.has_magic(entry):
+        matches = sorted(p for p in _matching(path) if _kind(p) in SUFFIXES and kind_of(p) == "file")
         if not matches:
             raise UsageError(f"{entry}: the pattern matches no file that can be read; wanted {_KINDS}")
         _refuse_shards(matches)
         return [(p, str(p)) for p in matches]
-    if path.is_dir():
+    if there == "folder":
         below = files_below(path)
         if not below:
             raise UsageError(f"{path}: the folder holds no file that can be read; wanted {_KINDS}")
         _refuse_shards(below)
         return [(p, str(p)) for p in below]
-    if not path.exists():
+    if there is None:
         raise UsageError(f"{path}: no such file or folder")
+    require_regular(path)
     if _kind(path) not in SUFFIXES:
         raise UsageError(f"{path}: cannot read a {path.suffix or 'file without suffix'}; wanted {_KINDS}")
     return [(path, str(path))]
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """What a pattern stands for. Raises `UsageError` for a folder that would have to be read and cannot be: the library passes
+    it over."""
+    # Path.glob takes no absolute pattern.
+    for part in (pattern, *pattern.parents):
+        if glob.has_magic(part.name) or part.parent.name == "**":
+            for folder in glob.glob(str(part.parent), recursive=True):  # noqa: PTH207
+                try:
+                    os.scandir(folder).close()
+                except NotADirectoryError:
+                    pass
+                except OSError as error:
+                    raise read_error(folder, error) from None
+    return [Path(name) for name in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207
 
 
 def token_data(source: str | list[str]) -> Path | None:
@@ -140,8 +168,8 @@ def token_data(source: str | list[str]) -> Path | None:
 
 def _is_token_data(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(folder / MANIFEST)
+    except UsageError:
         return False  # or somebody else's file of that name
     return isinstance(manifest, dict) and manifest.keys() >= {"format", "vocab_size", "held_out"}
 
@@ -202,7 +230,7 @@ def _open(path: Path | Remote) -> Iterator[IO[bytes]]:
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path}: the gzip file is damaged ({error})") from error
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise read_error(path, error) from error
     except (UsageError, RunError):
         raise
     except Exception as error:  # a store's own, such as a connection that broke off
