@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 
 import pytest
@@ -56,6 +57,60 @@ def test_no_model_directory(tmp_path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(UsageError, match=r"is no model directory: not a folder$"):
         model_directory(tmp_path / "file")
+
+
+def test_a_model_in_a_closed_folder(nobodys_folder):
+    (nobodys_folder / "model").mkdir(mode=0)
+    with pytest.raises(UsageError) as caught:
+        model_directory(nobodys_folder)
+    assert str(caught.value) == f"{nobodys_folder / 'model' / 'config.json'}: cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("read", [model_directory, load_config])
+def test_a_name_that_is_too_long(read):
+    with pytest.raises(UsageError, match=r"^x+.*: cannot be read \(File name too long\)$"):
+        read("x" * 300)
+
+
+def test_weights_that_may_not_be_read(nobodys_folder):
+    file = nobodys_folder / WEIGHTS
+    save_file({"a": torch.zeros(1)}, file)
+    file.chmod(0)
+    with pytest.raises(UsageError) as caught:
+        stored_tensors(nobodys_folder)
+    assert str(caught.value) == f"{file}: cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "other.safetensors", INDEX, "generation_config.json"])
+def test_nobody_waits_for_a_pipe(model_path, name):
+    (model_path / WEIGHTS).unlink()
+    (model_path / name).unlink(missing_ok=True)
+    os.mkfifo(model_path / name)
+    with pytest.raises(UsageError) as caught:
+        load_config(model_path)
+        stored_tensors(model_path)
+    assert str(caught.value) == f"{model_path / name}: is a pipe or a device; wanted a file"
+
+
+def test_an_index_of_a_name_that_is_too_long(sharded_path):
+    (sharded_path / INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}))
+    refused(sharded_path, "cannot be read .File name too long")
+
+
+@pytest.mark.parametrize("name", [INDEX, "generation_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"eos_token_id": ' + "1" * 5000 + "}", "[]"])
+def test_json_that_is_deep_or_long_or_no_object(sharded_path, name, content):
+    (sharded_path / name).write_text(content)
+    with pytest.raises(UsageError) as caught:
+        load_config(sharded_path)
+        stored_tensors(sharded_path)
+    assert str(caught.value).startswith(str(sharded_path / name)) and "\n" not in str(caught.value)
+
+
+def test_a_layer_of_a_number_that_python_does_not_read(model_path, config):
+    tensors = load_file(model_path / WEIGHTS)
+    save_file({**tensors, f"model.layers.{'9' * 5000}.x": torch.zeros(1)}, model_path / WEIGHTS)
+    assert load_config(model_path) == config(num_nextn_predict_layers=1)
 
 
 def test_load_config(model_path, config):

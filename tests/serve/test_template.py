@@ -85,7 +85,7 @@ def test_none_without_any_file(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UsageError, match=r"tokenizer_config\.json: the chat template cannot be read"):
+    with pytest.raises(UsageError, match=r"tokenizer_config\.json: cannot be read as JSON"):
         read_template(tmp_path)
 
 

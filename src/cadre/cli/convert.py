@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cadre.errors import UsageError
+from cadre.files import kind_of
 
 
 class Format(StrEnum):
@@ -43,14 +44,15 @@ def convert(
     """Write a model as GGUF, which llama.cpp reads, or as a Hugging Face directory: of another dtype, or of a GGUF file."""
     from cadre.hub.directory import model_directory
 
-    if not force and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+    there = kind_of(target)
+    if not force and there is not None and (there != "folder" or any(target.iterdir())):
         raise UsageError(f"{target}: is there already: choose another name, or give --force to write over it")
     if (to or (Format.gguf if target.suffix == ".gguf" else Format.hf)) == Format.gguf:
         from cadre.hub.gguf import write_gguf
 
-        if source.is_file():
+        if kind_of(source) == "file":
             raise UsageError(f"{source}: is a file; GGUF is written of a model directory")
-        if target.is_dir():
+        if there == "folder":
             raise UsageError(f"{target}: is a folder; a GGUF model is a file, such as {target / 'model.gguf'}")
         write_gguf(source, target, dtype.value if dtype else None, _progress if sys.stderr.isatty() else lambda *_: None)
     else:
@@ -65,7 +67,7 @@ def convert(
         kinds = {Dtype.f32: torch.float32, Dtype.f16: torch.float16, Dtype.bf16: torch.bfloat16}
         wanted = kinds[dtype] if dtype else None
         with ExitStack() as stack:
-            if source.is_file():
+            if kind_of(source) == "file":
                 read = read_gguf(source, wanted)
                 model, tokenizer, like = read.model, read.tokenizer, stack.enter_context(tokenizer_files(read))
             else:

@@ -13,6 +13,7 @@ import typer
 from cadre.cli.models import load_with_tokenizer
 from cadre.cli.options import Json, Model, Quantize
 from cadre.errors import RunError, UsageError
+from cadre.files import kind_of
 
 if TYPE_CHECKING:
     from cadre.data.sources import Document
@@ -55,7 +56,7 @@ def evaluate(
     from cadre.study.excerpts import held_out_text
 
     source = [*(data or []), *(more or [])]
-    run = next((folder for folder in (model, model.parent) if (folder / "recipe.toml").is_file()), None)
+    run = next((folder for folder in (model, model.parent) if kind_of(folder / "recipe.toml") == "file"), None)
     documents: Iterable[Document]
     if source:
         documents = read_documents(source)
@@ -63,7 +64,7 @@ def evaluate(
             typer.echo(f"note: {run} was trained on {trained}: leave --data out to score what it held out", err=True)
     elif run is not None:
         documents = held_out_text(run)
-    elif model.exists():
+    elif kind_of(model) is not None:
         raise UsageError(f"{model}: is no run with text held out: say with --data what to read")
     else:
         raise UsageError(f"{model}: no such file or folder")
@@ -109,14 +110,14 @@ def _trained_on(run: Path, source: list[str]) -> str | None:
 
     try:
         own = held_recipe(run).data.source
+        entries = [_place(entry) for entry in ([own] if isinstance(own, str) else own)]
     except UsageError:
         return None  # its text is not what is asked for
-    entries = [_place(entry) for entry in ([own] if isinstance(own, str) else own)]
     return next((entry for entry in source if any(_place(entry).is_relative_to(each) for each in entries)), None)
 
 
 def _place(entry: str) -> Path:
-    return Path(entry).resolve() if Path(entry).exists() else Path(entry)
+    return Path(entry).resolve() if kind_of(Path(entry)) is not None else Path(entry)
 
 
 def _fields(score: Score) -> dict[str, float]:

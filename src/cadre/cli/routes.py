@@ -48,14 +48,14 @@ def routes(
 ) -> None:
     """What each expert took up: its typical tokens, contexts and documents, and who follows whom, as a page or JSON."""
     from cadre.cli.progress import counting
-    from cadre.files import replace_file
+    from cadre.files import kind_of, replace_file
     from cadre.hub.directory import display_name, load_config
     from cadre.study.excerpts import held_out_text, read_text, sample
     from cadre.study.routes import LETTERS_PER_PLACE, LETTERS_PER_TOKEN, gather, sparse_layers, study
     from cadre.study.routes_page import render
     from cadre.train.report import ROUTES_PAGE, link_routes
 
-    run = model if (model / "recipe.toml").is_file() else None
+    run = model if kind_of(model / "recipe.toml") == "file" else None
     source = [*(data or []), *(more or [])]
     documents: Iterable[Document]
     if source:

@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cadre.errors import UsageError
-from cadre.files import read_json_object
+from cadre.errors import UsageError, read_error
+from cadre.files import kind_of, read_json_object, require_regular
 from cadre.model.config import ModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -38,19 +38,20 @@ def model_directory(path: str | Path) -> Path:
     path = Path(path)
     for folder in (path, path / "model"):
         for candidate in (folder, set_aside(folder)):
-            if (candidate / "config.json").is_file():
+            if kind_of(candidate / "config.json") == "file":
                 return candidate
-    if path.is_dir():
+    there = kind_of(path)
+    if there == "folder":
         raise UsageError(f"{path}: is no model directory: no config.json")
-    if path.is_file() and path.suffix == ".gguf":
+    if there == "file" and path.suffix == ".gguf":
         raise UsageError(f"{path}: is no model directory: make one of it with cadre convert {path} DIR")
-    raise UsageError(f"{path}: is no model directory: {'not a folder' if path.exists() else 'no such folder'}")
+    raise UsageError(f"{path}: is no model directory: {'not a folder' if there else 'no such folder'}")
 
 
 def display_name(path: str | Path) -> str:
     """What to call a model: its folder's name, a run's for the model in it."""
     path = Path(path).resolve()
-    in_run = path.name == "model" and (path.parent / "recipe.toml").is_file()
+    in_run = path.name == "model" and kind_of(path.parent / "recipe.toml") == "file"
     return path.parent.name if in_run else path.name
 
 
@@ -76,11 +77,11 @@ def load_config(path: str | Path) -> ModelConfig:
     `UsageError` if there is none, or none that Cadre can build.
     """
     path = Path(path)
-    if path.is_file():
+    if kind_of(path) == "file":
         return ModelConfig.from_file(path)
     directory = model_directory(path)
     config = config_with_eos(directory)
-    if config.num_nextn_predict_layers and any(directory.glob("*.safetensors")):
+    if config.num_nextn_predict_layers and _named(directory, ".safetensors"):
         config = without_absent_modules(config, stored_tensors(directory))
     return config
 
@@ -93,7 +94,7 @@ def config_with_eos(directory: Path) -> ModelConfig:
     """
     config = ModelConfig.from_file(directory / "config.json")
     file = directory / "generation_config.json"
-    if not file.exists():
+    if kind_of(file) is None:
         return config
     values = read_json_object(file)
     named, known = (_as_list(ids) for ids in (values.get("eos_token_id"), config.eos_token_id))
@@ -120,7 +121,8 @@ def without_absent_modules(config: ModelConfig, stored: dict[str, Stored]) -> Mo
 def modules_stored(config: ModelConfig, stored: dict[str, Stored]) -> list[int]:
     """The layer numbers beyond `num_hidden_layers` under which tensors are stored, in order."""
     parts = (name.split(".") for name in stored if name.startswith("model.layers."))
-    layers = {int(part[2]) for part in parts if part[2].isdecimal()}
+    # A number of more digits is no layer of any model; Python would not read thousands of them.
+    layers = {int(part[2]) for part in parts if part[2].isdecimal() and len(part[2]) < 10}
     return sorted(layer for layer in layers if layer >= config.num_hidden_layers)
 
 
@@ -129,7 +131,8 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 
     Raises `UsageError` naming the file: none but pickle files, a missing shard, a damaged file, a tensor in two files.
     """
-    placed = _index(directory) if not (directory / WEIGHTS).is_file() and (directory / INDEX).is_file() else {}
+    single, index = kind_of(directory / WEIGHTS), kind_of(directory / INDEX)
+    placed = _index(directory) if single is None and index is not None else {}
     files = [directory / name for name in sorted(set(placed.values()))] if placed else [_single(directory)]
     stored: dict[str, Stored] = {}
     for file in files:
@@ -144,17 +147,25 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 
 
 def _single(directory: Path) -> Path:
-    if (directory / WEIGHTS).is_file():
+    if kind_of(directory / WEIGHTS) is not None:
         return directory / WEIGHTS
-    found = sorted(directory.glob("*.safetensors"))
+    found = _named(directory, ".safetensors")
     if len(found) == 1:
         return found[0]
     if found:
         raise UsageError(f"{directory}: holds {len(found)} safetensors files, but no {INDEX} that joins them")
-    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
+    pickles = _named(directory, *_PICKLES)
     if pickles:
-        raise UsageError(f"{directory / pickles[0]}: pickle files can run code; Cadre loads safetensors only")
+        raise UsageError(f"{pickles[0]}: pickle files can run code; Cadre loads safetensors only")
     raise UsageError(f"{directory}: holds a config.json but no weights: no {WEIGHTS}")
+
+
+def _named(directory: Path, *suffixes: str) -> list[Path]:
+    """What lies in a folder under names of these endings, in order."""
+    try:
+        return sorted(file for file in directory.iterdir() if file.suffix in suffixes)
+    except OSError as error:
+        raise read_error(directory, error) from None
 
 
 def _index(directory: Path) -> dict[str, str]:
@@ -169,7 +180,7 @@ def _index(directory: Path) -> dict[str, str]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise UsageError(f"{path}: {name!r} is not the name of a safetensors file beside it")
-        if not (directory / name).is_file():
+        if kind_of(directory / name) is None:
             raise UsageError(f"{directory}: {name} is missing, though {INDEX} lists it")
     if not names:
         raise UsageError(f"{path}: lists no tensors")
@@ -177,6 +188,11 @@ def _index(directory: Path) -> dict[str, str]:
 
 
 def _header(file: Path) -> dict[str, Stored]:
+    require_regular(file)
+    try:
+        file.open("rb").close()  # the library takes whatever it may not read for missing
+    except OSError as error:
+        raise read_error(file, error) from None
     # Opening checks that the header is sound and that it covers the file's bytes exactly.
     try:
         with safe_open(file, framework="numpy") as tensors:

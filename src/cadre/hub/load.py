@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cadre.errors import UsageError
-from cadre.files import read_json_object
+from cadre.files import kind_of, read_json_object
 from cadre.hub.directory import (
     Stored,
     config_with_eos,
@@ -79,7 +79,7 @@ def load(
 
 def load_tokenizer_of(directory: Path, config: ModelConfig) -> Tokenizer | None:
     """The tokenizer of a model directory, None if it has none. Raises `UsageError` if it has more ids than the model."""
-    if not (directory / "tokenizer.json").is_file():
+    if kind_of(directory / "tokenizer.json") is None:
         return None
     from cadre.hub.tokenizer import check_vocabulary, load_tokenizer
 

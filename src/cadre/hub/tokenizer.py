@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cadre.errors import UsageError
-from cadre.files import replace_file
+from cadre.errors import UsageError, read_error
+from cadre.files import kind_of, read_json_object, replace_file, require_regular
 
 SPECIAL_TOKENS = BOS, EOS, *_ = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 
@@ -85,11 +85,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises UsageError if there is none or it cannot be read.
     """
     path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
+    file = path / "tokenizer.json" if kind_of(path) == "folder" else path
+    if kind_of(file) is None:
         raise UsageError(f"{file}: no such tokenizer; wanted a tokenizer.json or a directory that holds one")
+    require_regular(file)
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise read_error(file, error) from error
     except Exception as error:  # the library raises bare Exception
         raise UsageError(f"{file}: not a tokenizer.json that the tokenizers library reads ({error})") from error
     tokenizer.no_truncation()
@@ -122,14 +125,16 @@ def template_source(directory: Path) -> tuple[str | None, dict[str, Any]]:
     in `chat_template.jinja` or there (the one named `default` if there are several). Raises `UsageError` for files that cannot
     be read."""
     config, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    try:
-        values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        source = own.read_text(encoding="utf-8") if own.is_file() else values.get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{config}: the chat template cannot be read ({error})") from None
+    values = {} if kind_of(config) is None else read_json_object(config)
+    source = values.get("chat_template")
+    if kind_of(own) == "file":
+        try:
+            source = own.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{own}: the chat template cannot be read ({error})") from None
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[-1].get("template") if named else None
     return source if isinstance(source, str) and source else None, values
 
 
