@@ -45,7 +45,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
     """The values that a text holds. Raises `UsageError`, which says `where`."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number may be too long for the reader, brackets too deep
         raise UsageError(f"{where}: not valid TOML: {error}") from None
 
 

@@ -120,6 +120,9 @@ def test_set_replaces_one_value(override, where):
     ("data.separate_documents=yes", ["data.separate_documents", "boolean"]),
     ("data.source=3", ["data.source"]),
     ("data.vocab_size=10", ["data.vocab_size", "260"]),
+    ("data.vocab_size=16777217", ["data.vocab_size", "16777216"]),
+    ("train.steps=" + "1" * 5000, ["train.steps", "integer"]),
+    ("train.steps=" + "[" * 100_000, ["train.steps", "integer"]),
     ("data.seq_len=65", ["data.seq_len is 65", "max_position_embeddings (64)"]),
     ("optimizer.lr=inf", ["optimizer.lr", "finite"]),
     ("optimizer.lr=nan", ["optimizer.lr"]),
@@ -183,7 +186,8 @@ def test_top_k_above_what_the_groups_allow_is_refused():
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ("[model", "not valid TOML"), ("", "model is missing"), ("model = 3", "model is 3"),
+    ("[model", "not valid TOML"), ("x = " + "[" * 100_000, "not valid TOML"), ("x = " + "1" * 5000, "not valid TOML"),
+    ("", "model is missing"), ("model = 3", "model is 3"),
     ("[model]\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1", "model."),
     ("[model]\nfrom = 3\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1.0", "model.from is 3"),
     (TEXT.replace("[model]", "[modle]"), "unknown key modle; did you mean model?"),

