@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from cadre.data.shards import prepare
 from cadre.data.tokenizer import MIN_VOCAB_SIZE, _in_stretches, train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import (
@@ -77,6 +78,14 @@ def test_numbers_are_cut_into_groups_of_three():
 def test_a_vocabulary_below_the_bytes_is_refused(size):
     with pytest.raises(UsageError, match=f"vocab_size {size} is too small.*260"):
         train_tokenizer(TEXTS, size)
+
+
+@pytest.mark.parametrize("size", [2**24 + 1, 2**31, 2**63, 10**20])
+def test_a_vocabulary_beyond_all_bounds_is_refused(size, tmp_path):
+    with pytest.raises(UsageError, match=f"^vocab_size {size} is too large: it must be at most 16,777,216$"):
+        train_tokenizer(TEXTS, size)
+    with pytest.raises(UsageError, match=f"^vocab_size {size} is too large"):
+        prepare("sotu", vocab_size=size, out=tmp_path / "out")
 
 
 def test_save_and_load_keep_the_tokenizer(tmp_path):

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, SUFFIXES, Document, passed_over, read_documents, token_data
 from cadre.data.split import Split, pieces, split_documents
-from cadre.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from cadre.data.tokenizer import check_size, train_tokenizer
 from cadre.errors import UsageError, write_error
 from cadre.files import kind_of, require_regular, stamp, sync
 from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
@@ -169,8 +169,8 @@ def prepare(
     if given is not None and vocab_size is not None:
         raise UsageError("a tokenizer brings its own vocabulary: give tokenizer or vocab_size, not both")
     size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
-    if given is None and size < MIN_VOCAB_SIZE:
-        raise UsageError(f"vocab_size {size} is too small: byte-level BPE needs at least {MIN_VOCAB_SIZE}")
+    if given is None:
+        check_size(size)
     if given is not None:
         _separator(given)
     names = [source] if isinstance(source, str) else list(source)

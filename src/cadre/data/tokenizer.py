@@ -11,6 +11,8 @@ from cadre.errors import UsageError
 from cadre.hub.tokenizer import LLAMA3_SPLIT, SPECIAL_TOKENS
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+# Far beyond any tokenizer; from 2**31 on the library ends the process.
+MOST_VOCAB_SIZE = 2**24
 
 
 # Training takes time in the square of the longest stretch that the rule does not split.
@@ -30,6 +32,17 @@ def _in_stretches(texts: Iterable[str]) -> Iterator[str]:
         yield text[place:]
 
 
+def check_size(vocab_size: int) -> None:
+    """Raises UsageError for a size that no tokenizer can be trained to."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UsageError(
+            f"vocab_size {vocab_size} is too small: byte-level BPE needs at least {MIN_VOCAB_SIZE}"
+            f" (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
+    if vocab_size > MOST_VOCAB_SIZE:
+        raise UsageError(f"vocab_size {vocab_size} is too large: it must be at most {MOST_VOCAB_SIZE:,}")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016, section 3.2; on bytes as in the GPT-2 report, section 2.2).
 
@@ -37,13 +50,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     vocabulary. Ids 0 to 3 are `<|bos|>`, `<|eos|>`, `<|user|>`, `<|assistant|>`. The same texts give the same
     tokenizer. A small corpus may run out of pairs to merge before `vocab_size` entries are reached.
 
-    Raises UsageError if `vocab_size` is below 260 (256 bytes and the special tokens).
+    Raises UsageError if `vocab_size` is below 260 (256 bytes and the special tokens), or above `MOST_VOCAB_SIZE`.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UsageError(
-            f"vocab_size {vocab_size} is too small: byte-level BPE needs at least {MIN_VOCAB_SIZE}"
-            f" (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
-        )
+    check_size(vocab_size)
     # ignore_merges is part of the rule that "llama-bpe" names: a word that is an entry is never split.
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
