@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import errno
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from pydantic_core import ErrorDetails
 
@@ -66,6 +67,16 @@ def write_error(what: str, error: Exception) -> RunError:
     if getattr(error, "errno", None) in _REFUSALS:
         return RefusedError(f"{what}: {reason}: choose another place")
     return RunError(f"{what}: {reason}")
+
+
+@contextmanager
+def encodable(what: str) -> Iterator[None]:
+    """Within it a text is encoded. Raises `UsageError` where the tokenizer has no token for a part of it, nor one for what it
+    does not know."""
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"the tokenizer cannot encode {what} ({' '.join(str(error).split())})") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

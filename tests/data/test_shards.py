@@ -166,6 +166,15 @@ def test_a_given_tokenizer_of_many_entries_is_stored_in_32_bits(corpus, tmp_path
     assert data.tokenizer.decode(ids, skip_special_tokens=True) == "".join(TEXTS)
 
 
+def test_text_that_a_given_tokenizer_has_no_tokens_for_is_refused(corpus, tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"yes": 0}))
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    save_tokenizer(tokenizer, tmp_path / "t")
+    with pytest.raises(UsageError, match=r"^the tokenizer cannot encode the text \(WordLevel error"):
+        prepare(corpus, tokenizer=tmp_path / "t", out=tmp_path / "out")
+    assert listing(tmp_path) == ["corpus.jsonl", "t"]
+
+
 def test_what_the_tokenizer_puts_before_a_text_stands_before_each(corpus, tmp_path):
     """As Llama 3's does: scoring and generating start from it, so training has to."""
     plain = train_tokenizer(TEXTS, 300)

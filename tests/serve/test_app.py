@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from cadre.serve import page
 from cadre.serve.replies import CadreFacts
@@ -51,6 +52,14 @@ def test_tokenize_messages(live):
 def test_tokenize_refuses(live, path, body):
     answer = live.post(path, None, content=json.dumps(body), headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for(monkeypatch):
+    model, tokenizer = parts()[0], Tokenizer(models.WordLevel({"yes": 0}))
+    monkeypatch.setattr("tests.serve.live.parts", lambda: (model, tokenizer))
+    with Live() as server:
+        answer = server.post("/tokenize", {"prompt": "no"})
+    assert answer.status_code == 400 and "cannot encode the prompt" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/", "/page/style.css", "/health", "/metrics", "/v1/models", "/v1/models/tiny", "/nowhere"])

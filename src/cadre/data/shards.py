@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, SUFFIXES, Document, passed_over, read_documents, token_data
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import check_size, train_tokenizer
-from cadre.errors import UsageError, write_error
+from cadre.errors import UsageError, encodable, write_error
 from cadre.files import kind_of, require_regular, stamp, sync
 from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 
@@ -333,7 +333,8 @@ def _write(
     waiting: list[tuple[_Writer, Document | None, bool, str]] = []
 
     def flush() -> None:
-        encoded = encoder.encode_batch_fast([text for *_, text in waiting], add_special_tokens=False)
+        with encodable("the text"):
+            encoded = encoder.encode_batch_fast([text for *_, text in waiting], add_special_tokens=False)
         for (writer, starting, last, _), encoding in zip(waiting, encoded, strict=True):
             if starting is not None:
                 writer.start_document(starting)

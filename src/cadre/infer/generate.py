@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import RunError, UsageError, encodable
 from cadre.infer.engine import Engine, Output, Request
 from cadre.infer.pages import bytes_for, cache_dtype
 from cadre.infer.sampling import Sampling
@@ -116,12 +116,15 @@ def generate(
 
 
 def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt's ids, never none. Raises `UsageError` for text that is no Unicode (half a surrogate pair)."""
+    """A prompt's ids, never none. Raises `UsageError` for text that is no Unicode (half a surrogate pair), and where the
+    tokenizer has no token for a part of it."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt is not valid Unicode text (character {error.start})") from None
-    return tokenizer.encode(prompt).ids or [document_start(config, tokenizer)]
+    with encodable("the prompt"):
+        ids = tokenizer.encode(prompt).ids
+    return ids or [document_start(config, tokenizer)]
 
 
 def _engine(model: Transformer, tokenizer: Tokenizer | None, request: Request, speculate: int = 0) -> Engine:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cadre.errors import encodable
 from cadre.infer.engine import Request
 from cadre.infer.generate import encode_prompt
 from cadre.infer.sampling import Sampling
@@ -138,8 +139,12 @@ class Service:
             )  # fmt: skip
         # Unlike `encode`, these let other threads run meanwhile; the fast one tells no offsets.
         batch = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
-        encode = partial(batch, add_special_tokens=special)
-        return (await self.admission.in_thread(self.admission.texts, encode, [text]))[0]
+
+        def encode() -> Encoding:
+            with encodable("the prompt"):
+                return batch([text], add_special_tokens=special)[0]
+
+        return await self.admission.in_thread(self.admission.texts, encode)
 
     def new_tokens(self, prompt: Prompt, asked: int | None, param: str, default: int | None = None) -> int:
         """How many tokens to generate at most. Raises `ApiError` for a prompt that leaves no room for those asked for."""
