@@ -1,5 +1,8 @@
+import io
+
 import pytest
 import typer
+from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
 
 import cadre
@@ -51,6 +54,19 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model_dir, monkeypatch):
 
     monkeypatch.setattr(Conversation, "reply", reply)
     assert run(model_dir, "one\ntwo\n").stdout == "half \nwhole\n"
+
+
+def test_standard_output_may_be_closed(model_dir, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n"))
+    chat(model_dir, max_tokens=2)
+
+
+def test_a_line_that_the_tokenizer_has_no_tokens_for(model_dir, tmp_path):
+    model, _ = cadre.load(model_dir)
+    cadre.save(model, tmp_path / "m", Tokenizer(models.WordLevel({"yes": 0})))
+    refused = run(tmp_path / "m", "no\n").exception
+    assert isinstance(refused, UsageError) and str(refused).startswith("the tokenizer cannot encode the prompt (WordLevel ")
 
 
 def test_sigterm_ends_the_conversation(model_dir, monkeypatch):

@@ -1,7 +1,10 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
+from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
 
 import cadre
@@ -14,8 +17,8 @@ APP = typer.Typer()
 APP.command()(generate)
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+def run(*arguments: object, **options: object):
+    return CliRunner().invoke(APP, [str(argument) for argument in arguments], **options)
 
 
 def library(model_dir, prompt, **options):
@@ -60,6 +63,33 @@ def test_bad_input_is_a_usage_error_and_prints_nothing(model_dir, arguments, mes
     assert result.stdout == ""
     with pytest.raises(UsageError, match=message):
         raise result.exception
+
+
+def test_a_prompt_from_standard_input(model_dir):
+    assert run(model_dir, "-", "--seed", 4, input="The people").stdout == run(model_dir, "The people", "--seed", 4).stdout
+    refused = run(model_dir, "-", input=b"caf\xe9").exception
+    assert isinstance(refused, UsageError) and str(refused) == "standard input is not UTF-8 (byte 0xe9)"
+
+
+def test_a_prompt_from_a_folder(model_dir, monkeypatch):
+    def read():
+        raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, read=read))
+    with pytest.raises(UsageError, match=r"^standard input: cannot be read \(Is a directory\)$"):
+        generate(model_dir, "-")
+
+
+def test_standard_output_may_be_closed(model_dir, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    generate(model_dir, "yes", max_tokens=2)
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for(model_dir, tmp_path):
+    model, _ = cadre.load(model_dir)
+    cadre.save(model, tmp_path / "m", Tokenizer(models.WordLevel({"yes": 0})))
+    refused = run(tmp_path / "m", "no").exception
+    assert isinstance(refused, UsageError) and str(refused).startswith("the tokenizer cannot encode the prompt (WordLevel ")
 
 
 def test_no_tokens_to_generate_is_bad_usage(model_dir):

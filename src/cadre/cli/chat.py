@@ -9,7 +9,7 @@ import typer
 
 from cadre.cli.models import load_with_tokenizer
 from cadre.cli.options import MaxTokens, Model, Seed, Temperature, TopK, TopP
-from cadre.cli.progress import printable
+from cadre.cli.progress import from_standard_input, shown
 from cadre.errors import Terminated, UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def chat(
     # Prompts are for people: with lines from a pipe, standard output holds the answers only.
     if sys.stdin is None:
         return
-    console = Console(highlight=False) if sys.stdin.isatty() and sys.stdout.isatty() else None
+    console = Console(highlight=False) if sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty() else None
     if console:
         console.print("/reset forgets what was said, /quit or Ctrl-D leaves, Ctrl-C stops an answer.", style="dim")
     while True:
@@ -65,10 +65,7 @@ def _read(console: Console | None) -> str:
     """One line without its end. Raises `EOFError` after the last."""
     if console:
         return console.input("[bold cyan]>[/] ")
-    try:
-        line = sys.stdin.readline()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+    line = from_standard_input(sys.stdin.readline)
     if not line:
         raise EOFError
     return line.rstrip("\r\n")
@@ -76,7 +73,6 @@ def _read(console: Console | None) -> str:
 
 def _answer(conversation: Conversation, line: str) -> None:
     pieces = conversation.reply(line)
-    shown = printable if sys.stdout.isatty() else str
     try:
         for piece in pieces:
             typer.echo(shown(piece), nl=False)

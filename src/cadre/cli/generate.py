@@ -32,12 +32,12 @@ def generate(
     json_output: Json = False,
 ) -> None:
     """Continue a prompt; the text is printed as the model writes it, without the prompt."""
-    from cadre.cli.progress import printable
+    from cadre.cli.progress import from_standard_input, shown
     from cadre.infer.generate import pieces, prepare
     from cadre.infer.sampling import Sampling
 
     if prompt == "-" and sys.stdin is not None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = from_standard_input(sys.stdin.read)
     loaded, tokenizer = load_with_tokenizer(model, quantize)
     drafts = max(1, len(loaded.mtp)) if speculative else 0
     sampling = Sampling(temperature, top_p, top_k, seed=seed)
@@ -48,7 +48,6 @@ def generate(
             result |= {"drafts_proposed": engine.stats.drafts_proposed, "drafts_accepted": engine.stats.drafts_accepted}
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
-    shown = printable if sys.stdout.isatty() else str  # what is piped is exactly what was written
     for piece in pieces(engine):
         typer.echo(shown(piece), nl=False)
     typer.echo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from cadre.errors import UsageError, read_error
 from cadre.train.recipe import UNTIMED
 from cadre.units import clock
 
@@ -97,3 +99,18 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 def printable(text: str) -> str:
     """What a model wrote, without what a terminal would take for commands."""
     return text.translate(_CONTROLS)
+
+
+def shown(text: str) -> str:
+    """What a model wrote as it goes to standard output: what is piped is exactly what was written."""
+    return printable(text) if sys.stdout is not None and sys.stdout.isatty() else text
+
+
+def from_standard_input(read: Callable[[], str]) -> str:
+    """What `read`, a method of standard input, gives. Raises `UsageError` if it cannot."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+    except OSError as error:
+        raise read_error("standard input", error) from None
