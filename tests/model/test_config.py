@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import example, given
 
 from cadre.errors import UsageError
 from cadre.model.config import ModelConfig
+from cadre.model.transformer import Transformer
 from tests import published
 from tests.shapes import FAMILIES, configs, small
 
@@ -37,6 +39,25 @@ REFUSED = [
         )
     ),
     ("llama", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000; it must be at most 10,000"),
+    *(
+        ("deepseek_v3", {name: value}, f"{name} is {value}; it must be at most {most:,}")
+        for names, most in (
+            (("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank"), 2**20),
+            (("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 2**20),
+            (("n_routed_experts", "n_shared_experts"), 2**16),
+            (("vocab_size",), 2**24),
+            (("max_position_embeddings",), 2**40),
+        )
+        for name in names
+        for value in (most + 1, 2**63, 10**30)
+    ),
+    ("llama", {"num_attention_heads": 2**63, "head_dim": 8}, "num_attention_heads is 9223372036854775808; it must be at most"),
+    ("llama", {"head_dim": 2**63}, "head_dim is 9223372036854775808; it must be at most 1,048,576"),
+    (
+        "llama",
+        {"rope_parameters": {**YARN, "original_max_position_embeddings": 10**400}},
+        "rope_parameters.original_max_position_embeddings is 10",
+    ),
     ("llama", {"intermediate_size": None}, "intermediate_size is missing; llama needs it"),
     ("llama", {"intermediate_size": 0}, "intermediate_size is 0; it must be at least 1"),
     ("llama", {"head_dim": 0}, "head_dim is 0; it must be at least 1"),
@@ -208,6 +229,22 @@ def test_other_spellings_of_transformers():
     assert ModelConfig.from_hf(renamed) == ModelConfig.from_hf(values)
     values.update(n_group=None, topk_group=None, num_key_value_heads=None)
     assert ModelConfig.from_hf(values) == ModelConfig.from_hf(renamed)
+
+
+def test_a_context_beyond_all_numbers_is_refused():
+    values = {**small("llama").to_hf(), "max_position_embeddings": 10**400}
+    values["rope_parameters"] = {"rope_type": "yarn", "original_max_position_embeddings": 16}
+    with pytest.raises(UsageError, match="max_position_embeddings is 10"):
+        ModelConfig.from_hf(values)
+
+
+def test_the_largest_dimensions_can_be_built():
+    """No tensor's bytes overflow."""
+    wide = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank"), 2**20)
+    wide |= dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"), 2**20)
+    wide |= dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_routed_experts", "n_shared_experts"), 2**16)
+    with torch.device("meta"):
+        Transformer(small("deepseek_v3", vocab_size=2**24, **wide))
 
 
 def test_greedy_choice_never_looks_at_groups():

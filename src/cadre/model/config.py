@@ -29,6 +29,16 @@ from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
 # Far beyond any model: a config that asks for more is damaged, and building it would take hours.
 MOST_LAYERS = 10_000
+_MOST_WIDTH, _MOST_PARTS, _MOST_WORDS, _MOST_POSITIONS = 2**20, 2**16, 2**24, 2**40
+# With these no tensor has so many elements that their bytes could not be counted in 63 bits.
+_MOST = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank",
+                     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim"), _MOST_WIDTH),
+    **dict.fromkeys(("num_attention_heads", "n_routed_experts", "n_shared_experts"), _MOST_PARTS),
+    **dict.fromkeys(("num_hidden_layers", "num_nextn_predict_layers"), MOST_LAYERS),
+    "vocab_size": _MOST_WORDS,
+    "max_position_embeddings": _MOST_POSITIONS,
+}  # fmt: skip
 
 ModelType = Literal["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"]
 
@@ -162,9 +172,9 @@ class ModelConfig(BaseModel):
         _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                   "max_position_embeddings")  # fmt: skip
         _at_least(self, 0, "num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace")
-        for name in ("num_hidden_layers", "num_nextn_predict_layers"):
-            if getattr(self, name) > MOST_LAYERS:
-                _refuse(name, getattr(self, name), f"at most {MOST_LAYERS:,}")
+        for name, most in _MOST.items():
+            if (getattr(self, name) or 0) > most:
+                _refuse(name, getattr(self, name), f"at most {most:,}")
         if not 0 < self.rms_norm_eps < 1:
             _refuse("rms_norm_eps", self.rms_norm_eps, "a number between 0 and 1")
         if not 0 < self.initializer_range < 1:
@@ -282,6 +292,8 @@ class ModelConfig(BaseModel):
         if rope.rope_type in ("yarn", "llama3") and (context is None or context < 1):
             _refuse("rope_parameters.original_max_position_embeddings", context,
                     f"the context length before {rope.rope_type} scaling, at least 1")  # fmt: skip
+        if context is not None and context > _MOST_POSITIONS:
+            _refuse("rope_parameters.original_max_position_embeddings", context, f"at most {_MOST_POSITIONS:,}")
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
             least, most = getattr(rope, low), getattr(rope, high)
             if not 0 < least < most:

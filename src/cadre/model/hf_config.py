@@ -152,7 +152,7 @@ def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, An
     if rope.get("rope_type") in ("yarn", "llama3"):
         rope.setdefault("original_max_position_embeddings", longest["max_position_embeddings"])
     lengths = (rope.get("original_max_position_embeddings"), longest.get("max_position_embeddings"))
-    known = all(isinstance(length, int) and length > 0 for length in lengths)
+    known = all(isinstance(length, int) and 0 < length < 2**63 for length in lengths)
     if rope.get("rope_type") == "yarn" and rope.get("factor") is None and known:
         rope["factor"] = longest["max_position_embeddings"] / rope["original_max_position_embeddings"]
     if rope.get("truncate", True) is None:
