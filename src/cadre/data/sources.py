@@ -275,16 +275,24 @@ def _jsonl_text(line: str, where: str) -> str:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not a JSON object ({error})") from error
-    text = record.get(_field(record)) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        held = f"it has {', '.join(record) or 'none'}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
+    name = _field(record) if isinstance(record, dict) else ""
+    if not isinstance(record, dict) or name not in record:
+        held = f"it has {', '.join(record) or 'none'}" if isinstance(record, dict) else f"it is {_kind_of_json(record)}"
         held = held[:200].encode("utf-8", "replace").decode()  # half a surrogate pair could not be printed
-        raise UsageError(f'{where}: no string field "text" or "content" in this line ({held})')
+        raise UsageError(f'{where}: no field "text" or "content" in this line ({held})')
+    text = record[name]
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: {name} is {_kind_of_json(text)}; wanted a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError(f'{where}: "{_field(record)}" holds half a surrogate pair (character {error.start})') from error
+        raise UsageError(f'{where}: "{name}" holds half a surrogate pair (character {error.start})') from error
     return text
+
+
+def _kind_of_json(value: object) -> str:
+    names = {str: "a string", bool: "true or false", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _read_parquet(path: Path | Remote, name: str) -> Iterator[Document]:
