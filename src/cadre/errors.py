@@ -45,8 +45,8 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
 
-# Of what was given, as many characters are repeated.
-_LONGEST = 80
+# Of what was given, and of a message that repeats it, as many characters are shown.
+_LONGEST, _LONGEST_MESSAGE = 80, 400
 _REFUSALS = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
      errno.EBUSY, errno.ELOOP)
@@ -69,6 +69,14 @@ def write_error(what: str, error: Exception) -> RunError:
     return RunError(f"{what}: {reason}")
 
 
+def shorten(text: str, most: int = _LONGEST) -> str:
+    """The text, without its middle where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end - 3]}...{text[-end:]}"
+
+
 @contextmanager
 def encodable(what: str) -> Iterator[None]:
     """Within it a text is encoded. Raises `UsageError` where the tokenizer has no token for a part of it, nor one for what it
@@ -87,13 +95,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def explain(problem: ErrorDetails) -> str:
     """One of the problems in a pydantic error as one line."""
-    name = ".".join(str(part) for part in problem["loc"])
+    name = shorten(".".join(str(part) for part in problem["loc"]))
     if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
+        return shorten(str(problem["ctx"]["error"]), _LONGEST_MESSAGE)
     if problem["type"] == "extra_forbidden":
         return f"{name} is not a known field"
     if problem["type"] == "missing":
         return f"{name} is missing"
-    given = repr(problem["input"])
-    given = given if len(given) <= _LONGEST else given[: _LONGEST - 3] + "..."
-    return f"{name} is {given}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{name} is {shorten(repr(problem['input']))}; {problem['msg'][0].lower()}{problem['msg'][1:]}"

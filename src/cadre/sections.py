@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cadre.errors import UsageError, did_you_mean, explain
+from cadre.errors import UsageError, did_you_mean, explain, shorten
 
 
 class Section(BaseModel):
@@ -61,13 +61,13 @@ def _explain(kind: type[Section], error: ValidationError) -> str:
     first, *others = error.errors()
     if first["type"] == "missing":  # it may be there under a name with a slip in it
         first = next((each for each in others if each["type"] == "extra_forbidden"), first)
-    name = ".".join(str(part) for part in first["loc"])
+    name = shorten(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         fields = _fields_beside(kind, first["loc"])
         hint = did_you_mean(str(first["loc"][-1]), fields)
         return f"unknown key {name}{hint}; known here: {', '.join(fields)}"
     if first["type"] == "value_error" and name:
-        return f"{name}: {first['ctx']['error']}"
+        return f"{name}: {explain(first)}"
     return explain(first)
 
 

@@ -28,6 +28,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.mark.parametrize("error, status, line", [
     (UsageError("two\nlines  of\ttext"), 2, "cadre: two lines of text\n"),
     (RunError("the loss was not finite"), 1, "cadre: the loss was not finite\n"),
+    (UsageError("x" * 5000 + " is wrong"), 2, "cadre: " + "x" * 747 + "..." + "x" * 241 + " is wrong\n"),
     (DiskFullError("the disk is full"), 2, "cadre: the disk is full\n"),
 ])  # fmt: skip
 def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status, line):

@@ -121,7 +121,9 @@ def test_set_replaces_one_value(override, where):
     ("data.source=3", ["data.source"]),
     ("data.vocab_size=10", ["data.vocab_size", "260"]),
     ("data.vocab_size=16777217", ["data.vocab_size", "16777216"]),
-    ("train.steps=" + "1" * 5000, ["train.steps", "integer"]),
+    ("train.steps=" + "1" * 5000, ["train.steps is '111111", "111...111", "integer"]),
+    ("train." + "x" * 5000 + "=1", ["unknown key train.xxx", "xxx...xxx", "steps, batch"]),
+    ("model.hidden_size=" + "1" * 4000, ["model.hidden_size is 111", "111...111", "it must be at most 1,048,576"]),
     ("train.steps=" + "[" * 100_000, ["train.steps", "integer"]),
     ("data.seq_len=65", ["data.seq_len is 65", "max_position_embeddings (64)"]),
     ("optimizer.lr=inf", ["optimizer.lr", "finite"]),
@@ -144,7 +146,7 @@ def test_what_is_wrong_is_named_in_one_line(override, wanted):
     with pytest.raises(UsageError) as caught:
         parse_recipe(TEXT, "here", [override])
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 500
     for part in wanted:
         assert any(option in message for option in part.split("|")), message
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cadre.errors import RunError, Terminated, UsageError, write_error
+from cadre.errors import RunError, Terminated, UsageError, shorten, write_error
 
 
 class _Verbs(TyperGroup):
@@ -75,6 +75,8 @@ def _app() -> typer.Typer:
 # a step many times longer as soon as other work wants a core; this bound costs nothing when the machine is idle
 # (docs/log.md). The library reads it once, when torch is imported.
 _SPIN = "30000"
+# Of a message that repeats what it was given so many characters are shown: what is wrong begins it, what is right ends it.
+_LONGEST = 1000
 
 
 def main() -> None:
@@ -131,7 +133,7 @@ def _end_of_file(error: Exception) -> None:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    print("cadre: " + " ".join(message.split()), file=sys.stderr)
+    print("cadre: " + shorten(" ".join(message.split()), _LONGEST), file=sys.stderr)
     sys.exit(status)
 
 
