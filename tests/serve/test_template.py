@@ -83,6 +83,15 @@ def test_none_without_any_file(tmp_path):
     assert read_template(tmp_path) is None
 
 
+@pytest.mark.parametrize("name", [{}, [], None, 3])
+def test_a_template_of_an_odd_name_is_passed_over(tmp_path, name):
+    templates = [{"name": name, "template": "x"}, {"name": "default", "template": "D"}, 3]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert template_source(tmp_path)[0] == "D"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates[:1]}))
+    assert template_source(tmp_path)[0] is None
+
+
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UsageError, match=r"tokenizer_config\.json: cannot be read as JSON"):
