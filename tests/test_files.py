@@ -2,11 +2,15 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from cadre.errors import DiskFullError, RefusedError, RunError, write_error
-from cadre.files import replace_file, require_folder
+from cadre.cli.main import _app
+from cadre.data.shards import prepare
+from cadre.errors import DiskFullError, RefusedError, RunError, UsageError, write_error
+from cadre.files import replace_file, require_folder, require_local
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -45,6 +49,28 @@ def test_a_folder_that_can_be_had_is_left_as_it_was(tmp_path):
     (tmp_path / "held" / "file").touch()
     require_folder(tmp_path / "held")
     assert [path.name for path in (tmp_path / "held").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x", "gs://b", "file:///x"])
+def test_an_address_is_no_place_to_write_to(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    for write in (require_folder, lambda path: prepare("sotu", out=path)):
+        with pytest.raises(UsageError, match=f"^{address.replace(':///', '://')}: is an address"):
+            write(Path(address))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", [["data", "t.txt", "--out"], ["convert", "m"], ["routes", "m", "--data", "t.txt", "--out"]])
+def test_no_verb_makes_folders_of_an_address(tmp_path, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(_app(), [*verb, "s3://bucket/x"])
+    assert str(result.exception) == "s3://bucket/x: is an address; give a place on this machine"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_with_a_colon_is_no_address(tmp_path):
+    require_local(tmp_path / "a:b")
+    require_local(Path("12:/x"))
 
 
 def test_folders_of_a_common_parent_are_tried_at_once(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import stat
 import tempfile
 import zlib
@@ -48,8 +49,17 @@ def replace_file(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def require_local(path: Path) -> None:
+    """Raises `UsageError` for the address of a store, such as s3://bucket/folder: what is written stays on this machine, and
+    the address would make folders of its parts."""
+    address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(path))
+    if address:
+        raise UsageError(f"{address[1]}://{str(path)[address.end() :]}: is an address; give a place on this machine")
+
+
 def require_folder(path: Path) -> None:
-    """Raises OSError if a folder can neither be made nor written to; leaves nothing behind."""
+    """Raises OSError if a folder can neither be made nor written to, and `UsageError` for an address; leaves nothing behind."""
+    require_local(path)
     # Not made for the trial: who is at the same in a common parent would find it gone.
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
     longest = os.pathconf(there, "PC_NAME_MAX")

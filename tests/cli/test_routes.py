@@ -82,6 +82,10 @@ def test_bad_input_is_one_line(model_dir, text, tmp_path):
         ([model_dir], "is no run with text held out: say with --data what to read"),
         ([model_dir, "--data", tmp_path / "absent.txt"], "absent.txt: no such file"),
         ([tmp_path, "--data", text[0]], "is no model directory"),
+        *(
+            ([model_dir, "--data", text[0], "--out", out], f"--out {out or '.'}: is a folder; give a file, such as")
+            for out in ("", ".", "..", "/", str(tmp_path))
+        ),
     ):
         error = run(*arguments).exception
         assert isinstance(error, UsageError) and words in str(error) and "\n" not in str(error)

@@ -175,6 +175,11 @@ def test_text_that_a_given_tokenizer_has_no_tokens_for_is_refused(corpus, tmp_pa
     assert listing(tmp_path) == ["corpus.jsonl", "t"]
 
 
+def test_the_root_is_no_place_for_token_data(corpus):
+    with pytest.raises(UsageError, match=r"^/: is not empty"):
+        prepare(corpus, out=Path("/"))
+
+
 def test_what_the_tokenizer_puts_before_a_text_stands_before_each(corpus, tmp_path):
     """As Llama 3's does: scoring and generating start from it, so training has to."""
     plain = train_tokenizer(TEXTS, 300)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from cadre.errors import UsageError
-from cadre.files import kind_of
+from cadre.files import kind_of, require_local
 
 
 class Format(StrEnum):
@@ -44,6 +44,7 @@ def convert(
     """Write a model as GGUF, which llama.cpp reads, or as a Hugging Face directory: of another dtype, or of a GGUF file."""
     from cadre.hub.directory import model_directory
 
+    require_local(target)
     there = kind_of(target)
     if not force and there is not None and (there != "folder" or any(target.iterdir())):
         raise UsageError(f"{target}: is there already: choose another name, or give --force to write over it")

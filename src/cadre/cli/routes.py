@@ -48,13 +48,17 @@ def routes(
 ) -> None:
     """What each expert took up: its typical tokens, contexts and documents, and who follows whom, as a page or JSON."""
     from cadre.cli.progress import counting
-    from cadre.files import kind_of, replace_file
+    from cadre.files import kind_of, replace_file, require_local
     from cadre.hub.directory import display_name, load_config
     from cadre.study.excerpts import held_out_text, read_text, sample
     from cadre.study.routes import LETTERS_PER_PLACE, LETTERS_PER_TOKEN, gather, sparse_layers, study
     from cadre.study.routes_page import render
     from cadre.train.report import ROUTES_PAGE, link_routes
 
+    if out is not None:
+        require_local(out)
+        if kind_of(out) == "folder":
+            raise UsageError(f"--out {out}: is a folder; give a file, such as {out / ROUTES_PAGE}")
     run = model if kind_of(model / "recipe.toml") == "file" else None
     source = [*(data or []), *(more or [])]
     documents: Iterable[Document]

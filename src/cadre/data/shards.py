@@ -32,7 +32,7 @@ from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, SUFFIXES, Document, pass
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import check_size, train_tokenizer
 from cadre.errors import UsageError, encodable, write_error
-from cadre.files import kind_of, require_regular, stamp, sync
+from cadre.files import kind_of, require_local, require_regular, stamp, sync
 from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 
 FORMAT = 1
@@ -165,6 +165,8 @@ def prepare(
     holds something else, RunError if the disk is full or the text changes meanwhile.
     """
     say = progress or (lambda line: None)
+    if out is not None:
+        require_local(Path(out))
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if given is not None and vocab_size is not None:
         raise UsageError("a tokenizer brings its own vocabulary: give tokenizer or vocab_size, not both")
@@ -195,7 +197,7 @@ def prepare(
         inputs["documents"] = [split.entries[number] for number in range(len(names))]
     key = hashlib.sha256(json.dumps([FORMAT, inputs], sort_keys=True).encode()).hexdigest()[:32]
     folder = _cache() / key if out is None else Path(out).resolve()
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         existing = _find(folder, inputs, cached=out is None)
         if existing is not None:
