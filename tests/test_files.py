@@ -33,6 +33,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         (OSError(28, "No space left on device"), DiskFullError, "out: not saved: the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), DiskFullError, "out: not saved: the disk is full"),
         (PermissionError(13, "Permission denied"), RefusedError, "out: not saved: Permission denied: choose another place"),
+        (OSError(36, "File name too long"), RefusedError, "out: not saved: File name too long: choose another place"),
+        (OSError(16, "Device or resource busy"), RefusedError, "out: not saved: Device or resource busy: choose another place"),
         (OSError(5, "Input/output error"), RunError, "out: not saved: Input/output error"),
     ],
 )
