@@ -347,9 +347,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(recipe, monkeypatch, capsys, t
     assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("name", ["nonsense", "absent.toml", "corpus"])
+@pytest.mark.parametrize("name", ["nonsense", "absent.toml", "corpus", "", " "])
 def test_an_unknown_recipe_is_one_line(recipe, monkeypatch, capsys, name):
-    assert_refused(capsys, train(monkeypatch, name, "--out", "run"), "neither a file nor a shipped recipe|cannot be read")
+    wanted = "neither a file nor a shipped recipe|cannot be read" if name.strip() else "RECIPE is empty: name a shipped recipe"
+    assert_refused(capsys, train(monkeypatch, name, "--out", "run"), wanted)
     assert not Path("run").exists()
 
 

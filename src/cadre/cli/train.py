@@ -60,6 +60,8 @@ def train(
     from cadre.train.run import held_recipe
     from cadre.train.trainer import Silent
 
+    if recipe is not None and not recipe.strip():
+        raise UsageError("RECIPE is empty: name a shipped recipe or a TOML file, or leave it out to train pocket")
     if sum(x is not None for x in (steps, tokens, budget)) > 1:
         raise UsageError("--steps, --tokens and --budget exclude each other: give one")
     if resume is not None and out is not None:
@@ -82,7 +84,9 @@ def train(
             _refuse_used(out, with_recipe=(nproc or 1) > 1)
         chosen = choose_recipe(spent, rented, set_, began, line.note, nproc or 1)
     else:
-        named = recipe or ("pocket" if resume is None else str(resume / "recipe.toml"))
+        named = recipe
+        if named is None:
+            named = "pocket" if resume is None else str(resume / "recipe.toml")
         chosen = _with_length(read_recipe(named, set_), steps, tokens, budget, hardware)
     if nproc is not None and nproc > 1 and not started():
         path = resume or out or _new_folder(chosen.name)
