@@ -21,6 +21,7 @@ from cadre.plan.memory import state_bytes
 from cadre.plan.shape import Shape
 from cadre.train import run as run_module
 from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
+from cadre.train.metrics import read_metrics
 from cadre.train.recipe import read_recipe
 from cadre.train.run import check_fp8, check_memory, held_recipe, only_writer, resume, start
 from tests.runs import RECIPE, write_corpus
@@ -219,6 +220,9 @@ def test_a_run_that_began_with_a_model_and_died_at_once_begins_with_it_again(lab
     assert again.checkpoint is None
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), model.parameters(), strict=True))
     assert next(record["step"] for record in lab.train(again)[1].records if "bits_per_byte" in record) == 0
+    shutil.rmtree(again.path / "checkpoints")
+    lab.train(lab.resume("run"))
+    assert [record["step"] for record in read_metrics(again.path) if "bits_per_byte" in record] == [0, 6, 12]
     lab.start("other")
     (lab.folder / "base" / "config.json").unlink()
     with pytest.raises(UsageError, match=r"ended before its first checkpoint, and began with a model: .* no config\.json"):

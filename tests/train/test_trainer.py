@@ -345,6 +345,33 @@ def test_an_interrupt_before_the_first_step_leaves_a_run_that_can_go_on(lab, mon
     assert content(lab.folder / "run") == content(lab.folder / "whole")
 
 
+class _Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("best", ["false", "true"])
+def test_killed_after_its_last_step_a_run_writes_nothing_twice(lab, monkeypatch, best):
+    """Its last evaluations follow its last checkpoint, and are made again."""
+    options = [*EVERYTHING, "train.steps=12", f"checkpoint.best={best}"]  # evaluated at 4, 8 and, as the last, at 12
+    lab.train(lab.start("whole", *options))
+    lab.train(lab.start("run", *options), at={8: interrupt()})
+    for event in ("finished", "resumed", "finished"):  # the second time before, the others after the last evaluation
+
+        def dies(self, name, message, event=event, real=Trainer._event, **more):
+            if name == event:
+                raise _Killed
+            real(self, name, message, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_event", dies)
+            with pytest.raises(_Killed):
+                lab.train(lab.resume("run"))
+    lab.train(lab.resume("run"))
+    lab.train(lab.resume("run"))  # it had no report yet
+    assert content(lab.folder / "run") == content(lab.folder / "whole")
+    assert [record["step"] for record in read_metrics(lab.folder / "run") if record.get("event") == "finished"] == [12]
+
+
 def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back(lab):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):

@@ -22,7 +22,7 @@ What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,18 +73,21 @@ class MetricsLog:
 
     `resume_step` is the step training continues from: lines of later steps, which the resumed run writes again, are
     dropped first, so that N + N steps leave the records of 2N. A torn last line (`kill -9`, full disk) is always
-    dropped. The caller writes a step's records before it saves that step's checkpoint.
+    dropped. The caller writes a step's records before it saves that step's checkpoint, but for those that `again` knows: of
+    `resume_step` itself, what the resumed run writes again.
 
     Raises UsageError if an existing file is not a metrics file, RunError if the disk refuses.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, *, resume_step: int | None = None, again: Callable[[dict[str, Any]], bool] | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / FILE_NAME
         with _disk(self.path):
             run_dir.mkdir(parents=True, exist_ok=True)
-            _trim(self.path, resume_step)
+            _trim(self.path, resume_step, again or (lambda record: False))
             self._file = self.path.open("a", encoding="utf-8")
             self._board = SummaryWriter(
                 str(run_dir / TENSORBOARD_FOLDER), purge_step=None if resume_step is None else resume_step + 1
@@ -165,9 +168,12 @@ def _disk(path: Path) -> Iterator[None]:
         raise write_error(f"{path}: cannot be written", error) from error
 
 
-def _trim(path: Path, resume_step: int | None) -> None:
+def _trim(path: Path, resume_step: int | None, again: Callable[[dict[str, Any]], bool]) -> None:
+    def stays(record: dict[str, Any]) -> bool:
+        return resume_step is None or record["step"] < resume_step or (record["step"] == resume_step and not again(record))
+
     records, torn = _parse(path)
-    kept = [line for record, line in records if resume_step is None or record["step"] <= resume_step]
+    kept = [line for record, line in records if stays(record)]
     if torn or len(kept) < len(records):
         replace_file(path, b"".join(line + b"\n" for line in kept))
 

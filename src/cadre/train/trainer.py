@@ -39,6 +39,9 @@ _SKIPS_ALLOWED = 5
 # Held-out loss so far above its lowest is no noise of an evaluation.
 _RISEN = 1.01
 
+# Events that follow the checkpoint of a run's last step.
+_LAST_WORDS = ("in part", "finished")
+
 # `Result.stopped` of a run that no signal of its own stopped.
 OTHERS = "the end of another process"
 
@@ -144,7 +147,7 @@ class Trainer:
         resumed = progress.step if self.run.checkpoint is not None else None
         # Of several processes of a run the main one alone keeps others away.
         with only_writer(self.run.path) if self.parallel.main else nullcontext(), _StopSignals() as stop:
-            self.metrics = MetricsLog(self.run.path, resume_step=resumed or 0) if self.parallel.main else NoMetrics()
+            self.metrics = self._metrics(resumed) if self.parallel.main else NoMetrics()
             try:
                 self.gemm_rate = self._gemm_rate()
                 if resumed is not None:
@@ -188,6 +191,18 @@ class Trainer:
             finally:
                 self.metrics.close()
         return self._result(stopped)
+
+    def _metrics(self, resumed: int | None) -> MetricsLog:
+        """The log of a run that goes on from step `resumed`, or begins: without what it will write again."""
+        ends_here = self.progress.step >= self.progress.total_steps
+        best = self.recipe.checkpoint.best
+
+        def again(record: dict[str, Any]) -> bool:
+            # All else of a step is written before its checkpoint.
+            at_last = record.get("final") or (best and "bits_per_byte" in record) or record.get("event") in _LAST_WORDS
+            return ends_here and bool(at_last)
+
+        return MetricsLog(self.run.path, resume_step=-1 if resumed is None else resumed, again=again)
 
     def _stopping(self, stop: _StopSignals) -> bool:
         return self.parallel.anyone(stop.signal is not None or self.parallel.abandoned or self.saver.failed)
