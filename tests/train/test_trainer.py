@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -480,6 +481,25 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(lab, monkeypatch):
     load(lab.folder / "run")
     lab.train(lab.resume("run"))
     assert content(lab.folder / "run") == content(lab.folder / "whole")
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "removed before the first step"])
+def test_a_folder_that_is_gone_is_one_error(lab, monkeypatch, how):
+    """TensorBoard's thread, which meets it too, has nothing to add."""
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    hook = threading.excepthook
+    run = lab.start("run", "train.log_every=1", "checkpoint.every=100", "eval.every=100")
+
+    def go() -> None:
+        run.path.rename(lab.folder / "elsewhere") if how == "renamed" else shutil.rmtree(run.path)
+
+    if how == "removed before the first step":
+        go()
+    with pytest.raises(RunError, match=r"run: the run's folder is gone"):
+        # TensorBoard writes when it will: the sleep lets it.
+        Trainer(run, Watcher({3: go, 6: lambda: time.sleep(0.3)})).train()
+    assert failed == [] and threading.excepthook is hook
 
 
 def test_whatever_ends_a_run_a_checkpoint_on_its_way_is_completed(lab, monkeypatch):

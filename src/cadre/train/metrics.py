@@ -22,6 +22,7 @@ What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cadre.errors import UsageError, write_error
+from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
 from cadre.train.loads import load_ratio
 
@@ -85,6 +86,8 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / FILE_NAME
+        self._hook = threading.excepthook
+        threading.excepthook = self._unless_boards
         with _disk(self.path):
             run_dir.mkdir(parents=True, exist_ok=True)
             _trim(self.path, resume_step, again or (lambda record: False))
@@ -107,9 +110,17 @@ class MetricsLog:
             self._mirror(record)
 
     def close(self) -> None:
-        with _disk(self.path):
-            self._file.close()
-            self._board.close()
+        try:
+            with _disk(self.path):
+                self._file.close()
+                self._board.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _unless_boards(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread; what that meets on the disk is raised by the write after it, and once is enough."""
+        if not (type(failed.thread).__module__.startswith("tensorboard.") and issubclass(failed.exc_type, OSError)):
+            self._hook(failed)
 
     def _mirror(self, record: dict[str, Any]) -> None:
         step = record["step"]
@@ -160,10 +171,17 @@ def load_colours(ratio: ArrayLike) -> NDArray[np.float64]:
     return np.concatenate([colours, np.abs(excess)[..., None] ** 0.8], axis=-1)
 
 
+def folder_gone(run_dir: Path) -> RunError:
+    """The error to raise when a run finds its folder, or what it has written there, no longer."""
+    return RunError(f"{run_dir}: the run's folder is gone: somebody has removed or renamed it, or files in it, meanwhile")
+
+
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError:
+        raise folder_gone(path.parent) from None
     except OSError as error:
         raise write_error(f"{path}: cannot be written", error) from error
 

@@ -40,7 +40,7 @@ from cadre.plan.count import count
 from cadre.plan.memory import state_bytes
 from cadre.plan.shape import Shape
 from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
-from cadre.train.metrics import read_metrics
+from cadre.train.metrics import folder_gone, read_metrics
 from cadre.train.parallel.auto import device_here, settle
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import DataSection, ParallelSection, Recipe, TrainSection, read_recipe
@@ -378,8 +378,12 @@ def _batches(recipe: Recipe, config: ModelConfig, data: TokenData, parallel: Par
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Keep others from training the run meanwhile. Raises `UsageError` if one is at it; a killed one holds nothing."""
-    handle = os.open(path, os.O_RDONLY)
+    """Keep others from training the run meanwhile. Raises `UsageError` if one is at it; a killed one holds nothing. Raises
+    `RunError` if somebody has removed the folder."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise folder_gone(path) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
