@@ -39,7 +39,8 @@ def save_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, stat
 
 
 def state(step: int) -> dict:
-    return {"step": step, "total_steps": 99, "length": [99, None], "identity": {}, "window": [[0.1 + 0.2, 1e-300]]}
+    identity = {"model": {}, "tokenizer": "abc", "corpus": "def"}
+    return {"step": step, "total_steps": 99, "length": [99, None], "identity": identity, "window": [[0.1 + 0.2, 1e-300]]}
 
 
 def everything(model: Transformer, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -222,7 +223,38 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
 
 def test_state_is_plain_json(tmp_path):
     path = save_checkpoint(tmp_path, *build(1), state(1), keep=1)
-    assert json.loads((path / "state.json").read_text()) == {**state(1), "checksums": read_state(path)["checksums"]}
+    read = json.loads((path / "state.json").read_text())
+    assert read == {**state(1), "checksums": read_state(path)["checksums"], "checksum": read["checksum"]}
+
+
+def test_a_state_that_was_changed_is_refused(tmp_path):
+    file = save_checkpoint(tmp_path, *build(1), state(1), keep=1) / "state.json"
+    read = json.loads(file.read_text())
+    file.write_text(json.dumps(read))  # laid out otherwise it says the same
+    assert read_state(file.parent)["total_steps"] == 99
+    file.write_text(json.dumps({**read, "total_steps": 98}))
+    with pytest.raises(UsageError, match=r"damaged checkpoint \(state\.json is not as it was written\)"):
+        read_state(file.parent)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("step", "4"), ("step", 4.5), ("step", -1), ("step", True), ("step", None), ("total_steps", []), ("length", [1]),
+    ("length", None), ("identity", {}), ("identity", {"model": 5, "tokenizer": "a", "corpus": "b"}), ("identity", "x"),
+    ("checksums", None), ("checksums", []), ("checksums", {"weights.safetensors": 5}), ("tokens", "many"), ("seconds", "long"),
+    ("skipped_in_row", {}), ("columns", [5]), ("window", 5), ("window", [5]), ("window", [["x"]]), ("batches", {"windows": 5}),
+    ("batches", [1]), ("balance", {"window_steps": 2}), ("balance", {"window_steps": 2, "window": [[0.5]]}), ("balance", 5),
+    ("alarm", {"since": []}), ("alarm", {"since": [None], "sounding": ["yes"]}), ("lowest", ["low"]), ("risen", [5]),
+])  # fmt: skip
+def test_a_state_of_the_wrong_types_is_set_aside(tmp_path, key, value):
+    """As another version, or a hand, may have written it: without a checksum of its own."""
+    older, newest = [save_checkpoint(tmp_path, *build(1), state(number), keep=2) for number in (1, 2)]
+    read = {name: part for name, part in json.loads((newest / "state.json").read_text()).items() if name != "checksum"}
+    (newest / "state.json").write_text(json.dumps(read))
+    assert read_state(newest)["step"] == 2
+    (newest / "state.json").write_text(json.dumps({**read, key: value}))
+    notes: list[str] = []
+    module.set_aside_damaged(tmp_path, notes.append)
+    assert checkpoints(tmp_path) == [older] and f"damaged checkpoint (state.json: {key}" in notes[0]
 
 
 def three(folder: Path) -> list[Path]:

@@ -2,7 +2,8 @@
 
 checkpoints/step-00000500/weights.safetensors     float32 masters and router biases
                           optimizer.safetensors   moments by parameter name
-                          state.json              step, data position, schedule, identity of model and data, checksums
+                          state.json              step, data position, schedule, identity of model and data, checksums of
+                                                  the other files, and its own
 """
 
 from __future__ import annotations
@@ -11,26 +12,76 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cadre.errors import UsageError, write_error
+from cadre.errors import UsageError, explain, write_error
 from cadre.files import checksum, sync
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from cadre.train.optimizer import Optimizer
 
-_STATE = {"step", "total_steps", "length", "identity", "checksums"}
 _NAME = re.compile(r"step-(\d{8})")
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Nothing = Annotated[dict[str, Any], Field(max_length=0)]
+
+
+class _Batches(_Checked):
+    windows: list[_Count]
+    mixed: _Count
+
+
+class _Balance(_Checked):
+    window_steps: _Count
+    window: list[list[_Count]]
+
+
+class _Alarm(_Checked):
+    since: list[_Count | None]
+    sounding: list[bool]
+
+
+class _Identity(_Checked):
+    model: dict[str, Any]
+    tokenizer: str
+    corpus: str
+
+
+class _State(_Checked):
+    """What `state.json` must be: the trainer's `Progress`, and what stands beside it."""
+
+    step: _Count
+    total_steps: _Count
+    length: Annotated[list[float | None], Field(min_length=2, max_length=2)]
+    identity: _Identity
+    checksums: dict[str, dict[str, Any]]
+    tokens: _Count = 0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    skipped_in_row: _Count = 0
+    columns: list[str] = []
+    window: list[list[float]] = []
+    batches: _Batches | _Nothing = {}
+    balance: _Balance | _Nothing = {}
+    alarm: _Alarm | _Nothing = {}
+    lowest: list[float] = []
+    risen: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -92,8 +143,9 @@ def begin(partial: Path) -> None:
 def publish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, Any], keep: int) -> None:
     """Complete a checkpoint whose tensors are written in `files`, by name their `checksum`, give it its name, and drop older
     ones. Raises OSError."""
+    state = {**state, "checksums": files}
     with (partial / "state.json").open("w", encoding="utf-8") as file:
-        json.dump({**state, "checksums": files}, file, indent=1)
+        json.dump({**state, _OWN: _own_checksum(state)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync(partial)
@@ -106,14 +158,25 @@ def publish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, 
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The plain part of a checkpoint. Raises `UsageError` if it cannot be read."""
+    """The plain part of a checkpoint. Raises `UsageError` if it cannot be read or is not as it was written."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or not state.keys() >= _STATE:
-            raise ValueError("state.json lacks parts of a checkpoint's state")
+        if isinstance(state, dict) and _OWN in state and state.pop(_OWN) != _own_checksum(state):  # older ones have none
+            raise ValueError("state.json is not as it was written")
+        _State.model_validate(state)
         return state
-    except (OSError, ValueError) as error:
+    except ValidationError as error:
+        raise DamagedError(path, f"state.json: {explain(error.errors()[0])}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(path, error) from None
+
+
+_OWN = "checksum"
+
+
+def _own_checksum(state: dict[str, Any]) -> str:
+    """Of all else in `state.json`, however it is laid out."""
+    return f"{zlib.crc32(json.dumps(state, sort_keys=True).encode()):08x}"
 
 
 def set_aside_damaged(run_dir: Path, note: Callable[[str], None]) -> None:
