@@ -104,6 +104,32 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path.read_text(encoding="utf-8")
 
 
+NONSENSE: list[object] = [
+    5, -1, 10**400, 1e300, True, "many", "", None, [], {}, [5], [[]], ["x"], [["x"]], [None], [[None]], [[1], [1, 2]],
+    [[0.5, 0.5]] * 9, {"a": 5}, [{}],
+]  # fmt: skip
+
+
+def test_nonsense_in_the_metrics_is_left_out(tmp_path: Path) -> None:
+    """A run that has trained for days gets its report, whatever somebody has written into its metrics."""
+    whole = fake_records(8)
+    fields = sorted({key for record in whole for key in record} - {"step"} | {"layer", "final", "part"})
+    bad = [{**whole[-1], key: value} for key in fields for value in NONSENSE]
+    bad += [{"step": step, **dict.fromkeys(fields, value)} for step in (2, 9, -1, 10**400) for value in NONSENSE]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*whole, *bad]))
+    page = write_report(tmp_path, SUMMARY).read_text()
+    assert "Training loss" in page and "Expert load" in page
+
+
+@pytest.mark.parametrize("key", ["load", "load_layers", "max_vio", "max_vio_window", "mtp_loss", "loss", "bits_per_byte", "event"])
+@pytest.mark.parametrize("value", [5, [[1], [1, 2]]], ids=["number", "lists"])
+def test_nonsense_all_the_way_leaves_out_its_section(tmp_path: Path, key: str, value: object) -> None:
+    lines = [json.dumps({**record, key: value} if key in record else record) + "\n" for record in fake_records(8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    page = write_report(tmp_path, SUMMARY).read_text()
+    assert ("Expert load" in page) == (key != "load") and ("Training loss" in page) == (key != "loss" or value == 5)
+
+
 def test_the_page_is_self_contained(page: str) -> None:
     links = re.findall(r"""(?:src|href|srcset|action|data)\s*=\s*["']?([^"'\s>]+)""", page)
     links += re.findall(r"""url\(["']?([^"')]+)""", page)

@@ -23,7 +23,7 @@ What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,42 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises UsageError if another line is not a record.
     """
     return [record for record, _ in _parse(run_dir / FILE_NAME)[0]]
+
+
+def well_formed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records in the order of their steps, for whoever draws them, without the fields that are not what this file says:
+    others may write there too."""
+    kept = (_well_formed(record) for record in records if 0 <= record["step"] < 2**53)
+    return sorted(kept, key=lambda record: record["step"])
+
+
+# No value of a run is larger; larger ones overflow where they are drawn.
+_LARGEST = 1e30
+
+
+def _well_formed(record: dict[str, Any]) -> dict[str, Any]:
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(item is None or number(item) for item in value)
+
+    def matrix(value: Any) -> bool:
+        rows = isinstance(value, list) and all(numbers(row) for row in value)
+        return rows and len({len(row) for row in value}) == 1 and len(value[0]) > 0
+
+    checks = {
+        **dict.fromkeys((*TAGS, "seconds"), number), **dict.fromkeys(("mtp_loss", *LAYER_TAGS), numbers), "load": matrix,
+        "load_layers": lambda value: isinstance(value, list) and all(isinstance(layer, int) for layer in value),
+        "event": lambda value: isinstance(value, str), "message": lambda value: isinstance(value, str),
+        "layer": lambda value: isinstance(value, int),
+    }  # fmt: skip
+    kept = {key: value for key, value in record.items() if value is not None and checks.get(key, lambda _: True)(value)}
+    layers = kept.get("load_layers")
+    for key in ("load", *LAYER_TAGS):
+        if layers is not None and key in kept and len(kept[key]) != len(layers):
+            del kept[key]
+    return kept
 
 
 def load_colours(ratio: ArrayLike) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from cadre.errors import UsageError, write_error
 from cadre.files import replace_file
 from cadre.train import figures
 from cadre.train.figures import Record, curve_figure, load_figure, series
-from cadre.train.metrics import load_colours, read_metrics
+from cadre.train.metrics import load_colours, read_metrics, well_formed
 from cadre.units import duration, short, si, size
 
 __all__ = ["curve_figure", "load_figure", "write_report"]
@@ -48,15 +48,15 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
     """Writes `run_dir/report.html` atomically from the run's metrics and `summary`; returns its path.
 
     `summary` needs "name"; its optional parts are command, config, counts, data, machine, result, samples, model_dir,
-    load_line, cost and prediction (rows of `cadre.plan.here.compare`). Whatever is missing, there or in the metrics, leaves
-    its section out. The page makes no outside request. Raises RunError if the disk refuses, UsageError if the metrics are
+    load_line, cost and prediction (rows of `cadre.plan.here.compare`). Whatever is missing, there or in the metrics, or
+    malformed in these, leaves its section out. The page makes no outside request. Raises RunError if the disk refuses, UsageError if the metrics are
     damaged.
     """
     from markupsafe import Markup
 
     from cadre.html import page_environment
 
-    records = read_metrics(run_dir)
+    records = well_formed(read_metrics(run_dir))
     environment = page_environment("cadre.train")
     result = summary.get("result") or {}
     events = _events(records)
@@ -196,7 +196,7 @@ def _load(records: Sequence[Record]) -> dict[str, Any] | None:
 
 def _layers(record: Record) -> list[list[str]]:
     """The last record's balance, a row per sparse layer: number, then what `LAYER_COLUMNS` names; none if it has none."""
-    if not record.get("max_vio_window"):
+    if not all(record.get(key) for key in ("load_layers", *(key for key, _, _ in LAYER_COLUMNS))):
         return []
     rows = zip(record["load_layers"], *(record[key] for key, _, _ in LAYER_COLUMNS), strict=True)
     shows = [show for _, _, show in LAYER_COLUMNS]
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path, required=True, metavar="DIR", help="where the pictures go")
     options = parser.parse_args(arguments)
     try:
-        records = read_metrics(options.run)
+        records = well_formed(read_metrics(options.run))
         if not records:
             raise UsageError(f"{options.run} holds no metrics.jsonl with records; give a run directory")
         pictures = {"training-curve.svg": curve_figure(records)}
