@@ -121,7 +121,9 @@ def test_nonsense_in_the_metrics_is_left_out(tmp_path: Path) -> None:
     assert "Training loss" in page and "Expert load" in page
 
 
-@pytest.mark.parametrize("key", ["load", "load_layers", "max_vio", "max_vio_window", "mtp_loss", "loss", "bits_per_byte", "event"])
+@pytest.mark.parametrize(
+    "key", ["load", "load_layers", "max_vio", "max_vio_window", "mtp_loss", "loss", "bits_per_byte", "event"]
+)
 @pytest.mark.parametrize("value", [5, [[1], [1, 2]]], ids=["number", "lists"])
 def test_nonsense_all_the_way_leaves_out_its_section(tmp_path: Path, key: str, value: object) -> None:
     lines = [json.dumps({**record, key: value} if key in record else record) + "\n" for record in fake_records(8)]

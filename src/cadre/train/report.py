@@ -49,8 +49,8 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
 
     `summary` needs "name"; its optional parts are command, config, counts, data, machine, result, samples, model_dir,
     load_line, cost and prediction (rows of `cadre.plan.here.compare`). Whatever is missing, there or in the metrics, or
-    malformed in these, leaves its section out. The page makes no outside request. Raises RunError if the disk refuses, UsageError if the metrics are
-    damaged.
+    malformed in these, leaves its section out. The page makes no outside request. Raises RunError if the disk refuses,
+    UsageError if the metrics are damaged.
     """
     from markupsafe import Markup
 
