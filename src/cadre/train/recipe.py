@@ -101,13 +101,17 @@ class TrainSection(Section):
 MOST_BETA_OF_BFLOAT16 = 0.99
 
 
+# An update moves every weight by about the rate, and no weight of a model that learns is this large.
+_MOST_LR = 10.0
+
+
 class OptimizerSection(Section):
     """AdamW, the same with moments of bfloat16, or Muon for the matrices inside blocks with AdamW for the rest (embeddings,
     head, router, norms)."""
 
     name: Literal["adamw", "adamw-bf16", "muon"] = "adamw"
-    lr: float = Field(gt=0)
-    adamw_lr: float | None = Field(default=None, gt=0)
+    lr: float = Field(gt=0, le=_MOST_LR)
+    adamw_lr: float | None = Field(default=None, gt=0, le=_MOST_LR)
     router_lr_scale: float = Field(default=1.0, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -145,12 +149,13 @@ class ScheduleSection(Section):
 
 class BalanceSection(Section):
     """The bias that sigmoid routers own is used (added when experts are chosen) and updated, each by its own switch;
-    `bias_speed`: how far it moves a step, against overload (arXiv 2408.15664). The weights are factors of the losses in
+    `bias_speed`: how far it moves a step, against overload (arXiv 2408.15664), at most 1: affinities lie between 0 and 1, and a
+    bias that moves further overrules all of them at every step. The weights are factors of the losses in
     `cadre.train.balance_losses`; a loss of weight 0 is not computed."""
 
     use_bias: bool = True
     bias_update: Literal["sign", "proportional", "none"] = "sign"
-    bias_speed: float = Field(default=0.001, ge=0)
+    bias_speed: float = Field(default=0.001, ge=0, le=1)
     sequence_weight: float = Field(default=0.0001, ge=0)
     batch_weight: float = Field(default=0.0, ge=0)
     global_weight: float = Field(default=0.0, ge=0)
