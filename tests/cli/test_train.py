@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import cadre
 from cadre.cli import choose
 from cadre.cli import main as module
+from cadre.errors import RunError
+from cadre.infer import generate as generating
 from cadre.plan import budget as budget_module
 from cadre.plan.budget import Machine, Rung
 from cadre.plan.here import Forecast
@@ -405,8 +407,21 @@ def test_a_full_disk_at_the_start_leaves_no_run(recipe, monkeypatch, capsys):
 
 
 def test_a_run_that_diverges_is_one_line_with_advice(recipe, monkeypatch, capsys):
-    options = ["--set", "optimizer.lr=1e30", "--set", "schedule.warmup_steps=0"]
+    options = ["--set", "optimizer.weight_decay=1e22", "--set", "schedule.warmup_steps=0"]
     status = train(monkeypatch, recipe, "--out", "run", *options)
-    assert_refused(capsys, status, r"not finite in 5 steps in a row.*--set optimizer\.lr=1e\+29", code=1)
+    advice = r"not finite in 5 steps in a row.*lower rate \(--set optimizer\.lr=0\.0003\), unless another"
+    assert_refused(capsys, status, advice, code=1)
     events = [record["event"] for record in read_metrics(Path("run")) if "event" in record]
     assert [event for event in events if event != "unsaved"] == ["skipped"] * 5
+
+
+def test_a_trained_model_that_says_nothing_finite_is_one_line_with_advice(recipe, monkeypatch, capsys):
+    """Its report is there, to see where it went."""
+    monkeypatch.setattr(generating, "generate", lambda *_, **__: fail("the model's logits are not finite"))
+    status = train(monkeypatch, recipe, "--out", "run", "--steps", 2)
+    assert_refused(capsys, status, r"run: .*logits are not finite.*; begin anew with a lower rate", code=1)
+    assert Path("run/report.html").exists()
+
+
+def fail(why: str) -> None:
+    raise RunError(why)

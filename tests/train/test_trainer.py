@@ -457,9 +457,9 @@ def test_weights_that_blew_up_end_the_run_with_advice_and_harm_nothing_saved(lab
     lab.train(lab.resume("run", "optimizer.lr=0.0015"))
 
 
-def test_an_absurd_rate_ends_the_run(lab):
-    with pytest.raises(RunError, match="not finite in 5 steps in a row"):
-        lab.train(lab.start("run", "optimizer.lr=1e30", "schedule.warmup_steps=0", "train.steps=50"))
+def test_an_absurd_weight_decay_ends_the_run(lab):
+    with pytest.raises(RunError, match=r"not finite in 5 steps in a row, .*; begin anew with a lower rate .*, unless another"):
+        lab.train(lab.start("run", "optimizer.weight_decay=1e22", "schedule.warmup_steps=0", "train.steps=50"))
     assert not (lab.folder / "run" / "model").exists() and checkpoints(lab.folder / "run") == []
 
 

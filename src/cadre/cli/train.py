@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadre.errors import RunError, UsageError, write_error
+from cadre.errors import DivergedError, RunError, UsageError, write_error
 from cadre.files import replace_file
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _train_here(
         with line:
             result = trainer.train()
         if parallel.main:
-            _finish(run, result)
+            _finish(run, result, trainer.remedy(ended=True))
         if result.stopped is not None and by_torchrun():
             parallel.anyone(False)  # the main process has said what there is to say
             if result.stopped == OTHERS:  # which torchrun would take for done
@@ -269,8 +269,9 @@ def _announce(run: Run, note: Any) -> None:
         note(f"the text will be read {passes:,.1f} times: beyond {MANY_PASSES} times it teaches less and less")
 
 
-def _finish(run: Run, result: Result) -> None:
-    """Samples, report, and the lines that say what to do with the model."""
+def _finish(run: Run, result: Result, remedy: str) -> None:
+    """Samples, report, and the lines that say what to do with the model. `remedy`: what to do if it turns out to be no use, for
+    which `DivergedError` is raised."""
     from cadre.cli.progress import printable
     from cadre.cli.summary import load_line, summarize
     from cadre.hub.load import load
@@ -278,6 +279,7 @@ def _finish(run: Run, result: Result) -> None:
     from cadre.train.report import write_report
 
     samples: list[dict[str, str]] = []
+    unsound: RunError | None = None
     alone = run.parallel.size == 1
     if result.stopped is None and not alone and not _has_room(run.path / "model"):
         print("no samples: this machine's memory has no room for the whole model")
@@ -285,10 +287,16 @@ def _finish(run: Run, result: Result) -> None:
         # Of several processes none has the model whole, but what they have saved is.
         model = run.model.eval() if alone else load(run.path / "model")[0]
         for number, prompt in enumerate(run.recipe.eval.prompts):
-            text = generate(model, run.data.tokenizer, prompt, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number)
+            try:
+                text = generate(model, run.data.tokenizer, prompt, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number)
+            except RunError as error:
+                unsound = error
+                break
             samples.append({"prompt": prompt, "text": text})
             print(f"\n> {printable(prompt + text)}")
     report = write_report(run.path, summarize(run, result, samples, _command()))
+    if unsound is not None:
+        raise DivergedError(f"{run.path}: {unsound}; {remedy}")
     print()
     here = shlex.quote(str(run.path))
     if result.stopped:

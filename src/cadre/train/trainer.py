@@ -175,9 +175,7 @@ class Trainer:
                     self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
                     self._event("stopped", f"by {stopped} after step {progress.step}")
                 if not self.save() and not stopped:
-                    raise DivergedError(
-                        f"{self.run.path}: the weights are not finite after the last step; {self._lower_rate()}"
-                    )
+                    raise DivergedError(f"{self.run.path}: the weights are not finite after the last step; {self.remedy()}")
                 self.saver.wait()
                 if not stopped:
                     if recipe.checkpoint.best:
@@ -265,14 +263,15 @@ class Trainer:
         if progress.skipped_in_row >= _SKIPS_ALLOWED:
             raise DivergedError(
                 f"{self.run.path}: the {what} was not finite in {_SKIPS_ALLOWED} steps in a row, last at step {progress.step}; "
-                f"{self._lower_rate()}"
+                f"{self.remedy()}"
             )
 
-    def _lower_rate(self) -> str:
-        lower = f"--set optimizer.lr={self.optimizer.lr / 2:g}"
-        if self.run.checkpoint is None and not checkpoints(self.run.path):
-            return f"begin anew with a lower rate: --set optimizer.lr={self.optimizer.lr / 10:g}"
-        return f"resume from the last checkpoint with a lower rate, such as {lower}"
+    def remedy(self, ended: bool = False) -> str:
+        """What to do about a run that has diverged; `ended`: to its last step, so that there is nothing to resume."""
+        begun = not ended and (self.run.checkpoint is not None or checkpoints(self.run.path))
+        how, lower = ("resume from the last checkpoint", 2) if begun else ("begin anew", 10)
+        rate = f"--set optimizer.lr={self.optimizer.lr / lower:g}"
+        return f"{how} with a lower rate ({rate}), unless another unusual setting is the cause"
 
     def _mtp_weight(self) -> float:
         """V3's schedule: the first weight for two thirds of the run (10T of 14.8T tokens), then the final one."""
@@ -359,7 +358,7 @@ class Trainer:
             progress.risen.append(cause)
             why = {
                 "text": f"the text, read {passes:,.1f} times, is being learned by heart; fewer steps or more text end lower",
-                "rate": f"the learning rate may be too high; {self._lower_rate()}",
+                "rate": f"the learning rate may be too high; {self.remedy()}",
             }[cause]
             self._event("risen", f"held-out loss is {bits_per_byte:.4f} and was {lowest:.4f} at step {step:.0f}: {why}")
 
