@@ -19,6 +19,7 @@ from cadre.cli import choose
 from cadre.cli import main as module
 from cadre.errors import RunError
 from cadre.infer import generate as generating
+from cadre.kernels.native import library
 from cadre.plan import budget as budget_module
 from cadre.plan.budget import Machine, Rung
 from cadre.plan.here import Forecast
@@ -102,6 +103,16 @@ def test_a_recipe_becomes_a_run_directory(recipe, monkeypatch, capsys):
     )  # fmt: skip
     assert train(monkeypatch, "--resume", run, "--steps", 14) == 0
     assert [r["step"] for r in read_metrics(run) if r.get("event") == "finished"] == [12, 14]
+
+
+def test_what_takes_long_is_said_first(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(library, "must_compile", lambda: True)
+    monkeypatch.setattr(library, "why_missing", lambda: None)
+    monkeypatch.setattr(run_module, "_DEEP", 2)
+    assert train(monkeypatch, recipe, "--out", "run", "--steps", 1) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "" and "building the model: 2 blocks, 0M parameters" in shown.out
+    assert shown.out.index("compiling the C++ kernels for this machine, once") < shown.out.index("step 1/1")
 
 
 def test_length_by_tokens_and_by_clock(recipe, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,18 +46,22 @@ def load_with_tokenizer(path: Path, quantize: Quantization | None = None, exact:
     return model, tokenizer
 
 
-def tell_kernels() -> None:
-    """Say on standard error that the C++ kernels are being compiled, or why all is slower without them; else nothing."""
+_on_standard_error = partial(typer.echo, err=True)
+
+
+def tell_kernels(say: Callable[[str], None] = _on_standard_error) -> None:
+    """Say, on standard error or as `say` does, that the C++ kernels are being compiled, or why all is slower without them; else
+    nothing."""
     from cadre.kernels.limits import default_device
     from cadre.kernels.native.library import must_compile, why_missing
 
     if default_device().type != "cpu":
         return
     if must_compile():
-        typer.echo("compiling the C++ kernels for this machine, once: about half a minute", err=True)
+        say("compiling the C++ kernels for this machine, once: about half a minute")
     missing = why_missing()
     if missing is not None:
-        typer.echo(f"C++ kernels are missing, all is slower: {missing}", err=True)
+        say(f"C++ kernels are missing, all is slower: {missing}")
 
 
 def vocabulary(recipe: Recipe) -> int:

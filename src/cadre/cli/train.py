@@ -53,6 +53,7 @@ def train(
 ) -> None:
     """Train a model by a recipe, on a named corpus or your own text."""
     from cadre.cli.choose import choose_recipe
+    from cadre.cli.models import tell_kernels
     from cadre.cli.progress import TrainingLine
     from cadre.kernels.allocator import keep_freed_memory
     from cadre.train.parallel.launch import is_main, started
@@ -82,6 +83,7 @@ def train(
         spent, rented = _budget(budget, hardware)
         if out is not None:  # before minutes go into choosing: what would be refused after them
             _refuse_used(out, with_recipe=(nproc or 1) > 1)
+        tell_kernels(line.note)
         chosen = choose_recipe(spent, rented, set_, began, line.note, nproc or 1)
     else:
         named = recipe
@@ -123,6 +125,7 @@ def _train_here(
 ) -> signal.Signals | None:  # fmt: skip
     """Train in this process, one of several or the only one. `began`: since when (monotonic) the run's time counts, if not
     from the first step on. Returns the signal that stopped it."""
+    from cadre.cli.models import tell_kernels
     from cadre.train.parallel.launch import by_torchrun, joined, may_resume_existing, without_restarts
     from cadre.train.run import FinishedError, start
     from cadre.train.run import resume as resume_run
@@ -145,6 +148,8 @@ def _train_here(
         else:
             run = start(chosen, out or _new_folder(chosen.name, parallel.agree(time.time())), device, line.note, parallel)
         _announce(run, line.note)
+        if parallel.main:
+            tell_kernels(line.note)
         _predict(run, line.note)
         trainer = Trainer(run, line)
         if began is not None:

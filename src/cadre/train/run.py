@@ -119,6 +119,7 @@ def start(
         _check_samples(recipe, config, data)
         _advise(recipe, config, note)
         batches = _batches(recipe, config, data, parallel)
+    _say_slow(config, note)
     model = parallel.build(config, device, recipe.train.seed, source)
     resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
     if parallel.main:
@@ -271,6 +272,7 @@ def resume(
         batches = _batches(recipe, config, data, parallel)
     newest, train = _newest(path, parallel), wanted.train
     source = _source(path) if newest is None else None
+    _say_slow(config, note)
     model = parallel.build(config, device, None if newest else train.seed, source)
     run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel, source)
     if run.checkpoint is not None:
@@ -325,6 +327,17 @@ def _ended(path: Path) -> bool:
     """Whether a run's last words are written: a crash may fall between its last step and those."""
     records = read_metrics(path)
     return bool(records) and records[-1].get("event") == "finished" and (path / "report.html").is_file()
+
+
+# Models that take more than some seconds to build.
+_DEEP, _LARGE = 1000, 10**9
+
+
+def _say_slow(config: ModelConfig, note: Callable[[str], None]) -> None:
+    """What would else be a long silence: a model being built, and its first step."""
+    blocks, parameters = config.num_hidden_layers, count(config).total_parameters
+    if blocks >= _DEEP or parameters >= _LARGE:
+        note(f"building the model: {blocks:,} blocks, {parameters / 1e6:,.0f}M parameters; its first steps take long, too")
 
 
 def _advise(recipe: Recipe, config: ModelConfig, note: Callable[[str], None]) -> None:
