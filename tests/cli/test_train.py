@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import functools
 import json
+import os
 import random
 import re
 import signal
@@ -73,7 +75,7 @@ def content(run: Path) -> list:
     newest = max((run / "checkpoints").iterdir())
     files = [load_file(newest / name) for name in ("weights.safetensors", "optimizer.safetensors")]
     tensors = [(name, tensor.numpy().tobytes()) for file in files for name, tensor in sorted(file.items())]
-    state = {k: v for k, v in json.loads((newest / "state.json").read_text()).items() if k != "seconds"}
+    state = {k: v for k, v in checkpoint.read_state(newest).items() if k != "seconds"}
     records = [{k: v for k, v in record.items() if k not in TIMING} for record in read_metrics(run) if "event" not in record]
     return [tensors, state, records, (run / "model" / "model.safetensors").read_bytes()]
 
@@ -279,7 +281,7 @@ def long(uninterrupted, tmp_path, monkeypatch) -> tuple[Path, list]:
     return uninterrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(long, monkeypatch, number):
     recipe, whole = long
     running = process(recipe, "--out", "run")
@@ -294,6 +296,23 @@ def test_a_signal_saves_and_says_how_to_go_on(long, monkeypatch, number):
     assert Path("run/report.html").exists()
     assert train(monkeypatch, "--resume", "run") == 0
     assert content(Path("run")) == whole
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_outlives_whoever_reads_what_it_prints(long, terminal):
+    """`cadre train | head -1`, or a terminal that is closed on a run under nohup."""
+    recipe, whole = long
+    reader, writer = os.openpty() if terminal else os.pipe()
+    command = [sys.executable, "-m", "cadre.cli.main", "train", str(recipe), "--out", "run"]
+    ignoring = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    running = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True, preexec_fn=ignoring)
+    os.close(writer)
+    wait_for_step(running, Path("run"), 5)
+    os.close(reader)
+    running.send_signal(signal.SIGHUP)
+    _, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (0, "")
+    assert content(Path("run")) == whole and Path("run/report.html").exists()
 
 
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(long, monkeypatch):

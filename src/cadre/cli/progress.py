@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -57,6 +59,44 @@ class TrainingLine:
 
     def note(self, text: str) -> None:
         self.console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True)
+
+
+class _Lasting:
+    """Standard output, until its reader has gone; what is written after that is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._unless_gone(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._unless_gone(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _unless_gone(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe that nobody reads any more, a terminal that was closed
+                raise
+        # What the stream still holds goes the same way, also when the interpreter ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within it, work goes on when nobody reads what it prints any more: hours of training must not end with a pager."""
+    stream = sys.stdout
+    sys.stdout = _Lasting(stream)
+    try:
+        yield
+    finally:
+        sys.stdout = stream
 
 
 @contextmanager

@@ -52,6 +52,19 @@ def train(
     ] = None,
 ) -> None:
     """Train a model by a recipe, on a named corpus or your own text."""
+    from cadre.cli.progress import lasting_output
+
+    with lasting_output():
+        stopped = _train(recipe, out, steps, tokens, budget, hardware, set_, resume, nproc, restarts, logs)
+    if stopped is not None:
+        raise typer.Exit(128 + stopped)  # whoever waits for the model must not take this for done
+
+
+def _train(
+    recipe: str | None, out: Path | None, steps: int | None, tokens: str | None, budget: str | None, hardware: str | None,
+    set_: list[str] | None, resume: Path | None, nproc: int | None, restarts: int, logs: Path | None,
+) -> signal.Signals | None:  # fmt: skip
+    """Returns the signal that stopped the run, for the process that was asked to train it."""
     from cadre.cli.choose import choose_recipe
     from cadre.cli.models import tell_kernels
     from cadre.cli.progress import TrainingLine
@@ -99,8 +112,7 @@ def train(
     else:
         # What choosing took is part of the time given.
         stopped = _train_here(chosen, resume, out, line, began if choosing and chosen.train.minutes is not None else None)
-    if stopped is not None and not started():
-        raise typer.Exit(128 + stopped)  # whoever waits for the model must not take this for done
+    return None if started() else stopped
 
 
 def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | None, path: Path) -> signal.Signals | None:

@@ -107,7 +107,7 @@ class Result:
 
 
 class Trainer:
-    """Trains a `Run` to its last step, or until SIGINT or SIGTERM, and leaves checkpoint and model on disk."""
+    """Trains a `Run` to its last step, or until SIGINT, SIGTERM or SIGHUP, and leaves checkpoint and model on disk."""
 
     def __init__(self, run: Run, observer: Observer) -> None:
         self.run, self.observer, self.parallel = run, observer, run.parallel
@@ -453,14 +453,18 @@ class Trainer:
 
 
 class _StopSignals:
-    """Within it, the first SIGINT or SIGTERM only leaves its name in `signal`; a second SIGINT interrupts at once."""
+    """Within it, the first SIGINT, SIGTERM or SIGHUP (its terminal was closed) only leaves its name in `signal`; a second
+    SIGINT interrupts at once. A SIGHUP that is ignored, as under nohup, stays so."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -84,6 +84,8 @@ def launch(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--logs {folder}: cannot be made ({error.strerror}): choose another folder") from None
+    # The agent would heed what nohup has told this process to ignore.
+    heeded = ["SIGTERM", "SIGINT", "SIGQUIT", *(["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -94,6 +96,7 @@ def launch(
         max_restarts=restarts,
         monitor_interval=0.1,
         local_addr="localhost",
+        signals_to_handle=",".join(heeded),
         logs_specs=DefaultLogsSpecs(str(folder), redirects={rank: Std.ALL for rank in range(1, processes)}),
     )
     telling = False
@@ -106,7 +109,7 @@ def launch(
         raise cause from None
     except SignalException as ended:
         # The agent has passed the signal on, and the processes have saved and ended, which is all that Ctrl-C asks.
-        if ended.sigval not in (signal.SIGINT, signal.SIGTERM):
+        if ended.sigval not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             raise RunError(f"stopped by {ended.sigval.name}") from None
         return signal.Signals(ended.sigval)
     finally:
