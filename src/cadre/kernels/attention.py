@@ -18,7 +18,7 @@ from cadre.kernels.card import launches
 from cadre.kernels.native.causal import GroupedCausalAttention, LatentCausalAttention, attention_kernel_takes, first_seen
 from cadre.kernels.rotary import rotate_halves, rotate_pairs
 
-# Of which logits are held at once, to find the largest.
+# Queries per block in `largest_logits`: bounds the logits held at once.
 _QUERIES = 512
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 

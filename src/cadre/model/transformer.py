@@ -151,8 +151,8 @@ class Transformer(nn.Module):
         own_T: Positions = EVERY,
     ) -> Tensor:  # fmt: skip
         """Hidden states of multi-token prediction module `depth` (from 0), given those of the stage before at positions
-        t and the ids at positions t + depth + 1. Position t then predicts the token at t + depth + 2. `own_T`: as in
-        `hidden`, of which the hidden states given are."""
+        t and the ids at positions t + depth + 1. Position t then predicts the token at t + depth + 2. `own_T`: the
+        positions that `hidden_BTD` holds, as in `hidden`."""
         return self.mtp[depth](hidden_BTD, self.embed(ids_BT[:, own_T]), self._turn(ids_BT, cache), cache, document_BT)
 
     def _turn(self, ids_BT: Tensor, cache: Cache | None) -> Tensor:

@@ -41,7 +41,8 @@ class QKClip:
 
     @torch.no_grad()
     def clip(self) -> float:
-        """Scale what made logits beyond the bound. Returns the largest logit of the step, over all processes."""
+        """Scale down the query and key weights of heads whose largest logit exceeded the bound. Returns the largest
+        logit of the step, over all processes."""
         self.parallel.most(self.peak_LH)
         held = self.parallel.held(self.model)
         factor_LH = (self.most / self.peak_LH.clamp(min=self.most)).float()
