@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.train.balance import Balance
-from cadre.train.objective import losses
+from cadre.train.objective import MicroBatch, losses
 from cadre.train.optimizer import Optimizer
 from cadre.train.qk_clip import QKClip
 from cadre.train.recipe import BalanceSection, OptimizerSection
@@ -50,7 +50,7 @@ def step(
             if clip is not None:
                 clip.reset()
             document_BT = torch.zeros_like(ids_BT) if documents else None
-            losses(model, ids_BT, document_BT, even, mtp_weight=0.3).total.backward()
+            losses(model, MicroBatch(ids_BT, document_BT), even, mtp_weight=0.3).total.backward()
             grads = [parameter.grad for parameter in model.parameters()]
             assert all(grad is not None and grad.device.type == "cuda" for grad in grads)
             even.update()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cadre.model.transformer import Transformer
 from cadre.train.balance import Balance
 from cadre.train.balance_losses import SequenceLoss
-from cadre.train.objective import losses, survey
+from cadre.train.objective import MicroBatch, losses, survey
 from cadre.train.recipe import BalanceSection
 from tests.shapes import small
 
@@ -68,7 +68,7 @@ def test_each_module_predicts_exactly_one_further(modules, separate, seed):
     ids = random_ids(2, length + 1 + modules, seed)
     documents = random_documents(*ids.shape, seed) if separate else None
     balance = balancing(model)
-    got = losses(model, ids, documents, balance, mtp_weight=MTP_WEIGHT)
+    got = losses(model, MicroBatch(ids, documents), balance, mtp_weight=MTP_WEIGHT)
     balance.listen()
     main, *further = written_out(model, ids, documents, length)
     torch.testing.assert_close(got.main, main.detach())
@@ -93,7 +93,7 @@ def test_modules_learn_where_a_document_ends():
         model.hidden(ids[:, :8], document_BT=documents[:, :8]), ids[:, 1:9], 0, document_BT=documents[:, :8]
     )
     nats = -F.log_softmax(model.lm_head(stage), dim=-1)[0, torch.arange(8), ids[0, 2:]]
-    got = losses(model, ids, documents, balancing(model), mtp_weight=MTP_WEIGHT).further[0]
+    got = losses(model, MicroBatch(ids, documents), balancing(model), mtp_weight=MTP_WEIGHT).further[0]
     torch.testing.assert_close(got, (nats.sum() - nats[3]).detach() / 8)
 
 
@@ -101,7 +101,7 @@ def test_modules_neither_look_nor_reach_across_documents():
     model, length = build(num_nextn_predict_layers=2), 8
     ids = random_ids(1, length + 3)
     documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
-    before = losses(model, ids, documents, balancing(model), mtp_weight=MTP_WEIGHT)
+    before = losses(model, MicroBatch(ids, documents), balancing(model), mtp_weight=MTP_WEIGHT)
     assert all(loss > 0 for loss in before.further)
     # Module 1 reads tokens up to t + 1 and predicts t + 2. Within the first document of five, t = 2 is its last.
     torch.manual_seed(0)
@@ -141,10 +141,10 @@ def test_micro_batches_add_up_to_their_batch(kind, micro, rows, separate, rule, 
         parts = [(ids[i : i + size], None if documents is None else documents[i : i + size], min(max(rows - i, 0), size))
                  for i in range(0, 16, size)]  # fmt: skip
         for part, inside, here in parts if size < 16 else []:
-            survey(model, part, inside, balance, mtp_rows=here)
+            survey(model, MicroBatch(part, inside, here), balance)
         sums = {}
         for part, inside, here in parts:
-            got = losses(model, part, inside, balance, mtp_weight=MTP_WEIGHT, mtp_rows=here, mtp_share=rows / 16)
+            got = losses(model, MicroBatch(part, inside, here), balance, mtp_weight=MTP_WEIGHT, mtp_share=rows / 16)
             (got.total * (size / 16)).backward()
             named = {"main": got.main, "total": got.total.detach(), **got.balance, **dict(enumerate(got.further))}
             sums = {key: sums.get(key, 0) + value * (size / 16) for key, value in named.items()}
@@ -168,9 +168,9 @@ def test_the_batch_wise_loss_is_the_mean_over_what_is_computed_at_once():
     """It alone depends on how a batch is cut: every micro-batch is to be even by itself."""
     model, ids = build(), random_ids(8, 9)
     at_once, by_sequence = balancing(model, batch_weight=1.0, sequence_weight=0), balancing(model)
-    whole = float(losses(model, ids, None, at_once, mtp_weight=0).balance["batch_balance_loss"])
-    cut = [losses(model, row[None], None, at_once, mtp_weight=0).balance["batch_balance_loss"] for row in ids]
-    sequences = losses(model, ids, None, by_sequence, mtp_weight=0).balance["balance_loss"]
+    whole = float(losses(model, MicroBatch(ids), at_once, mtp_weight=0).balance["batch_balance_loss"])
+    cut = [losses(model, MicroBatch(row[None]), at_once, mtp_weight=0).balance["batch_balance_loss"] for row in ids]
+    sequences = losses(model, MicroBatch(ids), by_sequence, mtp_weight=0).balance["balance_loss"]
     assert float(sum(cut)) / 8 == pytest.approx(float(sequences), rel=1e-5)
     assert whole < float(sequences)
 
@@ -179,15 +179,15 @@ def test_the_global_loss_of_a_single_micro_batch_needs_no_survey():
     model, ids = build(num_nextn_predict_layers=1), random_ids(4, 9)
     balance = balancing(model, global_weight=0.5, batch_weight=0.5, sequence_weight=0)
     for _ in range(2):
-        got = losses(model, ids, None, balance, mtp_weight=0.3).balance
+        got = losses(model, MicroBatch(ids), balance, mtp_weight=0.3).balance
         assert torch.equal(got["global_balance_loss"], got["batch_balance_loss"])
-        survey(model, ids, None, balance)  # of the same single micro-batch: it changes nothing
+        survey(model, MicroBatch(ids), balance)  # of the same single micro-batch: it changes nothing
     assert balance.load_LE.sum() == 2 * (4 * 7 * 2 * 2)  # a survey counts no loads
 
 
 def test_a_micro_batch_without_a_sparse_layer_has_the_same_losses_by_name():
     model, ids = build(num_nextn_predict_layers=1, first_k_dense_replace=2), random_ids(2, 8)
-    got = losses(model, ids, None, balancing(model, **EVERY), mtp_weight=0.3, mtp_rows=0, mtp_share=0.5)
+    got = losses(model, MicroBatch(ids, mtp_rows=0), balancing(model, **EVERY), mtp_weight=0.3, mtp_share=0.5)
     assert {key: float(value) for key, value in got.balance.items()} == dict.fromkeys(
         ["balance_loss", "global_balance_loss", "router_z_loss"], 0.0
     )
@@ -196,7 +196,7 @@ def test_a_micro_batch_without_a_sparse_layer_has_the_same_losses_by_name():
 def test_without_weight_the_modules_are_only_watched():
     model = build(num_nextn_predict_layers=1)
     ids = random_ids(2, 8)
-    got = losses(model, ids, None, balancing(model, sequence_weight=0), mtp_weight=0)
+    got = losses(model, MicroBatch(ids), balancing(model, sequence_weight=0), mtp_weight=0)
     assert got.balance == {}
     assert torch.equal(got.total.detach(), got.main) and got.further[0] > 0
     found = gradients(model, got.total)
@@ -207,7 +207,7 @@ def test_without_weight_the_modules_are_only_watched():
 def test_every_family_has_its_losses(kind):
     model = build(kind)
     ids = random_ids(2, 8)
-    got = losses(model, ids, None, balancing(model), mtp_weight=MTP_WEIGHT)
+    got = losses(model, MicroBatch(ids), balancing(model), mtp_weight=MTP_WEIGHT)
     torch.testing.assert_close(got.main, written_out(model, ids, None, 7)[0].detach())
     assert (got.balance == {}) == (kind == "llama") and got.further == []
 
@@ -216,9 +216,9 @@ def test_a_share_of_the_sequences_trains_the_modules():
     """The modules' loss is that of the first sequences alone; the main loss stays that of all."""
     model, ids = build(num_nextn_predict_layers=2), random_ids(4, 9)
     balance = balancing(model)
-    everything = losses(model, ids, None, balance, mtp_weight=MTP_WEIGHT)
-    some = losses(model, ids, None, balance, mtp_weight=MTP_WEIGHT, mtp_rows=2, mtp_share=0.5)
-    first = losses(model, ids[:2], None, balance, mtp_weight=MTP_WEIGHT)
+    everything = losses(model, MicroBatch(ids), balance, mtp_weight=MTP_WEIGHT)
+    some = losses(model, MicroBatch(ids, mtp_rows=2), balance, mtp_weight=MTP_WEIGHT, mtp_share=0.5)
+    first = losses(model, MicroBatch(ids[:2]), balance, mtp_weight=MTP_WEIGHT)
     torch.testing.assert_close(some.main, everything.main)
     torch.testing.assert_close(torch.stack(some.further), torch.stack(first.further))
     assert not torch.allclose(torch.stack(some.further), torch.stack(everything.further))

@@ -30,15 +30,21 @@ class Losses:
 @dataclass(frozen=True)
 class MicroBatch:
     """int64 ids [B, T + 1 + modules] and, unless None, their documents, alike: inputs are the first T, targets reach one
-    further per module. `mtp_rows`: how many of its first sequences train the multi-token prediction modules. `joined`: run the
-    modules even if no sequence here trains them: other processes, where some do, wait for this one in collectives. `own_T`: of
-    sequences that several processes share, the positions that this one computes, and whose losses are its own."""
+    further per module. `mtp_rows`: how many of its first sequences train the multi-token prediction modules, if not all.
+    `joined`: run the modules even if no sequence here trains them: other processes, where some do, wait for this one in
+    collectives. `own_T`: of sequences that several processes share, the positions that this one computes, and whose losses are
+    its own."""
 
     ids_BT: Tensor
-    document_BT: Tensor | None
-    mtp_rows: int
+    document_BT: Tensor | None = None
+    mtp_rows: int | None = None
     joined: bool = False
     own_T: Positions = field(default_factory=lambda: EVERY)
+
+    @property
+    def training_mtp(self) -> int:
+        """The number of its first sequences that train the modules."""
+        return len(self.ids_BT) if self.mtp_rows is None else self.mtp_rows
 
     def inputs(self, model: Transformer) -> tuple[Tensor, Tensor | None]:
         """ids and documents that the main model reads: [B, T]."""
@@ -62,10 +68,7 @@ class Step:
         losses in use], in the order of `Losses`."""
         sums: Tensor | float = 0.0
         for micro in self.micro_batches:
-            loss = losses(
-                model, micro.ids_BT, micro.document_BT, self.balance, mtp_weight=self.mtp_weight, mtp_rows=micro.mtp_rows,
-                mtp_share=self.mtp_share, joined=micro.joined, own_T=micro.own_T,
-            )  # fmt: skip
+            loss = losses(model, micro, self.balance, mtp_weight=self.mtp_weight, mtp_share=self.mtp_share)
             (loss.total * self.share).backward()
             sums = sums + torch.stack([loss.main, *loss.further, *loss.balance.values()]).double() * self.share
         assert isinstance(sums, Tensor)
@@ -74,34 +77,19 @@ class Step:
     def survey(self, model: Transformer) -> None:
         """Let the global balance loss see all micro-batches before the first one is trained."""
         for micro in self.micro_batches:
-            survey(
-                model, micro.ids_BT, micro.document_BT, self.balance, mtp_rows=micro.mtp_rows, joined=micro.joined,
-                own_T=micro.own_T,
-            )  # fmt: skip
+            survey(model, micro, self.balance)
 
 
-def losses(
-    model: Transformer,
-    ids_BT: Tensor,
-    document_BT: Tensor | None,
-    balance: Balance,
-    *,
-    mtp_weight: float,
-    mtp_rows: int | None = None,
-    mtp_share: float = 1.0,
-    joined: bool = False,
-    own_T: Positions = EVERY,
-) -> Losses:
-    """Losses of a micro-batch, which the arguments describe as in `MicroBatch`.
+def losses(model: Transformer, micro: MicroBatch, balance: Balance, *, mtp_weight: float, mtp_share: float = 1.0) -> Losses:
+    """Losses of a micro-batch.
 
-    The multi-token losses are averaged over modules and weighted (V3 report, equation 25); they are taken on the first
-    `mtp_rows` sequences (all of them if None) and divided by `mtp_share`, the share of the whole batch that these rows and
-    those of its other micro-batches make up. With documents, attention and the targets of the modules stay inside a document;
-    the first token of the next document remains the main head's.
+    The multi-token losses are averaged over modules and weighted (V3 report, equation 25); they are taken on its first
+    `mtp_rows` sequences and divided by `mtp_share`, the share of the whole batch that these rows and those of its other
+    micro-batches make up. With documents, attention and the targets of the modules stay inside a document; the first token
+    of the next document remains the main head's.
     Every loss is divided by all N positions (as equation 24 has it), so that micro-batches add up to their batch.
     The balance losses are summed over layers; the step's loads are counted on the way.
     """
-    micro = MicroBatch(ids_BT, document_BT, len(ids_BT) if mtp_rows is None else mtp_rows, joined, own_T)
     balance.listen()
     ids, documents = micro.inputs(model)
     hidden = model.hidden(ids, document_BT=documents, own_T=micro.own_T)
@@ -128,7 +116,7 @@ def token_losses(
 
     total = mean_loss(hidden_BTD, 1, mean_N)
     main = total.detach()
-    rows = micro.mtp_rows
+    rows = micro.training_mtp
     modules = further_hidden(model, hidden_BTD, micro)
     mean_N = mean_N[: rows * length] / mtp_share
     further = []
@@ -153,7 +141,7 @@ def balance_losses(
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
     """The weighted sum of the balance losses of what `balance` has heard since it listened, `length` positions of each
     sequence, and `Losses.balance`. Counts the loads."""
-    heard = balance.hear(length, micro.mtp_rows / (len(micro.ids_BT) * mtp_share))
+    heard = balance.hear(length, micro.training_mtp / (len(micro.ids_BT) * mtp_share))
     balance.count(heard)
     total: Tensor | float = 0.0
     even = {}
@@ -164,19 +152,9 @@ def balance_losses(
 
 
 @torch.no_grad()
-def survey(
-    model: Transformer,
-    ids_BT: Tensor,
-    document_BT: Tensor | None,
-    balance: Balance,
-    *,
-    mtp_rows: int | None = None,
-    joined: bool = False,
-    own_T: Positions = EVERY,
-) -> None:
+def survey(model: Transformer, micro: MicroBatch, balance: Balance) -> None:
     """Let the global balance loss see a micro-batch before the first one of the step is trained: a forward pass without
     head, for what `losses` will be given."""
-    micro = MicroBatch(ids_BT, document_BT, len(ids_BT) if mtp_rows is None else mtp_rows, joined, own_T)
     balance.listen()
     ids, documents = micro.inputs(model)
     hidden = model.hidden(ids, document_BT=documents, own_T=micro.own_T)
@@ -187,9 +165,9 @@ def survey(
 
 def further_hidden(model: Transformer, hidden_BTD: Tensor, micro: MicroBatch) -> Iterator[Tensor]:
     """Normed hidden states of each further module, of the sequences that train them."""
-    if not micro.mtp_rows and not micro.joined:
+    if not micro.training_mtp and not micro.joined:
         return
-    rows, (ids, inside) = micro.mtp_rows, micro.inputs(model)
+    rows, (ids, inside) = micro.training_mtp, micro.inputs(model)
     hidden_BTD = hidden_BTD[:rows]
     inside = None if inside is None else inside[:rows]
     for depth in range(len(model.mtp)):

@@ -14,10 +14,10 @@ def test_times_whole_optimizer_steps_after_two_that_warm_up(monkeypatch):
     calls, rates = [], iter([3e9, 5e9])
     real = module.losses
 
-    def counted(model, ids, documents, balance, **weights):
-        calls.append((tuple(ids.shape), float(model.lm_head.weight.detach().double().sum()),
+    def counted(model, micro, balance, **weights):
+        calls.append((tuple(micro.ids_BT.shape), float(model.lm_head.weight.detach().double().sum()),
                       model.sparse_layers()[0][1].gate.e_score_correction_bias.clone()))  # fmt: skip
-        return real(model, ids, documents, balance, **weights)
+        return real(model, micro, balance, **weights)
 
     monkeypatch.setattr(module, "losses", counted)
     monkeypatch.setattr(module, "gemm_flops_per_second", lambda *_: next(rates))
@@ -59,9 +59,9 @@ def test_a_recipe_may_say_what_trains_and_how(monkeypatch):
     """Its optimizer, its balance, the sequences of multi-token prediction; and an update at none of the learning rate."""
     given, real = [], module.losses
 
-    def kept(*arguments, **weights):
-        given.append((weights["mtp_rows"], weights["mtp_share"]))
-        return real(*arguments, **weights)
+    def kept(model, micro, balance, **weights):
+        given.append((micro.mtp_rows, weights["mtp_share"]))
+        return real(model, micro, balance, **weights)
 
     monkeypatch.setattr(module, "losses", kept)
     muon, still = OptimizerSection(name="muon", lr=1e-2), BalanceSection(bias_update="none")

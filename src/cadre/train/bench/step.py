@@ -15,7 +15,7 @@ from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.train.balance import Balance
-from cadre.train.objective import losses
+from cadre.train.objective import MicroBatch, losses
 from cadre.train.optimizer import Optimizer
 from cadre.train.recipe import BalanceSection, OptimizerSection
 from cadre.train.run import check_memory
@@ -83,7 +83,8 @@ class TrainingStep:
         self.optimizer.zero_grad()
         self.balance.reset()
         share = self.mtp_rows / self.batch
-        return losses(self.model, ids, None, self.balance, mtp_weight=MTP_WEIGHT, mtp_rows=self.mtp_rows, mtp_share=share).total
+        micro = MicroBatch(ids, mtp_rows=self.mtp_rows)
+        return losses(self.model, micro, self.balance, mtp_weight=MTP_WEIGHT, mtp_share=share).total
 
     def run_pass(self, ids: Tensor) -> None:
         self.loss(ids).backward()
