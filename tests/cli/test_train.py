@@ -25,7 +25,7 @@ from cadre.kernels.native import library
 from cadre.plan import budget as budget_module
 from cadre.plan.budget import Machine, Rung
 from cadre.plan.here import Forecast
-from cadre.train import checkpoint, trainer
+from cadre.train import checkpoint, checks, trainer
 from cadre.train import run as run_module
 from cadre.train.bench import calibrate
 from cadre.train.metrics import read_metrics
@@ -110,7 +110,7 @@ def test_a_recipe_becomes_a_run_directory(recipe, monkeypatch, capsys):
 def test_what_takes_long_is_said_first(recipe, monkeypatch, capsys):
     monkeypatch.setattr(library, "must_compile", lambda: True)
     monkeypatch.setattr(library, "why_missing", lambda: None)
-    monkeypatch.setattr(run_module, "_DEEP", 2)
+    monkeypatch.setattr(checks, "_DEEP", 2)
     assert train(monkeypatch, recipe, "--out", "run", "--steps", 1) == 0
     shown = capsys.readouterr()
     assert shown.err == "" and "building the model: 2 blocks, 0M parameters" in shown.out

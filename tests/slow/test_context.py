@@ -9,7 +9,7 @@ import torch
 
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
-from cadre.train.run import resume
+from cadre.train.resume import resume
 from cadre.train.trainer import Trainer
 from tests.train.parallel.test_checkpoint import SETTINGS, forget
 from tests.train.parallel.test_equal import EVERYTHING, PLAIN, Nobody, assert_same_run, recipe, several, train

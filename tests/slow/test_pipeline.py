@@ -14,7 +14,7 @@ from cadre.train.parallel import shard
 from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.layout import v_schedules
 from cadre.train.recipe import read_recipe
-from cadre.train.run import resume
+from cadre.train.resume import resume
 from cadre.train.trainer import Trainer
 from tests.slow.test_scale import Job
 from tests.train.parallel.test_checkpoint import forget

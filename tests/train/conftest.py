@@ -8,7 +8,8 @@ import torch
 
 from cadre.train import trainer
 from cadre.train.recipe import read_recipe
-from cadre.train.run import Run, resume, start
+from cadre.train.resume import resume
+from cadre.train.run import Run, start
 from cadre.train.trainer import Result, Trainer
 from tests.runs import write_recipe
 

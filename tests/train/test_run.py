@@ -19,11 +19,13 @@ from cadre.hub.tokenizer import save_tokenizer, template_source, tokenizer_hash
 from cadre.model.transformer import Transformer
 from cadre.plan.memory import state_bytes
 from cadre.plan.shape import Shape
-from cadre.train import run as run_module
+from cadre.train import checks
 from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
+from cadre.train.checks import check_fp8, check_memory
 from cadre.train.metrics import read_metrics
 from cadre.train.recipe import read_recipe
-from cadre.train.run import check_fp8, check_memory, held_recipe, only_writer, resume, start
+from cadre.train.resume import held_recipe, resume
+from cadre.train.run import only_writer, start
 from tests.runs import RECIPE, write_corpus
 from tests.shapes import small
 
@@ -230,7 +232,7 @@ def test_a_run_that_began_with_a_model_and_died_at_once_begins_with_it_again(lab
 
 
 def test_the_recipe_that_began_with_a_model_may_be_named_to_resume_it(lab):
-    from cadre.train.run import resume
+    from cadre.train.resume import resume
 
     save_model(lab, 270)
     from_recipe(lab, tokenizer=True)
@@ -421,7 +423,7 @@ def test_a_prepared_folder_is_trained_on_and_resumed_without_its_text(lab):
 def test_experts_in_fp8_want_a_card_that_has_it(monkeypatch):
     check_fp8(small("deepseek_v3"), torch.device("cpu"))
     for able in (True, False):
-        monkeypatch.setattr(run_module, "multiplies_fp8", lambda device, able=able: able)
+        monkeypatch.setattr(checks, "multiplies_fp8", lambda device, able=able: able)
         if able:
             check_fp8(small("deepseek_v3"), torch.device("cuda"))
         else:

@@ -24,7 +24,7 @@ from cadre.train.checkpoint import checkpoints, read_state
 from cadre.train.evaluation import Evaluation
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.group import Parallel
-from cadre.train.run import FinishedError
+from cadre.train.resume import FinishedError
 from cadre.train.trainer import Trainer
 from tests.train.conftest import Watcher
 

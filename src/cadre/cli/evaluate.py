@@ -106,7 +106,7 @@ def evaluate(
 
 def _trained_on(run: Path, source: list[str]) -> str | None:
     """The first entry of a text that is one of those that the run was trained on."""
-    from cadre.train.run import held_recipe
+    from cadre.train.resume import held_recipe
 
     try:
         own = held_recipe(run).data.source

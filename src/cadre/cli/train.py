@@ -71,7 +71,7 @@ def _train(
     from cadre.kernels.allocator import keep_freed_memory
     from cadre.train.parallel.launch import is_main, started
     from cadre.train.recipe import read_recipe
-    from cadre.train.run import held_recipe
+    from cadre.train.resume import held_recipe
     from cadre.train.trainer import Silent
 
     if recipe is not None and not recipe.strip():
@@ -139,8 +139,9 @@ def _train_here(
     from the first step on. Returns the signal that stopped it."""
     from cadre.cli.models import tell_kernels
     from cadre.train.parallel.launch import by_torchrun, joined, may_resume_existing, without_restarts
-    from cadre.train.run import FinishedError, start
-    from cadre.train.run import resume as resume_run
+    from cadre.train.resume import FinishedError
+    from cadre.train.resume import resume as resume_run
+    from cadre.train.run import start
     from cadre.train.trainer import OTHERS, Trainer
 
     with joined(chosen.parallel.timeout) as (parallel, device):

@@ -62,7 +62,7 @@ def read_text(source: list[str]) -> Iterator[Document]:
 def held_out_text(run: Path) -> Iterator[Document]:
     """The held-out documents of a run, split off its text anew. Raises `UsageError` if nothing was held out, or the text is
     no longer where it was."""
-    from cadre.train.run import held_recipe
+    from cadre.train.resume import held_recipe
 
     section = held_recipe(run).data
     if (made := token_data(section.source)) is not None:

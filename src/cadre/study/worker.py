@@ -108,7 +108,8 @@ def train(recipe_file: Path, out: Path, kind: str) -> None:
     from cadre.kernels.allocator import keep_freed_memory
     from cadre.train.parallel.launch import joined
     from cadre.train.recipe import read_recipe
-    from cadre.train.run import resume, start
+    from cadre.train.resume import resume
+    from cadre.train.run import start
 
     keep_freed_memory()
     recipe = read_recipe(str(recipe_file))

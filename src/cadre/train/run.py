@@ -1,4 +1,4 @@
-"""A run directory: what is in it, who may write to it, and whether it can go on.
+"""A run directory: what is in it, how it begins, and who may write to it. (`cadre.train.resume`: whether it can go on.)
 
 recipe.toml      every choice resolved, but for "auto" in [parallel], which is chosen anew by whoever goes on
 from.txt         of a run that began with a model, where that lies
@@ -30,20 +30,14 @@ from cadre.files import replace_file, require_folder
 from cadre.hub.directory import load_config, model_directory
 from cadre.hub.save import check_expressible
 from cadre.hub.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash
-from cadre.kernels.card import multiplies_fp8
 from cadre.kernels.limits import training_dtype
-from cadre.kernels.memory import total_bytes
 from cadre.model.config import ModelConfig
-from cadre.model.scoring import document_start
 from cadre.model.transformer import Transformer
-from cadre.plan.count import count
-from cadre.plan.memory import state_bytes
-from cadre.plan.shape import Shape
-from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
-from cadre.train.metrics import folder_gone, read_metrics
+from cadre.train.checks import advise, check_fp8, check_memory, check_samples, say_slow
+from cadre.train.metrics import folder_gone
 from cadre.train.parallel.auto import device_here, settle
 from cadre.train.parallel.group import Parallel
-from cadre.train.recipe import DataSection, ParallelSection, Recipe, TrainSection, read_recipe
+from cadre.train.recipe import DataSection, ParallelSection, Recipe
 
 BEGUN_WITH = "from.txt"
 
@@ -84,8 +78,8 @@ def start(
     """Prepare a new run in `path`. Raises `UsageError` if `path` holds anything already, or the recipe cannot be run."""
     parallel = parallel or Parallel()
     here = device_here(device, parallel)
-    dtype = _dtype(recipe.train.dtype, device, parallel)
-    recipe = _computing_in(recipe, dtype)
+    dtype = dtype_of(recipe.train.dtype, device, parallel)
+    recipe = computing_in(recipe, dtype)
     with parallel.in_turn():
         if parallel.main:
             refuse_used(path)
@@ -102,7 +96,7 @@ def start(
         data_section = recipe.data
         if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
             data_section = data_section.model_copy(update={"tokenizer": str(source)})
-        data = _prepare(data_section, recipe.model.get("vocab_size"), note, parallel)
+        data = prepare_data(data_section, recipe.model.get("vocab_size"), note, parallel)
         if source is not None:
             _check_tokenizer(source, data.tokenizer)
         config = begun or _config(recipe, data)
@@ -116,14 +110,14 @@ def start(
             if device.type == "cpu":
                 note("no processor multiplies FP8: experts compute the same in float32, which takes several times as long")
         check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
-        _check_samples(recipe, config, data)
-        _advise(recipe, config, note)
-        batches = _batches(recipe, config, data, parallel)
-    _say_slow(config, note)
+        check_samples(recipe, config, data)
+        advise(recipe, config, note)
+        batches = batches_of(recipe, config, data, parallel)
+    say_slow(config, note)
     model = parallel.build(config, device, recipe.train.seed, source)
     resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
     if parallel.main:
-        _write_recipe(path, resolved, asked, source)
+        write_recipe(path, resolved, asked, source)
     return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel, source)
 
 
@@ -196,186 +190,21 @@ def _config(recipe: Recipe, data: TokenData) -> ModelConfig:
         raise UsageError(str(error)) from None
 
 
-def check_memory(
-    config: ModelConfig, device: torch.device, optimizer: str = "adamw", processes: int = 1, replicas: int = 1,
-    beside: ModelConfig | None = None,
-) -> None:  # fmt: skip
-    """Refuse a model whose float32 masters, gradients and optimizer states alone, `replicas` times, exceed the memory of the
-    machines, or of the accelerators, that `processes` share. `beside`: a model that is trained at the same time."""
-    parameters = count(config).total_parameters
-    sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    held = total_bytes(device) * (processes // sharing)
-    need = state_bytes(Shape.from_config(config), optimizer) * replicas
-    times = "" if replicas == 1 else f" of {replicas} replicas"
-    if beside is not None:
-        need += state_bytes(Shape.from_config(beside), optimizer)
-        times = f", and of the model of {count(beside).total_parameters:,} parameters beside it"
-    if need > held:
-        raise UsageError(
-            f"the model has {parameters:,} parameters: training takes {need / 2**30:,.0f} GiB for weights, "
-            f"gradients and moments{times}, but there are {held / 2**30:,.0f} GiB; choose a smaller model"
-        )
-
-
-class FinishedError(UsageError):
-    """There is nothing to resume."""
-
-
-def check_fp8(config: ModelConfig, device: torch.device, what: str = "train.fp8_experts") -> None:
-    """Refuse experts in FP8 for a model without experts, and on a card without FP8."""
-    if not config.has_experts:
-        raise UsageError(f"{what}: the model has no experts")
-    if device.type == "cuda" and not multiplies_fp8(device):
-        raise UsageError(
-            f"{what}: needs Triton and a card that multiplies FP8 (compute capability 8.9 or higher): leave it out"
-        )
-
-
-def held_recipe(path: Path) -> Recipe:
-    """The recipe of the run in `path`. Raises `UsageError` if there is no run."""
-    file = path / "recipe.toml"
-    if not file.is_file():
-        raise UsageError(f"--resume {path}: is no run directory (it has no recipe.toml)")
-    return read_recipe(str(file))
-
-
-def resume(
-    path: Path, wanted: Recipe, device: torch.device, note: Callable[[str], None], parallel: Parallel | None = None
-) -> Run:
-    """Open a run to continue it from its newest checkpoint that is whole, or from the start if it has none.
-
-    `wanted` may differ from the run's recipe in how training goes on, as in the weights of sources, but not in the model, its
-    data or the batches: a difference there raises `UsageError` and is named. A run that has ended raises `FinishedError`.
-    """
-    parallel = parallel or Parallel()
-    here = device_here(device, parallel)
-    held = held_recipe(path)
-    if "vocab_size" not in held.model:
-        raise UsageError(f"--resume {path}: is no run directory (model.vocab_size is missing in its recipe.toml)")
-    dtype = _dtype(held.train.dtype if wanted.train.dtype == "auto" else wanted.train.dtype, device, parallel)
-    wanted = _computing_in(wanted, dtype)
-    with parallel.in_turn():
-        _refuse_difference(path, held, wanted)
-        if parallel.main:
-            with only_writer(path):  # what another process trains must stay as it is
-                set_aside_damaged(path, note)
-        data_section = held.data.model_copy(update={"weights": wanted.data.weights or held.data.weights})
-        recipe = wanted.model_copy(update={"model": held.model, "data": data_section, "name": held.name})
-        data = _prepare(recipe.data, recipe.model["vocab_size"], note, parallel)
-        config = recipe.config(recipe.model["vocab_size"])
-        check_vocabulary(data.tokenizer, config.vocab_size)
-        recipe = settle(recipe, config, parallel.size, here, note)
-        parallel.check(recipe, config)
-        if recipe.train.fp8_experts:
-            check_fp8(config, device)
-        check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
-        batches = _batches(recipe, config, data, parallel)
-    newest, train = _newest(path, parallel), wanted.train
-    source = _source(path) if newest is None else None
-    _say_slow(config, note)
-    model = parallel.build(config, device, None if newest else train.seed, source)
-    run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel, source)
-    if run.checkpoint is not None:
-        state = read_state(run.checkpoint)
-        _refuse_other_identity(path, run.identity(), state["identity"])
-        if state["length"] == [train.steps, train.minutes]:
-            run.total_steps = state["total_steps"]
-        else:
-            run.total_steps = _expected_steps(path, state, train)
-            if recipe.schedule.kind != "constant":
-                note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
-        if state["step"] >= run.total_steps and _ended(path):
-            raise FinishedError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
-    if parallel.main:
-        with only_writer(path):
-            _write_recipe(path, recipe, wanted.parallel)
-    return run
-
-
-def _source(path: Path) -> Path | None:
-    """The model directory that the run began with, if it did. Raises `UsageError` if that is no longer there."""
-    file = path / BEGUN_WITH
-    if not file.is_file():
-        return None
-    try:
-        return model_directory(file.read_text(encoding="utf-8").rstrip("\n"))
-    except (OSError, UnicodeDecodeError, UsageError) as error:
-        raise UsageError(f"--resume {path}: ended before its first checkpoint, and began with a model: {error}") from None
-
-
-def _expected_steps(path: Path, state: dict[str, Any], train: TrainSection) -> int:
-    """Where a run will end that has another length now: by its minutes, at the pace it has had. They count from its start.
-    Raises `FinishedError` if they are over."""
-    if train.minutes is None or not state["step"]:
-        return train.most_steps
-    spent, given = state["seconds"], train.minutes * 60
-    if spent >= given:
-        raise FinishedError(
-            f"--resume {path}: has taken {spent / 60:.1f} minutes already, and {train.minutes:.1f} are given in all: give more"
-        )
-    return min(train.most_steps, max(state["step"] + 1, int(state["step"] * given / spent)))
-
-
-def _newest(path: Path, parallel: Parallel) -> Path | None:
-    """The newest checkpoint, as the main process sees the disk: others may see it later. It has set damaged ones aside."""
-    found = checkpoints(path)
-    step = parallel.agree(step_of(found[-1]) if found else -1)
-    return None if step < 0 else path / "checkpoints" / name_of(int(step))
-
-
-def _ended(path: Path) -> bool:
-    """Whether a run's last words are written: a crash may fall between its last step and those."""
-    records = read_metrics(path)
-    return bool(records) and records[-1].get("event") == "finished" and (path / "report.html").is_file()
-
-
-# Models that take more than some seconds to build.
-_DEEP, _LARGE = 1000, 10**9
-
-
-def _say_slow(config: ModelConfig, note: Callable[[str], None]) -> None:
-    """What would else be a long silence: a model being built, and its first step."""
-    blocks, parameters = config.num_hidden_layers, count(config).total_parameters
-    if blocks >= _DEEP or parameters >= _LARGE:
-        note(f"building the model: {blocks:,} blocks, {parameters / 1e6:,.0f}M parameters; its first steps take long, too")
-
-
-def _advise(recipe: Recipe, config: ModelConfig, note: Callable[[str], None]) -> None:
-    """Say what is allowed and hardly meant."""
-    schedule, balance = recipe.schedule, recipe.balance
-    if recipe.train.steps is not None and schedule.warmup_steps >= recipe.train.steps:
-        note(f"the rate warms up over {schedule.warmup_steps} steps, all of this run: schedule.warmup_steps sets fewer")
-    losses = (balance.sequence_weight, balance.batch_weight, balance.global_weight)
-    biased = config.scoring_func == "sigmoid" and balance.use_bias and balance.bias_update != "none" and balance.bias_speed > 0
-    if config.has_experts and not biased and not any(losses):
-        why = " (routers of deepseek_v2 own no bias)" if config.scoring_func == "softmax" else ""
-        note(f"nothing keeps the experts evenly used{why}: balance.sequence_weight=0.001 would")
-
-
-def _check_samples(recipe: Recipe, config: ModelConfig, data: TokenData) -> None:
-    """Refuse now what would fail when the model is scored and sampled."""
-    document_start(config, data.tokenizer)
-    for prompt in recipe.eval.prompts:
-        length = len(data.tokenizer.encode(prompt).ids)
-        if length >= config.max_position_embeddings:
-            raise UsageError(
-                f"eval.prompts: {prompt[:20]!r}... has {length} tokens; the model's context (max_position_embeddings) "
-                f"is {config.max_position_embeddings}"
-            )
-
-
-def _computing_in(recipe: Recipe, dtype: torch.dtype) -> Recipe:
+def computing_in(recipe: Recipe, dtype: torch.dtype) -> Recipe:
+    """The recipe with its "auto" resolved."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})})
 
 
-def _dtype(choice: str, device: torch.device, parallel: Parallel) -> torch.dtype:
+def dtype_of(choice: str, device: torch.device, parallel: Parallel) -> torch.dtype:
+    """What `train.dtype` comes to here; "auto" is the main process's choice."""
     if choice != "auto":
         return getattr(torch, choice)
     narrow = parallel.agree(parallel.main and training_dtype(device) == torch.bfloat16)
     return torch.bfloat16 if narrow else torch.float32
 
 
-def _batches(recipe: Recipe, config: ModelConfig, data: TokenData, parallel: Parallel) -> Batches:
+def batches_of(recipe: Recipe, config: ModelConfig, data: TokenData, parallel: Parallel) -> Batches:
+    """This process's part of the batches, from the first on. Raises `UsageError` if the text is too short for one."""
     weights = recipe.data.weights
     return Batches(
         *([data.train] if weights is None else data.train_of_each()),
@@ -407,42 +236,14 @@ def only_writer(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _prepare(section: DataSection, vocab_size: int | None, note: Callable[[str], None], parallel: Parallel) -> TokenData:
+def prepare_data(section: DataSection, vocab_size: int | None, note: Callable[[str], None], parallel: Parallel) -> TokenData:
+    """The section's text as tokens. `vocab_size`: the model's, if its recipe says one."""
     vocab_size = section.vocab_size or (None if section.tokenizer else vocab_size)
     make = partial(prepare, section.source, tokenizer=section.tokenizer, vocab_size=vocab_size, held_out=section.held_out)
     return parallel.prepared(partial(make, progress=note))
 
 
-def _refuse_difference(path: Path, held: Recipe, wanted: Recipe) -> None:
-    """Name the first field of model, data or batch order that differs; what `wanted` leaves open is no difference."""
-    pairs = [(f"model.{name}", held.model.get(name), value) for name, value in wanted.model.items() if name != "from"]
-    if held.data.weights is None or wanted.data.weights is None:  # else others are welcome
-        pairs.append(("data.weights", held.data.weights, wanted.data.weights or held.data.weights))
-    fixed = ((name, value) for name, value in wanted.data if value is not None and name != "weights")
-    pairs += [(f"data.{name}", getattr(held.data, name), value) for name, value in fixed]
-    pairs += [(f"train.{name}", getattr(held.train, name), getattr(wanted.train, name)) for name in ("batch", "seed")]
-    pairs += [("optimizer.name", held.optimizer.name, wanted.optimizer.name)]
-    for name, before, now in pairs:
-        if isinstance(now, dict) and isinstance(before, dict):
-            before = {k: before.get(k) for k in now}
-        if now != before:
-            raise UsageError(f"--resume {path}: {name} is {now!r}, but the run began with {before!r}: start a new run instead")
-
-
-def _refuse_other_identity(path: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
-    for field in sorted({*now["model"], *then["model"]}):
-        here, before = now["model"].get(field), then["model"].get(field)
-        if here != before:
-            raise UsageError(f"--resume {path}: model.{field} is {here}, but the checkpoint was trained with {before}")
-    for what, remedy in (("corpus", "text"), ("tokenizer", "tokenizer file")):
-        if now[what] != then[what]:
-            raise UsageError(
-                f"--resume {path}: the {what} has changed (now {now[what][:12]}, checkpoint {then[what][:12]}): restore the "
-                f"{remedy} that the run began with"
-            )
-
-
-def _write_recipe(path: Path, recipe: Recipe, asked: ParallelSection, source: Path | None = None) -> None:
+def write_recipe(path: Path, recipe: Recipe, asked: ParallelSection, source: Path | None = None) -> None:
     """With the layout that was asked for: an "auto" is chosen anew by whoever goes on. `source`: what the run begins with."""
     recipe = recipe.model_copy(update={"parallel": asked})
     try:

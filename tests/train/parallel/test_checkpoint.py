@@ -20,7 +20,8 @@ from cadre.train.optimizer import Optimizer
 from cadre.train.parallel import checkpoint
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
-from cadre.train.run import resume, start
+from cadre.train.resume import resume
+from cadre.train.run import start
 from cadre.train.trainer import Trainer
 from tests.train.parallel.test_equal import EVERYTHING, Nobody, assert_same_run, recipe, several, train
 from tests.train.parallel.world import world

@@ -11,7 +11,7 @@ from cadre.kernels.limits import default_device, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.train.bench.step import check_length, circumstances
 from cadre.train.bench.worker import ours, race, result
-from cadre.train.run import check_fp8, check_memory
+from cadre.train.checks import check_fp8, check_memory
 
 
 def bench_fp8(

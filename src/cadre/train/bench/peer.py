@@ -19,7 +19,7 @@ from cadre.kernels.memory import free_bytes
 from cadre.model.config import ModelConfig
 from cadre.train.bench.step import ADAMW, CLIP, WARM_UP, changed, check_length, circumstances
 from cadre.train.bench.worker import Build, Worker, ours, race, result
-from cadre.train.run import check_memory
+from cadre.train.checks import check_memory
 
 # A mode whose first step is this many times the best one's is not tried a second time.
 _HOPELESS = 2.0

@@ -15,10 +15,10 @@ from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.train.balance import Balance
+from cadre.train.checks import check_memory
 from cadre.train.objective import MicroBatch, losses
 from cadre.train.optimizer import Optimizer
 from cadre.train.recipe import BalanceSection, OptimizerSection
-from cadre.train.run import check_memory
 
 # Steps that are not timed: the first ones fill the allocator and make the optimizer's state.
 WARM_UP = 2

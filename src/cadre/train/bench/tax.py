@@ -13,7 +13,7 @@ from cadre.model.config import ModelConfig
 from cadre.plan.count import count
 from cadre.train.bench.step import changed, check_length, circumstances
 from cadre.train.bench.worker import TimeLeft, ours, race, result
-from cadre.train.run import check_memory
+from cadre.train.checks import check_memory
 
 EXPERTS = (16, 64, 128)
 TOP_K = (2, 4, 8)
