@@ -55,7 +55,7 @@ def main() -> None:
     with torch.no_grad():
         hidden = model.hidden(ids[:, :seq_len])
         for depth in range(len(model.mtp)):
-            hidden = model.further_hidden(hidden[:rows], ids[:rows, depth + 1 : seq_len + depth + 1], depth)
+            hidden = model.mtp_hidden(hidden[:rows], ids[:rows, depth + 1 : seq_len + depth + 1], depth)
     heard = balance.hear(seq_len)
 
     def count() -> None:

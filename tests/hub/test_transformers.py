@@ -280,7 +280,7 @@ def test_multi_token_prediction(kind, changes, stir, tmp_path):
         further = ids[:, depth + 1 :]
         positions = torch.arange(further.shape[1])[None] + 1
         their_hidden = theirs.forward_layer(depth, their_hidden[:, :-1], positions, None, input_ids=further)
-        our_hidden = ours.further_hidden(our_hidden[:, :-1], further, depth)
+        our_hidden = ours.mtp_hidden(our_hidden[:, :-1], further, depth)
         wanted, logits = theirs._project_to_logits(their_hidden), ours.lm_head(our_hidden)
         assert (logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
 

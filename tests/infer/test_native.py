@@ -202,7 +202,7 @@ def test_multi_token_prediction_hidden_states(family: str, seed: int) -> None:
         tables = [list(range(length))]
         ours = native.hidden(step([row], [0], tables))
         for depth, ids in enumerate(further):
-            hidden = model.further_hidden(hidden, torch.tensor([ids]), depth)
+            hidden = model.mtp_hidden(hidden, torch.tensor([ids]), depth)
             ours = native.draft_hidden(depth, ours, step([ids], [0], tables))
             torch.testing.assert_close(ours, hidden[0], rtol=1e-4, atol=1e-4 * max(1.0, float(hidden.abs().max())))
 

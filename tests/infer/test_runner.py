@@ -219,7 +219,7 @@ def test_prediction_modules_in_pieces_equal_the_whole(family, native):
             count = len(ids) - 2
             stages = [model.hidden(ids[None, :count])]
             for depth in range(2):
-                stages.append(model.further_hidden(stages[-1], ids[None, depth + 1 : depth + 1 + count], depth))
+                stages.append(model.mtp_hidden(stages[-1], ids[None, depth + 1 : depth + 1 + count], depth))
             want.append([stage[0] for stage in stages])
     got = [[[], [], []], [[], [], []]]
     for work in ([(0, 5), (1, 3)], [(1, 1)], [(0, 6), (1, 5)], [(0, 1)]):

@@ -219,7 +219,7 @@ def test_drafts_are_what_the_modules_say_of_the_whole_text(modules: int) -> None
                 hidden = model.hidden(torch.tensor([ids[:-1]]))
                 for depth in range(len(told)):
                     known = (ids + told)[depth + 1 :][: len(ids) - 1]
-                    hidden = model.further_hidden(hidden, torch.tensor([known]), depth)
+                    hidden = model.mtp_hidden(hidden, torch.tensor([known]), depth)
                     best = model.lm_head(hidden[0, -1]).topk(2)
                     assert told[depth] == best.indices[0] or best.values[0] - best.values[1] < 1e-4
             compared += 1

@@ -38,7 +38,7 @@ def every_stage(model: Transformer, ids: Tensor, document: Tensor | None = None)
     for depth in range(len(model.mtp)):
         shifted = ids[:, depth + 1 : depth + 1 + length]
         documents = None if document is None else document[:, :length]
-        stages.append(model.further_hidden(stages[-1], shifted, depth, document_BT=documents))
+        stages.append(model.mtp_hidden(stages[-1], shifted, depth, document_BT=documents))
     return stages
 
 
@@ -76,7 +76,7 @@ def test_logits_have_the_vocabulary_s_width(config: ModelConfig, length):
     assert torch.isfinite(logits).all()
     hidden = model.hidden(ids)
     for depth in range(config.num_nextn_predict_layers):
-        hidden = model.further_hidden(hidden, ids, depth)
+        hidden = model.mtp_hidden(hidden, ids, depth)
         assert hidden.shape == (2, length, config.hidden_size)
     assert len(model.mtp) == config.num_nextn_predict_layers
 
@@ -99,7 +99,7 @@ def test_prediction_module_is_the_report_s_equation():
     joined = torch.cat((module.enorm(model.embed_tokens.weight[ids]), module.hnorm(hidden)), dim=-1)
     turn = model.rotary(0, 7, ids.device)
     want = module.norm(module.block(joined @ module.eh_proj.weight.T, turn, None, None))
-    assert_close(model.further_hidden(hidden, ids, 0), want)
+    assert_close(model.mtp_hidden(hidden, ids, 0), want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -27,7 +27,7 @@ def forward(model: Transformer, balance: Balance, seed: int, *, module: bool = T
     balance.listen()
     hidden = model.hidden(ids)
     if module:
-        model.further_hidden(hidden, ids, 0)
+        model.mtp_hidden(hidden, ids, 0)
     heard = balance.hear(7)
     balance.count(heard)
     return heard

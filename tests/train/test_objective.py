@@ -41,7 +41,7 @@ def written_out(model: Transformer, ids: torch.Tensor, documents: torch.Tensor |
     stages = [hidden]
     for k in range(1, len(model.mtp) + 1):
         following = torch.stack([ids[:, t + k] for t in range(length)], dim=1)
-        stages.append(model.further_hidden(stages[-1], following, k - 1, document_BT=inside))
+        stages.append(model.mtp_hidden(stages[-1], following, k - 1, document_BT=inside))
     result = []
     for k, stage in enumerate(stages):
         log_p = F.log_softmax(model.lm_head(stage), dim=-1)
@@ -70,15 +70,15 @@ def test_each_module_predicts_exactly_one_further(modules, separate, seed):
     balance = balancing(model)
     got = losses(model, MicroBatch(ids, documents), balance, mtp_weight=MTP_WEIGHT)
     balance.listen()
-    main, *further = written_out(model, ids, documents, length)
+    main, *mtp = written_out(model, ids, documents, length)
     torch.testing.assert_close(got.main, main.detach())
-    torch.testing.assert_close(got.further, [loss.detach() for loss in further])
+    torch.testing.assert_close(got.mtp, [loss.detach() for loss in mtp])
     even = torch.stack([SequenceLoss(1.0)(heard) for heard in balance.hear(length)])
     assert list(got.balance) == ["balance_loss"]
     torch.testing.assert_close(got.balance["balance_loss"], even.mean().detach())
     total = main + SEQUENCE_WEIGHT * even.sum()
     if modules:
-        total = total + MTP_WEIGHT * torch.stack(further).mean()
+        total = total + MTP_WEIGHT * torch.stack(mtp).mean()
     expected = gradients(model, total)
     for name, gradient in gradients(model, got.total).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -89,11 +89,11 @@ def test_modules_learn_where_a_document_ends():
     nothing from position 3, whose target is the second's first word."""
     model, ids = build(num_nextn_predict_layers=1), random_ids(1, 10)
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
-    stage = model.further_hidden(
+    stage = model.mtp_hidden(
         model.hidden(ids[:, :8], document_BT=documents[:, :8]), ids[:, 1:9], 0, document_BT=documents[:, :8]
     )
     nats = -F.log_softmax(model.lm_head(stage), dim=-1)[0, torch.arange(8), ids[0, 2:]]
-    got = losses(model, MicroBatch(ids, documents), balancing(model), mtp_weight=MTP_WEIGHT).further[0]
+    got = losses(model, MicroBatch(ids, documents), balancing(model), mtp_weight=MTP_WEIGHT).mtp[0]
     torch.testing.assert_close(got, (nats.sum() - nats[3]).detach() / 8)
 
 
@@ -102,19 +102,19 @@ def test_modules_neither_look_nor_reach_across_documents():
     ids = random_ids(1, length + 3)
     documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
     before = losses(model, MicroBatch(ids, documents), balancing(model), mtp_weight=MTP_WEIGHT)
-    assert all(loss > 0 for loss in before.further)
+    assert all(loss > 0 for loss in before.mtp)
     # Module 1 reads tokens up to t + 1 and predicts t + 2. Within the first document of five, t = 2 is its last.
     torch.manual_seed(0)
     embedded = []
     original = model.embed
     model.embed = lambda ids: embedded.append(original(ids).detach().requires_grad_()) or embedded[-1]
     hidden = model.hidden(ids[:, :length], document_BT=documents[:, :length])
-    stage = model.further_hidden(hidden, ids[:, 1 : length + 1], 0, document_BT=documents[:, :length])
+    stage = model.mtp_hidden(hidden, ids[:, 1 : length + 1], 0, document_BT=documents[:, :length])
     first, second = torch.autograd.grad(stage[0, 2].sum(), embedded)
     assert first[0, 3:].abs().sum() == 0 and first[0, :3].abs().sum() > 0
     assert second[0, 3:].abs().sum() == 0 and second[0, 2].abs().sum() > 0
     from_second, _ = torch.autograd.grad(
-        model.further_hidden(model.hidden(ids[:, :length], document_BT=documents[:, :length]), ids[:, 1 : length + 1], 0,
+        model.mtp_hidden(model.hidden(ids[:, :length], document_BT=documents[:, :length]), ids[:, 1 : length + 1], 0,
                              document_BT=documents[:, :length])[0, 6].sum(), embedded[2:])  # fmt: skip
     assert from_second[0, :5].abs().sum() == 0 and from_second[0, 5:].abs().sum() > 0
 
@@ -146,7 +146,7 @@ def test_micro_batches_add_up_to_their_batch(kind, micro, rows, separate, rule, 
         for part, inside, here in parts:
             got = losses(model, MicroBatch(part, inside, here), balance, mtp_weight=MTP_WEIGHT, mtp_share=rows / 16)
             (got.total * (size / 16)).backward()
-            named = {"main": got.main, "total": got.total.detach(), **got.balance, **dict(enumerate(got.further))}
+            named = {"main": got.main, "total": got.total.detach(), **got.balance, **dict(enumerate(got.mtp))}
             sums = {key: sums.get(key, 0) + value * (size / 16) for key, value in named.items()}
         balance.update()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -198,7 +198,7 @@ def test_without_weight_the_modules_are_only_watched():
     ids = random_ids(2, 8)
     got = losses(model, MicroBatch(ids), balancing(model, sequence_weight=0), mtp_weight=0)
     assert got.balance == {}
-    assert torch.equal(got.total.detach(), got.main) and got.further[0] > 0
+    assert torch.equal(got.total.detach(), got.main) and got.mtp[0] > 0
     found = gradients(model, got.total)
     assert all((found[name] == 0).all() for name in found if name.startswith("mtp."))
 
@@ -209,7 +209,7 @@ def test_every_family_has_its_losses(kind):
     ids = random_ids(2, 8)
     got = losses(model, MicroBatch(ids), balancing(model), mtp_weight=MTP_WEIGHT)
     torch.testing.assert_close(got.main, written_out(model, ids, None, 7)[0].detach())
-    assert (got.balance == {}) == (kind == "llama") and got.further == []
+    assert (got.balance == {}) == (kind == "llama") and got.mtp == []
 
 
 def test_a_share_of_the_sequences_trains_the_modules():
@@ -220,5 +220,5 @@ def test_a_share_of_the_sequences_trains_the_modules():
     some = losses(model, MicroBatch(ids, mtp_rows=2), balance, mtp_weight=MTP_WEIGHT, mtp_share=0.5)
     first = losses(model, MicroBatch(ids[:2]), balance, mtp_weight=MTP_WEIGHT)
     torch.testing.assert_close(some.main, everything.main)
-    torch.testing.assert_close(torch.stack(some.further), torch.stack(first.further))
-    assert not torch.allclose(torch.stack(some.further), torch.stack(everything.further))
+    torch.testing.assert_close(torch.stack(some.mtp), torch.stack(first.mtp))
+    assert not torch.allclose(torch.stack(some.mtp), torch.stack(everything.mtp))

@@ -111,7 +111,7 @@ class NativeModel:
         return [choice_TK[:tokens].long() for choice_TK in self.choice_LTK]
 
     def draft_hidden(self, depth: int, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        """Hidden states [T, D] of multi-token prediction module `depth`: see `Transformer.further_hidden`."""
+        """Hidden states [T, D] of multi-token prediction module `depth`: see `Transformer.mtp_hidden`."""
         enorm, hnorm, joining, block, norm = self.stages[depth]
         next_TD = self.embedded(batch.ids_T)
         joined = torch.cat((self._normed(enorm, next_TD), self._normed(hnorm, hidden_TD.float().contiguous())), dim=1)

@@ -135,7 +135,7 @@ class Runner:
             cache = PagedCache(self.pool, part)
             ids_1T = part.ids_T.to(cache.position_T.device)[None]
             with self._computing():
-                return self.model.further_hidden(next(parts)[None].to(self.dtype), ids_1T, depth, cache)[0]
+                return self.model.mtp_hidden(next(parts)[None].to(self.dtype), ids_1T, depth, cache)[0]
 
         return self._by_parts(batch, lambda native, part: native.draft_hidden(depth, next(parts), part), through_torch)
 

@@ -146,7 +146,7 @@ class Transformer(nn.Module):
             x_BTD = block(x_BTD, turn_TR, cache, document_BT)
         return self.norm(x_BTD)
 
-    def further_hidden(
+    def mtp_hidden(
         self, hidden_BTD: Tensor, ids_BT: Tensor, depth: int, cache: Cache | None = None, document_BT: Tensor | None = None,
         own_T: Positions = EVERY,
     ) -> Tensor:  # fmt: skip

@@ -41,7 +41,7 @@ def acceptance(model: Transformer, held_out: Tokens, length: int) -> list[float]
             hidden = model.hidden(ids_BT[:, :length])
             main_T = model.lm_head(hidden)[0].argmax(-1)
             for stage in range(depth):
-                hidden = model.further_hidden(hidden, ids_BT[:, stage + 1 : length + stage + 1], stage)
+                hidden = model.mtp_hidden(hidden, ids_BT[:, stage + 1 : length + stage + 1], stage)
                 draft_T = model.lm_head(hidden)[0].argmax(-1)
                 agreed[stage] += int((draft_T[: length - stage - 1] == main_T[stage + 1 :]).sum())
             total += length

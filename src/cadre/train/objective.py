@@ -1,4 +1,4 @@
-"""What training minimises: next-token loss, further-token losses, balance losses.
+"""What training minimises: next-token loss, multi-token losses, balance losses.
 
 Letters in names: B sequence, T position, N = B*T, D hidden.
 """
@@ -23,7 +23,7 @@ class Losses:
 
     total: Tensor
     main: Tensor
-    further: list[Tensor]
+    mtp: list[Tensor]
     balance: dict[str, Tensor]
 
 
@@ -70,7 +70,7 @@ class Step:
         for micro in self.micro_batches:
             loss = losses(model, micro, self.balance, mtp_weight=self.mtp_weight, mtp_share=self.mtp_share)
             (loss.total * self.share).backward()
-            sums = sums + torch.stack([loss.main, *loss.further, *loss.balance.values()]).double() * self.share
+            sums = sums + torch.stack([loss.main, *loss.mtp, *loss.balance.values()]).double() * self.share
         assert isinstance(sums, Tensor)
         return sums
 
@@ -93,15 +93,15 @@ def losses(model: Transformer, micro: MicroBatch, balance: Balance, *, mtp_weigh
     balance.listen()
     ids, documents = micro.inputs(model)
     hidden = model.hidden(ids, document_BT=documents, own_T=micro.own_T)
-    total, main, further = token_losses(model, hidden, micro, mtp_weight, mtp_share)
+    total, main, mtp = token_losses(model, hidden, micro, mtp_weight, mtp_share)
     uneven, even = balance_losses(balance, micro, hidden.shape[1], mtp_share)
-    return Losses(total + uneven, main, further, even)
+    return Losses(total + uneven, main, mtp, even)
 
 
 def token_losses(
     model: Transformer, hidden_BTD: Tensor, micro: MicroBatch, mtp_weight: float, mtp_share: float
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`Losses.total` without balance, `main` and `further` of a micro-batch, from the main model's normed hidden states of its
+    """`Losses.total` without balance, `main` and `mtp` of a micro-batch, from the main model's normed hidden states of its
     own positions."""
     depth, length = len(model.mtp), hidden_BTD.shape[1]
     ids, inside = micro.inputs(model)
@@ -117,12 +117,12 @@ def token_losses(
     total = mean_loss(hidden_BTD, 1, mean_N)
     main = total.detach()
     rows = micro.training_mtp
-    modules = further_hidden(model, hidden_BTD, micro)
+    modules = mtp_hidden(model, hidden_BTD, micro)
     mean_N = mean_N[: rows * length] / mtp_share
-    further = []
+    mtp = []
     for ahead in range(2, depth + 2):
         if not rows and not micro.joined:
-            further.append(torch.zeros_like(main))
+            mtp.append(torch.zeros_like(main))
             continue
         weight_N = mean_N
         if micro.document_BT is not None and inside is not None:
@@ -130,10 +130,10 @@ def token_losses(
             stays_BT = micro.document_BT[:rows, ahead - 1 : every + ahead - 1] == inside[:rows]
             weight_N = mean_N * stays_BT[:, micro.own_T].flatten()
         loss = mean_loss(next(modules), ahead, weight_N)
-        further.append(loss.detach())
+        mtp.append(loss.detach())
         if mtp_weight:
             total = total + loss * (mtp_weight / depth)
-    return total, main, further
+    return total, main, mtp
 
 
 def balance_losses(
@@ -158,13 +158,13 @@ def survey(model: Transformer, micro: MicroBatch, balance: Balance) -> None:
     balance.listen()
     ids, documents = micro.inputs(model)
     hidden = model.hidden(ids, document_BT=documents, own_T=micro.own_T)
-    for _ in further_hidden(model, hidden, micro):
+    for _ in mtp_hidden(model, hidden, micro):
         pass
     balance.survey(balance.hear(hidden.shape[1]))
 
 
-def further_hidden(model: Transformer, hidden_BTD: Tensor, micro: MicroBatch) -> Iterator[Tensor]:
-    """Normed hidden states of each further module, of the sequences that train them."""
+def mtp_hidden(model: Transformer, hidden_BTD: Tensor, micro: MicroBatch) -> Iterator[Tensor]:
+    """Normed hidden states of each multi-token prediction module, of the sequences that train them."""
     if not micro.training_mtp and not micro.joined:
         return
     rows, (ids, inside) = micro.training_mtp, micro.inputs(model)
@@ -172,5 +172,5 @@ def further_hidden(model: Transformer, hidden_BTD: Tensor, micro: MicroBatch) ->
     inside = None if inside is None else inside[:rows]
     for depth in range(len(model.mtp)):
         following_BT = micro.ids_BT[:rows, depth + 1 : ids.shape[1] + depth + 1]
-        hidden_BTD = model.further_hidden(hidden_BTD, following_BT, depth, document_BT=inside, own_T=micro.own_T)
+        hidden_BTD = model.mtp_hidden(hidden_BTD, following_BT, depth, document_BT=inside, own_T=micro.own_T)
         yield hidden_BTD

@@ -69,7 +69,7 @@ class Silent:
 @dataclass
 class Progress:
     """Where a run stands; all of it is in every checkpoint. `window` gathers the losses since the last logged step: main,
-    further tokens, and the balance losses that `columns` names. `balance` and `alarm` are filled in to be saved. `lowest`:
+    multi-token, and the balance losses that `columns` names. `balance` and `alarm` are filled in to be saved. `lowest`:
     the lowest held-out bits per byte of evaluations on the way and its step; `risen`: why it has been said to be higher."""
 
     step: int = 0
@@ -245,7 +245,7 @@ class Trainer:
         return {"grad_norm": norm, "learning_rate": self.optimizer.lr * factor, **more}
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        """On the device; the further-token modules are joined where they train any process's sequences."""
+        """On the device; the multi-token prediction modules are joined where they train any process's sequences."""
         micro, (reader, readers) = self.micro_batch, self.parallel.part
         dealt = [len(range(one, self.mtp_rows, readers)) for one in (reader, 0)]  # the first has as many as any
         for first in range(0, len(batch.ids), micro):

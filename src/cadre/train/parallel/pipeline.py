@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cadre.model.transformer import EVERY, Cache, Positions, Transformer
-from cadre.train.objective import Step, further_hidden
+from cadre.train.objective import Step, mtp_hidden
 from cadre.train.parallel.layout import Layout
 from cadre.train.parallel.stage import Stage, copies_embedding
 
@@ -124,7 +124,7 @@ class Pipeline:
             ids, documents = micro.inputs(self.model)
             hidden = self._forward(ids, documents)
             if hidden is not None:
-                for _ in further_hidden(self.stages[len(self.places) - 1], hidden, micro):
+                for _ in mtp_hidden(self.stages[len(self.places) - 1], hidden, micro):
                     pass
             work.balance.survey(work.balance.hear(ids.shape[1]))
 

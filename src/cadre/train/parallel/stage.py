@@ -73,11 +73,11 @@ class Stage(Transformer):
         ids, documents = micro.inputs(self)
         work.balance.listen()
         x = self._pass(ids if self.first else x, documents)
-        total, main, further = x.new_zeros(()), x.new_zeros(()), [x.new_zeros(())] * self.config.num_nextn_predict_layers
+        total, main, mtp = x.new_zeros(()), x.new_zeros(()), [x.new_zeros(())] * self.config.num_nextn_predict_layers
         if self.last:
-            total, main, further = token_losses(self, x, micro, work.mtp_weight, work.mtp_share)
+            total, main, mtp = token_losses(self, x, micro, work.mtp_weight, work.mtp_share)
         uneven, even = balance_losses(work.balance, micro, ids.shape[1], work.mtp_share)
-        self.sums = self.sums + torch.stack([loss.double() for loss in (main, *further, *even.values())]) * work.share
+        self.sums = self.sums + torch.stack([loss.double() for loss in (main, *mtp, *even.values())]) * work.share
         if self.last:
             return (total + uneven) * work.share
         return _WithLoss.apply(x, uneven * work.share) if isinstance(uneven, Tensor) else x
