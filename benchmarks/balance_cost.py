@@ -51,16 +51,16 @@ def main() -> None:
 
     step()
     step_seconds = median_seconds(step, options.steps)
-    balance.listen()
+    balance.record()
     with torch.no_grad():
         hidden = model.hidden(ids[:, :seq_len])
         for depth in range(len(model.mtp)):
             hidden = model.mtp_hidden(hidden[:rows], ids[:rows, depth + 1 : seq_len + depth + 1], depth)
-    heard = balance.hear(seq_len)
+    recorded = balance.recorded(seq_len)
 
     def count() -> None:
         balance.reset()
-        balance.count(heard)
+        balance.count(recorded)
         balance.update()
 
     count_seconds = median_seconds(count, 50)

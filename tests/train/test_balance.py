@@ -24,13 +24,13 @@ def model() -> Transformer:
 def forward(model: Transformer, balance: Balance, seed: int, *, module: bool = True) -> list:
     """One micro-batch of 2 x 7 tokens, counted."""
     ids = torch.randint(model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(seed))
-    balance.listen()
+    balance.record()
     hidden = model.hidden(ids)
     if module:
         model.mtp_hidden(hidden, ids, 0)
-    heard = balance.hear(7)
-    balance.count(heard)
-    return heard
+    recorded = balance.recorded(7)
+    balance.count(recorded)
+    return recorded
 
 
 def biases(balance: Balance) -> list[torch.Tensor]:
@@ -90,9 +90,9 @@ def test_dead_experts_are_counted_over_the_window(model):
 def test_routes_are_heard_once(model):
     balance = Balance(model, section())
     assert len(forward(model, balance, 0)) == 2
-    assert balance.hear(7) == []
-    model.hidden(torch.zeros(1, 7, dtype=torch.int64))  # not listened to
-    assert balance.hear(7) == []
+    assert balance.recorded(7) == []
+    model.hidden(torch.zeros(1, 7, dtype=torch.int64))  # not recorded
+    assert balance.recorded(7) == []
 
 
 def step(model: Transformer, balance: Balance) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
@@ -100,8 +100,8 @@ def step(model: Transformer, balance: Balance) -> tuple[torch.Tensor, dict[str, 
     model.zero_grad()
     balance.reset()
     for seed in range(2):
-        heard = forward(model, balance, seed, module=seed == 0)
-        sum(weight * value for _, weight, value in balance.weighted(heard)).backward()
+        recorded = forward(model, balance, seed, module=seed == 0)
+        sum(weight * value for _, weight, value in balance.weighted_losses(recorded)).backward()
     balance.update()
     return balance.load_LE.clone(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, biases(balance)
 
@@ -177,9 +177,9 @@ def test_speed_zero_and_routers_without_bias_stay_as_they_are(model):
     assert all((bias == 0).all() for bias in biases(still))
     softmax = Transformer(small("deepseek_v2")).initialize(0).train()
     balance = Balance(softmax, section())
-    balance.listen()
+    balance.record()
     softmax.hidden(torch.zeros(1, 3, dtype=torch.int64))
-    balance.count(balance.hear(3))
+    balance.count(balance.recorded(3))
     balance.update()
     assert balance.load_LE[0].sum() == 6
     assert balance.metrics()["bias_range"] == [None]
@@ -190,9 +190,9 @@ def test_a_bias_that_is_not_used_is_zero_in_the_model(model):
         layer.gate.e_score_correction_bias.normal_()
     balance = Balance(model, section(use_bias=False, bias_update="none"))
     balance.reset()
-    (heard, *_) = forward(model, balance, 0)
-    bare = heard.routes.score_TE.topk(2).indices.sort(dim=1).values
-    assert torch.equal(heard.routes.expert_TK.sort(dim=1).values, bare)
+    (recorded, *_) = forward(model, balance, 0)
+    bare = recorded.routes.score_TE.topk(2).indices.sort(dim=1).values
+    assert torch.equal(recorded.routes.expert_TK.sort(dim=1).values, bare)
     balance.update()
     assert all((bias == 0).all() for bias in biases(balance))
 
@@ -201,9 +201,9 @@ def test_a_dense_model_has_nothing_to_balance():
     model = Transformer(small("llama")).initialize(0)
     balance = Balance(model, BalanceSection())
     balance.reset()
-    balance.listen()
+    balance.record()
     balance.update()
-    assert (balance.hear(7), balance.weighted([]), balance.metrics(), balance.window_steps) == ([], [], {}, 0)
+    assert (balance.recorded(7), balance.weighted_losses([]), balance.metrics(), balance.window_steps) == ([], [], {}, 0)
     balance.restore(balance.state())
 
 
@@ -220,9 +220,9 @@ def test_biases_even_out_a_skewed_router(rule, speed):
     violations = []
     for _ in range(60):
         balance.reset()
-        balance.listen()
+        balance.record()
         layer(x[None])
-        balance.count(balance.hear(512))
+        balance.count(balance.recorded(512))
         violations.append(float(max_violation(balance.load_LE[0])))
         balance.update()
     assert violations[0] > 1.5

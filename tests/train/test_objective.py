@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cadre.model.transformer import Transformer
 from cadre.train.balance import Balance
 from cadre.train.balance_losses import SequenceLoss
-from cadre.train.objective import MicroBatch, losses, survey
+from cadre.train.objective import MicroBatch, collect_loads, losses
 from cadre.train.recipe import BalanceSection
 from tests.shapes import small
 
@@ -69,11 +69,11 @@ def test_each_module_predicts_exactly_one_further(modules, separate, seed):
     documents = random_documents(*ids.shape, seed) if separate else None
     balance = balancing(model)
     got = losses(model, MicroBatch(ids, documents), balance, mtp_weight=MTP_WEIGHT)
-    balance.listen()
+    balance.record()
     main, *mtp = written_out(model, ids, documents, length)
     torch.testing.assert_close(got.main, main.detach())
     torch.testing.assert_close(got.mtp, [loss.detach() for loss in mtp])
-    even = torch.stack([SequenceLoss(1.0)(heard) for heard in balance.hear(length)])
+    even = torch.stack([SequenceLoss(1.0)(recorded) for recorded in balance.recorded(length)])
     assert list(got.balance) == ["balance_loss"]
     torch.testing.assert_close(got.balance["balance_loss"], even.mean().detach())
     total = main + SEQUENCE_WEIGHT * even.sum()
@@ -141,7 +141,7 @@ def test_micro_batches_add_up_to_their_batch(kind, micro, rows, separate, rule, 
         parts = [(ids[i : i + size], None if documents is None else documents[i : i + size], min(max(rows - i, 0), size))
                  for i in range(0, 16, size)]  # fmt: skip
         for part, inside, here in parts if size < 16 else []:
-            survey(model, MicroBatch(part, inside, here), balance)
+            collect_loads(model, MicroBatch(part, inside, here), balance)
         sums = {}
         for part, inside, here in parts:
             got = losses(model, MicroBatch(part, inside, here), balance, mtp_weight=MTP_WEIGHT, mtp_share=rows / 16)
@@ -175,14 +175,14 @@ def test_the_batch_wise_loss_is_the_mean_over_what_is_computed_at_once():
     assert whole < float(sequences)
 
 
-def test_the_global_loss_of_a_single_micro_batch_needs_no_survey():
+def test_the_global_loss_of_a_single_micro_batch_needs_no_loads_collected():
     model, ids = build(num_nextn_predict_layers=1), random_ids(4, 9)
     balance = balancing(model, global_weight=0.5, batch_weight=0.5, sequence_weight=0)
     for _ in range(2):
         got = losses(model, MicroBatch(ids), balance, mtp_weight=0.3).balance
         assert torch.equal(got["global_balance_loss"], got["batch_balance_loss"])
-        survey(model, MicroBatch(ids), balance)  # of the same single micro-batch: it changes nothing
-    assert balance.load_LE.sum() == 2 * (4 * 7 * 2 * 2)  # a survey counts no loads
+        collect_loads(model, MicroBatch(ids), balance)  # of the same single micro-batch: it changes nothing
+    assert balance.load_LE.sum() == 2 * (4 * 7 * 2 * 2)  # those collected beforehand are not counted
 
 
 def test_a_micro_batch_without_a_sparse_layer_has_the_same_losses_by_name():

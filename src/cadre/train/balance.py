@@ -1,4 +1,4 @@
-"""Keeping experts evenly used: hears the routes of every forward pass, counts loads, adds up the balance losses, moves the
+"""Keeping experts evenly used: records the routes of every forward pass, counts loads, adds up the balance losses, moves the
 routers' biases, and says how it stands.
 
 Letters in names: L sparse layer, E expert, K choices, T token.
@@ -14,7 +14,7 @@ from torch import Tensor
 from cadre.kernels.permute import count_choices
 from cadre.model.experts import MixtureOfExperts
 from cadre.model.transformer import Transformer
-from cadre.train.balance_losses import BalanceLoss, BatchLoss, GlobalLoss, Heard, RouterZLoss, SequenceLoss
+from cadre.train.balance_losses import BalanceLoss, BatchLoss, GlobalLoss, RecordedRoutes, RouterZLoss, SequenceLoss
 from cadre.train.loads import dead_experts, evenness, max_violation
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import BalanceSection
@@ -33,10 +33,10 @@ def bias_step(rule: str, load_LE: Tensor) -> Tensor:
 class Balance:
     """The balancing of a model by a recipe's `[balance]`. One optimizer step:
 
-        reset(), then for each micro-batch listen(), forward pass, hear() -> losses(), backward pass; then update()
+        reset(), then for each micro-batch record(), forward pass, recorded() -> losses(), backward pass; then update()
 
     Loads are of the choices made, bias and groups included, and of all micro-batches. What a backward pass recomputes is
-    not heard. The window is all that was counted since `close_window`; it is in `state()`, the rest lasts one step.
+    not recorded. The window is all that was counted since `close_window`; it is in `state()`, the rest lasts one step.
     """
 
     def __init__(self, model: Transformer, section: BalanceSection, parallel: Parallel | None = None) -> None:
@@ -66,36 +66,36 @@ class Balance:
 
     # ------------------------------------------------------------------------------------------------- one micro-batch
 
-    def listen(self) -> None:
+    def record(self) -> None:
         """Keep the routes of the forward pass that follows."""
         for _, layer in self.layers:
             layer.routes, layer.keeps_routes = None, True
 
-    def hear(self, length: int, module_part: float = 1.0) -> list[Heard]:
-        """The routes of the forward pass since `listen`, of sequences of `length` tokens, for every sparse layer that took
-        part; no later pass is kept. `module_part`: the `Heard.part` of layers in multi-token prediction modules."""
-        heard = []
+    def recorded(self, length: int, module_part: float = 1.0) -> list[RecordedRoutes]:
+        """The routes of the forward pass since `record`, of sequences of `length` tokens, for every sparse layer that took
+        part; no later pass is kept. `module_part`: the `RecordedRoutes.part` of layers in multi-token prediction modules."""
+        recorded = []
         for place, (index, layer) in enumerate(self.layers):
             routes, layer.routes, layer.keeps_routes = layer.routes, None, False
             if routes is not None and len(routes.score_TE):  # else a module that this micro-batch did not train
                 part = module_part if index >= self.modules_from else 1.0
-                heard.append(Heard(place, layer.gate, routes, len(routes.score_TE) // length, part))
-        return heard
+                recorded.append(RecordedRoutes(place, layer.gate, routes, len(routes.score_TE) // length, part))
+        return recorded
 
     @torch.no_grad()
-    def count(self, heard: list[Heard]) -> None:
+    def count(self, recorded: list[RecordedRoutes]) -> None:
         """Add a micro-batch to the step's loads."""
-        for one in heard:
+        for one in recorded:
             self.load_LE[one.layer] += count_choices(one.routes.expert_TK, self.load_LE.shape[1])
             self.logit_squares_L[one.layer] += one.routes.logit_TE.square().sum()
 
-    def survey(self, heard: list[Heard]) -> None:
+    def collect_loads(self, recorded: list[RecordedRoutes]) -> None:
         """Tell the global loss a micro-batch's frequencies, before the first of the step is trained."""
         for loss in self.globals:
-            for one in heard:
-                loss.survey(one)
+            for one in recorded:
+                loss.collect_loads(one)
 
-    def surveyed(self) -> list[Tensor]:
+    def collected_loads(self) -> list[Tensor]:
         """The global loss's frequencies, to be added up over processes before the first micro-batch is trained."""
         none = self.logit_squares_L.new_zeros(1, self.load_LE.shape[1])
         for loss in self.globals:
@@ -106,11 +106,11 @@ class Balance:
         """What counts an optimizer step, to be added up over processes before `update`."""
         return [self.load_LE, self.logit_squares_L]
 
-    def weighted(self, heard: list[Heard]) -> list[tuple[str, float, Tensor]]:
+    def weighted_losses(self, recorded: list[RecordedRoutes]) -> list[tuple[str, float, Tensor]]:
         """(key in the metrics, weight, sum over layers) of each balance loss in use, for one micro-batch."""
         none = torch.zeros((), device=self.load_LE.device)
         return [
-            (loss.key, loss.weight, torch.stack([loss(one) * one.part for one in heard]).sum() if heard else none)
+            (loss.key, loss.weight, torch.stack([loss(one) * one.part for one in recorded]).sum() if recorded else none)
             for loss in self.losses
         ]
 

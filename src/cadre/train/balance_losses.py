@@ -23,7 +23,7 @@ from cadre.model.experts import Router, Routes
 
 
 @dataclass
-class Heard:
+class RecordedRoutes:
     """The routes of one layer in one micro-batch. `layer`: its place among the sparse layers. `sequences`: how many the
     tokens make up, equally long. `part`: their share of what the layer sees in an optimizer step, times the number of
     micro-batches, so that the layer's losses, averaged over micro-batches, are those of the whole batch."""
@@ -41,13 +41,13 @@ class BalanceLoss(Protocol):
     key: str
     weight: float
 
-    def __call__(self, heard: Heard) -> Tensor: ...
+    def __call__(self, recorded: RecordedRoutes) -> Tensor: ...
 
 
-def counted_loads(heard: Heard, stretches: int) -> Tensor:
+def counted_loads(recorded: RecordedRoutes, stretches: int) -> Tensor:
     """How often each expert counts as chosen in each of equal stretches of tokens: float32 [B, E]."""
-    routes, expert_TK = heard.routes, heard.routes.expert_TK
-    if heard.router.rule.sigmoid:
+    routes, expert_TK = recorded.routes, recorded.routes.expert_TK
+    if recorded.router.rule.sigmoid:
         expert_TK = top_experts(routes.logit_TE, expert_TK.shape[1])
     expert_BR = expert_TK.reshape(stretches, -1)
     load_BE = routes.score_TE.detach().new_zeros(stretches, routes.score_TE.shape[1])
@@ -74,8 +74,8 @@ class SequenceLoss:
     total: Callable[[Tensor], Tensor] = _whole
     key: str = "balance_loss"
 
-    def __call__(self, heard: Heard) -> Tensor:
-        return balance_loss(heard.routes.score_TE, self.total(counted_loads(heard, heard.sequences)))
+    def __call__(self, recorded: RecordedRoutes) -> Tensor:
+        return balance_loss(recorded.routes.score_TE, self.total(counted_loads(recorded, recorded.sequences)))
 
 
 @dataclass
@@ -86,13 +86,13 @@ class BatchLoss:
     total: Callable[[Tensor], Tensor] = _whole
     key: str = "batch_balance_loss"
 
-    def __call__(self, heard: Heard) -> Tensor:
-        return balance_loss(heard.routes.score_TE, self.total(counted_loads(heard, 1)))
+    def __call__(self, recorded: RecordedRoutes) -> Tensor:
+        return balance_loss(recorded.routes.score_TE, self.total(counted_loads(recorded, 1)))
 
 
 class GlobalLoss:
     """All micro-batches of an optimizer step (arXiv 2501.11873). Its frequencies must be known before the first gradient:
-    of several micro-batches they are collected beforehand by `survey`, of a single one they are its own."""
+    of several micro-batches they are collected beforehand by `collect_loads`, of a single one they are its own."""
 
     key = "global_balance_loss"
 
@@ -100,16 +100,16 @@ class GlobalLoss:
         self.weight = weight
         self.load_LE: list[Tensor | None] = [None] * layers
 
-    def survey(self, heard: Heard) -> None:
-        load_BE, before = counted_loads(heard, 1), self.load_LE[heard.layer]
-        self.load_LE[heard.layer] = load_BE if before is None else before + load_BE
+    def collect_loads(self, recorded: RecordedRoutes) -> None:
+        load_BE, before = counted_loads(recorded, 1), self.load_LE[recorded.layer]
+        self.load_LE[recorded.layer] = load_BE if before is None else before + load_BE
 
     def reset(self) -> None:
         self.load_LE = [None] * len(self.load_LE)
 
-    def __call__(self, heard: Heard) -> Tensor:
-        surveyed = self.load_LE[heard.layer]
-        return balance_loss(heard.routes.score_TE, counted_loads(heard, 1) if surveyed is None else surveyed)
+    def __call__(self, recorded: RecordedRoutes) -> Tensor:
+        collected = self.load_LE[recorded.layer]
+        return balance_loss(recorded.routes.score_TE, counted_loads(recorded, 1) if collected is None else collected)
 
 
 @dataclass
@@ -119,5 +119,5 @@ class RouterZLoss:
     weight: float
     key: str = "router_z_loss"
 
-    def __call__(self, heard: Heard) -> Tensor:
-        return heard.routes.logit_TE.logsumexp(dim=-1).square().mean()
+    def __call__(self, recorded: RecordedRoutes) -> Tensor:
+        return recorded.routes.logit_TE.logsumexp(dim=-1).square().mean()

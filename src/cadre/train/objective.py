@@ -74,10 +74,10 @@ class Step:
         assert isinstance(sums, Tensor)
         return sums
 
-    def survey(self, model: Transformer) -> None:
+    def collect_loads(self, model: Transformer) -> None:
         """Let the global balance loss see all micro-batches before the first one is trained."""
         for micro in self.micro_batches:
-            survey(model, micro, self.balance)
+            collect_loads(model, micro, self.balance)
 
 
 def losses(model: Transformer, micro: MicroBatch, balance: Balance, *, mtp_weight: float, mtp_share: float = 1.0) -> Losses:
@@ -90,7 +90,7 @@ def losses(model: Transformer, micro: MicroBatch, balance: Balance, *, mtp_weigh
     Every loss is divided by all N positions (as equation 24 has it), so that micro-batches add up to their batch.
     The balance losses are summed over layers; the step's loads are counted on the way.
     """
-    balance.listen()
+    balance.record()
     ids, documents = micro.inputs(model)
     hidden = model.hidden(ids, document_BT=documents, own_T=micro.own_T)
     total, main, mtp = token_losses(model, hidden, micro, mtp_weight, mtp_share)
@@ -139,28 +139,28 @@ def token_losses(
 def balance_losses(
     balance: Balance, micro: MicroBatch, length: int, mtp_share: float
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """The weighted sum of the balance losses of what `balance` has heard since it listened, `length` positions of each
-    sequence, and `Losses.balance`. Counts the loads."""
-    heard = balance.hear(length, micro.training_mtp / (len(micro.ids_BT) * mtp_share))
-    balance.count(heard)
+    """The weighted sum of the balance losses of what `balance` has recorded of the last forward pass, `length` positions of
+    each sequence, and `Losses.balance`. Counts the loads."""
+    recorded = balance.recorded(length, micro.training_mtp / (len(micro.ids_BT) * mtp_share))
+    balance.count(recorded)
     total: Tensor | float = 0.0
     even = {}
-    for key, weight, value in balance.weighted(heard):
+    for key, weight, value in balance.weighted_losses(recorded):
         total = total + weight * value
         even[key] = value.detach() / len(balance.layers)
     return total, even
 
 
 @torch.no_grad()
-def survey(model: Transformer, micro: MicroBatch, balance: Balance) -> None:
+def collect_loads(model: Transformer, micro: MicroBatch, balance: Balance) -> None:
     """Let the global balance loss see a micro-batch before the first one of the step is trained: a forward pass without
     head, for what `losses` will be given."""
-    balance.listen()
+    balance.record()
     ids, documents = micro.inputs(model)
     hidden = model.hidden(ids, document_BT=documents, own_T=micro.own_T)
     for _ in mtp_hidden(model, hidden, micro):
         pass
-    balance.survey(balance.hear(hidden.shape[1]))
+    balance.collect_loads(balance.recorded(hidden.shape[1]))
 
 
 def mtp_hidden(model: Transformer, hidden_BTD: Tensor, micro: MicroBatch) -> Iterator[Tensor]:

@@ -219,8 +219,8 @@ class Trainer:
             self._mtp_weight(), self.mtp_share,
         )  # fmt: skip
         if self.balance.globals and work.share < 1:
-            self.parallel.survey(self.model, work)
-            self.parallel.add(*self.balance.surveyed())
+            self.parallel.collect_loads(self.model, work)
+            self.parallel.add(*self.balance.collected_loads())
         totals = self.parallel.backward(self.model, work)
         self.parallel.add(totals, *self.balance.counters())
         sums = totals.tolist()

@@ -92,10 +92,10 @@ class Parallel:
         """The sum over the processes that compute positions of the same sequences as this one."""
         return count
 
-    def survey(self, model: Transformer, work: Step) -> None:
-        """`Step.survey`: forward passes without the head, for the global balance loss to see all micro-batches of a step before
-        the first is trained."""
-        work.survey(model)
+    def collect_loads(self, model: Transformer, work: Step) -> None:
+        """`Step.collect_loads`: forward passes without the head, for the global balance loss to see all micro-batches of a step
+        before the first is trained."""
+        work.collect_loads(model)
 
     def backward(self, model: Transformer, work: Step) -> Tensor:
         """`Step.backward`: add the gradients of a step's micro-batches, and return this process's share of the batch's

@@ -116,17 +116,17 @@ class Pipeline:
         return kind(own, len(work.micro_batches), loss_fn=lambda loss, _: loss, scale_grads=False)
 
     @torch.no_grad()
-    def survey(self, work: Step) -> None:
-        """`Step.survey` for the layers of this process's stages."""
+    def collect_loads(self, work: Step) -> None:
+        """`Step.collect_loads` for the layers of this process's stages."""
         self._begin()
         for micro in work.micro_batches:
-            work.balance.listen()
+            work.balance.record()
             ids, documents = micro.inputs(self.model)
             hidden = self._forward(ids, documents)
             if hidden is not None:
                 for _ in mtp_hidden(self.stages[len(self.places) - 1], hidden, micro):
                     pass
-            work.balance.survey(work.balance.hear(ids.shape[1]))
+            work.balance.collect_loads(work.balance.recorded(ids.shape[1]))
 
     def _forward(self, ids_BT: Tensor, document_BT: Tensor | None = None) -> Tensor | None:
         """A forward pass through all stages. Returns the hidden states of the last one where that is on this process."""

@@ -182,11 +182,11 @@ class Ranks(Parallel):
     def add_shared(self, count: Tensor) -> Tensor:
         return count if self.context is None else self.context.all_reduce(count)
 
-    def survey(self, model: Transformer, work: Step) -> None:
+    def collect_loads(self, model: Transformer, work: Step) -> None:
         if self.pipeline is None:
-            super().survey(model, work)
+            super().collect_loads(model, work)
         else:
-            self.pipeline.survey(work)
+            self.pipeline.collect_loads(work)
 
     def backward(self, model: Transformer, work: Step) -> Tensor:
         if self.pipeline is not None:

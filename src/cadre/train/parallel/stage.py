@@ -71,7 +71,7 @@ class Stage(Transformer):
         the first stage ignores it. Returns the hidden states for the next stage, or, from the last one, the loss, a scalar."""
         work, micro = self.work, next(self.remaining)
         ids, documents = micro.inputs(self)
-        work.balance.listen()
+        work.balance.record()
         x = self._pass(ids if self.first else x, documents)
         total, main, mtp = x.new_zeros(()), x.new_zeros(()), [x.new_zeros(())] * self.config.num_nextn_predict_layers
         if self.last:
