@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+from cadre.data.tokenizer import train_tokenizer
+from cadre.hub.tokenizer import save_tokenizer
 from cadre.train import trainer
 from cadre.train.recipe import read_recipe
 from cadre.train.resume import resume
@@ -49,6 +52,17 @@ class Lab:
     def train(self, run: Run, at: dict[int, Any] | None = None) -> tuple[Result, Watcher]:
         watcher = Watcher(at)
         return Trainer(run, watcher).train(), watcher
+
+
+def given_tokenizer(folder: Path, size: int) -> Tokenizer:
+    tokenizer = train_tokenizer(["the people of the nation and their house"] * 9, size)
+    save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def without_vocab_size(lab: Lab) -> None:
+    text = lab.recipe.read_text(encoding="utf-8")
+    lab.recipe.write_text(text.replace("vocab_size = 300\n", ""), encoding="utf-8")
 
 
 @pytest.fixture

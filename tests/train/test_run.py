@@ -1,33 +1,24 @@
-"""What a run may begin with, and what it may go on with."""
+"""What a run may begin with, and who may write to it."""
 
 import json
 import shutil
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
 
-from cadre.data.shards import prepare
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
-from cadre.files import checksum
 from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.hub.tokenizer import save_tokenizer, template_source, tokenizer_hash
 from cadre.model.transformer import Transformer
-from cadre.plan.memory import state_bytes
-from cadre.plan.shape import Shape
-from cadre.train import checks
-from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
-from cadre.train.checks import check_fp8, check_memory
 from cadre.train.metrics import read_metrics
 from cadre.train.recipe import read_recipe
 from cadre.train.resume import held_recipe, resume
 from cadre.train.run import only_writer, start
-from tests.runs import RECIPE, write_corpus
+from tests.runs import RECIPE
 from tests.shapes import small
+from tests.train.conftest import given_tokenizer, without_vocab_size
 
 
 def test_a_new_run_is_resolved_to_the_last_choice(lab):
@@ -50,17 +41,6 @@ def test_one_seed_makes_one_model(lab):
 def test_the_vocabulary_is_the_tokenizers_unless_the_model_is_given_more(lab):
     assert lab.start("a", "data.vocab_size=5000").config.vocab_size < 1000  # so few pairs are there to merge
     assert lab.start("b", "model.vocab_size=320").config.vocab_size == 320
-
-
-def given_tokenizer(folder, size: int) -> Tokenizer:
-    tokenizer = train_tokenizer(["the people of the nation and their house"] * 9, size)
-    save_tokenizer(tokenizer, folder)
-    return tokenizer
-
-
-def without_vocab_size(lab) -> None:
-    text = lab.recipe.read_text(encoding="utf-8")
-    lab.recipe.write_text(text.replace("vocab_size = 300\n", ""), encoding="utf-8")
 
 
 def test_a_given_tokenizer_is_taken(lab):
@@ -232,7 +212,6 @@ def test_a_run_that_began_with_a_model_and_died_at_once_begins_with_it_again(lab
 
 
 def test_the_recipe_that_began_with_a_model_may_be_named_to_resume_it(lab):
-    from cadre.train.resume import resume
 
     save_model(lab, 270)
     from_recipe(lab, tokenizer=True)
@@ -262,175 +241,6 @@ def test_a_directory_that_is_no_model_is_refused(lab):
     assert not (lab.folder / "run").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- going on
-
-
-def test_what_is_no_run_cannot_be_resumed(lab):
-    for path in ("corpus", "absent", "tiny.toml"):
-        with pytest.raises(UsageError, match=r"is no run directory \(it has no recipe.toml\)"):
-            held_recipe(lab.folder / path)
-    (lab.folder / "copied").mkdir()
-    shutil.copy(lab.folder / "tiny.toml", lab.folder / "copied" / "recipe.toml")
-    with pytest.raises(UsageError, match=r"is no run directory \(model.vocab_size is missing in its recipe.toml\)"):
-        lab.resume("copied")
-
-
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(lab):
-    first = lab.start("run")
-    again = lab.resume("run")
-    assert again.checkpoint is None
-    assert all(torch.equal(x, y) for x, y in zip(first.model.parameters(), again.model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("override, wanted", [
-    ("model.hidden_size=48", "model.hidden_size is 48, but the run began with 32"),
-    ("model.n_routed_experts=8", "model.n_routed_experts is 8, but the run began with 4"),
-    ("model.rope_parameters={rope_theta=5000.0}", "model.rope_parameters is .*5000"),
-    ("data.seq_len=8", "data.seq_len is 8, but the run began with 16"),
-    ("data.source=sotu", "data.source is 'sotu', but the run began with"),
-    ("data.vocab_size=310", "data.vocab_size is 310"),
-    ("data.separate_documents=true", "data.separate_documents is True"),
-    ("train.batch=2", "train.batch is 2, but the run began with 4"),
-    ("train.seed=3", "train.seed is 3"),
-    ("optimizer.name=muon", "optimizer.name is 'muon'"),
-])  # fmt: skip
-def test_a_changed_model_or_batch_is_refused_by_name(lab, override, wanted):
-    lab.start("run")
-    before = (lab.folder / "run" / "recipe.toml").read_text()
-    with pytest.raises(UsageError, match=wanted):
-        lab.resume("run", override)
-    assert (lab.folder / "run" / "recipe.toml").read_text() == before
-
-
-def test_how_training_goes_on_may_change_and_is_kept(lab):
-    lab.start("run")
-    run = lab.resume("run", "optimizer.lr=0.5", "train.steps=77", "checkpoint.keep=5", "train.dtype=bfloat16")
-    assert (run.recipe.optimizer.lr, run.total_steps, run.dtype) == (0.5, 77, torch.bfloat16)
-    assert held_recipe(run.path) == run.recipe
-    assert lab.resume("run").recipe == run.recipe
-
-
-@pytest.fixture
-def stopped(lab):
-    """A run of 4 steps that has made them all; its report is the command line's part and not there."""
-    lab.train(lab.start("run", "train.steps=4", "train.minutes=1"))
-    return lab.folder / "run"
-
-
-def test_an_edited_recipe_is_held_against_the_checkpoint(lab, stopped):
-    recipe = stopped / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("routed_scaling_factor = 1.0", "routed_scaling_factor = 2.0"))
-    with pytest.raises(UsageError, match=r"model\.routed_scaling_factor is 2\.0, but the checkpoint was trained with 1\.0"):
-        lab.resume("run", "train.steps=9")
-
-
-def test_a_changed_corpus_is_refused(lab, stopped):
-    shutil.rmtree(lab.folder / "corpus")
-    write_corpus(lab.folder / "corpus", seed=1)
-    with pytest.raises(UsageError, match=r"the corpus has changed .*restore the text"):
-        lab.resume("run", "train.steps=9")
-
-
-def test_a_changed_tokenizer_is_refused(lab):
-    without_vocab_size(lab)
-    given_tokenizer(lab.folder / "tok", 270)
-    lab.train(lab.start("run", f"data.tokenizer={lab.folder / 'tok'}", "train.steps=4"))
-    save_tokenizer(train_tokenizer(["other words make other pairs"] * 9, 270), lab.folder / "tok")
-    with pytest.raises(UsageError, match=r"the tokenizer has changed .*restore the tokenizer file"):
-        lab.resume("run", "train.steps=9")
-
-
-def test_a_finished_run_says_so(lab, stopped):
-    (stopped / "report.html").write_text("the command line's part")
-    with pytest.raises(UsageError, match="has already finished its 4 steps: give more with --steps"):
-        lab.resume("run")
-    assert lab.resume("run", "train.steps=9").total_steps == 9
-
-
-def test_an_end_that_was_cut_off_is_made_up_for(lab, stopped):
-    """Killed after the last step, before the report: resuming only ends the run."""
-    metrics = stopped / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(lines[:-2]))
-    (stopped / "report.html").write_text("of an earlier stop")
-    result, _ = lab.train(lab.resume("run"))
-    assert (result.steps, result.stopped) == (4, None) and result.bits_per_byte is not None
-    assert [json.loads(line).get("event") for line in metrics.read_text().splitlines()][-3:] == ["resumed", None, "finished"]
-
-
-def test_the_newest_checkpoint_counts_and_a_damaged_one_is_passed_over(lab):
-    lab.train(lab.start("run"))
-    older, newest = checkpoints(lab.folder / "run")
-    assert lab.resume("run").checkpoint == newest
-    lab.train(lab.start("whole"))
-    (newest / "weights.safetensors").write_bytes(b"")
-    run = lab.resume("run")
-    assert run.checkpoint == older
-    lab.train(run)
-    ends = [load_file(checkpoints(lab.folder / name)[-1] / "weights.safetensors") for name in ("run", "whole")]
-    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
-    for path in checkpoints(run.path):
-        (path / "state.json").write_text("{")
-    with pytest.raises(UsageError, match="step-00000012: damaged checkpoint"):
-        lab.resume("run")
-
-
-def test_a_model_larger_than_the_machine_is_refused_with_numbers(monkeypatch):
-    class Memory:
-        total = 2**16
-
-    monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    with pytest.raises(UsageError, match=r"the model has [\d,]+ parameters: .* GiB"):
-        check_memory(small("deepseek_v3"), torch.device("cpu"))
-    need = state_bytes(Shape.from_config(small("llama")), "adamw")
-    monkeypatch.setattr(Memory, "total", 3 * need // 2)
-    check_memory(small("llama"), torch.device("cpu"))
-    with pytest.raises(UsageError, match=r"and of the model of [\d,]+ parameters beside it"):
-        check_memory(small("llama"), torch.device("cpu"), beside=small("llama"))
-
-
-def test_damage_in_the_middle_of_a_large_file_is_found(lab):
-    run = lab.start("run", "train.steps=4")
-    lab.train(run)
-    path = checkpoints(run.path)[-1]
-    state = read_state(path)
-    large = path / "weights.safetensors"
-    with large.open("ab") as file:
-        file.truncate(3 * 2**20)
-    state["checksums"] = {large.name: checksum(large)}
-    (path / "state.json").write_text(json.dumps(state))
-    notes: list[str] = []
-    set_aside_damaged(run.path, notes.append)
-    assert not notes
-    with large.open("r+b") as file:
-        file.seek(3 * 2**19)
-        file.write(b"x")
-    with pytest.raises(UsageError, match=r"weights\.safetensors is not as it was written"):
-        for other in checkpoints(run.path)[:-1]:
-            shutil.rmtree(other)
-        set_aside_damaged(run.path, notes.append)
-
-
-def test_a_prepared_folder_is_trained_on_and_resumed_without_its_text(lab):
-    shards = prepare(str(lab.folder / "corpus"), vocab_size=300, out=lab.folder / "shards")
-    shutil.rmtree(lab.folder / "corpus")
-    source = f"data.source={lab.folder / 'shards'}"
-    lab.train(lab.start("run", source, "train.steps=6"))
-    run = lab.resume("run", "train.steps=8")
-    assert run.data.path == shards.path and lab.train(run)[0].steps == 8
-
-
-def test_experts_in_fp8_want_a_card_that_has_it(monkeypatch):
-    check_fp8(small("deepseek_v3"), torch.device("cpu"))
-    for able in (True, False):
-        monkeypatch.setattr(checks, "multiplies_fp8", lambda device, able=able: able)
-        if able:
-            check_fp8(small("deepseek_v3"), torch.device("cuda"))
-        else:
-            with pytest.raises(UsageError, match=r"train.fp8_experts: needs Triton and a card .* leave it out"):
-                check_fp8(small("deepseek_v3"), torch.device("cuda"))
-
-
 def test_a_run_has_one_writer_at_a_time(lab):
     run = lab.start("run")
     with only_writer(run.path), pytest.raises(UsageError, match="another process is training this run"):
@@ -438,39 +248,6 @@ def test_a_run_has_one_writer_at_a_time(lab):
     assert lab.train(run)[0].steps == run.total_steps
     with pytest.raises(BlockingIOError), only_writer(run.path):  # of something else
         raise BlockingIOError
-
-
-def test_a_run_that_is_being_trained_is_left_as_it_is(lab):
-    """By whoever is refused: its recipe is what it will be resumed with after a crash."""
-    lab.train(lab.start("run", "train.steps=8"))
-    path = lab.folder / "run"
-    (checkpoints(path)[-1] / "weights.safetensors").write_bytes(b"damaged")
-    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
-    with only_writer(path), pytest.raises(UsageError, match="another process is training this run"):
-        lab.resume("run", "train.steps=20", "optimizer.lr=3.0")
-    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
-
-
-@pytest.mark.parametrize(
-    "overrides, says",
-    [
-        (["train.steps=20", "schedule.warmup_steps=20"], "the rate warms up over 20 steps, all of this run"),
-        (["balance.bias_update=none", "balance.sequence_weight=0.0"], "nothing keeps the experts evenly used: balance."),
-        (["balance.bias_speed=0.0", "balance.sequence_weight=0.0"], "nothing keeps the experts evenly used: balance."),
-        (["balance.sequence_weight=0.0"], None),
-        (["balance.bias_update=none"], None),
-        (["model.model_type=deepseek_v2", "model.num_nextn_predict_layers=0"], None),
-        (
-            ["model.model_type=deepseek_v2", "model.num_nextn_predict_layers=0", "balance.sequence_weight=0.0"],
-            "nothing keeps the experts evenly used (routers of deepseek_v2 own no bias)",
-        ),
-    ],
-)
-def test_what_is_hardly_meant_is_said(lab, overrides, says):
-    notes: list[str] = []
-    start(read_recipe(str(lab.recipe), overrides), lab.folder / "run", torch.device("cpu"), notes.append)
-    said = [note for note in notes if "warms up" in note or "evenly used" in note]
-    assert len(said) == (says is not None) and (says is None or said[0].startswith(says))
 
 
 def test_a_model_goes_on_with_its_own_tokenizer(lab):
@@ -495,24 +272,3 @@ def test_a_model_goes_on_with_its_own_tokenizer(lab):
     for name, overrides in zip(("second", "third", "fourth"), same, strict=True):
         lab.train(go_on(name, *overrides))
         assert (lab.folder / name / "model" / "tokenizer.json").read_bytes() == own
-
-
-def test_weights_of_sources_may_change_on_the_way(lab):
-    write_corpus(lab.folder / "more", seed=1)
-    sources = f'data.source=["{lab.folder / "corpus"}", "{lab.folder / "more"}"]'
-    lab.train(lab.start("run", sources, "data.weights=[3, 1]", "train.steps=8"))
-    windows = read_state(checkpoints(lab.folder / "run")[-1])["batches"]["windows"]
-    assert windows == [24, 8]
-    with pytest.raises(UsageError, match=r"data\.source is .*start a new run instead"):
-        lab.resume("run", 'data.source=["a", "b"]')
-    run = lab.resume("run", "data.weights=[0, 1]", "train.steps=10")
-    lab.train(run)
-    assert held_recipe(run.path).data.weights == [0.0, 1.0]
-    assert read_state(checkpoints(run.path)[-1])["batches"]["windows"] == [24, 16]
-
-
-def test_a_run_without_weights_gets_none_later(lab, stopped):
-    recipe = read_recipe(str(stopped / "recipe.toml"))
-    data = recipe.data.model_copy(update={"weights": [1.0, 2.0]})
-    with pytest.raises(UsageError, match=r"data\.weights is \[1\.0, 2\.0\], but the run began with None"):
-        resume(stopped, recipe.model_copy(update={"data": data}), torch.device("cpu"), lambda line: None)
