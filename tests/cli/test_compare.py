@@ -87,6 +87,7 @@ def test_other_text_takes_the_place_of_the_studys(compare, tmp_path, capsys):
         (["corpus"], "cannot be read"),
         (["tiny.toml", "--out", "tiny.toml"], "--out tiny.toml: is a file"),
         (["tiny.toml", "--out", "corpus"], "--out corpus: holds other files"),
+        (["tiny.toml", "--out", "s3://x/y"], "s3://x/y: is an address; give a place on this machine"),
         (["tiny.toml", "--minutes", "0"], "--minutes 0: must be above 0"),
         (["tiny.toml", "--rent", "inf"], "--rent inf: must be above 0"),
         (["tiny.toml", "--minutes", "0.5"], "0.5 minutes are too few"),

@@ -5,9 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
+from cadre.hub.tokenizer import EOS
 from cadre.model.scoring import Score, document_start, score_documents, score_each, token_nats
 from cadre.model.transformer import Transformer
 from tests.shapes import FAMILIES, small
@@ -176,6 +178,13 @@ def test_no_text_is_refused(model, tokenizer):
     for documents in ([], [Text("")]):
         with pytest.raises(UsageError, match="nothing to score"):
             score_documents(model, tokenizer, documents, context=8)
+
+
+def test_text_that_the_tokenizer_has_no_tokens_for_is_refused(model):
+    words = Tokenizer(models.WordLevel({"one": 3, EOS: 1}))  # and no token for the unknown
+    words.add_special_tokens([EOS])
+    with pytest.raises(UsageError, match=r"^the tokenizer cannot encode the text"):
+        score_documents(model, words, [Text("two")], context=8)
 
 
 def test_training_after_scoring():

@@ -16,6 +16,7 @@ from cadre.cli.options import Json
 from cadre.data.remote import is_remote
 from cadre.data.sources import SOTU
 from cadre.errors import UsageError, write_error
+from cadre.files import require_local
 from cadre.units import clock, compact
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def compare(
         study = DEFAULT
     wanted = None if study is None else read_study(study)
     path = out or Path("studies") / f"{wanted[0].name if wanted else DEFAULT}-{time.strftime('%Y%m%d-%H%M%S')}"
+    require_local(path)
     there = path.exists()
     _make(path)
     with _alone(path), _left_empty(path, there), _watching(json_output) as watch:

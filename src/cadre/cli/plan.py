@@ -191,7 +191,7 @@ def _found(
 
 def _unknown(model: str, names: list[str]) -> str:
     """Neither a file nor a name: the nearest names, or all of them."""
-    close = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(model.lower(), names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"names: {', '.join(names)}"
     return f"{model}: not in the catalogue, no recipe, file or directory; {hint}"
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, encodable
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 
@@ -95,7 +95,8 @@ def score_each(
     encoder = type(tokenizer).from_str(tokenizer.to_str())
     encoder.encode_special_tokens = True
     for texts in _groups(documents):
-        encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
+        with encodable("the text"):
+            encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
         ids = [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encoded]
         del encoded
         for text, nats_N in zip(texts, _nats(model, ids, first, context, stride, batch, progress), strict=True):

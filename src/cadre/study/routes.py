@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, encodable
 from cadre.model.experts import MixtureOfExperts, Routes
 from cadre.model.scoring import document_start
 from cadre.model.transformer import Transformer
@@ -83,7 +83,8 @@ def gather(
     first is the token that a document starts from. Raises `UsageError` for a dense model and for no text."""
     layers = sparse_layers(model)
     first = document_start(model.config, tokenizer)
-    encoded = tokenizer.encode_batch([e.text for e in sample.excerpts], add_special_tokens=False)
+    with encodable("the text"):
+        encoded = tokenizer.encode_batch([e.text for e in sample.excerpts], add_special_tokens=False)
     rows = _within([encoding.ids for encoding in encoded], max_tokens)
     excerpts = [sample.excerpts[number] for number, _ in rows]
     if not rows:
