@@ -281,6 +281,12 @@ def long(uninterrupted, tmp_path, monkeypatch) -> tuple[Path, list]:
     return uninterrupted
 
 
+def test_a_run_whose_output_is_closed_from_the_beginning_is_trained(recipe):
+    command = [sys.executable, "-m", "cadre.cli.main", "train", str(recipe), "--out", "run"]
+    ended = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "") and Path("run/report.html").is_file()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(long, monkeypatch, number):
     recipe, whole = long

@@ -90,13 +90,15 @@ class _Lasting:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within it, work goes on when nobody reads what it prints any more: hours of training must not end with a pager."""
+    """Within it, work goes on when nobody reads what it prints any more, or never did: hours of training must not end with a
+    pager."""
     stream = sys.stdout
-    sys.stdout = _Lasting(stream)
-    try:
-        yield
-    finally:
-        sys.stdout = stream
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = _Lasting(nowhere if stream is None else stream)
+        try:
+            yield
+        finally:
+            sys.stdout = stream
 
 
 @contextmanager
