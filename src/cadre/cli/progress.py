@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -93,7 +94,7 @@ def lasting_output() -> Iterator[None]:
     """Within it, work goes on when nobody reads what it prints any more, or never did: hours of training must not end with a
     pager."""
     stream = sys.stdout
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         sys.stdout = _Lasting(nowhere if stream is None else stream)
         try:
             yield
