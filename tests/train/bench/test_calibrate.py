@@ -98,7 +98,7 @@ def test_sequences_are_left_out_where_a_pass_would_take_too_long(monkeypatch):
 
 
 def test_a_model_beyond_the_memory_is_refused_in_one_line():
-    vast = small("llama", vocab_size=10**9)
+    vast = small("llama", vocab_size=2**24, hidden_size=4096)
     with pytest.raises(UsageError, match=r"one block of each kind .* GiB, but of the memory that is free .*: plan without"):
         calibrate(vast, step(), dtype=torch.float32)
 
