@@ -118,7 +118,8 @@ def _explain(out: Console, plan: dict[str, Any]) -> None:
     rows = [(_TERMS[name], _time(value), f"{value / seconds:.1%}") for name, value in plan["step_terms_seconds"].items()]
     rows.append(("step", _time(seconds), "100%"))
     for name, label in (("all_to_all", "all-to-all"), ("pipeline", "hand-over"), ("gradients", "gradients and weights")):
-        rows.append((f"hidden behind computing: {label}", _time(hidden[name]), ""))
+        if hidden[name]:
+            rows.append((f"hidden behind computing: {label}", _time(hidden[name]), ""))
     _table(out, "Where a step's time goes", rows)
     others = [(describe(one), _time(one["step_seconds"]), gigabytes(one["memory_bytes"])) for one in plan["layouts"]]
     _table(out, "The fastest layouts that fit", others, ("layout", "step", "memory"))

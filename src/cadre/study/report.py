@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cadre.errors import RunError, UsageError, write_error
-from cadre.files import replace_file
+from cadre.files import read_json_object, replace_file
 from cadre.study import figures
 from cadre.study.match import SAID
 from cadre.study.results import results
-from cadre.study.state import State, read_json, write_json
+from cadre.study.state import State, write_json
 from cadre.study.verdict import best, listed, possessive, verdict
 from cadre.units import compact
 
@@ -38,10 +38,11 @@ def write_report(state: State) -> Path:
 def renew(folder: Path) -> Path:
     """Writes page, verdict and the PNGs that are there anew from the `results.json` of a folder: what was measured stays as
     it is, what is said of it is today's. The page's path. Raises `UsageError` for a folder without, or with a damaged one."""
-    found = read_json(folder / NUMBERS)
-    if found is None:
-        raise UsageError(f"{folder / NUMBERS}: no such file")
-    return _write(folder, found, [name for name in PICTURES if (folder / f"{name}.png").exists()])
+    found = read_json_object(folder / NUMBERS)
+    try:
+        return _write(folder, found, [name for name in PICTURES if (folder / f"{name}.png").exists()])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(f"{folder / NUMBERS}: not a study's results ({type(error).__name__}: {error})") from None
 
 
 def _write(folder: Path, found: dict[str, Any], kept: Iterable[str]) -> Path:
@@ -178,6 +179,9 @@ def _spread(values: dict[str, float] | None, form: str) -> str:
 
 def main(folders: list[str]) -> int:
     """Exit status: 0, or that of the first folder that cannot be renewed."""
+    if not folders:
+        print("usage: python -m cadre.study.report DIR...", file=sys.stderr)
+        return UsageError.status
     try:
         for folder in folders:
             print(renew(Path(folder)))

@@ -11,9 +11,8 @@ from cadre.data.batches import MANY_PASSES, REPEATED
 # With fewer than three seeds, losses nearer than this share are luck as likely as not; with more, the seeds themselves say.
 NEAR = 0.005
 FEW_SEEDS = 3
-# How sure a win is: that of Student's t over the differences of the seeds, two-sided.
-LEVEL = 0.9
-# Its quantiles by degrees of freedom; with more the last one errs on the safe side.
+# How sure a win is: 90%, two-sided, by Student's t over the differences of the seeds. Its quantiles by degrees of freedom; with
+# more the last one errs on the safe side.
 _QUANTILES = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 # A curve ends too early to tell when it is this short.
 FEW_STEPS = 200
@@ -62,7 +61,7 @@ def differences(results: dict[str, Any], name: str) -> list[float]:
 
 
 def interval(found: list[float]) -> tuple[float, float] | None:
-    """Where the mean of ever more seeds' differences would lie, at `LEVEL`, if they are normally distributed; None for one."""
+    """Where the mean of ever more seeds' differences would lie, at 90%, if they are normally distributed; None for one."""
     if len(found) < 2:
         return None
     mean = statistics.fmean(found)
@@ -126,17 +125,18 @@ def _headline(results: dict[str, Any], outcomes: dict[str, str], small: list[str
                 f"up to {passes:,.1f} times: give more text, or a smaller budget.")  # fmt: skip
     winners = [name for name, found in outcomes.items() if found == WINS]
     if winners:
-        best = min(winners, key=lambda name: _mean(results, name))
+        winner = min(winners, key=lambda name: _mean(results, name))
         if all(_slower(results, name) for name in winners):
-            said = f"{_capital(best)} wins on FLOPs, {first} on the clock. {_against(results, best, WINS)}"
+            said = f"{_capital(winner)} wins on FLOPs, {first} on the clock. {_against(results, winner, WINS)}"
         else:
-            said = f"{_capital(best)} wins. {_against(results, best, WINS)}"
-        return " ".join(filter(None, [said, _with_less(results, outcomes, best)]))
+            said = f"{_capital(winner)} wins. {_against(results, winner, WINS)}"
+        return " ".join(filter(None, [said, _with_less(results, outcomes, winner)]))
     lower = [name for name, found in outcomes.items() if found == LEANS and _mean(results, name) < 0]
     split = [name for name, found in outcomes.items() if found == SPLIT]
     if lower and len(results["seeds"]) == 1:
-        best = min(lower, key=lambda name: _mean(results, name))
-        return f"{_capital(best)} ends lowest, in one seed: more would tell whether by luck. {_against(results, best, LEANS)}"
+        lowest = min(lower, key=lambda name: _mean(results, name))
+        said = _against(results, lowest, LEANS)
+        return f"{_capital(lowest)} ends lowest, in one seed: more would tell whether by luck. {said}"
     if lower or split:
         doubts = [f"the seeds disagree about {listed(split)}"] if split else []
         doubts += [f"{listed(lower)} end{'s' if len(lower) == 1 else ''} lower by no more than luck may do"] if lower else []
@@ -165,7 +165,7 @@ def _mean(results: dict[str, Any], name: str) -> float:
 def _slower(results: dict[str, Any], name: str) -> bool:
     """Whether the arm is known to reach the first one's final loss no sooner."""
     pace = results["sooner"][name][results["first"]]["seconds"]
-    return bool(pace) and pace["mean"] < 1
+    return bool(pace) and round(pace["mean"], 2) < 1
 
 
 def _share(results: dict[str, Any], name: str) -> float:
@@ -235,7 +235,7 @@ def _time(results: dict[str, Any], name: str, found: str) -> str:
     some = "" if pair["reached"] == pair["seeds"] else f" (in {pair['reached']} of {pair['seeds']} seeds)"
     time = _times(seconds, "less", "more", "much")
     text = f"{_capital(fast)} reaches {possessive(slow)} final loss with {_times(flops, 'fewer', 'more', 'many')} FLOPs"
-    if flops["mean"] > 1 > seconds["mean"]:
+    if flops["mean"] > 1 > round(seconds["mean"], 2):
         why = "since its steps cost more than their FLOPs say"
         return f"{text}{some}, but not sooner: it takes {time} time on this machine, {why}."
     return f"{text} and in {time} time{some}."
@@ -338,13 +338,19 @@ def _at(curve: dict[str, list[float]], part: float) -> float:
 def _times(factor: dict[str, float], less: str, more: str, same: str) -> str:
     """1.5 -> "1.50 times fewer", 0.5 -> "2.00 times more", 1.001 -> "about as many"; with the range over seeds where it is
     wide enough to matter."""
-    if f"{factor['mean']:.2f}" == "1.00":
-        low, high = factor["least"], factor["most"]
-        return f"about as {same}" + (f" ({low:.2f} to {high:.2f} times {less})" if high - low >= 0.05 else "")
-    word = less if factor["mean"] >= 1 else more
-    mean, low, high = (factor[key] if word == less else 1 / factor[key] for key in ("mean", "least", "most"))
-    low, high = sorted((low, high))
-    return f"{mean:.2f} times " + (f"({low:.2f} to {high:.2f}) " if high - low >= 0.05 else "") + word
+
+    def said(value: float) -> str:
+        return f"{value:.2f} times {less}" if value >= 1 else f"{1 / value:.2f} times {more}"
+
+    mean, low, high = (factor[key] for key in ("mean", "least", "most"))
+    level = f"{mean:.2f}" == "1.00"
+    if high - low < 0.05:
+        return f"about as {same}" if level else said(mean)
+    if level or low < 1 < high:
+        return f"{f'about as {same}' if level else said(mean)} ({said(low)} to {said(high)})"
+    ends = sorted((low, high) if mean >= 1 else (1 / low, 1 / high))
+    number, _, word = said(mean).rpartition(" ")
+    return f"{number} ({ends[0]:.2f} to {ends[1]:.2f}) {word}"
 
 
 def possessive(name: str) -> str:
