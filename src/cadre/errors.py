@@ -42,7 +42,11 @@ class RefusedError(RunError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+    """SIGTERM, or a closed terminal's SIGHUP, which ends a command as Ctrl-C does. `number`: the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 # Of what was given, and of a message that repeats it, as many characters are shown.
@@ -83,6 +87,8 @@ def encodable(what: str) -> Iterator[None]:
     does not know."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise UsageError(f"the tokenizer cannot encode {what} ({' '.join(str(error).split())})") from None
 

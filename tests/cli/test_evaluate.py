@@ -133,6 +133,8 @@ def test_a_run_is_scored_on_what_it_held_out(tmp_path, monkeypatch):
     assert json.loads(result.stdout)["bits_per_byte"] == pytest.approx(trained.bits_per_byte)
     assert result.stderr == ""
     assert run(tmp_path / "run" / "model", "--json", "--context", "16", "--stride", "8").stdout == result.stdout
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    assert run(".", "--json", "--context", "16", "--stride", "8").stdout == result.stdout
     for part in (source, next(str(file) for file in Path(source).iterdir())):
         own = run(tmp_path / "run", "--data", part)
         assert f"was trained on {part}: leave --data out to score what it held out" in own.stderr

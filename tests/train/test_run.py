@@ -152,6 +152,16 @@ def test_training_goes_on_from_a_model_with_its_tokenizer(lab):
     assert lab.train(more)[0].steps == 13
 
 
+def test_a_chat_template_stays_when_a_run_is_killed_before_it_has_written_its_model(lab):
+    save_model(lab, 270)
+    (lab.folder / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    from_recipe(lab, tokenizer=True)
+    lab.train(lab.start("run"))
+    shutil.rmtree(lab.folder / "run" / "model")
+    lab.train(lab.resume("run", "train.steps=13"))
+    assert template_source(lab.folder / "run" / "model")[0] == "{{ messages[0].content }}!"
+
+
 def test_a_chat_template_stays_with_the_model_that_training_goes_on_with(lab):
     """And so do its settings of generation, when it has been resumed and only the tokenizer is left of what it began with."""
     save_model(lab, 270)

@@ -325,6 +325,20 @@ def test_the_best_model_is_kept_beside_the_last(lab, monkeypatch, scores, best):
     assert not torch.equal(seen[4], seen[12])
 
 
+def test_a_finished_run_that_goes_on_keeps_its_best(lab, monkeypatch):
+    """The checkpoint of its last step knows of the evaluation there. A run that has kept none so far keeps its next one."""
+    asked = iter([3.0, 2.9, 2.8, 2.7, 2.6, 2.0, 9.0, 2.5, 2.4, 9.0])
+    monkeypatch.setattr(Parallel, "score", lambda *_, **__: Score(next(asked) * math.log(2), 1, 1))
+    assert lab.train(lab.start("run", "eval.every=2", "checkpoint.best=true"))[0].best_step == 12
+    kept = (lab.folder / "run" / "best" / "model.safetensors").read_bytes()
+    assert lab.train(lab.resume("run", "train.steps=14"))[0].best_step == 12
+    assert (lab.folder / "run" / "best" / "model.safetensors").read_bytes() == kept
+    asked = iter([2.0, 9.0, 3.0, 9.0])
+    lab.train(lab.start("late", "eval.every=8"))
+    assert lab.train(lab.resume("late", "train.steps=14", "checkpoint.best=true"))[0].best_step == 14
+    assert (lab.folder / "late" / "best" / "config.json").is_file()
+
+
 def test_a_score_that_is_no_number_is_no_lowest(lab, monkeypatch):
     run, scores = lab.start("run", "eval.every=2", "checkpoint.best=true"), iter([math.nan, 2.0, *[2.5] * 5])
     monkeypatch.setattr(Parallel, "score", lambda *_, **__: Score(next(scores) * math.log(2), 1, 1))

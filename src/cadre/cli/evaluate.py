@@ -56,7 +56,7 @@ def evaluate(
     from cadre.study.excerpts import held_out_text
 
     source = [*(data or []), *(more or [])]
-    run = next((folder for folder in (model, model.parent) if kind_of(folder / "recipe.toml") == "file"), None)
+    run = next((folder for folder in (model, model.resolve().parent) if kind_of(folder / "recipe.toml") == "file"), None)
     documents: Iterable[Document]
     if source:
         documents = read_documents(source)

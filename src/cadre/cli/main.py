@@ -80,13 +80,16 @@ _LONGEST = 1000
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 1 failed, 2 bad usage or bad input, 130 interrupted by Ctrl-C, 143 by SIGTERM."""
+    """Entry point. Exit status: 0 done, 1 failed, 2 bad usage or bad input, 130 interrupted by Ctrl-C, 143 by
+    SIGTERM, 129 by a closed terminal."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(sys.argv)):
         _end("arguments must be UTF-8: none of them can be written down otherwise", 2)
     # What has been half written is cleared away on the way out, as after Ctrl-C. Training saves instead.
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         sys.exit(_app()(standalone_mode=False) or 0)
     except UsageError as error:
@@ -105,11 +108,11 @@ def main() -> None:
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+    raise Terminated(number)
 
 
 def _end_interrupted(ended: KeyboardInterrupt) -> NoReturn:
-    _end("interrupted", 128 + (signal.SIGTERM if isinstance(ended, Terminated) else signal.SIGINT))
+    _end("interrupted", 128 + (ended.number if isinstance(ended, Terminated) else signal.SIGINT))
 
 
 def _end_of_usage(error: Exception) -> None:

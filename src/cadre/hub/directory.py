@@ -51,7 +51,7 @@ def model_directory(path: str | Path) -> Path:
 def display_name(path: str | Path) -> str:
     """What to call a model: its folder's name, a run's for the model in it."""
     path = Path(path).resolve()
-    in_run = path.name == "model" and kind_of(path.parent / "recipe.toml") == "file"
+    in_run = path.name in ("model", "best") and kind_of(path.parent / "recipe.toml") == "file"
     return path.parent.name if in_run else path.name
 
 

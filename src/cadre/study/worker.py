@@ -169,7 +169,7 @@ def read_steps(run_dir: Path) -> list[dict[str, float]]:
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return lines
 

@@ -86,8 +86,6 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / FILE_NAME
-        self._hook = threading.excepthook
-        threading.excepthook = self._unless_boards
         with _disk(self.path):
             run_dir.mkdir(parents=True, exist_ok=True)
             _trim(self.path, resume_step, again or (lambda record: False))
@@ -96,6 +94,8 @@ class MetricsLog:
                 str(run_dir / TENSORBOARD_FOLDER), purge_step=None if resume_step is None else resume_step + 1
             )
         self._load: NDArray[np.float64] | None = None
+        self._hook = threading.excepthook
+        threading.excepthook = self._unless_boards
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record and flushes it; NaN and infinity become null. Raises RunError on a full disk."""
@@ -244,7 +244,7 @@ def _parse(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], bool]:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError("no record")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return records, True
             raise UsageError(f"{path}, line {number}: expected a JSON object with an integer 'step'") from error

@@ -27,7 +27,7 @@ from cadre.data.batches import Batches
 from cadre.data.shards import TokenData, prepare
 from cadre.errors import UsageError, write_error
 from cadre.files import replace_file, require_folder
-from cadre.hub.directory import load_config, model_directory
+from cadre.hub.directory import load_config, model_directory, set_aside
 from cadre.hub.save import check_expressible
 from cadre.hub.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash
 from cadre.kernels.limits import training_dtype
@@ -63,8 +63,12 @@ class Run:
     def like(self) -> Path | None:
         """The model directory whose chat template and settings of generation this run's model keeps: what it has written so
         far, or the model that it began with; None of a run that began with none."""
-        own = self.path / "model"
-        return own if own.is_dir() and (self.path / BEGUN_WITH).is_file() else self.source
+        begun, own = self.path / BEGUN_WITH, self.path / "model"
+        if not begun.is_file():
+            return self.source
+        if own.is_dir() or set_aside(own).is_dir():
+            return own
+        return self.source or Path(begun.read_text(encoding="utf-8").rstrip("\n"))
 
     def identity(self) -> dict[str, Any]:
         """What must not change between checkpoint and resume."""

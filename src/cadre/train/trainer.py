@@ -153,6 +153,8 @@ class Trainer:
                 if resumed is not None:
                     self._event("resumed", f"from the checkpoint of step {resumed}")
                 self.began = time.perf_counter() - progress.seconds
+                if recipe.checkpoint.best and self._lacks_best():
+                    progress.lowest = []  # of a model that nobody kept
                 if resumed is None and self.run.source is not None:
                     self.evaluate(final=False)  # what training finds
                 while progress.step < progress.total_steps and not self._stopping(stop):
@@ -174,13 +176,12 @@ class Trainer:
                 if stopped:
                     self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
                     self._event("stopped", f"by {stopped} after step {progress.step}")
+                elif recipe.checkpoint.best:
+                    self.evaluate(final=False)  # of the same text as those before; the checkpoint knows of it
                 if not self.save() and not stopped:
                     raise DivergedError(f"{self.run.path}: the weights are not finite after the last step; {self.remedy()}")
                 self.saver.wait()
                 if not stopped:
-                    if recipe.checkpoint.best:
-                        self.evaluate(final=False)  # of the same text as those before
-                        self.saver.wait()
                     self.evaluate(final=True)
                     self._event("finished", f"{progress.step} steps")
             except BaseException:
@@ -196,7 +197,7 @@ class Trainer:
         best = self.recipe.checkpoint.best
 
         def again(record: dict[str, Any]) -> bool:
-            # All else of a step is written before its checkpoint.
+            # All else of a step is written before its checkpoint, and not again.
             at_last = record.get("final") or (best and "bits_per_byte" in record) or record.get("event") in _LAST_WORDS
             return ends_here and bool(at_last)
 
@@ -402,6 +403,9 @@ class Trainer:
         tensors = self.parallel.tensors(self.model, self.optimizer)
         self.saver.save(tensors, partial(self._write, tensors, state))
         return True
+
+    def _lacks_best(self) -> bool:
+        return self.parallel.anyone(self.parallel.main and not (self.run.path / "best").is_dir())
 
     def _save_best(self) -> None:
         """The model, but no checkpoint: nothing goes on from here."""

@@ -244,7 +244,7 @@ def read_prediction(run_dir: Path) -> dict[str, Any] | None:
     """What `predict_run` kept, or None where there is nothing to be read."""
     try:
         return json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

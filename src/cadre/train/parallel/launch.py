@@ -31,7 +31,7 @@ _LAUNCHED = "CADRE_LAUNCHED"
 # Exit status of a process that failed only because it lost the others; and all statuses of processes whose end followed from
 # another's.
 _LOST = 75
-_FOLLOWING = (_LOST, 130, -signal.SIGTERM)
+_FOLLOWING = (_LOST, 130, 143, -signal.SIGTERM)
 # What the agent gives as the message of a process that left none.
 _EMPTY = "<NONE>"
 # Seconds that processes have to end, for they may be saving, when another has failed or the run is stopped.
