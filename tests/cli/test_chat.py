@@ -1,4 +1,5 @@
 import io
+import signal
 
 import pytest
 import typer
@@ -72,7 +73,7 @@ def test_a_line_that_the_tokenizer_has_no_tokens_for(model_dir, tmp_path):
 def test_sigterm_ends_the_conversation(model_dir, monkeypatch):
     def reply(self, line):
         yield "half "
-        raise Terminated
+        raise Terminated(signal.SIGTERM)
 
     monkeypatch.setattr(Conversation, "reply", reply)
     result = run(model_dir, "one\ntwo\n")
