@@ -65,6 +65,22 @@ def write_corpus(folder: Path, documents: int = 12, seed: int = 0) -> Path:
     return folder
 
 
+def write_chats(file: Path, conversations: int = 40, seed: int = 0) -> Path:
+    """JSON lines of conversations, each of one to three questions and answers, some told first how to behave."""
+    rng = random.Random(seed)
+
+    def message(role: str, words: int) -> dict[str, str]:
+        return {"role": role, "content": " ".join(rng.choices(_TEXT.split(), k=words)).capitalize() + "."}
+
+    with file.open("w", encoding="utf-8") as lines:
+        for _ in range(conversations):
+            messages = [message("system", 4)] if rng.random() < 0.3 else []
+            for _ in range(rng.randint(1, 3)):
+                messages += [message("user", 6), message("assistant", rng.randint(1, 20))]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
 def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
     """The recipe as a file that names its corpus beside it, with `section={key: value}` replaced or added."""
     corpus = folder / "corpus"

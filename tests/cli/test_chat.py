@@ -1,4 +1,5 @@
 import io
+import json
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 import cadre
 from cadre.cli.chat import chat
 from cadre.errors import Terminated, UsageError
+from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, ChatTemplate
 from cadre.infer.chat import Conversation
 from cadre.infer.sampling import Sampling
 
@@ -88,3 +90,15 @@ def test_bad_lines_from_a_pipe_are_usage_errors(model_dir, text, message):
     result = run(model_dir, text)
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CONVERSED_TEMPLATE])
+def test_a_model_that_has_seen_conversations_is_spoken_to_by_its_template(model_dir, tmp_path, template):
+    model, tokenizer = cadre.load(model_dir)
+    cadre.save(model, tmp_path / "m", tokenizer)
+    file = tmp_path / "m" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    render = ChatTemplate(template, {"eos_token": "<|eos|>"}).render if template == CONVERSED_TEMPLATE else None
+    talk = Conversation(model, tokenizer, Sampling(0.8, 0.95), 8, 5, render)
+    said = ["".join(talk.reply(line)) for line in ("yes", "And then?")]
+    assert run(tmp_path / "m", "yes\nAnd then?\n").stdout == "".join(f"{line}\n" for line in said)

@@ -269,3 +269,15 @@ def test_a_mixture_of_other_streams_is_refused():
     state = Batches(counting(100), counting(90), batch=2, seq_len=8).state()
     with pytest.raises(UsageError, match=r"tokens \[100, 90\] then, 100 now; streams 2 then, 1 now"):
         Batches(counting(100), batch=2, seq_len=8).restore(state)
+
+
+@given(cases(), st.integers(0, 2**32))
+def test_what_is_learned_goes_with_its_token(case, seed):
+    tokens, sizes = case
+    learned = np.random.default_rng(seed).random(len(tokens)) < 0.5
+    masks = [learned[i : i + 50] for i in range(0, len(tokens), 50)]
+    masked = Tokens(tokens._shards, tokens.document_starts, masks=masks)
+    for plain, batch in islice(zip(Batches(tokens, **sizes), Batches(masked, **sizes), strict=True), 8):
+        assert plain.learned is None and batch.learned.dtype == bool
+        np.testing.assert_array_equal(batch.ids, plain.ids)
+        np.testing.assert_array_equal(batch.learned, learned[batch.ids])

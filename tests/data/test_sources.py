@@ -213,9 +213,9 @@ def test_binary_and_foreign_encodings_are_refused_with_file_and_byte(tmp_path):
     [
         ("{", "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
-        ('["text"]', 'no field "text" or "content" in this line (it is a list)'),
-        ('"text"', 'no field "text" or "content" in this line (it is a string)'),
-        ('{"words": "x", "\\ud800": 1}', 'no field "text" or "content" in this line (it has words, ?)'),
+        ('["text"]', 'no field "text", "content" or "messages" in this line (it is a list)'),
+        ('"text"', 'no field "text", "content" or "messages" in this line (it is a string)'),
+        ('{"words": "x", "\\ud800": 1}', 'no field "text", "content" or "messages" in this line (it has words, ?)'),
         ('{"content": "x", "text": null}', "text is null; wanted a string"),
         ('{"text": 3}', "text is a number; wanted a string"),
         ('{"text": 3.5}', "text is a number; wanted a string"),
@@ -237,7 +237,7 @@ def test_bad_parquet_is_refused(tmp_path):
     file.write_bytes(b"PAR1 this is no parquet")
     assert "not a sound Parquet file" in refusal(file)
     pq.write_table(pa.table({"words": ["x"], "id": [1]}), file)
-    assert 'no column "text" or "content"; the file has words, id' in refusal(file)
+    assert 'no column "text", "content" or "messages"; the file has words, id' in refusal(file)
     pq.write_table(pa.table({"text": [1, 2]}), file)
     assert "holds int64; wanted strings" in refusal(file)
 

@@ -12,7 +12,8 @@ from cadre.hub.gguf import write_gguf
 from cadre.hub.gguf_read import read_gguf
 from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3
 from cadre.hub.save import save
-from cadre.hub.tokenizer import CHAT_TEMPLATE, LLAMA3_SPLIT
+from cadre.hub.template import CHAT_TEMPLATE
+from cadre.hub.tokenizer import LLAMA3_SPLIT
 
 gguf = pytest.importorskip("gguf")
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from cadre.errors import UsageError
-from cadre.infer.chat import Conversation
+from cadre.hub.template import CHAT_TEMPLATE, ChatTemplate
+from cadre.infer.chat import Conversation, transcript
 from cadre.infer.sampling import Sampling
 
 
@@ -122,3 +123,50 @@ def test_a_line_without_room_for_an_answer_is_refused_and_forgotten(talk):
         talk.reply("the union " * 40)
     assert talk.ids == []
     assert list(talk.reply("yes"))
+
+
+TEMPLATE = ChatTemplate(CHAT_TEMPLATE, {"eos_token": "<|eos|>"})
+
+
+def test_messages_are_written_by_the_template(model, tokenizer):
+    """The second answer is the model's to the whole conversation, the first answer in it."""
+    talk = Conversation(model, tokenizer, Sampling(0.0), max_new_tokens=6, render=TEMPLATE.render)
+    first = "".join(talk.reply("Who answered?"))
+    second = "".join(talk.reply("And then?"))
+    messages = [
+        {"role": "user", "content": "Who answered?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And then?"},
+    ]
+    ids = tokenizer.encode(TEMPLATE.render(messages), add_special_tokens=False).ids
+    assert tokenizer.token_to_id("<|assistant|>") == ids[-1]
+    answer = greedy(model, ids, 6)
+    said = answer[: answer.index(1)] if 1 in answer else answer
+    assert second == tokenizer.decode(said).rstrip("\ufffd")
+    assert talk.messages == [*messages, {"role": "assistant", "content": second}]
+
+
+def test_an_answer_cut_short_is_what_was_said(model, tokenizer):
+    talk = Conversation(model, tokenizer, Sampling(0.0), max_new_tokens=6, render=TEMPLATE.render)
+    answer = talk.reply("Who answered? " * 2)
+    heard = next(answer)
+    answer.close()
+    assert [message["content"] for message in talk.messages] == ["Who answered? " * 2, heard]
+    talk.reply("unheard").close()  # nothing of it was begun
+    assert len(talk.messages) == 2
+    talk.reset()
+    assert talk.messages == []
+
+
+def test_a_conversation_beyond_the_context_and_one_that_the_template_refuses(model, tokenizer):
+    talk = Conversation(model, tokenizer, Sampling(0.0), max_new_tokens=6, render=TEMPLATE.render)
+    with pytest.raises(UsageError, match="and the model's context is 64: /reset starts anew"):
+        talk.reply("the union " * 40)
+    assert talk.messages == []
+    talk = Conversation(model, tokenizer, Sampling(0.0), 6, render=ChatTemplate("{{ raise_exception('no') }}", {}).render)
+    with pytest.raises(UsageError, match="refuses these messages: no"):
+        talk.reply("yes")
+
+
+def test_a_transcript_has_a_line_for_each_message():
+    assert transcript([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]) == "hi\nyes\n"

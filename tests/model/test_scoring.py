@@ -1,5 +1,4 @@
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -7,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from cadre.data.sources import Document
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import EOS
@@ -18,9 +18,8 @@ TEXT = "The naïve café served 你好 and 😀 to 3 guests.\nThen the people of
 FIRST = 1
 
 
-@dataclass
-class Text:
-    text: str
+def Text(text):
+    return Document("text", text)
 
 
 def lively(family, **changes):
@@ -192,3 +191,24 @@ def test_training_after_scoring():
     token_nats(fresh, [3, 4, 5], first=FIRST, context=8)
     fresh.train()(torch.tensor([[3, 4, 5]])).sum().backward()
     assert fresh.embed_tokens.weight.grad is not None
+
+
+def test_of_a_conversation_the_answers_count(model, tokenizer):
+    """Each token of an answer after all that was said before it, special tokens read as such."""
+    text = "<|user|>Who answered?<|assistant|>we do<|eos|><|user|>And then?<|assistant|>yes, née<|eos|>"
+    spans = [(text.index(said), text.index(said) + len(said)) for said in ("we do<|eos|>", "yes, née<|eos|>")]
+    chat = Document("chat", text, answers=tuple(spans))
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    counted = [any(first <= start < last for first, last in spans) for start, _ in encoding.offsets]
+    nats = token_nats(model, encoding.ids, first=FIRST, context=16)
+    wanted = Score(
+        float(nats.double()[torch.tensor(counted)].sum()), sum(counted), len("we do<|eos|>") + len("yes, née<|eos|>") + 1
+    )
+    assert encoding.ids.count(FIRST) == 2
+    plain = Text(TEXT)
+    (one,), (two,) = (list(score_each(model, tokenizer, [document], context=16)) for document in (chat, plain))
+    assert (one.tokens, one.bytes) == (wanted.tokens, wanted.bytes)
+    assert one.nats == pytest.approx(wanted.nats, rel=1e-5)
+    both = list(score_each(model, tokenizer, [plain, chat, plain], context=16))
+    assert [score.tokens for score in both] == [two.tokens, one.tokens, two.tokens]
+    assert both[1].nats == pytest.approx(one.nats, rel=1e-5)

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 
 from cadre.data.tokenizer import train_tokenizer
+from cadre.hub.template import ChatTemplate
 from cadre.infer.engine import Engine
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.serve.app import create_app
 from cadre.serve.server import Server, listen
 from cadre.serve.service import Card
-from cadre.serve.template import ChatTemplate
 from tests.shapes import small
 
 TEXT = "The naïve café served 你好 and 😀🎉 to 3 guests.\nThen the people of the union answered: yes, we do.\n"
@@ -45,8 +45,8 @@ class Live:
         self.engine = Engine(model, self.tokenizer, **(sizes | (engine or {})))
         counted = count(model.config, cache_bytes=4)
         card = Card("tiny", model.config, counted.kv_cache_bytes_per_token, counted.kv_cache_bytes_per_token_mha)
-        template = ChatTemplate(CHAT, {}) if chat else None
-        self.app = create_app(self.engine, self.tokenizer, card, template=template, **options)
+        render = ChatTemplate(CHAT, {}).render if chat else None
+        self.app = create_app(self.engine, self.tokenizer, card, render=render, **options)
         self.loop, self.admission = self.app.state.loop, self.app.state.admission
         self.server = Server(self.app, grace)
         self.listener = listen("127.0.0.1", 0)

@@ -222,3 +222,25 @@ def test_a_share_of_the_sequences_trains_the_modules():
     torch.testing.assert_close(some.main, everything.main)
     torch.testing.assert_close(torch.stack(some.mtp), torch.stack(first.mtp))
     assert not torch.allclose(torch.stack(some.mtp), torch.stack(everything.mtp))
+
+
+def test_weights_leave_the_mean_over_what_counts():
+    """Of the main head; and what counts nothing has no part in any gradient of the head."""
+    model, length = build(num_nextn_predict_layers=1), 6
+    ids = random_ids(4, length + 2)
+    counts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4
+    targets = counts[:, 1 : length + 1]
+    weight = counts.float() * (targets.numel() / targets.sum())
+    balance = balancing(model)
+    got = losses(model, MicroBatch(ids, weight_BT=weight), balance, mtp_weight=MTP_WEIGHT)
+    log_p = F.log_softmax(model.lm_head(model.hidden(ids[:, :length])), dim=-1)
+    nats = -log_p.gather(2, ids[:, 1 : length + 1, None])[..., 0]
+    torch.testing.assert_close(got.main, nats[targets].mean())
+    parts = [MicroBatch(ids[rows], weight_BT=weight[rows]) for rows in (slice(0, 1), slice(1, 4))]
+    halves = [losses(model, part, balance, mtp_weight=MTP_WEIGHT) for part in parts]
+    torch.testing.assert_close(halves[0].main / 4 + halves[1].main * 3 / 4, got.main)
+    torch.testing.assert_close(halves[0].mtp[0] / 4 + halves[1].mtp[0] * 3 / 4, got.mtp[0])
+    ahead = counts[:, 2 : length + 2]
+    module = model.mtp_hidden(model.hidden(ids[:, :length]), ids[:, 1 : length + 1], 0)
+    nats = -F.log_softmax(model.lm_head(module), dim=-1).gather(2, ids[:, 2 : length + 2, None])[..., 0]
+    torch.testing.assert_close(got.mtp[0], nats[ahead].sum() / targets.sum())

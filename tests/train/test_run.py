@@ -1,24 +1,28 @@
 """What a run may begin with, and who may write to it."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
 from cadre.hub.load import load
 from cadre.hub.save import save
-from cadre.hub.tokenizer import save_tokenizer, template_source, tokenizer_hash
+from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, template_source
+from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
 from cadre.train.metrics import read_metrics
 from cadre.train.recipe import read_recipe
 from cadre.train.resume import held_recipe, resume
 from cadre.train.run import only_writer, start
-from tests.runs import RECIPE
+from cadre.train.trainer import Trainer
+from tests.runs import RECIPE, write_chats
 from tests.shapes import small
-from tests.train.conftest import given_tokenizer, without_vocab_size
+from tests.train.conftest import Watcher, given_tokenizer, without_vocab_size
 
 
 def test_a_new_run_is_resolved_to_the_last_choice(lab):
@@ -282,3 +286,56 @@ def test_a_model_goes_on_with_its_own_tokenizer(lab):
     for name, overrides in zip(("second", "third", "fourth"), same, strict=True):
         lab.train(go_on(name, *overrides))
         assert (lab.folder / name / "model" / "tokenizer.json").read_bytes() == own
+
+
+# ----------------------------------------------------------------------------------------------------- conversations
+
+
+def chats_recipe(lab) -> str:
+    return f"data.source={json.dumps(str(write_chats(lab.folder / 'chats.jsonl')))}"
+
+
+def test_training_on_conversations_counts_what_the_assistant_says(lab):
+    run = lab.start("run", chats_recipe(lab))
+    batch, trainer = next(run.batches), Trainer(run, Watcher())
+    weight = trainer._weights(batch)
+    targets = slice(1, run.recipe.data.seq_len + 1)
+    assert weight[:, targets].mean() == pytest.approx(1)
+    assert torch.equal(weight > 0, torch.from_numpy(batch.learned))
+    assert 0 < batch.learned[:, targets].sum() < batch.learned[:, targets].size
+    result, _ = lab.train(lab.start("whole", chats_recipe(lab)))
+    assert result.read_share == 1.0 and math.isfinite(result.bits_per_byte)
+    assert template_source(lab.folder / "whole" / "model")[0] == CONVERSED_TEMPLATE
+
+
+def test_a_run_on_conversations_resumes_bit_for_bit(lab):
+    source = chats_recipe(lab)
+    lab.train(lab.start("part", source, "train.steps=8", "schedule.kind=constant"))
+    lab.train(lab.start("other", source, "schedule.kind=constant"))
+    lab.train(lab.resume("part", "train.steps=12"))
+    one, other = (load_file(lab.folder / name / "model" / "model.safetensors") for name in ("part", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_base_model_becomes_one_that_converses(lab):
+    save_model(lab, 270)
+    from_recipe(lab, tokenizer=True)
+    (lab.folder / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE)  # where transformers writes it
+    lab.train(lab.start("run", chats_recipe(lab)))
+    assert template_source(lab.folder / "run" / "model")[0] == CONVERSED_TEMPLATE
+    more = lab.resume("run", "train.steps=13")
+    assert more.data.chat_template == CHAT_TEMPLATE
+    lab.train(more)
+    assert template_source(lab.folder / "run" / "model")[0] == CONVERSED_TEMPLATE
+
+
+def test_a_template_of_its_own_is_what_its_conversations_are_written_by(lab):
+    save_model(lab, 270)
+    from_recipe(lab, tokenizer=True)
+    own = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    file = lab.folder / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": own}))
+    run = lab.start("run", chats_recipe(lab))
+    assert run.data.chat_template == own
+    lab.train(run)
+    assert template_source(lab.folder / "run" / "model")[0] == own

@@ -26,15 +26,19 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = None,
 ) -> None:
-    """Talk to a model: your lines and its answers are one transcript, which it continues."""
+    """Talk to a model: by its chat template; one that never saw conversations continues a transcript."""
     from rich.console import Console
 
+    from cadre.hub.directory import model_directory
+    from cadre.hub.template import chat_template
     from cadre.infer.chat import Conversation
     from cadre.infer.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k)
     loaded, tokenizer = load_with_tokenizer(model)
-    conversation = Conversation(loaded, tokenizer, sampling, max_tokens, seed)
+    template = chat_template(model_directory(model))
+    render = None if template is None or template.untrained else template.render
+    conversation = Conversation(loaded, tokenizer, sampling, max_tokens, seed, render)
     # Prompts are for people: with lines from a pipe, standard output holds the answers only.
     if sys.stdin is None:
         return

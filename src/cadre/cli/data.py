@@ -50,6 +50,8 @@ def data(
         return
     for label, part in (("training", manifest["train"]), ("held out", manifest["held_out"])):
         typer.echo(f"{label}: {part['documents']:,} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes")
+    if prepared.chat_template is not None:
+        typer.echo(f"conversations: {manifest['train']['learned']:,} of the training tokens are learned")
     typer.echo(f"{manifest['bytes_per_token']:.2f} bytes per token, vocabulary of {manifest['vocab_size']:,}")
     if (why := lossy(prepared.tokenizer, (document.text for document in prepared.read_held_out()))) is not None:
         typer.echo(why)

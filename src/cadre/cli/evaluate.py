@@ -49,6 +49,7 @@ def evaluate(
     import torch
 
     from cadre.cli.progress import counting
+    from cadre.data.conversations import template_of_model
     from cadre.data.sources import file_of, read_documents
     from cadre.hub.tokenizer import lossy
     from cadre.kernels.limits import products_keep_up
@@ -59,7 +60,7 @@ def evaluate(
     run = next((folder for folder in (model, model.resolve().parent) if kind_of(folder / "recipe.toml") == "file"), None)
     documents: Iterable[Document]
     if source:
-        documents = read_documents(source)
+        documents = read_documents(source, template_of_model(model))
         if run is not None and (trained := _trained_on(run, source)) is not None:
             typer.echo(f"note: {run} was trained on {trained}: leave --data out to score what it held out", err=True)
     elif run is not None:

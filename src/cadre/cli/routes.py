@@ -48,6 +48,7 @@ def routes(
 ) -> None:
     """What each expert took up: its typical tokens, contexts and documents, and who follows whom, as a page or JSON."""
     from cadre.cli.progress import counting
+    from cadre.data.conversations import template_of_model
     from cadre.files import kind_of, replace_file, require_local
     from cadre.hub.directory import display_name, load_config
     from cadre.study.excerpts import held_out_text, read_text, sample
@@ -63,7 +64,7 @@ def routes(
     source = [*(data or []), *(more or [])]
     documents: Iterable[Document]
     if source:
-        documents = read_text(source)
+        documents = read_text(source, template_of_model(model))
     elif run is not None:
         documents = held_out_text(run)
     else:

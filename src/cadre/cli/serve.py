@@ -53,12 +53,11 @@ def serve(
     except ImportError as error:
         raise UsageError(f"serving needs {error.name}, which is not installed: pip install 'cadre-lm[serve]'") from None
     from cadre.hub.directory import display_name, model_directory
-    from cadre.hub.tokenizer import CHAT_TEMPLATE, template_source
+    from cadre.hub.template import chat_template
     from cadre.infer.engine import Engine
     from cadre.plan.count import count
     from cadre.serve.app import create_app
     from cadre.serve.service import Card
-    from cadre.serve.template import chat_template
 
     cache_bytes = None if cache is None else parse_size(cache)
     if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
@@ -66,7 +65,7 @@ def serve(
     directory = model_directory(model)
     listener = listen(host, port)  # before the model loads: a port that is taken is told at once
     loaded, tokenizer = load_with_tokenizer(model, quantize)
-    template = chat_template(*template_source(directory))
+    template = chat_template(directory)
     engine = Engine(loaded, tokenizer, cache_bytes=cache_bytes, max_batch=max_batch, speculate=speculate)
     counted = count(loaded.config, cache_bytes=engine.pool.first.element_size())
     card = Card(
@@ -74,15 +73,14 @@ def serve(
         loaded.config,
         counted.kv_cache_bytes_per_token,
         counted.kv_cache_bytes_per_token_mha,
-        # Training writes this template beside every model; only another one tells of training on conversations.
-        base_model=template is None or template.source == CHAT_TEMPLATE,
+        base_model=template is None or template.untrained,
     )
     local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     app = create_app(
         engine,
         tokenizer,
         card,
-        template=template,
+        render=None if template is None else template.render,
         max_batch=max_batch,
         max_queue=max_queue,
         timeout=timeout,

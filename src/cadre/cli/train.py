@@ -279,6 +279,9 @@ def _announce(run: Run, note: Any) -> None:
         f"{run.recipe.name}: {sizes.total_parameters / 1e6:.1f}M parameters, {sizes.active_parameters / 1e6:.1f}M active, "
         f"{run.config.model_type}; {len(run.data.train):,} tokens of {run.recipe.data.source}; {run.recipe.train.dtype}"
     )
+    if run.data.chat_template is not None:
+        learned = run.data.manifest["train"]["learned"]
+        note(f"conversations: {learned:,} of these tokens are learned, what the assistant says")
     if (why := lossy(run.data.tokenizer, (document.text for document in run.data.read_held_out()))) is not None:
         note(why)
     train = run.recipe.train
@@ -293,6 +296,7 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
     from cadre.cli.progress import printable
     from cadre.cli.summary import load_line, summarize
     from cadre.hub.load import load
+    from cadre.hub.template import chat_template
     from cadre.infer.generate import generate
     from cadre.train.report import write_report
 
@@ -304,14 +308,19 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
     elif result.stopped is None:
         # Of several processes none has the model whole, but what they have saved is.
         model = run.model.eval() if alone else load(run.path / "model")[0]
+        template = None if run.data.chat_template is None else chat_template(run.path / "model")
         for number, prompt in enumerate(run.recipe.eval.prompts):
             try:
-                text = generate(model, run.data.tokenizer, prompt, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number)
+                asked = prompt if template is None else template.render([{"role": "user", "content": prompt}])
+                text = generate(model, run.data.tokenizer, asked, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number)
+            except UsageError as error:  # a template that refuses a conversation of one message
+                print(f"no samples: {error}")
+                break
             except RunError as error:
                 unsound = error
                 break
-            samples.append({"prompt": prompt, "text": text})
-            print(f"\n> {printable(prompt + text)}")
+            samples.append({"prompt": prompt, "text": text if template is None else f"\n{text}"})
+            print(f"\n> {printable(prompt + samples[-1]['text'])}")
     report = write_report(run.path, summarize(run, result, samples, _command()))
     if unsound is not None:
         raise DivergedError(f"{run.path}: {unsound}; {remedy}")
@@ -335,6 +344,9 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
     print(f"in transformers  python -c {shlex.quote(load_line(run.path / 'model'))}")
     if run.config.num_nextn_predict_layers:
         print("                 (it names the prediction module's tensors as unexpected: it has no such module)")
+    if run.data.chat_template is not None:
+        print(f"try it           cadre chat {here}")
+        return
     print(f"try it           cadre generate {here} {shlex.quote(max(run.recipe.eval.prompts, key=len, default='The'))}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,12 @@ REPEATED = 2
 @dataclass(frozen=True, eq=False)
 class Batch:
     """ids: int64 [batch, seq_len + extra]. documents: int32 of the same shape, each token's document as a running
-    number over its stream, or None if documents are not kept apart. A token between two documents is the second's."""
+    number over its stream, or None if documents are not kept apart. A token between two documents is the second's. learned:
+    bool of the same shape, which tokens are to be learned, or None if all are."""
 
     ids: np.ndarray
     documents: np.ndarray | None
+    learned: np.ndarray | None = None
 
 
 class Batches:
@@ -131,10 +133,13 @@ class Batches:
             order = np.random.default_rng([self._seed, first.stream.number or 0, first.index]).permutation(len(windows))
             windows = [windows[place] for place in order]
         windows = windows[self._part]
-        ids = np.stack([self._ring(window) for window in windows])
-        if not self._separate:
-            return Batch(ids, None)
-        return Batch(ids, np.stack([self._documents(window) for window in windows]).astype(np.int32))
+        ids = np.stack([self._ring(window, window.stream.tokens.tokens) for window in windows])
+        documents = learned = None
+        if self._separate:
+            documents = np.stack([self._documents(window) for window in windows]).astype(np.int32)
+        if any(stream.tokens.masked for stream in self._streams):
+            learned = np.stack([self._ring(window, window.stream.tokens.mask) for window in windows])
+        return Batch(ids, documents, learned)
 
     def _documents(self, window: _Window) -> np.ndarray:
         tokens = window.stream.tokens
@@ -143,12 +148,12 @@ class Batches:
         starts = tokens.document_starts
         return np.searchsorted(starts, place, side="right") - 1 + lap * len(starts)
 
-    def _ring(self, window: _Window) -> np.ndarray:
-        """int64 [seq_len + extra]: one window; past the stream's end it goes on at its beginning."""
+    def _ring(self, window: _Window, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
+        """[seq_len + extra]: what `read` gives for one window; past the stream's end it goes on at its beginning."""
         parts, missing, start, tokens = [], self._length, window.start, window.stream.tokens
         while missing:
             place = start % len(tokens)
-            parts.append(tokens.tokens(place, min(place + missing, len(tokens))))
+            parts.append(read(place, min(place + missing, len(tokens))))
             start += len(parts[-1])
             missing -= len(parts[-1])
         return np.concatenate(parts)

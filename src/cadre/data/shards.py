@@ -6,6 +6,7 @@ A folder of token data holds
     held_out-00000.bin ...  the same for the held-out documents
     held_out.idx
     held_out.jsonl          the held-out documents' names and raw text, which bits per byte are measured on
+    train-00000.mask ...    where there are conversations: bool, which of the tokens are learned
     tokenizer.json, tokenizer_config.json
     manifest.json           what this was made from, counts, and every file's size and checksum
 
@@ -28,12 +29,20 @@ from typing import IO, Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from cadre.data.conversations import template_of
 from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, SUFFIXES, Document, passed_over, read_documents, token_data
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import check_size, train_tokenizer
 from cadre.errors import UsageError, encodable, write_error
 from cadre.files import kind_of, require_local, require_regular, stamp, sync
-from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
+from cadre.hub.tokenizer import (
+    SPECIAL_TOKENS,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    tokenizer_hash,
+    vocabulary_size,
+)
 
 FORMAT = 1
 DEFAULT_VOCAB_SIZE = 4096
@@ -48,49 +57,71 @@ class Tokens:
     """A stream of tokens over any number of shards.
 
     shards: arrays of token ids, end to end. document_starts: int64 [documents], increasing positions in the stream.
-    ended: whether documents end with the token that separates them, and begin with none.
+    ended: whether documents end with the token that separates them, and begin with none. masks: bool arrays, alike: which
+    tokens are learned; None: all.
     """
 
-    def __init__(self, shards: list[np.ndarray], document_starts: np.ndarray, ended: bool = False) -> None:
-        self._shards = shards
+    def __init__(
+        self,
+        shards: list[np.ndarray],
+        document_starts: np.ndarray,
+        ended: bool = False,
+        masks: list[np.ndarray] | None = None,
+    ) -> None:
+        self._shards, self._masks = shards, masks
         self._bounds = np.cumsum([0, *(len(shard) for shard in shards)])
         self.document_starts = document_starts
         self.ended = ended
+
+    @property
+    def masked(self) -> bool:
+        return self._masks is not None
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
 
     def part(self, start: int, stop: int) -> Tokens:
         """The documents that lie from position `start`, where one begins, to `stop`, where one ends; nothing is copied."""
-        shards = []
-        for shard, first in zip(self._shards, self._bounds, strict=False):
-            low, high = max(start - int(first), 0), min(stop - int(first), len(shard))
-            if low < high:
-                shards.append(shard[low:high])
+
+        def cut(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            pairs = zip(arrays, self._bounds, strict=False)
+            parts = [array[max(start - int(first), 0) : max(stop - int(first), 0)] for array, first in pairs]
+            return [part for part in parts if len(part)]
+
         inside = (self.document_starts >= start) & (self.document_starts < stop)
-        return Tokens(shards, self.document_starts[inside] - start, self.ended)
+        masks = None if self._masks is None else cut(self._masks)
+        return Tokens(cut(self._shards), self.document_starts[inside] - start, self.ended, masks)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the ids at positions start to stop - 1. Raises IndexError outside the stream."""
+        return self._gather(self._shards, start, stop, np.dtype(np.int64))
+
+    def mask(self, start: int, stop: int) -> np.ndarray:
+        """bool [stop - start]: which of these tokens are learned. Raises IndexError outside the stream."""
+        if self._masks is None:
+            return np.ones(stop - start, dtype=bool)
+        return self._gather(self._masks, start, stop, np.dtype(bool))
+
+    def _gather(self, arrays: list[np.ndarray], start: int, stop: int, dtype: np.dtype) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
-        ids = np.empty(stop - start, dtype=np.int64)
+        gathered = np.empty(stop - start, dtype=dtype)
         shard = int(np.searchsorted(self._bounds, start, side="right")) - 1
         filled = 0
-        while filled < len(ids):
+        while filled < len(gathered):
             begin = start + filled - int(self._bounds[shard])
-            part = self._shards[shard][begin : begin + len(ids) - filled]
-            ids[filled : filled + len(part)] = part
+            part = arrays[shard][begin : begin + len(gathered) - filled]
+            gathered[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
-        return ids
+        return gathered
 
 
 @dataclass(frozen=True, eq=False)
 class TokenData:
     """Token data on disk, opened. `train` and `held_out` are memory-mapped streams in which each document starts with what the
     tokenizer itself puts before a text and ends with its end-of-text token (or, where it has neither, starts with its
-    beginning-of-text token)."""
+    beginning-of-text token). A conversation has those of them that its template does not write."""
 
     path: Path
     manifest: dict[str, Any]
@@ -102,6 +133,11 @@ class TokenData:
     def vocab_size(self) -> int:
         """One more than the tokenizer's greatest id."""
         return int(self.manifest["vocab_size"])
+
+    @property
+    def chat_template(self) -> str | None:
+        """What conversations among the documents were written by; None if there are none."""
+        return self.manifest.get("chat_template")
 
     def train_of_each(self) -> list[Tokens]:
         """The training text of each entry of the source, in turn."""
@@ -139,7 +175,10 @@ class TokenData:
         """The same, one after the other."""
         with (self.path / HELD_OUT_TEXT).open("rb") as file:
             for line in file:
-                yield Document(**json.loads(line))
+                values = json.loads(line)
+                if values.get("answers") is not None:
+                    values["answers"] = tuple((first, last) for first, last in values["answers"])
+                yield Document(**values)
 
 
 def prepare(
@@ -157,6 +196,9 @@ def prepare(
     `vocab_size` entries (4,096 unless given) is trained, on the training documents only. out: the folder; by default
     a cache folder named after the content, under $CADRE_CACHE, $XDG_CACHE_HOME or ~/.cache. held_out: the share of
     documents held out (see `split_documents`). progress: called with one line as each stage starts.
+
+    Conversations are written by the chat template beside the tokenizer (`conversations.py`); only what the assistant says
+    in them is learned.
 
     A source that is itself a folder of token data is opened as it is, with its tokenizer and held-out documents; no text is
     read.
@@ -182,7 +224,8 @@ def prepare(
         say(f"reading {' '.join(names)}")
     if (others := passed_over(source)) is not None:
         say(f"passed over: {others} (what is read are {' '.join(SUFFIXES)})")
-    split = split_documents(read_documents(source), held_out)
+    template = template_of(tokenizer)
+    split = split_documents(read_documents(source, template), held_out)
     inputs = {
         "text": split.content,
         "tokenizer": f"trained to {size:,} entries" if given is None else tokenizer_hash(given),
@@ -205,11 +248,13 @@ def prepare(
         temporary.mkdir(parents=True)
         if given is None:
             say(f"training a tokenizer of {size:,} entries")
-            texts = (document.text for held, document in split.divide(read_documents(source)) if not held)
-            given = train_tokenizer(texts, size)
+            documents = (document for held, document in split.divide(read_documents(source, template)) if not held)
+            given = train_tokenizer(map(_without_special, documents), size)
         say(f"tokenising {len(split.digests):,} documents")
         manifest = {"format": FORMAT, "key": key, "inputs": inputs, "source": names}
-        _write(temporary, manifest, given, split, read_documents(source), len(names))
+        if split.conversations and (found := template()) is not None:
+            manifest["chat_template"] = found.source
+        _write(temporary, manifest, given, split, read_documents(source, template), len(names))
         _publish(temporary, folder, inputs)
         return TokenData.open(folder)
     except OSError as error:
@@ -218,6 +263,15 @@ def prepare(
         raise write_error(f"{folder}: cannot be written", error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _without_special(document: Document) -> str:
+    """The text that a tokenizer learns from: what a template writes as special tokens is none."""
+    text = document.text
+    if document.answers is not None:
+        for token in SPECIAL_TOKENS:
+            text = text.replace(token, "\n")
+    return text
 
 
 def _made(path: Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> TokenData:
@@ -281,44 +335,55 @@ def _find(folder: Path, inputs: dict[str, Any], *, cached: bool) -> TokenData | 
 
 
 class _Writer:
-    """Appends documents' tokens to the shards of one part."""
+    """Appends documents' tokens to the shards of one part, and if `masked` which of them are learned."""
 
-    def __init__(self, folder: Path, part: str, dtype: np.dtype, entries: int) -> None:
-        self._folder, self._part, self._dtype = folder, part, dtype
+    def __init__(self, folder: Path, part: str, dtype: np.dtype, entries: int, masked: bool) -> None:
+        self._folder, self._part, self._dtype, self._masked = folder, part, dtype, masked
         self._entry, self._entries = 0, [0] * entries
         self._file: IO[bytes] | None = None
+        self._mask: IO[bytes] | None = None
         self._starts: list[int] = []
-        self.tokens = self.bytes = self.shards = 0
+        self.tokens = self.bytes = self.shards = self.learned = self.learned_bytes = 0
 
     def start_document(self, document: Document) -> None:
         self._starts.append(self.tokens)
         self._entry = document.entry
         self.bytes += len(document.text.encode("utf-8"))
+        self.learned_bytes += document.learned_bytes if self._masked else 0
 
-    def add(self, ids: list[int]) -> None:
+    def add(self, ids: list[int], learned: bool | list[bool] = True) -> None:
         array = np.array(ids, dtype=self._dtype)
+        mask = np.broadcast_to(np.array(learned, dtype=bool), len(array))
+        self.learned += int(mask.sum())
         self._entries[self._entry] += len(array)
         while len(array):
             room = -self.tokens % SHARD_TOKENS
             if room == 0:
                 self._close()
                 self._file = (self._folder / f"{self._part}-{self.shards:05}.bin").open("wb")
+                if self._masked:
+                    self._mask = (self._folder / f"{self._part}-{self.shards:05}.mask").open("wb")
                 self.shards += 1
                 room = SHARD_TOKENS
             assert self._file is not None
             self._file.write(array[:room].tobytes())
+            if self._mask is not None:
+                self._mask.write(mask[:room].tobytes())
             self.tokens += len(array[:room])
-            array = array[room:]
+            array, mask = array[room:], mask[room:]
 
     def finish(self) -> dict[str, Any]:
         self._close()
         (self._folder / f"{self._part}.idx").write_bytes(np.array(self._starts, dtype=np.int64).tobytes())
         counts = {"documents": len(self._starts), "tokens": self.tokens, "bytes": self.bytes}
+        if self._masked:
+            counts |= {"learned": self.learned, "learned_bytes": self.learned_bytes}
         return {**counts, "shards": self.shards, "entries": self._entries}
 
     def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file in (self._file, self._mask):
+            if file is not None:
+                file.close()
 
 
 def _write(
@@ -328,10 +393,10 @@ def _write(
     size = vocabulary_size(tokenizer)
     dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
     before, after = _separator(tokenizer)
-    # "<|eos|>" written out in a document is text, not the document's end.
+    # "<|eos|>" written out in a document is text, not the document's end; in a conversation it is what the template writes.
     encoder = Tokenizer.from_str(tokenizer.to_str())
     encoder.encode_special_tokens = True
-    train, held = (_Writer(folder, part, dtype, entries) for part in _PARTS)
+    train, held = (_Writer(folder, part, dtype, entries, split.conversations) for part in _PARTS)
     waiting: list[tuple[_Writer, Document | None, bool, str]] = []
 
     def flush() -> None:
@@ -346,17 +411,35 @@ def _write(
                 writer.add(after)
         waiting.clear()
 
+    def add_conversation(writer: _Writer, document: Document) -> None:
+        with encodable("the text"):
+            encoding = tokenizer.encode(document.text, add_special_tokens=False)
+        ids = encoding.ids
+        writer.start_document(document)
+        if ids[: len(before)] != before:
+            writer.add(before, False)
+        writer.add(ids, document.learned(encoding.offsets))
+        if ids[len(ids) - len(after) :] != after:
+            writer.add(after, False)
+
     characters = 0
     with (folder / HELD_OUT_TEXT).open("w", encoding="utf-8", newline="\n") as held_out_text:
         for is_held_out, document in split.divide(documents):
             if is_held_out:
-                record = {"name": document.name, "text": document.text}
+                record: dict[str, Any] = {"name": document.name, "text": document.text}
+                if document.answers is not None:
+                    record["answers"] = document.answers
                 held_out_text.write(json.dumps(record, ensure_ascii=False) + "\n")
+            writer = held if is_held_out else train
+            if document.answers is not None:
+                flush()
+                add_conversation(writer, document)
+                continue
             start = 0
             for piece in pieces(document.text, _CHUNK):
                 start += len(piece)
                 first, last = start == len(piece), start == len(document.text)
-                waiting.append((held if is_held_out else train, document if first else None, last, piece))
+                waiting.append((writer, document if first else None, last, piece))
                 characters += len(piece)
                 if characters >= _CHUNK:
                     flush()
@@ -416,4 +499,7 @@ def _open_tokens(path: Path, part: str, manifest: dict[str, Any], ended: bool) -
     shards: list[np.ndarray] = [np.memmap(path / name, dtype=manifest["dtype"], mode="r") for name in names]
     starts = path / f"{part}.idx"
     places = np.memmap(starts, dtype=np.int64, mode="r") if starts.stat().st_size else np.zeros(0, dtype=np.int64)
-    return Tokens(shards, places, ended)
+    masks: list[np.ndarray] | None = None
+    if "chat_template" in manifest:
+        masks = [np.memmap((path / name).with_suffix(".mask"), dtype=bool, mode="r") for name in names]
+    return Tokens(shards, places, ended, masks)

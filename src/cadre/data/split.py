@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cadre.data.sources import Document
 from cadre.errors import RunError, UsageError
@@ -27,7 +27,7 @@ class Split:
 
     digests: the documents' SHA-256, in the order they are read. held_out: the digests that are held out, so copies
     of a held-out document are held out too. entries: how many documents each entry of the source has. cut: the digests of
-    documents whose end is held out, of each `tail`, a share.
+    documents whose end is held out, of each `tail`, a share. conversations: whether any of them is one.
     """
 
     digests: list[bytes]
@@ -35,6 +35,7 @@ class Split:
     entries: Counter[int]
     cut: frozenset[bytes] = frozenset()
     tail: float = 0.0
+    conversations: bool = False
 
     @property
     def content(self) -> str:
@@ -50,8 +51,8 @@ class Split:
                 raise RunError(f"{document.name}: the text changed while it was being prepared; run it again")
             if digest in self.cut:
                 cut = _cut_tail(document.text, self.tail)
-                yield False, replace(document, text=document.text[:cut])
-                yield True, replace(document, text=document.text[cut:])
+                yield False, document.part(0, cut)
+                yield True, document.part(cut, len(document.text))
             else:
                 yield digest in self.held_out, document
         if count != len(self.digests):
@@ -73,22 +74,24 @@ def split_documents(documents: Iterable[Document], held_out: float) -> Split:
     digests: list[bytes] = []
     entries: Counter[int] = Counter()
     sizes: dict[bytes, int] = {}
+    conversations = False
     for document in documents:
+        conversations |= document.answers is not None
         digests.append(_digest(document))
         entries[document.entry] += 1
         sizes[digests[-1]] = len(document.text)
     ranked = sorted(sizes)
     if not held_out:
-        return Split(digests, frozenset(), entries)
+        return Split(digests, frozenset(), entries, conversations=conversations)
     count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
     taken, share = sum(sizes[digest] for digest in ranked[:count]), held_out * sum(sizes.values())
     if len(ranked) == 1:
-        return Split(digests, frozenset(), entries, frozenset(ranked), held_out)
+        return Split(digests, frozenset(), entries, frozenset(ranked), held_out, conversations)
     large = frozenset(digest for digest in ranked if sizes[digest] > max(share, _LEAST_TO_CUT))
     if not large or taken <= _MOST_TIMES * share:
-        return Split(digests, frozenset(ranked[:count]), entries)
+        return Split(digests, frozenset(ranked[:count]), entries, conversations=conversations)
     small = [digest for digest in ranked if digest not in large]
-    return Split(digests, frozenset(small[: round(held_out * len(small))]), entries, large, held_out)
+    return Split(digests, frozenset(small[: round(held_out * len(small))]), entries, large, held_out, conversations)
 
 
 def pieces(text: str, limit: int) -> Iterator[str]:
@@ -107,7 +110,8 @@ def pieces(text: str, limit: int) -> Iterator[str]:
 
 
 def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode("utf-8")).digest()
+    whole = document.text if document.answers is None else repr((document.text, document.answers))
+    return hashlib.sha256(whole.encode("utf-8")).digest()
 
 
 def _cut_tail(text: str, share: float) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from cadre.errors import UsageError
-from cadre.hub.tokenizer import LLAMA3_SPLIT, template_source
+from cadre.hub.template import template_source
+from cadre.hub.tokenizer import LLAMA3_SPLIT
 from cadre.model.config import ModelConfig
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5

@@ -19,6 +19,7 @@ from cadre.errors import UsageError, write_error
 from cadre.files import sync
 from cadre.hub.directory import INDEX, WEIGHTS, in_making, set_aside
 from cadre.hub.names import Shape, duplicates, hollow, pieces, skeleton
+from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, template_source
 from cadre.kernels.limits import dtype_name
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -45,6 +46,7 @@ def save(
     max_shard_bytes: int = 5 * 2**30,
     fetch: Fetch | None = None,
     like: Path | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json`, safetensors of at most `max_shard_bytes` each (one tensor may be
     larger) with their index, and the tokenizer's files. `dtype` casts on the way; the router's correction bias stays
@@ -52,7 +54,8 @@ def save(
 
     `fetch` gives the tensors of a model that is not whole in this process's memory; never more than a file's are asked for
     before they are written. `like`: a model directory whose files beside config and weights (tokenizer, templates, settings of
-    generation) are kept as they are, in the place of those that would be made; it may be `path` itself.
+    generation) are kept as they are, in the place of those that would be made; it may be `path` itself. `chat_template`: the
+    one that the model was trained with, if on conversations.
 
     Everything is written to a folder beside `path` and flushed to disk; then two renames put the old model aside and
     the new one in place. A crash leaves the old model or the new one; between the renames, a moment, the old one is at
@@ -77,6 +80,8 @@ def save(
             _write(model, new, tokenizer, dtype, max_shard_bytes, fetch or _Held(model).fetch)
             if like is not None:
                 _keep(like, new)
+            if chat_template is not None:
+                _set_template(new, chat_template)
             _swap(new, target, old)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -92,6 +97,16 @@ def _keep(like: Path, new: Path) -> None:
         if name not in _MADE and (like / name).is_file():
             shutil.copyfile(like / name, new / name)
             sync(new / name)
+
+
+def _set_template(new: Path, source: str) -> None:
+    """Where the directory has no other template than the one that stands beside every model of ours."""
+    present, values = template_source(new)
+    if present in (None, CHAT_TEMPLATE):
+        (new / "chat_template.jinja").unlink(missing_ok=True)
+        template = CONVERSED_TEMPLATE if source == CHAT_TEMPLATE else source
+        _write_json(new / "tokenizer_config.json", values | {"chat_template": template})
+        sync(new / "tokenizer_config.json")
 
 
 def check_expressible(config: ModelConfig) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cadre.errors import UsageError, read_error
-from cadre.files import kind_of, read_json_object, replace_file, require_regular
+from cadre.files import kind_of, replace_file, require_regular
+from cadre.hub.template import CHAT_TEMPLATE
 
 SPECIAL_TOKENS = BOS, EOS, *_ = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 
@@ -26,16 +27,6 @@ LLAMA3_SPLIT = (
     r"|\s*[\r\n]+"
     r"|\s+(?!\S)"
     r"|\s+"
-)
-
-# Training text separates documents by eos and has no bos in it, so neither has a conversation.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
-    "{% else %}{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 _SAMPLE = 100_000
@@ -118,24 +109,6 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
         config["chat_template"] = CHAT_TEMPLATE
     replace_file(directory / "tokenizer.json", tokenizer.to_str(pretty=True).encode("utf-8"))
     replace_file(directory / "tokenizer_config.json", (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
-
-
-def template_source(directory: Path) -> tuple[str | None, dict[str, Any]]:
-    """The chat template of a model directory, None if it has none, and what its `tokenizer_config.json` holds: the template is
-    in `chat_template.jinja` or there (the one named `default` if there are several). Raises `UsageError` for files that cannot
-    be read."""
-    config, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    values = {} if kind_of(config) is None else read_json_object(config)
-    source = values.get("chat_template")
-    if kind_of(own) == "file":
-        try:
-            source = own.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{own}: the chat template cannot be read ({error})") from None
-    if isinstance(source, list):
-        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
-        source = named[-1].get("template") if named else None
-    return source if isinstance(source, str) and source else None, values
 
 
 def special_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:

@@ -1,12 +1,13 @@
-"""A conversation with a base model: one running transcript, a line for each turn, that the model continues."""
+"""A conversation: messages that the model's chat template writes as one text; with a base model one running transcript, a line
+for each turn, that it continues."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, encodable
 from cadre.infer.engine import Engine, Request
 from cadre.infer.generate import checked, encode_prompt
 from cadre.infer.pages import bytes_for, cache_dtype
@@ -18,14 +19,30 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+Messages = Sequence[dict[str, str]]
+# The text up to where the assistant's next message begins.
+Render = Callable[[Messages], str]
+
+
+def transcript(messages: Messages) -> str:
+    """A line for each message: the next line is the answer."""
+    return "".join(message["content"] + "\n" for message in messages)
+
+
 class Conversation:
-    """Keeps its engine, and so the cache, between turns: a turn costs its own tokens and those of the last page begun. The
-    transcript fits the model's context."""
+    """Keeps its engine, and so the cache, between turns: a turn costs its own tokens and those of the last page begun. All that
+    was said fits the model's context. `render`: what writes messages as text; without it they are lines of a transcript."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, seed: int | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int | None = None,
+        render: Render | None = None,
     ) -> None:
-        self.tokenizer, self.config = tokenizer, model.config
+        self.tokenizer, self.config, self.render = tokenizer, model.config, render
         self.sampling, self.max_new_tokens = sampling if seed is None else replace(sampling, seed=seed), max_new_tokens
         room = bytes_for(model.config, model.config.max_position_embeddings, cache_dtype(model))
         self.engine = Engine(model, cache_bytes=room, max_batch=1)
@@ -34,15 +51,46 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything said."""
+        self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []
         self.line_open = False
 
     def reply(self, line: str) -> Iterator[str]:
-        """Add the user's line; the model's answer in pieces, up to the end of its line, its end-of-text token,
-        `max_new_tokens` or the end of the context. Whoever stops listening early can go on with the next line.
+        """Add the user's line; the model's answer in pieces, up to its end-of-text token, `max_new_tokens`, the end of the
+        context or, in a transcript, of its line. Whoever stops listening early can go on with the next line.
 
-        Raises `UsageError`, with the transcript as it was, if the line leaves no room for an answer.
+        Raises `UsageError`, with the conversation as it was, if the line leaves no room for an answer or the template refuses
+        it.
         """
+        return self._transcribed(line) if self.render is None else self._rendered(line, self.render)
+
+    def _rendered(self, line: str, render: Render) -> Iterator[str]:
+        message = {"role": "user", "content": line}
+        with encodable("the prompt"):
+            ids = self.tokenizer.encode(render([*self.messages, message]), add_special_tokens=False).ids
+        context = self.config.max_position_embeddings
+        if len(ids) >= context:
+            raise UsageError(
+                f"the conversation has {len(ids):,} tokens with this line, and the model's context is {context:,}: /reset "
+                "starts anew"
+            )
+        return self._message(message, ids or encode_prompt(self.config, self.tokenizer, ""))
+
+    def _message(self, question: dict[str, str], ids: list[int]) -> Iterator[str]:
+        self.messages.append(question)
+        self.ids = ids
+        detokenizer = Detokenizer(self.tokenizer, ids)
+        said = ""
+        try:
+            for token in self._tokens():
+                piece = detokenizer.push(token)
+                said += piece
+                if piece:
+                    yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": said})
+
+    def _transcribed(self, line: str) -> Iterator[str]:
         text = ("\n" if self.line_open else "") + line + "\n"
         ids = encode_prompt(self.config, self.tokenizer, text)
         if self.ids:
@@ -68,7 +116,7 @@ class Conversation:
                 return
 
     def _tokens(self) -> Iterator[int]:
-        """The tokens that the model adds to the transcript, each there before it is given out. An interruption at any moment
+        """The tokens that the model adds to what was said, each there before it is given out. An interruption at any moment
         loses no more than the token in work."""
         sampling = self.sampling
         if sampling.seed is not None:  # else every answer would draw the same numbers

@@ -30,10 +30,23 @@ _GROUP_CHARACTERS = 1 << 16
 
 
 class Text(Protocol):
-    """A document, of which only the text counts here."""
+    """A document. `answers` is None where all of it counts; else it is a conversation as a chat template writes it, special
+    tokens included, of which some parts count."""
 
     @property
     def text(self) -> str: ...
+
+    @property
+    def answers(self) -> Sequence[tuple[int, int]] | None: ...
+
+    def learned(self, offsets: Sequence[tuple[int, int]]) -> list[bool]:
+        """Which tokens count, of tokens that are these letters of the text."""
+        ...
+
+    @property
+    def learned_bytes(self) -> int:
+        """The size of what counts in UTF-8."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,8 @@ def score_each(
     """The score of each document, in order, every token predicted within a sliding context; see `token_nats`.
 
     A document starts from the token that starts one in training (`document_start`) and counts without its end. Special
-    tokens written out in it are text. Bits per byte are comparable between tokenizers that lose nothing of the text.
+    tokens written out in it are text. Of a conversation count the answers alone, with the special token that ends each. Bits
+    per byte are comparable between tokenizers that lose nothing of the text.
     `batch` windows of `context` tokens are computed at once, across documents; `progress` is called with the number of
     tokens after each batch. Puts the model in eval mode.
 
@@ -94,13 +108,24 @@ def score_each(
     first = document_start(model.config, tokenizer)
     encoder = type(tokenizer).from_str(tokenizer.to_str())
     encoder.encode_special_tokens = True
-    for texts in _groups(documents):
+    for group in _groups(documents):
         with encodable("the text"):
-            encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
+            plain = iter(encoder.encode_batch_fast([d.text for d in group if d.answers is None], add_special_tokens=False))
+            encoded = [
+                next(plain) if document.answers is None else tokenizer.encode(document.text, add_special_tokens=False)
+                for document in group
+            ]
         ids = [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encoded]
-        del encoded
-        for text, nats_N in zip(texts, _nats(model, ids, first, context, stride, batch, progress), strict=True):
-            yield Score(float(nats_N.double().sum()), len(nats_N), len(text.encode("utf-8")))
+        counted = [
+            None if document.answers is None else torch.tensor(document.learned(encoding.offsets), dtype=torch.bool)
+            for document, encoding in zip(group, encoded, strict=True)
+        ]
+        del encoded, plain
+        nats = _nats(model, ids, first, context, stride, batch, progress)
+        for document, nats_N, counted_N in zip(group, nats, counted, strict=True):
+            if counted_N is not None:
+                nats_N = nats_N[counted_N]
+            yield Score(float(nats_N.double().sum()), len(nats_N), document.learned_bytes)
 
 
 def token_nats(
@@ -149,11 +174,11 @@ def _check(config: ModelConfig, context: int, stride: int | None, batch: int) ->
     return stride
 
 
-def _groups(documents: Iterable[Text]) -> Iterator[list[str]]:
-    group: list[str] = []
+def _groups(documents: Iterable[Text]) -> Iterator[list[Text]]:
+    group: list[Text] = []
     characters = 0
     for document in documents:
-        group.append(document.text)
+        group.append(document)
         characters += len(document.text)
         if characters >= _GROUP_CHARACTERS:
             yield group

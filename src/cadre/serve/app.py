@@ -27,8 +27,8 @@ from cadre.serve.tokens import TokenTexts
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from cadre.infer.chat import Render
     from cadre.infer.engine import Engine
-    from cadre.serve.template import ChatTemplate
 
 _GENERATION = (400, 401, 403, 404, 413, 429, 500, 503, 504)
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -39,7 +39,7 @@ def create_app(
     tokenizer: Tokenizer,
     card: Card,
     *,
-    template: ChatTemplate | None = None,
+    render: Render | None = None,
     max_batch: int = 64,
     max_queue: int = 128,
     timeout: float = 600.0,
@@ -49,15 +49,15 @@ def create_app(
 ) -> FastAPI:
     """An OpenAI-compatible API over one engine, and the chat page.
 
-    The engine belongs to the application from its start to its end: nothing else may touch it in between. `max_batch`: as
-    the engine's; `max_queue`: sequences that may wait beyond it. `timeout`: seconds for a request in all. For `hosts`
-    and `local` see `Gate`. `app.state` has the `loop` and the
-    `admission`.
+    The engine belongs to the application from its start to its end: nothing else may touch it in between. `render`: writes chat
+    messages by the model's template; without one they are continued as a transcript. `max_batch`: as the engine's;
+    `max_queue`: sequences that may wait beyond it. `timeout`: seconds for a request in all. For `hosts` and `local` see
+    `Gate`. `app.state` has the `loop` and the `admission`.
     """
     metrics = Metrics(engine)
     loop = EngineLoop(engine, metrics)
     admission = Admission(loop, max_batch=max_batch, max_queue=max_queue, timeout=timeout)
-    service = Service(card, tokenizer, template, TokenTexts(tokenizer), admission)
+    service = Service(card, tokenizer, render, TokenTexts(tokenizer), admission)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

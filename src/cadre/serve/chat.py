@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import Response
 
+from cadre.infer.chat import transcript
 from cadre.infer.text import AnswerLine
 from cadre.serve.answer import AnswerFormat, Choice, answer, choices_of
 from cadre.serve.schema import ChatRequest, Message
 from cadre.serve.service import Prompt, Service, check_logprobs
-from cadre.serve.template import transcript
 
 if TYPE_CHECKING:
     from cadre.infer.engine import Output
@@ -34,7 +34,7 @@ async def converse(service: Service, request: Request, body: ChatRequest) -> Res
         form = ChatFormat(service, body)
         requests = await service.sequences(place, form.name, body, [prompt], [new_tokens], logprobs=logprobs)
         choices = choices_of(service, requests, [prompt], keep=not body.stream)
-        if service.template is None:
+        if service.render is None:
             for choice in choices:
                 choice.line = AnswerLine()
         return await answer(place, choices, requests, form, bool(body.stream))
@@ -45,7 +45,7 @@ async def converse(service: Service, request: Request, body: ChatRequest) -> Res
 async def encode_chat(service: Service, messages: Sequence[Message]) -> Prompt:
     """The prompt for the next message: by the model's template, or as a transcript where it has none."""
     plain = [_plain(message) for message in messages]
-    if service.template is None:
+    if service.render is None:
         return await service.encode(transcript(plain))
     return await service.encode_messages(plain)
 

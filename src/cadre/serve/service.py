@@ -19,9 +19,9 @@ from cadre.serve.tokens import TokenTexts
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+    from cadre.infer.chat import Messages, Render
     from cadre.model.config import ModelConfig
     from cadre.serve.admission import Admission, Place
-    from cadre.serve.template import ChatTemplate, Messages
 
 _MOST_LOGPROBS = 100_000  # a hundred bytes each, and as many again as JSON
 
@@ -56,7 +56,7 @@ class Prompt:
 class Service:
     card: Card
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    render: Render | None
     texts: TokenTexts
     admission: Admission
 
@@ -75,7 +75,7 @@ class Service:
             "owned_by": "cadre",
             "max_model_len": self.context,
             "cadre": {
-                "chat_template": self.template is not None,
+                "chat_template": self.render is not None,
                 "base_model": card.base_model,
                 "context": self.context,
                 "cache_bytes_per_token": card.cache_bytes_per_token,
@@ -100,8 +100,8 @@ class Service:
 
     async def encode_messages(self, messages: Messages) -> Prompt:
         """Chat messages through the model's template; the template writes special tokens itself."""
-        assert self.template is not None
-        text = await self.admission.in_thread(self.admission.texts, self.template.render, messages)
+        assert self.render is not None
+        text = await self.admission.in_thread(self.admission.texts, self.render, messages)
         encoded = await self._encoded(text, False)
         return Prompt(tuple(encoded.ids), text) if encoded.ids else await self.encode(text)
 

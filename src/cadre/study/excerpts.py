@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 
+from cadre.data.conversations import Template, template_of
 from cadre.data.shards import TokenData
 from cadre.data.sources import Document, file_of, files_below, read_documents, token_data
 from cadre.data.split import split_documents
@@ -48,14 +49,14 @@ class Sample:
     complete: bool
 
 
-def read_text(source: list[str]) -> Iterator[Document]:
+def read_text(source: list[str], template: Template) -> Iterator[Document]:
     """As `read_documents`, but a large text file comes in blocks, each a document of the file's name. Raises `UsageError`
     at once for what cannot be read."""
     files = dict.fromkeys(file for entry in source for file in _files(entry))
     streams: list[Iterator[Document]] = []
     for large, some in groupby(files, _is_large):
         together = list(some)
-        streams += [_blocks(Path(file)) for file in together] if large else [read_documents(together)]
+        streams += [_blocks(Path(file)) for file in together] if large else [read_documents(together, template)]
     return chain.from_iterable(streams)
 
 
@@ -70,10 +71,11 @@ def held_out_text(run: Path) -> Iterator[Document]:
     if not section.held_out:
         raise UsageError(f"{run}: the run held no text out: say with --data what to read")
     try:
-        split = split_documents(read_documents(section.source), section.held_out)
+        template = template_of(section.tokenizer)
+        split = split_documents(read_documents(section.source, template), section.held_out)
     except UsageError as error:
         raise UsageError(f"{run}: its text cannot be read ({error}): say with --data what to read") from None
-    return (document for held, document in split.divide(read_documents(section.source)) if held)
+    return (document for held, document in split.divide(read_documents(section.source, template)) if held)
 
 
 def sample(documents: Iterable[Document], letters: int, piece: int) -> Sample:

@@ -72,7 +72,7 @@ class Evaluation:
         seconds = time.perf_counter() - start
         # A window that moves by half reads each token twice.
         self.seconds_per_token = seconds / max(1, score.tokens) * (2 if stride == seq_len else 1)
-        whole = self.held_out["bytes"]
+        whole = self.held_out.get("learned_bytes", self.held_out["bytes"])
         return Evaluated(score, seconds, min(1.0, score.bytes / whole) if whole else 1.0)
 
     def _beginnings(self, documents: list[Document], tokens: int) -> list[Document]:
@@ -85,4 +85,4 @@ def first_tokens(documents: list[Document], tokens: int, bytes_per_token: float)
     size = sum(len(document.text.encode()) for document in documents)
     letters = max(1, int(tokens * bytes_per_token * text / max(1, size)))
     some = documents[:: max(1, -(-len(documents) * _LEAST_LETTERS // letters))]
-    return [Document(document.name, document.text[: max(1, letters // len(some))]) for document in some]
+    return [document.part(0, max(1, letters // len(some))) for document in some]

@@ -33,13 +33,15 @@ class MicroBatch:
     further per module. `mtp_rows`: how many of its first sequences train the multi-token prediction modules, if not all.
     `joined`: run the modules even if no sequence here trains them: other processes, where some do, wait for this one in
     collectives. `own_T`: of sequences that several processes share, the positions that this one computes, and whose losses are
-    its own."""
+    its own. `weight_BT`: float32, as the ids: how much the loss of each token counts, on average 1 over the targets of the
+    whole batch; None: all alike."""
 
     ids_BT: Tensor
     document_BT: Tensor | None = None
     mtp_rows: int | None = None
     joined: bool = False
     own_T: Positions = field(default_factory=lambda: EVERY)
+    weight_BT: Tensor | None = None
 
     @property
     def training_mtp(self) -> int:
@@ -87,7 +89,8 @@ def losses(model: Transformer, micro: MicroBatch, balance: Balance, *, mtp_weigh
     `mtp_rows` sequences and divided by `mtp_share`, the share of the whole batch that these rows and those of its other
     micro-batches make up. With documents, attention and the targets of the modules stay inside a document; the first token
     of the next document remains the main head's.
-    Every loss is divided by all N positions (as equation 24 has it), so that micro-batches add up to their batch.
+    Every loss is divided by all N positions (as equation 24 has it), so that micro-batches add up to their batch; weights are
+    such that this is the mean over the tokens which count.
     The balance losses are summed over layers; the step's loads are counted on the way.
     """
     balance.record()
@@ -110,7 +113,10 @@ def token_losses(
 
     def mean_loss(hidden_BTD: Tensor, ahead: int, weight_N: Tensor) -> Tensor:
         """Of the tokens that lie so far ahead of the first rows' positions."""
-        target_BT = micro.ids_BT[: len(hidden_BTD), ahead : every + ahead][:, micro.own_T]
+        rows, targets = len(hidden_BTD), slice(ahead, every + ahead)
+        target_BT = micro.ids_BT[:rows, targets][:, micro.own_T]
+        if micro.weight_BT is not None:
+            weight_N = weight_N * micro.weight_BT[:rows, targets][:, micro.own_T].flatten()
         head = model.lm_head
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, target_BT.flatten(), weight_N, head.narrow)
 

@@ -248,13 +248,26 @@ class Trainer:
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """On the device; the multi-token prediction modules are joined where they train any process's sequences."""
         micro, (reader, readers) = self.micro_batch, self.parallel.part
+        weights = self._weights(batch)
         dealt = [len(range(one, self.mtp_rows, readers)) for one in (reader, 0)]  # the first has as many as any
         for first in range(0, len(batch.ids), micro):
             rows = slice(first, first + micro)
             ids = torch.from_numpy(batch.ids[rows]).to(self.device)
             documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(self.device)
             here, most = (min(max(count - first, 0), micro) for count in dealt)
-            yield MicroBatch(ids, documents, here, most > 0, self.own_T)
+            weight = None if weights is None else weights[rows].to(self.device)
+            yield MicroBatch(ids, documents, here, most > 0, self.own_T, weight)
+
+    def _weights(self, batch: Batch) -> torch.Tensor | None:
+        """`MicroBatch.weight_BT` of the whole batch: tokens that are to be learned count alike, whoever reads them."""
+        if batch.learned is None:
+            return None
+        learned_BT = torch.from_numpy(batch.learned)
+        targets_BT = learned_BT[:, 1 : self.recipe.data.seq_len + 1]
+        counts = torch.tensor([targets_BT.numel(), int(targets_BT.sum())], dtype=torch.float64)
+        self.parallel.add(counts)
+        every, counted = counts.tolist()
+        return learned_BT.float() * (every / max(1.0, counted))
 
     def _skipped(self, sums: list[float]) -> None:
         progress = self.progress
@@ -419,7 +432,8 @@ class Trainer:
     def _write_model(self, folder: str, copies: Tensors) -> None:
         run = self.run
         path, tokenizer = run.path / folder, run.data.tokenizer
-        self.parallel.save_model(self.model, copies.weights, path, tokenizer, run.dtype, like=run.like())
+        template = run.data.chat_template
+        self.parallel.save_model(self.model, copies.weights, path, tokenizer, run.dtype, run.like(), template)
 
     def _restore(self) -> None:
         assert self.run.checkpoint is not None

@@ -18,11 +18,12 @@ from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import read_recipe
 from cadre.train.run import start
 from cadre.train.trainer import Trainer
-from tests.runs import write_recipe
+from tests.runs import write_chats, write_recipe
 from tests.train.parallel.world import world
 
 # Every part that might tell processes apart: Muon's whole matrices, fewer sequences for the module than processes,
-# micro-batches, losses over the batch, documents; routing limited to the experts of one process, where there are two.
+# micro-batches, losses over the batch, documents, conversations; routing limited to the experts of one process, where there
+# are two.
 EVERYTHING = (
     "optimizer.name=muon", "optimizer.lr=0.01", "train.batch=8", "train.micro_batch=1", "train.mtp_share=0.25",
     "balance.global_weight=0.01", "balance.z_weight=0.001", "data.separate_documents=true", "train.log_every=1",
@@ -92,6 +93,8 @@ def assert_same_run(run: Path, other: Path) -> None:
 def test_a_layout_changes_no_number(tmp_path, recipe, monkeypatch, settings, size, layouts):
     if size == 4:  # as a large model is cut
         monkeypatch.setattr(shard, "GATHERED_AT_ONCE", 0)
+    if settings[: len(EVERYTHING)] == EVERYTHING:
+        write_chats(tmp_path / "corpus" / "chats.jsonl")
     settings = (*settings, "train.steps=8", "eval.every=4", "checkpoint.every=100")
     train(Parallel(), recipe, tmp_path / "alone", settings)
     world(size, several, recipe, tmp_path, layouts, settings)

@@ -158,11 +158,19 @@ class Parallel:
 
     def save_model(
         self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
-        like: Path | None = None,
+        like: Path | None = None, chat_template: str | None = None,
     ) -> None:  # fmt: skip
         """`cadre.save` of a model with these `weights`, of which this process has its part. All processes must call it;
         training may go on meanwhile."""
-        save(model, path, tokenizer, dtype=dtype, fetch=lambda name, index: weights[name][index], like=like)
+        save(
+            model,
+            path,
+            tokenizer,
+            dtype=dtype,
+            fetch=lambda name, index: weights[name][index],
+            like=like,
+            chat_template=chat_template,
+        )
 
     # ------------------------------------------------------------------------------------------------- evaluation
 

@@ -273,7 +273,7 @@ class Ranks(Parallel):
 
     def save_model(
         self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
-        like: Path | None = None,
+        like: Path | None = None, chat_template: str | None = None,
     ) -> None:  # fmt: skip
         parts = {name: replace(part, local=weights[name]) for name, part in self.parts.items()}
         kept = {name: weights[name] for name in weights.keys() - parts.keys()}
@@ -283,7 +283,7 @@ class Ranks(Parallel):
 
         def write() -> None:
             with gather:
-                save(model, path, tokenizer, dtype=dtype, fetch=gather.fetch, like=like)
+                save(model, path, tokenizer, dtype=dtype, fetch=gather.fetch, like=like, chat_template=chat_template)
 
         self.together(write if self.main else lambda: None)
 

@@ -5,13 +5,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
-from cadre.hub.tokenizer import save_tokenizer, template_source
-from cadre.serve.template import ChatTemplate, chat_template, transcript
-
-
-def read_template(folder):
-    return chat_template(*template_source(folder))
-
+from cadre.hub.template import ChatTemplate, chat_template, template_source
+from cadre.hub.tokenizer import save_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be {{ brief }}."},
@@ -53,7 +48,7 @@ def test_our_own_template_writes_what_transformers_writes(directory):
     wanted = PreTrainedTokenizerFast.from_pretrained(directory).apply_chat_template(
         MESSAGES, tokenize=False, add_generation_prompt=True
     )
-    assert read_template(directory).render(MESSAGES) == wanted
+    assert chat_template(directory).render(MESSAGES) == wanted
 
 
 @pytest.mark.parametrize("source", TEMPLATES)
@@ -63,7 +58,7 @@ def test_others_write_what_transformers_writes(directory, tmp_path, source, wrap
     eos = {"__type": "AddedToken", "content": "<|eos|>", "special": True}
     folder = with_config(directory, tmp_path, chat_template=chat, eos_token=eos)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    assert read_template(folder).render(MESSAGES) == tokenizer.apply_chat_template(
+    assert chat_template(folder).render(MESSAGES) == tokenizer.apply_chat_template(
         MESSAGES, tokenize=False, add_generation_prompt=True
     )
 
@@ -71,16 +66,16 @@ def test_others_write_what_transformers_writes(directory, tmp_path, source, wrap
 def test_a_file_of_its_own_comes_first(directory, tmp_path):
     folder = with_config(directory, tmp_path)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    assert read_template(folder).render(MESSAGES) == "Be {{ brief }}.!"
+    assert chat_template(folder).render(MESSAGES) == "Be {{ brief }}.!"
 
 
 @pytest.mark.parametrize("chat", [None, "", [], [{"name": "tools", "template": "x"}], 3])
 def test_none(directory, tmp_path, chat):
-    assert read_template(with_config(directory, tmp_path, chat_template=chat)) is None
+    assert chat_template(with_config(directory, tmp_path, chat_template=chat)) is None
 
 
 def test_none_without_any_file(tmp_path):
-    assert read_template(tmp_path) is None
+    assert chat_template(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", [{}, [], None, 3])
@@ -95,7 +90,7 @@ def test_a_template_of_an_odd_name_is_passed_over(tmp_path, name):
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UsageError, match=r"tokenizer_config\.json: cannot be read as JSON"):
-        read_template(tmp_path)
+        chat_template(tmp_path)
 
 
 def test_one_that_does_not_parse():
@@ -113,10 +108,6 @@ def test_one_that_does_not_parse():
 def test_what_it_refuses_is_bad_input(source, reason):
     with pytest.raises(UsageError, match=f"refuses these messages: .*{reason}"):
         ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
-
-
-def test_transcript_has_a_line_for_each_message():
-    assert transcript([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]) == "hi\nyes\n"
 
 
 def test_a_mark_of_what_an_assistant_says():
