@@ -5,7 +5,7 @@ python benchmarks/latent_width.py text [WIDTH]... [--tokens N] [--out DIR]
 
 Widths are multiples of 64, by default 192, 320, 448 and 576. MHA has heads of 64, one for each 64 of width; the latent and its
 rotary key hold a 7.1th of what MHA caches. Four dense layers, equal active FLOPs and tokens (5.3M unless said), one seed, Muon
-at one rate, which carries over from width to width. A width is a study of `cadre compare` under DIR, which goes on where it was.
+at a rate that carries over from width to width. A width is a study of `cadre compare` under DIR, which goes on where it was.
 """
 
 from __future__ import annotations
