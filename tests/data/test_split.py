@@ -92,6 +92,15 @@ def test_one_document_gives_up_its_end_where_a_paragraph_ends():
     assert 0.1 <= len(tail.text) / len(text) < 0.2
 
 
+@pytest.mark.parametrize("before, answer, after", [("Why? " * 99, "So. " * 20, ""), ("Why?", "So. " * 20, "And then? " * 99)])
+def test_one_conversation_has_something_to_learn_on_both_sides_of_the_cut(before, answer, after):
+    chat = Document("chat", before + answer + after, answers=((len(before), len(before + answer)),))
+    (_, head), (_, tail) = split_documents([chat], 0.1).divide([chat])
+    assert head.text + tail.text == chat.text
+    assert head.learned_bytes + tail.learned_bytes == len(answer)
+    assert 0.1 <= tail.learned_bytes / len(answer) < 0.2
+
+
 def test_one_document_without_any_boundary_is_cut_at_the_share():
     split = split_documents([Document("d", "x" * 100)], 0.25)
     assert [len(document.text) for _, document in split.divide([Document("d", "x" * 100)])] == [75, 25]

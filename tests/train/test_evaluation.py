@@ -11,6 +11,16 @@ def test_the_least_of_a_text_is_a_letter():
     assert first.text == "日"
 
 
+def test_the_beginning_of_a_conversation_has_something_of_its_first_answer():
+    text = "Be brief. " * 300 + "Why?" + "So. " * 300
+    chat = Document("chat", text, answers=((3004, len(text)),))
+    for tokens in (1, 500, 5000):
+        (first,) = first_tokens([chat], tokens, 1.0)
+        assert len(first.text) == min(tokens, len(text)) and first.learned_bytes
+    assert first_tokens([chat], 500, 1.0)[0].text == text[2754:3254]
+    assert first_tokens([Document("chat", text, answers=())], 500, 1.0)[0].text == text[:500]
+
+
 @pytest.mark.parametrize("seconds, step, read", [
     (1e-3, 9.0, 3_000), (1.0, 9.0, 200), (1e-9, 9.0, 10_000), (0.0, 0.064, 3_000), (0.0, 0.0, 10_000),
 ])  # fmt: skip

@@ -50,7 +50,7 @@ class Split:
             if count > len(self.digests) or digest != self.digests[count - 1]:
                 raise RunError(f"{document.name}: the text changed while it was being prepared; run it again")
             if digest in self.cut:
-                cut = _cut_tail(document.text, self.tail)
+                cut = _cut(document, self.tail)
                 yield False, document.part(0, cut)
                 yield True, document.part(cut, len(document.text))
             else:
@@ -114,10 +114,16 @@ def _digest(document: Document) -> bytes:
     return hashlib.sha256(whole.encode("utf-8")).digest()
 
 
+def _cut(document: Document, share: float) -> int:
+    """Where the held-out end of a document starts: of a conversation within what is learned, so that both parts have some."""
+    first, last = (document.answers[0][0], document.answers[-1][1]) if document.answers else (0, len(document.text))
+    return first + _cut_tail(document.text[first:last], share)
+
+
 def _cut_tail(text: str, share: float) -> int:
     """Where the held-out end starts: the last paragraph, line or word end that holds out up to twice the share."""
     if len(text) < 2:
-        raise UsageError("the corpus is one character, of which nothing can be held out: give more text")
+        raise UsageError("the corpus is one character to learn, of which nothing can be held out: give more text")
     cut = min(max(round(len(text) * (1 - share)), 1), len(text) - 1)
     lowest = max(len(text) - 2 * (len(text) - cut), 0)
     for end in ("\n\n", "\n", " "):

@@ -80,9 +80,16 @@ class Evaluation:
 
 
 def first_tokens(documents: list[Document], tokens: int, bytes_per_token: float) -> list[Document]:
-    """The beginnings, equally long, of documents evenly spread over all: about `tokens` in all."""
+    """The beginnings, equally long, of documents evenly spread over all: about `tokens` in all. Of a conversation at most
+    half of that is what comes before the first answer."""
     text = sum(len(document.text) for document in documents)
     size = sum(len(document.text.encode()) for document in documents)
     letters = max(1, int(tokens * bytes_per_token * text / max(1, size)))
     some = documents[:: max(1, -(-len(documents) * _LEAST_LETTERS // letters))]
-    return [document.part(0, max(1, letters // len(some))) for document in some]
+    return [_excerpt(document, max(1, letters // len(some))) for document in some]
+
+
+def _excerpt(document: Document, letters: int) -> Document:
+    first = document.answers[0][0] if document.answers else 0
+    start = max(0, min(first - letters // 2, len(document.text) - letters))
+    return document.part(start, start + letters)
