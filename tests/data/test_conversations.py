@@ -110,7 +110,7 @@ def test_shards_tell_which_tokens_are_learned(tmp_path):
     assert np.count_nonzero(data.train.tokens(0, len(data.train)) == 1) == 6 + 3 * 2
     assert data.manifest["train"]["learned"] == data.train.mask(0, len(data.train)).sum()
     again = TokenData.open(data.path)
-    assert again.chat_template == data.chat_template and again.train.masked
+    assert again.chat_template.source == data.chat_template.source and again.train.masked
     middle = len(data.train) // 2
     halves = [data.train.part(0, middle), data.train.part(middle, len(data.train))]
     np.testing.assert_array_equal(
@@ -143,12 +143,23 @@ def test_a_template_beside_the_tokenizer_comes_first(tmp_path, tokenizer_dir):
     source = write(tmp_path / "a.jsonl", {"messages": CHAT[1:]})
     for tokenizer in (folder, folder / "tokenizer.json"):
         data = prepare(source, tokenizer=tokenizer, held_out=0)
-        assert data.chat_template == THEIRS
+        assert data.chat_template.source == THEIRS
         ids = data.train.tokens(0, len(data.train))
         assert data.tokenizer.decode(ids, skip_special_tokens=False) == (
             "<|bos|><|user|>Naïve?<|assistant|>Oui, 你好 😀<|eos|>\n<|user|>Why?<|assistant|>So.<|eos|>\n<|eos|>"
         )
         assert list(learned_text(data)) == ["Oui, 你好 😀<|eos|>\nSo.<|eos|>\n"]  # what separates documents is nobody's answer
+
+
+@pytest.mark.parametrize("end, learned", [("", "So.<|eos|>"), ("<|user|>\n", "So.<|user|>\n")])
+def test_what_separates_documents_ends_an_answer_that_has_no_end_of_its_own(tmp_path, tokenizer_dir, end, learned):
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    template = "{% for m in messages %}{{ m.content + '" + end + "' }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    source = write(tmp_path / "a.jsonl", {"messages": CHAT[3:]})
+    data = prepare(source, tokenizer=tmp_path, held_out=0)
+    assert list(learned_text(data)) == [learned]
+    assert data.answer_ends == ([2] if end else [])
 
 
 def test_a_text_is_the_same_every_day(tmp_path):

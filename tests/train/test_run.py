@@ -12,7 +12,7 @@ from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
 from cadre.hub.load import load
 from cadre.hub.save import save
-from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, template_source
+from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, chat_template, template_source
 from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
 from cadre.train.metrics import read_metrics
@@ -324,7 +324,7 @@ def test_a_base_model_becomes_one_that_converses(lab):
     lab.train(lab.start("run", chats_recipe(lab)))
     assert template_source(lab.folder / "run" / "model")[0] == CONVERSED_TEMPLATE
     more = lab.resume("run", "train.steps=13")
-    assert more.data.chat_template == CHAT_TEMPLATE
+    assert more.data.chat_template.source == CHAT_TEMPLATE
     lab.train(more)
     assert template_source(lab.folder / "run" / "model")[0] == CONVERSED_TEMPLATE
 
@@ -336,6 +336,59 @@ def test_a_template_of_its_own_is_what_its_conversations_are_written_by(lab):
     file = lab.folder / "base" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": own}))
     run = lab.start("run", chats_recipe(lab))
-    assert run.data.chat_template == own
+    assert run.data.chat_template.source == own
     lab.train(run)
     assert template_source(lab.folder / "run" / "model")[0] == own
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chatml_tokenizer(folder) -> int:
+    """Its texts end with one token, what the assistant says with another, which is returned."""
+    tokenizer = train_tokenizer(["the people of the nation and their house"] * 9, 270)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    save_tokenizer(tokenizer, folder)
+    file = folder / "tokenizer_config.json"
+    values = {**json.loads(file.read_text()), "chat_template": CHATML, "eos_token": "<|im_end|>"}
+    file.write_text(json.dumps(values))
+    return tokenizer.token_to_id("<|im_end|>")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_model_stops_where_the_answers_that_it_learned_end(lab, begun):
+    """By a token that only the template's files name; they say so to transformers and other engines too."""
+    end = chatml_tokenizer(lab.folder / "own")
+    without_vocab_size(lab)
+    overrides = [f'data.tokenizer="{lab.folder / "own"}"']
+    if begun:
+        save_model(lab, 272)
+        for file in (lab.folder / "own").iterdir():
+            shutil.copy(file, lab.folder / "base")
+        (lab.folder / "base" / "generation_config.json").write_text('{"eos_token_id": 1, "top_k": 9}')
+        from_recipe(lab, tokenizer=True)
+        overrides = []
+    run = lab.start("run", chats_recipe(lab), *overrides)
+    lab.train(run)
+    model = lab.folder / "run" / "model"
+    assert load(model)[0].config.eos_token_id == [1, end]
+    settings = json.loads((model / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [1, end] and settings.get("top_k") == (9 if begun else None)
+    (message,) = messages = [{"role": "assistant", "content": "yes"}]
+    assert chat_template(model).render(messages, to_answer=False) == f"<|im_start|>assistant\n{message['content']}<|im_end|>\n"
+    assert lab.resume("run", "train.steps=14").config.eos_token_id == [1, end]
+
+
+def test_a_model_keeps_no_template_but_the_one_of_its_conversations(lab):
+    chatml_tokenizer(lab.folder / "own")
+    save_model(lab, 272)
+    for file in (lab.folder / "own").iterdir():
+        shutil.copy(file, lab.folder / "base")
+    (lab.folder / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    from_recipe(lab, tokenizer=True)
+    without_vocab_size(lab)
+    with pytest.raises(UsageError, match="conversations are written by another chat template than the model's"):
+        lab.start("run", chats_recipe(lab), f'data.tokenizer="{lab.folder / "own"}"')

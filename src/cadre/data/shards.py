@@ -35,6 +35,7 @@ from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import check_size, train_tokenizer
 from cadre.errors import UsageError, encodable, write_error
 from cadre.files import kind_of, require_local, require_regular, stamp, sync
+from cadre.hub.template import ChatTemplate
 from cadre.hub.tokenizer import (
     SPECIAL_TOKENS,
     load_tokenizer,
@@ -135,9 +136,15 @@ class TokenData:
         return int(self.manifest["vocab_size"])
 
     @property
-    def chat_template(self) -> str | None:
+    def chat_template(self) -> ChatTemplate | None:
         """What conversations among the documents were written by; None if there are none."""
-        return self.manifest.get("chat_template")
+        source = self.manifest.get("chat_template")
+        return None if source is None else ChatTemplate(source, self.manifest["template_tokens"])
+
+    @property
+    def answer_ends(self) -> list[int]:
+        """The special tokens that end what the assistant says."""
+        return self.manifest.get("answer_ends", [])
 
     def train_of_each(self) -> list[Tokens]:
         """The training text of each entry of the source, in turn."""
@@ -236,6 +243,9 @@ def prepare(
     if split.cut and len(split.digests) > 1:
         inputs["ends"] = "of large documents"
         say(f"holding out the ends of {len(split.cut):,} large documents: whole ones would be too much of the text")
+    written_by = template() if split.conversations else None
+    if written_by is not None:
+        inputs["template"] = hashlib.sha256(json.dumps([written_by.source, written_by.special]).encode()).hexdigest()
     if len(names) > 1:
         inputs["documents"] = [split.entries[number] for number in range(len(names))]
     key = hashlib.sha256(json.dumps([FORMAT, inputs], sort_keys=True).encode()).hexdigest()[:32]
@@ -252,8 +262,8 @@ def prepare(
             given = train_tokenizer(map(_without_special, documents), size)
         say(f"tokenising {len(split.digests):,} documents")
         manifest = {"format": FORMAT, "key": key, "inputs": inputs, "source": names}
-        if split.conversations and (found := template()) is not None:
-            manifest["chat_template"] = found.source
+        if written_by is not None:
+            manifest |= {"chat_template": written_by.source, "template_tokens": written_by.special}
         _write(temporary, manifest, given, split, read_documents(source, template), len(names))
         _publish(temporary, folder, inputs)
         return TokenData.open(folder)
@@ -398,6 +408,8 @@ def _write(
     encoder.encode_special_tokens = True
     train, held = (_Writer(folder, part, dtype, entries, split.conversations) for part in _PARTS)
     waiting: list[tuple[_Writer, Document | None, bool, str]] = []
+    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    answer_ends: set[int] = set()
 
     def flush() -> None:
         with encodable("the text"):
@@ -418,9 +430,16 @@ def _write(
         writer.start_document(document)
         if ids[: len(before)] != before:
             writer.add(before, False)
-        writer.add(ids, document.learned(encoding.offsets))
+        learned = document.learned(encoding.offsets)
+        writer.add(ids, learned)
+        end = None
+        for first, last in document.answers or ():
+            said = document.text[first:last].rstrip()
+            end = next((number for content, number in special.items() if said.endswith(content)), None)
+            answer_ends.update(() if end is None else (end,))
         if ids[len(ids) - len(after) :] != after:
-            writer.add(after, False)
+            # By it a model learns to stop whose template has no token for that.
+            writer.add(after, end is None and learned[-1:] == [True])
 
     characters = 0
     with (folder / HELD_OUT_TEXT).open("w", encoding="utf-8", newline="\n") as held_out_text:
@@ -450,6 +469,8 @@ def _write(
     files = sorted(folder.iterdir())
     for file in files:
         sync(file)
+    if split.conversations:
+        manifest["answer_ends"] = sorted(answer_ends)
     manifest |= {
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": size,

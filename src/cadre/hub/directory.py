@@ -97,11 +97,17 @@ def config_with_eos(directory: Path) -> ModelConfig:
     if kind_of(file) is None:
         return config
     values = read_json_object(file)
-    named, known = (_as_list(ids) for ids in (values.get("eos_token_id"), config.eos_token_id))
+    named = _as_list(values.get("eos_token_id"))
     for token in named:
         if type(token) is not int or not 0 <= token < config.vocab_size:
             raise UsageError(f"{file}: eos_token_id is {token!r}; it must be a token id from 0 to {config.vocab_size - 1}")
-    further = [token for token in named if token not in known]
+    return ending_at(config, named)
+
+
+def ending_at(config: ModelConfig, tokens: list[int]) -> ModelConfig:
+    """The config with these tokens too among those that end a text."""
+    known = _as_list(config.eos_token_id)
+    further = [token for token in tokens if token not in known]
     return config.model_copy(update={"eos_token_id": known + further}) if further else config
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cadre.errors import UsageError, write_error
-from cadre.files import sync
-from cadre.hub.directory import INDEX, WEIGHTS, in_making, set_aside
+from cadre.files import read_json_object, sync
+from cadre.hub.directory import INDEX, WEIGHTS, config_with_eos, in_making, set_aside
 from cadre.hub.names import Shape, duplicates, hollow, pieces, skeleton
-from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, template_source
+from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, ChatTemplate, template_source
 from cadre.kernels.limits import dtype_name
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -46,7 +46,7 @@ def save(
     max_shard_bytes: int = 5 * 2**30,
     fetch: Fetch | None = None,
     like: Path | None = None,
-    chat_template: str | None = None,
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json`, safetensors of at most `max_shard_bytes` each (one tensor may be
     larger) with their index, and the tokenizer's files. `dtype` casts on the way; the router's correction bias stays
@@ -55,7 +55,8 @@ def save(
     `fetch` gives the tensors of a model that is not whole in this process's memory; never more than a file's are asked for
     before they are written. `like`: a model directory whose files beside config and weights (tokenizer, templates, settings of
     generation) are kept as they are, in the place of those that would be made; it may be `path` itself. `chat_template`: the
-    one that the model was trained with, if on conversations.
+    one that the model was trained with, if on conversations. It is added where the directory has none, and the tokens of the
+    config that end a text to the settings of generation.
 
     Everything is written to a folder beside `path` and flushed to disk; then two renames put the old model aside and
     the new one in place. A crash leaves the old model or the new one; between the renames, a moment, the old one is at
@@ -82,6 +83,7 @@ def save(
                 _keep(like, new)
             if chat_template is not None:
                 _set_template(new, chat_template)
+                _end_at(new)
             _swap(new, target, old)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -99,14 +101,24 @@ def _keep(like: Path, new: Path) -> None:
             sync(new / name)
 
 
-def _set_template(new: Path, source: str) -> None:
-    """Where the directory has no other template than the one that stands beside every model of ours."""
+def _set_template(new: Path, trained: ChatTemplate) -> None:
+    """Where the directory has no other template than the one that stands beside every model of ours. With it go the special
+    tokens that it writes: they may be others than those that we know by their names."""
     present, values = template_source(new)
     if present in (None, CHAT_TEMPLATE):
         (new / "chat_template.jinja").unlink(missing_ok=True)
-        template = CONVERSED_TEMPLATE if source == CHAT_TEMPLATE else source
-        _write_json(new / "tokenizer_config.json", values | {"chat_template": template})
+        source = CONVERSED_TEMPLATE if trained.untrained else trained.source
+        _write_json(new / "tokenizer_config.json", values | trained.special | {"chat_template": source})
         sync(new / "tokenizer_config.json")
+
+
+def _end_at(new: Path) -> None:
+    """A kept `generation_config.json` may not name what ends an answer, and transformers heeds no other file."""
+    ends = config_with_eos(new).eos_token_id
+    file = new / "generation_config.json"
+    if isinstance(ends, list):
+        _write_json(file, read_json_object(file) | {"eos_token_id": ends})
+        sync(file)
 
 
 def check_expressible(config: ModelConfig) -> None:

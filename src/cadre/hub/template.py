@@ -24,7 +24,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 # Beside those of them that were trained on conversations. It writes the same.
-CONVERSED_TEMPLATE = "{# of a model that was trained on conversations #}" + CHAT_TEMPLATE
+_CONVERSED = "{# of a model that was trained on conversations #}"
+CONVERSED_TEMPLATE = _CONVERSED + CHAT_TEMPLATE
 
 
 class ChatTemplate:
@@ -55,6 +56,10 @@ class ChatTemplate:
     def untrained(self) -> bool:
         """Whether it stands beside a model only because every model that we train has it."""
         return self.source == CHAT_TEMPLATE
+
+    def writes_as(self, other: ChatTemplate) -> bool:
+        """Whether the other is the same template, of a model that was trained on conversations or not."""
+        return self.source.removeprefix(_CONVERSED) == other.source.removeprefix(_CONVERSED)
 
     def render(self, messages: Messages, *, to_answer: bool = True) -> str:
         """The conversation as text, up to where the assistant's next message begins if one is wanted. Raises `UsageError` for

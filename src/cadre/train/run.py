@@ -27,8 +27,9 @@ from cadre.data.batches import Batches
 from cadre.data.shards import TokenData, prepare
 from cadre.errors import UsageError, write_error
 from cadre.files import replace_file, require_folder
-from cadre.hub.directory import load_config, model_directory, set_aside
+from cadre.hub.directory import ending_at, load_config, model_directory, set_aside
 from cadre.hub.save import check_expressible
+from cadre.hub.template import chat_template
 from cadre.hub.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash
 from cadre.kernels.limits import training_dtype
 from cadre.model.config import ModelConfig
@@ -103,8 +104,10 @@ def start(
         data = prepare_data(data_section, recipe.model.get("vocab_size"), note, parallel)
         if source is not None:
             _check_tokenizer(source, data.tokenizer)
+            _check_template(source, data)
         config = begun or _config(recipe, data)
         check_vocabulary(data.tokenizer, config.vocab_size)
+        config = ending_at(config, data.answer_ends)
         check_expressible(config)
         asked = recipe.parallel
         recipe = settle(recipe, config, parallel.size, here, note)
@@ -130,6 +133,18 @@ def _check_tokenizer(source: Path, tokenizer: Tokenizer) -> None:
     own = source / "tokenizer.json"
     if own.is_file() and tokenizer_hash(load_tokenizer(own)) != tokenizer_hash(tokenizer):
         raise UsageError(f"model.from {source}: the data has another tokenizer: leave data.tokenizer and data.vocab_size out")
+
+
+def _check_template(source: Path, data: TokenData) -> None:
+    """Refuse conversations that are written otherwise than those that the model will be asked to continue."""
+    if data.chat_template is None:
+        return
+    own = chat_template(source)
+    if own is not None and not own.untrained and not own.writes_as(data.chat_template):
+        raise UsageError(
+            f"model.from {source}: the conversations are written by another chat template than the model's: prepare them with "
+            "its tokenizer, or take its template away"
+        )
 
 
 def refuse_used(path: Path) -> None:

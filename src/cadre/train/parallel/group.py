@@ -15,6 +15,7 @@ from cadre.data.shards import TokenData
 from cadre.errors import UsageError
 from cadre.hub.load import read_values
 from cadre.hub.save import save
+from cadre.hub.template import ChatTemplate
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import Score, Text, score_documents
 from cadre.model.transformer import EVERY, Positions, Transformer
@@ -158,7 +159,7 @@ class Parallel:
 
     def save_model(
         self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
-        like: Path | None = None, chat_template: str | None = None,
+        like: Path | None = None, chat_template: ChatTemplate | None = None,
     ) -> None:  # fmt: skip
         """`cadre.save` of a model with these `weights`, of which this process has its part. All processes must call it;
         training may go on meanwhile."""

@@ -23,6 +23,7 @@ from cadre.errors import RunError, UsageError, write_error
 from cadre.hub.load import read_values
 from cadre.hub.names import skeleton
 from cadre.hub.save import save
+from cadre.hub.template import ChatTemplate
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import Score, Text, score_each
 from cadre.model.transformer import Positions, Transformer
@@ -273,7 +274,7 @@ class Ranks(Parallel):
 
     def save_model(
         self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
-        like: Path | None = None, chat_template: str | None = None,
+        like: Path | None = None, chat_template: ChatTemplate | None = None,
     ) -> None:  # fmt: skip
         parts = {name: replace(part, local=weights[name]) for name, part in self.parts.items()}
         kept = {name: weights[name] for name in weights.keys() - parts.keys()}
