@@ -209,6 +209,9 @@ def test_of_a_conversation_the_answers_count(model, tokenizer):
     (one,), (two,) = (list(score_each(model, tokenizer, [document], context=16)) for document in (chat, plain))
     assert (one.tokens, one.bytes) == (wanted.tokens, wanted.bytes)
     assert one.nats == pytest.approx(wanted.nats, rel=1e-5)
+    begun = Document("chat", EOS + text, answers=tuple((first + len(EOS), last + len(EOS)) for first, last in spans))
+    (again,) = score_each(model, tokenizer, [begun], context=16)  # the template writes itself what a document starts from
+    assert (again.tokens, again.bytes, again.nats) == (one.tokens, one.bytes, one.nats)
     both = list(score_each(model, tokenizer, [plain, chat, plain], context=16))
     assert [score.tokens for score in both] == [two.tokens, one.tokens, two.tokens]
     assert both[1].nats == pytest.approx(one.nats, rel=1e-5)

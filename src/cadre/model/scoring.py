@@ -115,10 +115,12 @@ def score_each(
                 next(plain) if document.answers is None else tokenizer.encode(document.text, add_special_tokens=False)
                 for document in group
             ]
-        ids = [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encoded]
+        # Templates may write what a document starts from themselves: it stands there once, as in training.
+        begun = [d.answers is not None and encoding.ids[:1] == [first] for d, encoding in zip(group, encoded, strict=True)]
+        ids = [torch.tensor(e.ids[skip:], dtype=torch.int64) for e, skip in zip(encoded, begun, strict=True)]
         counted = [
-            None if document.answers is None else torch.tensor(document.learned(encoding.offsets), dtype=torch.bool)
-            for document, encoding in zip(group, encoded, strict=True)
+            None if document.answers is None else torch.tensor(document.learned(e.offsets[skip:]), dtype=torch.bool)
+            for document, e, skip in zip(group, encoded, begun, strict=True)
         ]
         del encoded, plain
         nats = _nats(model, ids, first, context, stride, batch, progress)
