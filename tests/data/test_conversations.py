@@ -131,6 +131,8 @@ def test_held_out_conversations_come_back_as_they_were(tmp_path):
     assert len(held) == 8 and data.manifest["held_out"]["learned_bytes"] == sum(d.learned_bytes for d in held)
     every = {document.name: document for document in read_documents(source, OURS)}
     assert all(every[document.name] == document for document in held)
+    again = list(read_documents(str(data.path / "held_out.jsonl"), lambda: None))
+    assert [(document.text, document.answers) for document in again] == [(document.text, document.answers) for document in held]
     assert ["".join(said(document)) for document in held] == list(learned_text(data, "held_out"))
 
 

@@ -30,7 +30,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cadre.data.conversations import template_of
-from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, SUFFIXES, Document, passed_over, read_documents, token_data
+from cadre.data.sources import (
+    HELD_OUT_TEXT,
+    MANIFEST,
+    SUFFIXES,
+    Document,
+    held_out_document,
+    passed_over,
+    read_documents,
+    token_data,
+)
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import check_size, train_tokenizer
 from cadre.errors import UsageError, encodable, write_error
@@ -181,11 +190,7 @@ class TokenData:
     def read_held_out(self) -> Iterator[Document]:
         """The same, one after the other."""
         with (self.path / HELD_OUT_TEXT).open("rb") as file:
-            for line in file:
-                values = json.loads(line)
-                if values.get("answers") is not None:
-                    values["answers"] = tuple((first, last) for first, last in values["answers"])
-                yield Document(**values)
+            yield from map(held_out_document, file)
 
 
 def prepare(

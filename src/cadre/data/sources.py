@@ -287,7 +287,7 @@ def _read_text(path: Path | Remote, name: str, template: Template | None) -> Ite
 
 
 def _read_jsonl(path: Path | Remote, name: str, template: Template | None) -> Iterator[Document]:
-    offset = 0
+    offset, held_out = 0, path.name == HELD_OUT_TEXT and isinstance(path, Path) and _is_token_data(path.parent)
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
             if offset == 0:
@@ -295,7 +295,17 @@ def _read_jsonl(path: Path | Remote, name: str, template: Template | None) -> It
             line = _decode(raw, path, offset)
             offset += len(raw)
             if line.strip():
-                yield _of_line(line, f"{name}:{number}", f"{path}:{number}", template)
+                document = _of_line(line, f"{name}:{number}", f"{path}:{number}", template)
+                # Conversations lie in it as they were written.
+                yield replace(document, answers=held_out_document(line).answers) if held_out else document
+
+
+def held_out_document(line: str | bytes) -> Document:
+    """One line of `HELD_OUT_TEXT`."""
+    values = json.loads(line)
+    if values.get("answers") is not None:
+        values["answers"] = tuple((first, last) for first, last in values["answers"])
+    return Document(**values)
 
 
 def _of_line(line: str, name: str, where: str, template: Template | None) -> Document:
