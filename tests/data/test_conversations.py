@@ -93,7 +93,7 @@ def test_it_is_what_transformers_marks(tokenizer_dir, turns):
 
 
 def test_parquet_and_other_fields_are_read_alike(tmp_path):
-    rows = [[{**message, "tool": None} for message in CHAT]]
+    rows = [[{**message, "tool": None, "tool_calls": None} for message in CHAT]]
     pq.write_table(pa.table({"messages": rows, "id": [3]}), tmp_path / "a.parquet")
     lines = write(tmp_path / "a.jsonl", {"id": 3, "messages": [{**message, "tool": None} for message in CHAT]})
     one, other = only(str(tmp_path / "a.parquet")), only(lines)
@@ -178,6 +178,7 @@ def test_a_text_is_the_same_every_day(tmp_path):
     ([CHAT[1], {"role": "assistant"}], 'message 2 of 2 has no "role" and "content"'),
     ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "that are strings"),
     (CHAT[:2], "no message is the assistant's"),
+    ([CHAT[1], {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], "message 2 of 2 calls a tool"),
 ])  # fmt: skip
 def test_what_is_no_conversation_is_refused(tmp_path, value, message):
     with pytest.raises(UsageError, match=message):

@@ -52,6 +52,8 @@ def messages_of(value: Any, where: str) -> Messages:
         messages.append({name: part for name, part in parts.items() if isinstance(part, str)})
         if len(messages[-1]) < 2:
             raise UsageError(f'{where}: message {number + 1} of {len(value)} has no "role" and "content" that are strings')
+        if message.get("tool_calls"):  # without them the assistant would learn to say nothing
+            raise UsageError(f"{where}: message {number + 1} of {len(value)} calls a tool, which is not written: leave it out")
     if all(message["role"] != "assistant" for message in messages):
         raise UsageError(f"{where}: no message is the assistant's, so there is nothing to learn")
     return messages
