@@ -1,5 +1,7 @@
 """Which held-out text a run is scored on."""
 
+import json
+
 import pytest
 
 from cadre.data.sources import Document
@@ -19,6 +21,19 @@ def test_the_beginning_of_a_conversation_has_something_of_its_first_answer():
         assert len(first.text) == min(tokens, len(text)) and first.learned_bytes
     assert first_tokens([chat], 500, 1.0)[0].text == text[2754:3254]
     assert first_tokens([Document("chat", text, answers=())], 500, 1.0)[0].text == text[:500]
+
+
+def test_the_time_of_an_evaluation_is_that_of_all_that_is_read(lab):
+    """Whether or not it is scored: what is left to read is counted so too."""
+    chat = [{"role": "user", "content": "Why the people? " * 30}, {"role": "assistant", "content": "So."}]
+    (lab.folder / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 2 + json.dumps({"text": "Why? " * 500}))
+    run = lab.start(
+        "run", f"data.source={json.dumps(str(lab.folder / 'chats.jsonl'))}", "data.held_out=0.5", "eval.tokens=100000"
+    )
+    evaluation = Evaluation(run)
+    found = evaluation.on_the_way()
+    tokens = found.seconds / (evaluation.seconds_per_token / 2)
+    assert tokens == pytest.approx(evaluation.held_out["tokens"], rel=0.2)
 
 
 @pytest.mark.parametrize("seconds, step, read", [

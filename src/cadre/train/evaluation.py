@@ -70,8 +70,11 @@ class Evaluation:
         run.model.eval()
         score = self.parallel.score(run.model, run.data.tokenizer, documents, context=seq_len, stride=stride)
         seconds = time.perf_counter() - start
+        # Of conversations all is read, and some scored.
+        size = sum(len(document.text.encode()) for document in documents)
+        read = self.held_out["tokens"] * size / max(1, self.held_out["bytes"])
         # A window that moves by half reads each token twice.
-        self.seconds_per_token = seconds / max(1, score.tokens) * (2 if stride == seq_len else 1)
+        self.seconds_per_token = seconds / max(1.0, read) * (2 if stride == seq_len else 1)
         whole = self.held_out.get("learned_bytes", self.held_out["bytes"])
         return Evaluated(score, seconds, min(1.0, score.bytes / whole) if whole else 1.0)
 
