@@ -16,13 +16,14 @@ import json
 import os
 import re
 import zlib
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
+
+import numpy as np
 
 from cadre.data.conversations import Spans, Template, messages_of, written
 from cadre.data.remote import Remote, is_remote, list_remote
@@ -63,9 +64,8 @@ class Document:
         """Of tokens that are these letters of the text, which are learned: those that begin within an answer."""
         if self.answers is None:
             return [True] * len(offsets)
-        begins = [first for first, _ in self.answers]
-        found = ((bisect_right(begins, start) - 1, start) for start, _ in offsets)
-        return [number >= 0 and start < self.answers[number][1] for number, start in found]
+        bounds = [place for answer in self.answers for place in answer]
+        return (np.searchsorted(bounds, [start for start, _ in offsets], side="right") % 2 == 1).tolist()
 
     @property
     def learned_bytes(self) -> int:

@@ -111,10 +111,8 @@ def score_each(
     for group in _groups(documents):
         with encodable("the text"):
             plain = iter(encoder.encode_batch_fast([d.text for d in group if d.answers is None], add_special_tokens=False))
-            encoded = [
-                next(plain) if document.answers is None else tokenizer.encode(document.text, add_special_tokens=False)
-                for document in group
-            ]
+            chats = iter(tokenizer.encode_batch([d.text for d in group if d.answers is not None], add_special_tokens=False))
+            encoded = [next(plain if document.answers is None else chats) for document in group]
         # Templates may write what a document starts from themselves: it stands there once, as in training.
         begun = [d.answers is not None and encoding.ids[:1] == [first] for d, encoding in zip(group, encoded, strict=True)]
         ids = [torch.tensor(e.ids[skip:], dtype=torch.int64) for e, skip in zip(encoded, begun, strict=True)]
@@ -122,7 +120,7 @@ def score_each(
             None if document.answers is None else torch.tensor(document.learned(e.offsets[skip:]), dtype=torch.bool)
             for document, e, skip in zip(group, encoded, begun, strict=True)
         ]
-        del encoded, plain
+        del encoded, plain, chats
         nats = _nats(model, ids, first, context, stride, batch, progress)
         for document, nats_N, counted_N in zip(group, nats, counted, strict=True):
             if counted_N is not None:
