@@ -15,11 +15,15 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tokenizers import processors
 
 import cadre
 from cadre.cli import choose
 from cadre.cli import main as module
+from cadre.cli.train import _sample
+from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError
+from cadre.hub.template import ChatTemplate
 from cadre.infer import generate as generating
 from cadre.kernels.native import library
 from cadre.plan import budget as budget_module
@@ -461,3 +465,14 @@ def test_a_trained_model_that_says_nothing_finite_is_one_line_with_advice(recipe
 
 def fail(why: str) -> None:
     raise RunError(why)
+
+
+def test_a_sample_of_a_model_that_converses_begins_once(monkeypatch):
+    """What its template writes, and nothing of what the tokenizer puts before a text."""
+    tokenizer = train_tokenizer(["why yes"] * 9, 270)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    template = ChatTemplate("<|bos|>{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>", {})
+    asked = []
+    monkeypatch.setattr(generating, "generate_ids", lambda model, ids, **options: asked.append(ids) or ids[2:-1])
+    assert _sample(None, tokenizer, "why", template, 0) == "why"
+    assert tokenizer.decode(asked[0], skip_special_tokens=False) == "<|bos|><|user|>why<|assistant|>"

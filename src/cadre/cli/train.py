@@ -15,7 +15,11 @@ from cadre.errors import DivergedError, RunError, UsageError, write_error
 from cadre.files import replace_file
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from cadre.cli.progress import TrainingLine
+    from cadre.hub.template import ChatTemplate
+    from cadre.model.transformer import Transformer
     from cadre.plan.budget import Budget
     from cadre.plan.hardware import Device
     from cadre.train.recipe import Recipe
@@ -297,7 +301,6 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
     from cadre.cli.summary import load_line, summarize
     from cadre.hub.load import load
     from cadre.hub.template import chat_template
-    from cadre.infer.generate import generate
     from cadre.train.report import write_report
 
     samples: list[dict[str, str]] = []
@@ -311,8 +314,7 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
         template = None if run.data.chat_template is None else chat_template(run.path / "model")
         for number, prompt in enumerate(run.recipe.eval.prompts):
             try:
-                asked = prompt if template is None else template.render([{"role": "user", "content": prompt}])
-                text = generate(model, run.data.tokenizer, asked, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number)
+                text = _sample(model, run.data.tokenizer, prompt, template, number)
             except UsageError as error:  # a template that refuses a conversation of one message
                 print(f"no samples: {error}")
                 break
@@ -348,6 +350,17 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
         print(f"try it           cadre chat {here}")
         return
     print(f"try it           cadre generate {here} {shlex.quote(max(run.recipe.eval.prompts, key=len, default='The'))}")
+
+
+def _sample(model: Transformer, tokenizer: Tokenizer, prompt: str, template: ChatTemplate | None, seed: int) -> str:
+    """How a model goes on, or what it answers."""
+    from cadre.infer.generate import generate, generate_ids
+
+    if template is None:
+        return generate(model, tokenizer, prompt, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=seed)
+    # The template writes special tokens itself.
+    ids = tokenizer.encode(template.render([{"role": "user", "content": prompt}]), add_special_tokens=False).ids
+    return tokenizer.decode(generate_ids(model, ids, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=seed))
 
 
 def _has_room(directory: Path) -> bool:
