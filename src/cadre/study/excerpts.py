@@ -49,7 +49,7 @@ class Sample:
     complete: bool
 
 
-def read_text(source: list[str], template: Template) -> Iterator[Document]:
+def read_text(source: list[str], template: Template | None = None) -> Iterator[Document]:
     """As `read_documents`, but a large text file comes in blocks, each a document of the file's name. Raises `UsageError`
     at once for what cannot be read."""
     files = dict.fromkeys(file for entry in source for file in _files(entry))
