@@ -92,6 +92,13 @@ def test_a_jobs_recipe_is_the_arms_over_its_steps():
     assert recipe.model == dense.recipe.model and recipe.data == dense.recipe.data
 
 
+def test_no_run_keeps_its_best_model_though_the_base_recipe_does():
+    study, (dense, _) = tiny()
+    keeping = dense.recipe.model_copy(update={"checkpoint": dense.recipe.checkpoint.model_copy(update={"best": True})})
+    for job in plan_jobs(study, [dense], SECONDS, 1.0, 6400):
+        assert not recipe_of(job, keeping, 1.0, 5, "float32").checkpoint.best
+
+
 def test_a_sweep_is_evaluated_at_its_end_alone():
     study, (dense, experts) = tiny()
     first, *_, last = plan_jobs(study, [dense, experts], SECONDS, 1.0, 6400)

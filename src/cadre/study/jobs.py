@@ -124,7 +124,7 @@ def seconds_of(job: Job, step_seconds: float, evaluation_seconds: float) -> floa
 
 def recipe_of(job: Job, recipe: Recipe, factor: float, evaluations: int, dtype: str) -> Recipe:
     """The recipe of a job: the arm's, over the job's steps and with its seed and rates. The schedule keeps its shape; a short
-    run's warm-up is at most a tenth of it."""
+    run's warm-up is at most a tenth of it. Nobody reads a run's best model: keeping it would cost an evaluation more."""
     steps = job.steps
     rates = {"lr": recipe.optimizer.lr * factor}
     if recipe.optimizer.adamw_lr is not None:
@@ -139,7 +139,7 @@ def recipe_of(job: Job, recipe: Recipe, factor: float, evaluations: int, dtype: 
         "optimizer": recipe.optimizer.model_copy(update=rates),
         "schedule": recipe.schedule.model_copy(update={"warmup_steps": warmup}),
         "eval": recipe.eval.model_copy(update={"every": every, "prompts": []}),
-        "checkpoint": recipe.checkpoint.model_copy(update={"every": max(50, steps // 10), "keep": 1}),
+        "checkpoint": recipe.checkpoint.model_copy(update={"every": max(50, steps // 10), "keep": 1, "best": False}),
     })  # fmt: skip
 
 
