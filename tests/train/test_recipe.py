@@ -143,6 +143,8 @@ def test_set_replaces_one_value(override, where):
     ("steps=3", ["--set steps=3", "section.key=value"]),
     ("a.b.c=3", ["--set a.b.c=3", "section.key=value"]),
     (".=3", ["--set .=3"]),
+    ("data.source=[texts/]", ["--set data.source=[texts/]: no list", "--set 'data.source=[\"a\", \"b\"]'"]),
+    ("eval.prompts=[The, Our]", ["--set eval.prompts=[The, Our]: no list"]),
     ("name.x=3", ["name is no section"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_named_in_one_line(override, wanted):

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cadre.cli.summary import summarize
 from cadre.train.loads import max_violation
 from cadre.train.metrics import MetricsLog
 from cadre.train.report import link_routes, main, write_report
+from tests.train.conftest import Lab
 
 SUMMARY = {
     "name": "pocket",
@@ -173,6 +175,16 @@ def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     page = write_report(tmp_path, summary).read_text(encoding="utf-8")
     assert "<script" not in page and "<img" not in page
     assert page.count("&lt;script&gt;") >= 12
+
+
+def test_the_recipe_of_a_run_and_its_text_are_shown(lab: Lab) -> None:
+    texts = lab.folder / "corpus"
+    run = lab.start("run", f"data.source=['{texts}/0*', '{texts}/1*']", "balance.bias_speed=0.0123")
+    page = write_report(run.path, summarize(run, lab.train(run)[0], [], "cadre train")).read_text(encoding="utf-8")
+    rows = dict(re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td></tr>', page))
+    assert rows["balance.bias_speed"] == "0.0123" and rows["optimizer.lr"] == str(run.recipe.optimizer.lr)
+    assert rows["data.seq_len"] == str(run.recipe.data.seq_len) and "data.source" not in rows
+    assert rows["Source"] == f"{texts}/0* {texts}/1*"
 
 
 def test_a_dense_run_has_no_load_section(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: 
         "name": run.recipe.name,
         "command": command,
         "config": run.config.to_hf(),
+        "recipe": run.recipe.model_dump(exclude_none=True, exclude={"name": True, "model": True, "data": {"source"}}),
         "counts": count(run.config, context=run.recipe.data.seq_len).as_dict(),
         "data": {
-            "source": run.recipe.data.source,
+            "source": " ".join(run.recipe.data.sources),
             "vocab_size": run.config.vocab_size,
             "bytes_per_token": manifest["bytes_per_token"],
             **manifest["train"],

@@ -281,7 +281,8 @@ def _announce(run: Run, note: Any) -> None:
     sizes = count(run.config, context=run.recipe.data.seq_len)
     note(
         f"{run.recipe.name}: {sizes.total_parameters / 1e6:.1f}M parameters, {sizes.active_parameters / 1e6:.1f}M active, "
-        f"{run.config.model_type}; {len(run.data.train):,} tokens of {run.recipe.data.source}; {run.recipe.train.dtype}"
+        f"{run.config.model_type}; {len(run.data.train):,} tokens of {' '.join(run.recipe.data.sources)}; "
+        f"{run.recipe.train.dtype}"
     )
     if run.data.chat_template is not None:
         learned = run.data.manifest["train"]["learned"]

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cadre import sections
-from cadre.errors import UsageError
+from cadre.errors import UsageError, shorten
 from cadre.model.config import ModelConfig
 from cadre.plan.layout import Degrees
 from cadre.sections import Section
@@ -38,13 +38,18 @@ class DataSection(Section):
     def _a_weight_for_each(self) -> Self:
         if self.weights is None:
             return self
-        entries = len(self.source) if isinstance(self.source, list) else 1
+        entries = len(self.sources)
         if entries < 2 or len(self.weights) != entries:
             raise ValueError(f"weights has {len(self.weights)} numbers; it must have one for each of several entries of source "
                              f"({entries})")  # fmt: skip
         if min(self.weights) < 0 or not any(self.weights):
             raise ValueError(f"weights are {self.weights}; none may be below 0, and one must be above")
         return self
+
+    @property
+    def sources(self) -> list[str]:
+        """The entries of `source`."""
+        return [self.source] if isinstance(self.source, str) else self.source
 
 
 # More steps than any clock has room for: until a run has timed its first ones, the end that its minutes give it is unknown.
@@ -358,6 +363,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {raw}")["value"]
     except (ValueError, RecursionError):
         value = raw.strip()
+        if value.startswith("[") and value.endswith("]"):  # a shell takes away quotes that are not quoted themselves
+            example = '--set \'data.source=["a", "b"]\''
+            raise UsageError(f"--set {shorten(override)}: no list; its words are in quotes, as in {example}") from None
     section = values.setdefault(parts[0], {})
     if not isinstance(section, dict):
         raise UsageError(f"--set {override}: {parts[0]} is no section; sections are {', '.join(Recipe.model_fields)}")

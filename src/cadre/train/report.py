@@ -47,9 +47,9 @@ Summary = dict[str, Any]
 def write_report(run_dir: Path, summary: Summary) -> Path:
     """Writes `run_dir/report.html` atomically from the run's metrics and `summary`; returns its path.
 
-    `summary` needs "name"; its optional parts are command, config, counts, data, machine, result, samples, model_dir,
-    load_line, cost and prediction (rows of `cadre.plan.here.compare`). Whatever is missing, there or in the metrics, or
-    malformed in these, leaves its section out. The page makes no outside request. Raises RunError if the disk refuses,
+    `summary` needs "name"; its optional parts are command, config, recipe (by section), counts, data, machine, result, samples,
+    model_dir, load_line, cost and prediction (rows of `cadre.plan.here.compare`). Whatever is missing, there or in the metrics,
+    or malformed in these, leaves its section out. The page makes no outside request. Raises RunError if the disk refuses,
     UsageError if the metrics are damaged.
     """
     from markupsafe import Markup
@@ -256,6 +256,11 @@ def _tables(summary: Summary) -> list[dict[str, Any]]:
             ("Compute dtype", machine.get("dtype"), str),
             ("GEMM rate", machine.get("gemm_flops_per_second"), partial(si, unit="FLOP/s")),
             ("PyTorch", machine.get("torch"), str),
+        ],
+        "Recipe": [
+            (f"{section}.{key}", value, _plain)
+            for section, values in (summary.get("recipe") or {}).items()
+            for key, value in values.items()
         ],
         "Config": [(key, value, _plain) for key, value in (summary.get("config") or {}).items()],
     }
