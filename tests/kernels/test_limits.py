@@ -25,6 +25,21 @@ def test_gemm_rate_counts_a_multiply_and_an_add_as_two(monkeypatch):
     assert gemm_flops_per_second(torch.float32, CPU, size=64, repeats=3) == 2 * 64**3 / 0.5
 
 
+@pytest.mark.parametrize("rate, size", [(1e9, 256), (1e11, 2048)])
+def test_a_product_that_is_emulated_is_timed_small(monkeypatch, rate, size):
+    timed = []
+
+    def measure(ways, dtype, device, size, repeats):
+        timed.append(size)
+        return rate
+
+    monkeypatch.setattr(limits, "_rate", measure)
+    gemm_flops_per_second(torch.bfloat16, CPU)
+    assert timed[-1] == size
+    gemm_flops_per_second(torch.float32, CPU)
+    assert timed[-1] == 2048
+
+
 def test_gemm_rate_is_that_of_a_product_timed_from_outside():
     rate = gemm_flops_per_second(torch.float32, CPU, size=512, repeats=9)
     a = torch.randn(512, 512)

@@ -59,3 +59,15 @@ def test_what_is_hardly_meant_is_said(lab, overrides, says):
     start(read_recipe(str(lab.recipe), overrides), lab.folder / "run", torch.device("cpu"), notes.append)
     said = [note for note in notes if "warms up" in note or "evenly used" in note]
     assert len(said) == (says is not None) and (says is None or said[0].startswith(says))
+
+
+@pytest.mark.parametrize("ours, seconds, said", [(False, 50, True), (False, 1, False), (True, 50, False)])
+def test_a_dtype_that_the_cpu_only_emulates_is_pointed_out(lab, monkeypatch, ours, seconds, said):
+    monkeypatch.setattr(checks, "own_products_faster", lambda narrow: ours)
+    monkeypatch.setattr(checks, "gemm_flops_per_second", lambda dtype, *_: 1e9 if dtype == torch.float32 else 1e9 / seconds)
+    for dtype in ("bfloat16", "float32"):
+        notes = []
+        recipe = read_recipe(str(lab.recipe), [f"train.dtype={dtype}"])
+        start(recipe, lab.folder / dtype, torch.device("cpu"), notes.append)
+        warning = "this CPU multiplies bfloat16 50 times as slowly as float32: train.dtype=float32 is faster here"
+        assert (warning in notes) == (said and dtype == "bfloat16")

@@ -18,6 +18,8 @@ from cadre.kernels.native.library import own_products_faster, training_library
 _WORTH = 1.2
 # How near ours must come to torch's to be taken for what else they bring: no copies of factors, experts in one pass.
 _NEAR = 0.6
+# FLOP/s that any CPU exceeds that multiplies bfloat16 itself. Where it is emulated six large products take minutes.
+_EMULATED = 5e9
 _STATUS = Path("/proc/self/status")
 
 
@@ -38,7 +40,10 @@ def synchronize(device: torch.device) -> None:
 def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int | None = None, repeats: int = 5) -> float:
     """Rate of one large square matrix product, FLOP/s: the best of `repeats`, multiply and add counted as two. The best,
     not the median: it stands for what the machine can do, and other work can only lower it."""
-    size = size or (8192 if device.type == "cuda" else 2048)
+    if size is None:
+        size = 8192 if device.type == "cuda" else 2048
+        if device.type == "cpu" and dtype == torch.bfloat16 and _rate((torch.mm,), dtype, device, 256, 1) < _EMULATED:
+            size = 256
     # Of float32 also ours, where that is the faster one.
     ours = (product,) if device.type == "cpu" and dtype == torch.float32 else ()
     return _rate((torch.mm, *ours), dtype, device, size, repeats)

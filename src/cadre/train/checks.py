@@ -10,7 +10,9 @@ import torch
 from cadre.data.shards import TokenData
 from cadre.errors import UsageError
 from cadre.kernels.card import multiplies_fp8
+from cadre.kernels.limits import gemm_flops_per_second
 from cadre.kernels.memory import total_bytes
+from cadre.kernels.native.library import own_products_faster
 from cadre.model.config import ModelConfig
 from cadre.model.scoring import document_start
 from cadre.plan.count import count
@@ -76,10 +78,17 @@ def advise(recipe: Recipe, config: ModelConfig, note: Callable[[str], None]) -> 
 
 # Models that take more than some seconds to build.
 _DEEP, _LARGE = 1000, 10**9
+# How many times as slow as float32 bfloat16 may be without a word.
+_SLOW = 2
 
 
-def say_slow(config: ModelConfig, note: Callable[[str], None]) -> None:
-    """What would else be a long silence: a model being built, and its first step."""
+def say_slow(config: ModelConfig, dtype: torch.dtype, device: torch.device, note: Callable[[str], None]) -> None:
+    """What would else be a long silence: products in a dtype that the CPU only emulates, a model being built, and its first
+    step."""
+    if dtype == torch.bfloat16 and device.type == "cpu" and not own_products_faster(narrow=True):
+        slower = gemm_flops_per_second(torch.float32, device, 256) / gemm_flops_per_second(dtype, device, 256)
+        if slower > _SLOW:
+            note(f"this CPU multiplies bfloat16 {slower:,.0f} times as slowly as float32: train.dtype=float32 is faster here")
     blocks, parameters = config.num_hidden_layers, count(config).total_parameters
     if blocks >= _DEEP or parameters >= _LARGE:
         note(f"building the model: {blocks:,} blocks, {parameters / 1e6:,.0f}M parameters; its first steps take long, too")

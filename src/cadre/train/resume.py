@@ -74,7 +74,7 @@ def resume(
         batches = batches_of(recipe, config, data, parallel)
     newest, train = _newest(path, parallel), wanted.train
     source = _source(path) if newest is None else None
-    say_slow(config, note)
+    say_slow(config, dtype, device, note)
     model = parallel.build(config, device, None if newest else train.seed, source)
     run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel, source)
     if run.checkpoint is not None:

@@ -120,7 +120,7 @@ def start(
         check_samples(recipe, config, data)
         advise(recipe, config, note)
         batches = batches_of(recipe, config, data, parallel)
-    say_slow(config, note)
+    say_slow(config, dtype, device, note)
     model = parallel.build(config, device, recipe.train.seed, source)
     resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
     if parallel.main:
