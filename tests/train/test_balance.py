@@ -1,3 +1,6 @@
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,17 @@ def section(**changes) -> BalanceSection:
 @pytest.fixture
 def model() -> Transformer:
     return Transformer(small("deepseek_v3", num_nextn_predict_layers=1)).initialize(0).train()
+
+
+def test_the_loop_in_the_docs_trains(capsys):
+    lines = (Path(__file__).parents[2] / "docs" / "balance.md").read_text(encoding="utf-8").splitlines()
+    start, stop = lines.index("    import cadre, torch"), next(i for i, line in enumerate(lines) if "cadre.save(" in line)
+    config = small("deepseek_v3")
+    batches = [torch.arange(34).view(2, 17) % config.vocab_size] * 30
+    names = {"config": config, "batches": batches}
+    exec("\n".join(line.removeprefix("    ") for line in lines[start:stop]), names)
+    assert names["loss"] < 0.9 * math.log(config.vocab_size)
+    assert names["model"].layers[-1].mlp.gate.e_score_correction_bias.any()
 
 
 def forward(model: Transformer, balance: Balance, seed: int, *, module: bool = True) -> list:
