@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/cadre train pocket
 
 test: setup check $(VENV)/.triton
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Interprets and compiles the kernels for cards. torch's CUDA build brings its own, which must stay.
 $(VENV)/.triton: $(VENV)/.installed

@@ -10,12 +10,14 @@ from pathlib import Path
 if os.environ.get("CADRE_TEST_CARD") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# The suite runs on two cores, several tests at once at times, and its operations are tiny: threads would cost more in
+# handing over than they save, and one thread sums in one order. Programs that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
 
-# The suite runs on two cores, several tests at once at times, and its operations are tiny: threads would cost more in
-# handing over than they save, and one thread sums in one order.
 torch.set_num_threads(1)
 
 # derandomize: a failure anywhere fails everywhere. deadline: a shared machine's pauses are no failures.
