@@ -34,8 +34,8 @@ SOURCES = (
 _HERE = Path(__file__).parent
 FLAGS = (
     *("-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
-    # For AMD's processors GCC forms a multiply-add of some sums and not of others: the bits of a token's numbers would depend on
-    # how many tokens are computed beside it. (clang takes no notice of this.)
+    # For AMD's processors GCC forms a multiply-add of some sums and not of others: a token's bits would depend on how many
+    # tokens are computed beside it. (clang takes no notice of this.)
     "--param=avoid-fma-max-bits=0",
 )
 # Libraries that nobody has loaded for so long are removed: of other versions, compilers and processors.
