@@ -1,5 +1,6 @@
 """GGUF files back to models: what was written is what is read, and what is no such file is refused in a line."""
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.gguf import write_gguf
-from cadre.hub.gguf_read import read_gguf
+from cadre.hub.gguf_read import read_gguf, tokenizer_files
 from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3
 from cadre.hub.save import save
 from cadre.hub.template import CHAT_TEMPLATE
@@ -118,6 +119,15 @@ def test_what_begins_a_text_and_the_chat_template(build, tmp_path):
     read = read_gguf(tmp_path / "model.gguf")
     assert read.tokenizer.encode("people").ids == tokenizer.encode("people").ids and read.tokenizer.encode("").ids == [0]
     assert read.chat_template == CHAT_TEMPLATE
+
+
+def test_a_second_token_that_ends_a_text(build, tmp_path):
+    save(build(vocab_size=310, bos_token_id=0, eos_token_id=[1, 3]), tmp_path / "model", train_tokenizer([TEXT] * 3, 300))
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    read = read_gguf(tmp_path / "model.gguf")
+    assert read.model.config.eos_token_id == [1, 3]
+    with tokenizer_files(read) as folder:
+        assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|eos|>"
 
 
 GPT2 = {

@@ -79,8 +79,10 @@ def tokenizer_files(read: FromGguf) -> Iterator[Path]:
             save_tokenizer(read.tokenizer, folder)
             file = folder / "tokenizer_config.json"
             values = json.loads(file.read_text(encoding="utf-8"))
-            for kind, number in (("bos_token", read.model.config.bos_token_id), ("eos_token", read.model.config.eos_token_id)):
-                if isinstance(number, int):
+            config = read.model.config
+            end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+            for kind, number in (("bos_token", config.bos_token_id), ("eos_token", end)):
+                if number is not None:
                     values[kind] = read.tokenizer.id_to_token(number)
             values.pop("chat_template", None)
             if read.chat_template is not None:
@@ -156,7 +158,7 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "rope_parameters": _rope(key),
-        **{f"{name}_token_id": keys.get(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()},
+        **_token_ids(keys),
     }
     if arch == "llama" and experts:
         raise UsageError("llama.expert_count: Cadre reads no llama with experts")
@@ -202,7 +204,10 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
     return ModelConfig.from_dict(values)
 
 
-_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+def _token_ids(keys: dict[str, Any]) -> dict[str, Any]:
+    """What begins, ends and pads a text; a turn of a conversation may end otherwise than a text."""
+    bos, eos, eot, pad = (keys.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding"))
+    return {"bos_token_id": bos, "eos_token_id": eos if eot in (None, eos) else [eos, eot], "pad_token_id": pad}
 
 
 def _rope(key: Any) -> dict[str, Any]:
