@@ -244,14 +244,16 @@ def test_the_report_links_to_the_routes_once_they_are_there(tmp_path: Path) -> N
     assert write_report(tmp_path, SUMMARY).read_text(encoding="utf-8") == after
 
 
-def test_a_long_run_renders_in_seconds(tmp_path: Path) -> None:
+def test_a_long_run_renders_in_the_time_of_reading_it_a_few_times(tmp_path: Path) -> None:
     part = [r for r in fake_records(500, layers=8, experts=64) if r.get("grad_norm") != math.inf]
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for first in range(0, 5000, 500):
             file.writelines(json.dumps(record | {"step": first + record["step"]}) + "\n" for record in part)
     start = time.process_time()
+    assert len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]) > 4500
+    read = time.process_time()
     path = write_report(tmp_path, SUMMARY)
-    assert time.process_time() - start < 4
+    assert time.process_time() - read < 6 * (read - start)  # not much more than reading what there is to show
     assert path.stat().st_size < 1_000_000
 
 
