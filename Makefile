@@ -9,7 +9,7 @@ setup: $(VENV)/.installed
 # Rebuilt when the package or the pinned versions change.
 $(VENV)/.installed: pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/cadre train pocket
 
 test: setup check $(VENV)/.triton
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Interprets and compiles the kernels for cards. torch's CUDA build brings its own, which must stay.
 $(VENV)/.triton: $(VENV)/.installed

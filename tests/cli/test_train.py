@@ -330,7 +330,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(long, monkeypatc
     rng = random.Random(7)
     arguments: list[object] = [recipe, "--out", "run"]
     reached = []
-    for upper in (18, 36, 54):
+    for upper in (20, 50):
         running = process(*arguments)
         wait_for_step(running, Path("run"), rng.randrange(upper - 12, upper))
         time.sleep(rng.uniform(0, 0.03))
