@@ -45,7 +45,7 @@ def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int | 
         if device.type == "cpu" and dtype == torch.bfloat16 and _rate((torch.mm,), dtype, device, 256, 1) < _EMULATED:
             size = 256
     # Of float32 also ours, where that is the faster one.
-    ours = (product,) if device.type == "cpu" and dtype == torch.float32 else ()
+    ours = (product,) if device.type == "cpu" and dtype == torch.float32 and own_products_faster(narrow=False) else ()
     return _rate((torch.mm, *ours), dtype, device, size, repeats)
 
 

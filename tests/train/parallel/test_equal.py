@@ -88,8 +88,11 @@ def assert_same_run(run: Path, other: Path) -> None:
         torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("size, layouts", [(2, LAYOUTS_OF_2), (4, LAYOUTS_OF_4)], ids=["2", "4"])
+@pytest.mark.parametrize(
+    "settings, size, layouts",
+    [(PLAIN, 2, LAYOUTS_OF_2), (EVERYTHING, 2, LAYOUTS_OF_2), (EVERYTHING, 4, LAYOUTS_OF_4)],
+    ids=["plain on 2", "everything on 2", "everything on 4"],
+)
 def test_a_layout_changes_no_number(tmp_path, recipe, monkeypatch, settings, size, layouts):
     if size == 4:  # as a large model is cut
         monkeypatch.setattr(shard, "GATHERED_AT_ONCE", 0)
