@@ -313,17 +313,17 @@ def _of_line(line: str, name: str, where: str, template: Template | None) -> Doc
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not a JSON object ({error})") from error
-    field = _field(record) if isinstance(record, dict) else ""
-    if not isinstance(record, dict) or field not in record:
+    key = _field(record) if isinstance(record, dict) else ""
+    if not isinstance(record, dict) or key not in record:
         held = f"it has {', '.join(record) or 'none'}" if isinstance(record, dict) else f"it is {_kind_of_json(record)}"
         held = held[:200].encode("utf-8", "replace").decode()  # half a surrogate pair could not be printed
         raise UsageError(f'{where}: no field "text", "content" or "messages" in this line ({held})')
-    value = record[field]
-    if field == MESSAGES:
+    value = record[key]
+    if key == MESSAGES:
         return _conversation(value, name, where, template)
     if not isinstance(value, str):
-        raise UsageError(f"{where}: {field} is {_kind_of_json(value)}; wanted a string")
-    return Document(name, _whole(value, where, field))
+        raise UsageError(f"{where}: {key} is {_kind_of_json(value)}; wanted a string")
+    return Document(name, _valid_unicode(value, where, key))
 
 
 def _conversation(value: object, name: str, where: str, template: Template | None) -> Document:
@@ -331,14 +331,14 @@ def _conversation(value: object, name: str, where: str, template: Template | Non
     if found is None:
         raise UsageError(f"{where}: is a conversation, and the tokenizer's folder has no chat template to write it by")
     text, answers = written(messages_of(value, where), found, where)
-    return Document(name, _whole(text, where, MESSAGES), answers=answers)
+    return Document(name, _valid_unicode(text, where, MESSAGES), answers=answers)
 
 
-def _whole(text: str, where: str, field: str) -> str:
+def _valid_unicode(text: str, where: str, key: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError(f'{where}: "{field}" holds half a surrogate pair (character {error.start})') from error
+        raise UsageError(f'{where}: "{key}" holds half a surrogate pair (character {error.start})') from error
     return text
 
 

@@ -96,7 +96,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 def test_a_layout_changes_no_number(tmp_path, recipe, monkeypatch, settings, size, layouts):
     if size == 4:  # as a large model is cut
         monkeypatch.setattr(shard, "GATHERED_AT_ONCE", 0)
-    if settings[: len(EVERYTHING)] == EVERYTHING:
+    if settings == EVERYTHING:
         write_chats(tmp_path / "corpus" / "chats.jsonl")
     settings = (*settings, "train.steps=8", "eval.every=4", "checkpoint.every=100")
     train(Parallel(), recipe, tmp_path / "alone", settings)
