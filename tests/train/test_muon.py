@@ -40,7 +40,7 @@ def test_a_zero_gradient_gives_a_zero_update():
 def test_experts_are_separate_matrices():
     whole = random(3, 4, 6)
     parts = [matrix.clone() for matrix in whole]
-    fused, separate = Muon([whole], lr=0.1), Muon(parts, lr=0.1)
+    fused, separate = Muon([{"params": [whole]}], lr=0.1), Muon([{"params": parts}], lr=0.1)
     for step in range(3):
         whole.grad = random(3, 4, 6, seed=step + 1) * torch.tensor([1.0, 50.0, 0.01])[:, None, None]
         for part, gradient in zip(parts, whole.grad, strict=True):
@@ -70,7 +70,7 @@ def test_one_step_by_hand():
     nesterov = 0.1 * gradient + 0.9 * momentum
     expected -= 0.1 * 0.2 * 9**0.5 * orthogonalize(nesterov[None])[0]
     weight.grad = gradient
-    Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.5).step()
+    Muon([{"params": [weight]}], lr=0.1, momentum=0.9, weight_decay=0.5).step()
     torch.testing.assert_close(weight, expected)
 
 
@@ -78,7 +78,7 @@ def test_updates_have_the_size_of_adamws():
     for shape in [(32, 32), (64, 16), (3, 16, 64)]:
         weight = torch.zeros(shape)
         weight.grad = random(*shape)
-        Muon([weight], lr=1.0, weight_decay=0).step()
+        Muon([{"params": [weight]}], lr=1.0, weight_decay=0).step()
         assert 0.12 < weight.square().mean().sqrt() < 0.28
 
 
@@ -86,7 +86,7 @@ def test_parameters_without_gradient_stay():
     still, moving = random(3, 3), random(3, 3, seed=1)
     before = still.clone()
     moving.grad = random(3, 3, seed=2)
-    optimizer = Muon([still, moving], lr=0.1)
+    optimizer = Muon([{"params": [still, moving]}], lr=0.1)
     optimizer.step()
     assert torch.equal(still, before) and list(optimizer.state) == [moving]
 

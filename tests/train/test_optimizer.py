@@ -46,6 +46,21 @@ def test_state_comes_back_bit_for_bit(name):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_adamw_is_torchs_to_the_last_bit():
+    model, optimizer = build("adamw")
+    twin = Transformer(model.config).initialize(0)
+    of = dict(twin.named_parameters())
+    groups = [{**g, "params": [of[optimizer.names[p]] for p in g["params"]]} for g in optimizer.parts[0].param_groups]
+    theirs = torch.optim.AdamW(groups, fused=True)
+    for seed in range(3):
+        step(model, optimizer, seed)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            of[name].grad = parameter.grad.clone()
+        theirs.step()
+    assert all(torch.equal(parameter, of[name]) for name, parameter in model.named_parameters())
+
+
 def test_state_is_named_after_parameters():
     model, optimizer = build("muon")
     assert optimizer.tensors() == {}

@@ -19,7 +19,7 @@ from torch import Tensor
 from cadre.errors import UsageError
 from cadre.hub.gguf import gguf_library, named_tensors
 from cadre.hub.gguf_tokenizer import tokenizer_of
-from cadre.hub.names import skeleton
+from cadre.hub.names import give_storage, skeleton
 from cadre.hub.tokenizer import save_tokenizer
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -62,7 +62,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None = None) -> FromGguf:
         raise UsageError(f"{path}: its keys contradict each other ({' '.join(str(error).split())})") from None
     kinds = {"F32": torch.float32, "F16": torch.float16}
     dtype = dtype or kinds.get(embedding.tensor_type.name, torch.bfloat16)
-    model = skeleton(config).to(dtype).to_empty(device="cpu")
+    model = give_storage(skeleton(config).to(dtype), "cpu")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     with torch.no_grad():

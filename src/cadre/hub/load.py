@@ -25,7 +25,7 @@ from cadre.hub.directory import (
     without_absent_modules,
 )
 from cadre.hub.fp8 import SCALE_SUFFIX, check_quantization, dequantize, scale_shape
-from cadre.hub.names import Piece, disk_name, duplicates, fused_pieces, hollow, pieces, skeleton
+from cadre.hub.names import Piece, disk_name, duplicates, fused_pieces, give_storage, hollow, pieces, skeleton
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 
@@ -70,7 +70,7 @@ def load(
     model = skeleton(config)
     plan = _plan(directory, config, model, stored)
     model.to(dtype or _dtype_of(stored, raw))
-    model.to_empty(device=device)
+    give_storage(model, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     _fill(config, model, stored, plan)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cadre.kernels.orthogonalize import MuonStep, muon_in_place, orthogonalize
+from cadre.train.parameter_groups import ParameterGroups
 
 _UPDATE_RMS = 0.2
 # Newton-Schulz iterations, unless a group says otherwise.
@@ -31,20 +32,21 @@ class Alike:
     updates: list[Tensor]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(ParameterGroups):
     """Takes parameters of 2 dimensions [M, N] or 3 [E, M, N]; a 3-D one is E separate matrices. Where no kernel steps all of
     them at once, parameters of equal matrix shape are orthogonalised in batches. A group may say `iterations` (of
     Newton-Schulz), and of 3-D parameters `fused`: how many matrices lie one above the other in each [M, N], as gate and up do
     in `gate_up_proj`. `narrow`: Newton-Schulz's products are of bfloat16 where the device has those (`orthogonalize`)."""
 
     def __init__(
-        self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, narrow: bool = False
-    ) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=_ITERATIONS, fused=1))
+        self, groups: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.1,
+        narrow: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=_ITERATIONS, fused=1)
         self.narrow = narrow
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         steps = [
             self._step_of(group, parameter)
             for group in self.param_groups

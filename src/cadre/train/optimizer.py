@@ -11,9 +11,10 @@ from torch import Tensor
 from cadre.kernels.total_norm import total_norm
 from cadre.model.experts import Router
 from cadre.model.transformer import Transformer
-from cadre.train.adamw import NarrowAdamW
+from cadre.train.adamw import AdamW, NarrowAdamW
 from cadre.train.muon import Muon
 from cadre.train.parallel.group import Parallel
+from cadre.train.parameter_groups import ParameterGroups
 from cadre.train.recipe import OptimizerSection
 
 
@@ -50,15 +51,11 @@ class Optimizer:
              "weight_decay": decay},
             {"params": vectors, "lr": adamw_lr, "weight_decay": 0.0},
         ]  # fmt: skip
-        fused = {p.device.type for p in self.names} <= {"cpu", "cuda"}
         betas = (section.beta1, section.beta2)
         groups = [g for g in groups if g["params"]]
-        self.moments = torch.bfloat16 if section.name == "adamw-bf16" else torch.float32
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, betas=betas, eps=section.eps, fused=fused)
-            if self.moments == torch.float32
-            else NarrowAdamW(groups, betas, section.eps)
-        ]
+        adamw = (NarrowAdamW if section.name == "adamw-bf16" else AdamW)(groups, betas, section.eps)
+        self.moments = adamw.moments
+        self.parts: list[ParameterGroups] = [adamw]
         if matrices:
             options = {"lr": section.lr, "momentum": section.momentum, "weight_decay": decay, "narrow": narrow}
             self.parts.append(self.parallel.muon(_muon_groups(matrices, self.names), **options))
@@ -84,7 +81,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         for part in self.parts:
-            part.zero_grad(set_to_none=True)
+            part.zero_grad()
         self.parallel.drop_gradients()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -116,13 +116,13 @@ def test_memory_decides_how_many_sequences_are_measured(monkeypatch):
 
 @pytest.mark.parametrize("family, name", [("deepseek_v3", "muon"), ("llama", "adamw")])
 def test_a_measurement_takes_no_more_memory_than_is_said(family: str, name: str):
-    """On blocks whose activations and states are large beside a process."""
+    """On blocks whose activations and states are nearly what a process is without them."""
     config = small(
-        family, num_hidden_layers=2, hidden_size=256, intermediate_size=768, vocab_size=4096, max_position_embeddings=1024,
-        **({} if family == "llama" else dict(moe_intermediate_size=512)),
+        family, num_hidden_layers=2, hidden_size=128, intermediate_size=512, vocab_size=4096, max_position_embeddings=1024,
+        **({} if family == "llama" else dict(moe_intermediate_size=256)),
     )  # fmt: skip
     few = fewest_blocks(config)
-    wanted = Step(8, 8, 1024, 1.0, OptimizerSection(name=name, lr=1e-3))
+    wanted = Step(4, 4, 1024, 1.0, OptimizerSection(name=name, lr=1e-3))
     found = calibrate(config, wanted, dtype=torch.float32, effort=SHORT)
     said = module.measuring_bytes(few, wanted, CPU, found.rows)
     assert said / 4 < found.process_bytes + found.growth_bytes < said

@@ -24,9 +24,10 @@ class ShardedMuon(Muon):
     messages, if there is any."""
 
     def __init__(
-        self, params: Iterable, rows: dict[Tensor, int], group: dist.ProcessGroup, shared: SharedMemory | None, **options: Any
-    ) -> None:
-        super().__init__(params, **options)
+        self, groups: Iterable[dict[str, Any]], rows: dict[Tensor, int], group: dist.ProcessGroup, shared: SharedMemory | None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(groups, **options)
         self.whole_rows, self.group, self.shared = rows, group, shared
 
     def rows(self, parameter: Tensor) -> int:
