@@ -174,8 +174,8 @@ def cases(widest: bool = False) -> dict[str, tuple]:
     found += [(latent, dict(**hand, seen=[1], new=[1])), (latent, dict(**hand, seen=[64, 32, 300, 33], new=[1, 1, 8, 2]))]
     found += [(latent, dict(H=3, C=24, R=6, P=4, seen=[70, 2], new=[2, 2])), (latent, dict(**hand, seen=[2000], new=[1]))]
     for _ in range(6):
-        seen = [random.randint(1, 150) for _ in range(random.randint(1, 3))]
-        new = [random.randint(1, min(4, count)) for count in seen]
+        seen = [random.randint(1, 100) for _ in range(random.randint(1, 3))]
+        new = [random.randint(1, min(2, count)) for count in seen]
         found.append((latent, dict(**some(random, H=(1, 33), C=(1, 70), R=(1, 20), P=(1, 9)), seen=seen, new=new)))
     if widest:
         v3 = dict(H=128, C=512, R=64, P=16)
