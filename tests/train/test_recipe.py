@@ -138,7 +138,6 @@ def test_set_replaces_one_value(override, where):
     ("balance.bias_update=on", ["balance.bias_update", "'sign', 'proportional' or 'none'"]),
     ("balance.use_bias=false", ["bias_update is 'sign'; without use_bias it must be 'none'"]),
     ("balance.z_weight=-1", ["balance.z_weight", "-1"]),
-    ("model.from=there", ["model.from takes the whole model", "but for max_position_embeddings and rope_parameters"]),
     ("train.steps", ["--set train.steps", "section.key=value"]),
     ("steps=3", ["--set steps=3", "section.key=value"]),
     ("a.b.c=3", ["--set a.b.c=3", "section.key=value"]),
@@ -163,6 +162,16 @@ def test_a_tokenizer_takes_the_place_of_the_recipes_vocabulary_but_not_of_one_as
     for overrides in (["data.tokenizer=x.json", "data.vocab_size=300"], ["data.vocab_size=300", " data.tokenizer = x.json"]):
         with pytest.raises(UsageError, match="tokenizer and vocab_size exclude each other"):
             parse_recipe(TEXT, "here", overrides)
+
+
+def test_a_model_to_go_on_with_takes_the_place_of_the_recipes():
+    recipe = parse_recipe(TEXT, "here", ["model.from=there", "model.max_position_embeddings=128"])
+    assert recipe.model == {"from": "there", "max_position_embeddings": 128} and recipe.data.vocab_size is None
+    message = "model.from takes the whole model from a directory, but for max_position_embeddings and rope_parameters"
+    with pytest.raises(UsageError, match=f"model.hidden_size: {message}"):
+        parse_recipe(TEXT, "here", ["model.from=there", "model.hidden_size=64"])
+    with pytest.raises(UsageError, match=f"model.hidden_size: {message}"):
+        parse_recipe('[model]\nfrom = "there"\nhidden_size = 64\n[train]\nsteps = 1\nbatch = 1\n[optimizer]\nlr = 1.0', "here")
 
 
 @pytest.mark.parametrize("overrides, rate, adamw", [

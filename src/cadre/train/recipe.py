@@ -323,8 +323,6 @@ def _values(text: str, where: str, above: tuple[str, ...] = ()) -> dict[str, Any
     place = base if base in shipped() else str(folder / base)
     merged = _values(_text_of(base, folder)[0], place, (*above, base))
     merged.pop("name", None)
-    if isinstance(values.get("model"), dict) and "from" in values["model"] and isinstance(merged.get("data"), dict):
-        merged["data"] = {k: v for k, v in merged["data"].items() if k not in ("vocab_size", "tokenizer")}
     for key, value in values.items():
         whole = key == "model" and isinstance(value, dict) and not {"from", "model_type"}.isdisjoint(value)
         held = merged.get(key)
@@ -344,11 +342,20 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name
 
 
 def _make_way(values: dict[str, Any], asked: set[str]) -> None:
-    """Drop what a recipe says where it would clash with the keys that were asked for, or overrule them: a vocabulary's size
-    beside a tokenizer; without Muon, the rate for what Muon leaves to AdamW beside a rate."""
-    data, optimizer = values.get("data"), values.get("optimizer")
-    if isinstance(data, dict) and "data.tokenizer" in asked and "data.vocab_size" not in asked:
-        data.pop("vocab_size", None)
+    """Drop what a recipe says where it would clash with the keys that were asked for, or overrule them: a model and its
+    vocabulary beside the directory of another; a vocabulary's size beside a tokenizer; without Muon, the rate for what Muon
+    leaves to AdamW beside a rate."""
+    model, data, optimizer = values.get("model"), values.get("data"), values.get("optimizer")
+    clash = set()
+    if "model.from" in asked:
+        clash = {"data.vocab_size", "data.tokenizer"}
+        if isinstance(model, dict):
+            clash |= {f"model.{key}" for key in model}
+    elif "data.tokenizer" in asked:
+        clash = {"data.vocab_size"}
+    for section, held in (("model", model), ("data", data)):
+        if isinstance(held, dict):
+            values[section] = {key: value for key, value in held.items() if f"{section}.{key}" not in clash - asked}
     rate_asked = "optimizer.lr" in asked and "optimizer.adamw_lr" not in asked
     if isinstance(optimizer, dict) and optimizer.get("name") != "muon" and rate_asked:
         optimizer.pop("adamw_lr", None)
