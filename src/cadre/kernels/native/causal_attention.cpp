@@ -34,25 +34,27 @@ struct CausalGradient {
 
 namespace {
 
-constexpr int ROWS_AT_ONCE = LANES == 16 ? 8 : 4;  // rows of a tile: its sums and what they meet fit the registers
+// Rows of a tile of queries, with 2 vectors a row, and of a tile of keys, with WIDEST: sums and what they meet fit the registers.
+constexpr int ROWS_AT_ONCE = LANES == 16 ? 8 : LANES == 8 ? 6 : 4, KEYS_AT_ONCE = LANES == 16 ? 8 : 4, WIDEST = LANES == 8 ? 3 : 2;
 constexpr int PANEL = 2 * LANES;
 constexpr int QUERIES = 96;  // of a block
 constexpr int KEYS = 256;    // of a block, forward
 constexpr int KEYS_BACK = 64;
 constexpr size_t LINE = 16;  // floats of a cache line
+static_assert(QUERIES % ROWS_AT_ONCE == 0 && PANEL % KEYS_AT_ONCE == 0, "tiles end where blocks do");
 
 size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// c[m][n] (+)= sum_k a[m * a_row + k * a_col] * b[k * b_row + n] for ROWS_AT_ONCE rows and WIDE vectors, k counting words. `next`,
+// c[m][n] (+)= sum_k a[m * a_row + k * a_col] * b[k * b_row + n] for HIGH rows and WIDE vectors, k counting words. `next`,
 // here and below: what to fetch meanwhile.
-template <class Kind, int WIDE, class Word = typename Kind::word>
+template <class Kind, int HIGH, int WIDE, class Word = typename Kind::word>
 __attribute__((noinline)) void tile(const Word* a, size_t a_row, size_t a_col, size_t depth, const Word* b, size_t b_row, float* c,
                                     size_t c_row, bool add, Ahead& next) {
-    floats sum[ROWS_AT_ONCE][WIDE] = {};
+    floats sum[HIGH][WIDE] = {};
     add_products<Kind>(sum, a, a_row, a_col, depth, b, b_row, Ahead::Fetching(next));
 #pragma GCC unroll 8
-    for (int m = 0; m < ROWS_AT_ONCE; m++)
-#pragma GCC unroll 2
+    for (int m = 0; m < HIGH; m++)
+#pragma GCC unroll 3
         for (int n = 0; n < WIDE; n++) {
             float* to = c + m * c_row + n * LANES;
             store(to, add ? load(to) + sum[m][n] : sum[m][n]);
@@ -67,7 +69,7 @@ void scores(const Word* a, size_t a_row, size_t rows, size_t depth, const Word* 
     for (size_t n = 0; n < cols; n += PANEL, b += depth * PANEL)
         for (size_t m = 0; m < rows; m += ROWS_AT_ONCE)
             if ((int64_t)n < (int64_t)(m + ROWS_AT_ONCE) + ahead)
-                tile<Kind, 2>(a + m * a_row, a_row, 1, depth, b, PANEL, c + m * cols + n, cols, false, next);
+                tile<Kind, ROWS_AT_ONCE, 2>(a + m * a_row, a_row, 1, depth, b, PANEL, c + m * cols + n, cols, false, next);
 }
 
 // How many of `keys` keys the products of query i's tile look at, in whole vectors.
@@ -76,13 +78,19 @@ int reach_of(size_t i, int64_t ahead, size_t keys) {
     return last <= 0 ? 0 : (int)std::min(keys, up((size_t)last, LANES));
 }
 
-template <class Add>
+// Calls add(vectors, m, n) for tiles of HIGH rows and up to MOST vectors. None of a lone vector beside full ones, if it can be
+// helped: its sums would wait for each other.
+template <int HIGH, int MOST, class Add>
 void by_columns(size_t cols, size_t rows, Add add) {
-    for (size_t n = 0; n < cols; n += PANEL)
-        for (size_t m = 0; m < rows; m += ROWS_AT_ONCE) {
-            if (n + PANEL <= cols) add(std::integral_constant<int, 2>(), m, n);
+    for (size_t n = 0, wide; n < cols; n += wide * LANES) {
+        const size_t left = (cols - n) / LANES;
+        wide = left == MOST + 1 ? 2 : std::min<size_t>(left, MOST);
+        for (size_t m = 0; m < rows; m += HIGH) {
+            if (wide == MOST) add(std::integral_constant<int, MOST>(), m, n);
+            else if (wide == 2) add(std::integral_constant<int, 2>(), m, n);
             else add(std::integral_constant<int, 1>(), m, n);
         }
+    }
 }
 
 // c[i] += sum_j weight[i][j] * b[j] over the keys that query i sees: words along j in both.
@@ -90,10 +98,10 @@ template <class Kind, class Word = typename Kind::word>
 void gather(const Word* weight, size_t queries, size_t keys, int64_t ahead, const Word* b, size_t width, float* c,
             Ahead& next) {
     constexpr size_t F = Kind::FACTORS;
-    by_columns(width, queries, [=, &next](auto wide, size_t m, size_t n) {
+    by_columns<ROWS_AT_ONCE, 2>(width, queries, [=, &next](auto wide, size_t m, size_t n) {
         const int64_t depth = std::min((int64_t)keys, (int64_t)(m + ROWS_AT_ONCE) + ahead);
         if (depth > 0)
-            tile<Kind, wide>(weight + m * (keys / F), keys / F, 1, up((size_t)depth, F) / F, b + n, width, c + m * width + n, width, true, next);
+            tile<Kind, ROWS_AT_ONCE, wide>(weight + m * (keys / F), keys / F, 1, up((size_t)depth, F) / F, b + n, width, c + m * width + n, width, true, next);
     });
 }
 
@@ -102,10 +110,10 @@ template <class Kind, class Word = typename Kind::word>
 void scatter(const Word* weight, size_t queries, size_t keys, int64_t ahead, const Word* b, size_t width, float* c,
             Ahead& next) {
     constexpr size_t F = Kind::FACTORS;
-    by_columns(width, keys, [=, &next](auto wide, size_t m, size_t n) {
+    by_columns<KEYS_AT_ONCE, WIDEST>(width, keys, [=, &next](auto wide, size_t m, size_t n) {
         const size_t i = (size_t)std::max((int64_t)0, (int64_t)m - ahead) / F;
         if (i < queries / F)
-            tile<Kind, wide>(weight + i * keys + m, 1, keys, queries / F - i, b + i * width + n, width, c + m * width + n, width, true, next);
+            tile<Kind, KEYS_AT_ONCE, wide>(weight + i * keys + m, 1, keys, queries / F - i, b + i * width + n, width, c + m * width + n, width, true, next);
     });
 }
 

@@ -84,7 +84,12 @@ static inline __attribute__((always_inline)) void add_products(floats (&sum)[HIG
         beside();
         typename Kind::words with[WIDE];
 #pragma GCC unroll 3
-        for (int n = 0; n < WIDE; n++) with[n] = Kind::load(b + n * LANES);
+        for (int n = 0; n < WIDE; n++) {
+            with[n] = Kind::load(b + n * LANES);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+            asm("" : "+x"(with[n]));  // GCC would load it again for each row, and loads are what these processors are short of
+#endif
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < HIGH; m++) {
             const Word row = a[m * a_row];
