@@ -64,6 +64,14 @@ def test_one_record_is_enough_for_every_picture() -> None:
     assert "Training loss" in svg(curve_figure([record, {"step": 7, "bits_per_byte": 2.0}]))
 
 
+def test_the_last_score_is_of_other_text_and_stands_beside_the_curve() -> None:
+    scores = [(0, 4.2, False), (5, 3.5, False), (10, 3.4, False), (10, 3.0, True)]
+    records = loss_records([3.0]) + [{"step": step, "bits_per_byte": score, "final": final} for step, score, final in scores]
+    curve, ring = curve_figure(records).axes[1].lines
+    assert (curve.get_xdata().tolist(), curve.get_ydata().tolist()) == ([0, 5, 10], [4.2, 3.5, 3.4])
+    assert (ring.get_xdata().tolist(), ring.get_ydata().tolist(), ring.get_linestyle()) == ([10], [3.0], "None")
+
+
 def test_pictures_without_data_are_refused() -> None:
     with pytest.raises(UsageError, match="dense"):
         load_figure(loss_records([1.0]))

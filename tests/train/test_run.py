@@ -147,8 +147,8 @@ def test_training_goes_on_from_a_model_with_its_tokenizer(lab):
     assert run.identity()["tokenizer"] == tokenizer_hash(tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
     _, watcher = lab.train(run)
-    scores = [record["step"] for record in watcher.records if "bits_per_byte" in record]
-    assert scores[0] == 0 and len(scores) > 1  # what it was before
+    scores = [(record["step"], record["final"]) for record in watcher.records if "bits_per_byte" in record]
+    assert scores[0] == (0, False) and scores[-2:] == [(12, False), (12, True)]  # before and after, of one sample; of all text
     (again, _), base = load(lab.folder / "run"), model.lm_head.weight
     assert not torch.equal(again.lm_head.weight, base) and (again.lm_head.weight - base).abs().max() < 0.1
     more = lab.resume("run", "train.steps=13")
@@ -218,7 +218,7 @@ def test_a_run_that_began_with_a_model_and_died_at_once_begins_with_it_again(lab
     assert next(record["step"] for record in lab.train(again)[1].records if "bits_per_byte" in record) == 0
     shutil.rmtree(again.path / "checkpoints")
     lab.train(lab.resume("run"))
-    assert [record["step"] for record in read_metrics(again.path) if "bits_per_byte" in record] == [0, 6, 12]
+    assert [record["step"] for record in read_metrics(again.path) if "bits_per_byte" in record] == [0, 6, 12, 12]
     lab.start("other")
     (lab.folder / "base" / "config.json").unlink()
     with pytest.raises(UsageError, match=r"ended before its first checkpoint, and began with a model: .* no config\.json"):

@@ -41,9 +41,10 @@ class TrainingLine:
 
     def record(self, record: dict[str, Any], total_steps: int) -> None:
         if "bits_per_byte" in record:
-            whole = record.get("final") and not record.get("part")
-            kind = "held-out, all of it" if whole else "held-out"
-            self.note(f"step {record['step']}: {record['bits_per_byte']:.4f} bits per byte ({kind})")
+            kind = "a sample of it"  # which does not compare with the rest
+            if record.get("final"):
+                kind = f"{record['part']:.1%} of it" if record.get("part") else "all of it"
+            self.note(f"step {record['step']}: {record['bits_per_byte']:.4f} bits per byte (held-out, {kind})")
             return
         # Where only the clock ends a run, the steps are known once the clock has told how long one takes.
         known = total_steps < UNTIMED

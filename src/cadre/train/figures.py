@@ -101,11 +101,17 @@ def series(records: Sequence[Record], key: str) -> tuple[Floats, Floats]:
     return steps, values
 
 
+def held_out_scores(records: Sequence[Record]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """Steps and bits per byte of all evaluations, and which of them were a run's last, of all held-out text."""
+    final = [bool(r.get("final")) for r in records if isinstance(r.get("bits_per_byte"), (int, float))]
+    return *series(records, "bits_per_byte"), np.array(final, dtype=bool)
+
+
 def curve_figure(records: Sequence[Record]) -> "Figure":
     """Training loss and, beside it, held-out bits per byte over steps. Raises UsageError if there is no loss."""
     if not series(records, "loss")[0].size:
         raise UsageError("no training loss in these metrics: nothing to draw before the first logged step")
-    held_out = series(records, "bits_per_byte")
+    held_out = held_out_scores(records)
     with style():
         figure = blank(880 if held_out[0].size else 440, 250)
         axes = figure.subplots(1, 2 if held_out[0].size else 1, squeeze=False)[0]
@@ -171,14 +177,16 @@ def draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
     step_axis(axes)
 
 
-def draw_held_out(axes: "Axes", x: Floats, bits_per_byte: Floats) -> None:
-    """Bits per byte at each evaluation, the last one labelled."""
-    axes.plot(x, bits_per_byte, color=GREEN, marker="o", markersize=3 if len(x) < 60 else 0)
+def draw_held_out(axes: "Axes", x: Floats, bits_per_byte: Floats, final: NDArray[np.bool_]) -> None:
+    """Bits per byte at each evaluation, the last one labelled. A final one, of all held-out text, is a ring beside the curve of
+    those on the way, which read a sample: the two do not compare."""
+    axes.plot(x[~final], bits_per_byte[~final], color=GREEN, marker="o", markersize=3 if len(x) < 60 else 0)
+    axes.plot(x[final], bits_per_byte[final], color=GREEN, marker="o", markersize=5, markerfacecolor="none", linestyle="none")
     axes.annotate(
         f"{bits_per_byte[-1]:.3f}", (x[-1], bits_per_byte[-1]), (-2, 8), textcoords="offset points",
         ha="right", va="bottom", color=GREEN, fontweight="bold",
     )  # fmt: skip
-    top = bits_per_byte[_settled(bits_per_byte)]
+    top = max(bits_per_byte[_settled(bits_per_byte)], bits_per_byte[-1])
     span = max(top - bits_per_byte.min(), 0.02)
     axes.set_ylim(bits_per_byte.min() - 0.08 * span, top + 0.15 * span)
 

@@ -134,15 +134,15 @@ def _cards(summary: Summary, records: Sequence[Record]) -> list[dict[str, str]]:
 
 def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The curves there is data for: title, note, small, svg."""
-    bits_per_byte, seconds = series(records, "bits_per_byte"), series(records, "seconds")
+    (scored_at, scores, final), seconds = figures.held_out_scores(records), series(records, "seconds")
     unit, unit_seconds = _time_unit(seconds[1].max(initial=0))
 
     def held_out_by_step(axes: "Axes") -> None:
-        figures.draw_held_out(axes, *bits_per_byte)
+        figures.draw_held_out(axes, scored_at, scores, final)
         figures.step_axis(axes)
 
     def held_out_by_time(axes: "Axes") -> None:
-        figures.draw_held_out(axes, np.interp(bits_per_byte[0], *seconds) / unit_seconds, bits_per_byte[1])
+        figures.draw_held_out(axes, np.interp(scored_at, *seconds) / unit_seconds, scores, final)
 
     def line(key: str, colour: str, scale: float = 1, noisy: bool = True) -> "Callable[[Axes], None]":
         def draw(axes: "Axes") -> None:
@@ -152,9 +152,11 @@ def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
         return draw
 
+    # Where both kinds are drawn.
+    ring = "; the ring is of all held-out text, the curve of a sample of it" if final.any() and not final.all() else ""
     plots: list[tuple[str, str, str, Callable[[Axes], None]]] = [
         ("loss", "Training loss", "nats per token, by step", partial(figures.draw_loss, records=records)),
-        ("bits_per_byte", "Held-out score", "bits per byte, by step", held_out_by_step),
+        ("bits_per_byte", "Held-out score", f"bits per byte, by step{ring}", held_out_by_step),
         ("seconds", "Held-out score over time", f"bits per byte, by {unit} of training", held_out_by_time),
         ("tokens_per_second", "Throughput", "tokens per second, by step", line("tokens_per_second", figures.BLUE)),
         ("mfu", "MFU", "% of the machine's GEMM rate, by step", line("mfu", figures.GREEN, scale=100)),
@@ -163,7 +165,7 @@ def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
     drawn = []
     for name, title, note, draw in plots:
-        known = series(records, name)[0].size and (name != "seconds" or bits_per_byte[0].size)
+        known = series(records, name)[0].size and (name != "seconds" or scored_at.size)
         if known:
             small = name in SMALL
             drawn.append({"title": title, "note": note, "small": small, "svg": _draw(name, title, draw, small)})

@@ -29,7 +29,7 @@ from cadre.train.metrics import MetricsLog, NoMetrics
 from cadre.train.objective import MicroBatch, Step
 from cadre.train.optimizer import Optimizer
 from cadre.train.qk_clip import QKClip
-from cadre.train.run import Run, only_writer
+from cadre.train.run import BEGUN_WITH, Run, only_writer
 from cadre.train.saving import Saver
 from cadre.train.schedule import rate
 
@@ -176,7 +176,7 @@ class Trainer:
                 if stopped:
                     self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
                     self._event("stopped", f"by {stopped} after step {progress.step}")
-                elif recipe.checkpoint.best:
+                elif self.parallel.anyone(self._ends_as_it_began()):
                     self.evaluate(final=False)  # of the same text as those before; the checkpoint knows of it
                 if not self.save() and not stopped:
                     raise DivergedError(f"{self.run.path}: the weights are not finite after the last step; {self.remedy()}")
@@ -194,14 +194,20 @@ class Trainer:
     def _metrics(self, resumed: int | None) -> MetricsLog:
         """The log of a run that goes on from step `resumed`, or begins: without what it will write again."""
         ends_here = self.progress.step >= self.progress.total_steps
-        best = self.recipe.checkpoint.best
+        both = self._ends_as_it_began()
 
         def again(record: dict[str, Any]) -> bool:
             # All else of a step is written before its checkpoint, and not again.
-            at_last = record.get("final") or (best and "bits_per_byte" in record) or record.get("event") in _LAST_WORDS
+            at_last = record.get("final") or (both and "bits_per_byte" in record) or record.get("event") in _LAST_WORDS
             return ends_here and bool(at_last)
 
         return MetricsLog(self.run.path, resume_step=-1 if resumed is None else resumed, again=again)
+
+    def _ends_as_it_began(self) -> bool:
+        """Whether the last step is also scored on the text that evaluations on the way read: to find the lowest of them, or
+        to show what training has made of the model that the run began with. (The score of all held-out text shows neither:
+        beginnings of documents are harder.)"""
+        return self.recipe.checkpoint.best or (self.run.path / BEGUN_WITH).is_file()
 
     def _stopping(self, stop: _StopSignals) -> bool:
         return self.parallel.anyone(stop.signal is not None or self.parallel.abandoned or self.saver.failed)
