@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cadre.cli.summary import summarize
+from cadre.plan.count import count
 from cadre.train.loads import max_violation
 from cadre.train.metrics import MetricsLog
 from cadre.train.report import link_routes, main, write_report
@@ -180,7 +181,10 @@ def test_hostile_text_is_escaped(tmp_path: Path) -> None:
 def test_the_recipe_of_a_run_and_its_text_are_shown(lab: Lab) -> None:
     texts = lab.folder / "corpus"
     run = lab.start("run", f"data.source=['{texts}/0*', '{texts}/1*']", "balance.bias_speed=0.0123")
-    page = write_report(run.path, summarize(run, lab.train(run)[0], [], "cadre train")).read_text(encoding="utf-8")
+    summary = summarize(run, lab.train(run)[0], [], "cadre train")
+    assert summary["machine"]["dtype"] == "float32"  # as the cache will be
+    assert summary["counts"]["kv_cache_bytes_per_token"] == count(run.config, cache_bytes=4).kv_cache_bytes_per_token
+    page = write_report(run.path, summary).read_text(encoding="utf-8")
     rows = dict(re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td></tr>', page))
     assert rows["balance.bias_speed"] == "0.0123" and rows["optimizer.lr"] == str(run.recipe.optimizer.lr)
     assert rows["data.seq_len"] == str(run.recipe.data.seq_len) and "data.source" not in rows
