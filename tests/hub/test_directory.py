@@ -54,6 +54,8 @@ def test_no_model_directory(tmp_path):
         model_directory(tmp_path)
     with pytest.raises(UsageError, match=r"is no model directory: no such folder$"):
         model_directory(tmp_path / "absent")
+    with pytest.raises(UsageError, match=r"no such folder; to fetch it: hf download an-owner/a-model --local-dir DIR$"):
+        model_directory("an-owner/a-model")
     (tmp_path / "file").write_text("text")
     with pytest.raises(UsageError, match=r"is no model directory: not a folder$"):
         model_directory(tmp_path / "file")

@@ -45,6 +45,8 @@ def model_directory(path: str | Path) -> Path:
         raise UsageError(f"{path}: is no model directory: no config.json")
     if there == "file" and path.suffix == ".gguf":
         raise UsageError(f"{path}: is no model directory: make one of it with cadre convert {path} DIR")
+    if not there and len(path.parts) == 2 and not path.is_absolute() and kind_of(path.parent) is None:  # a name on the Hub
+        raise UsageError(f"{path}: is no model directory: no such folder; to fetch it: hf download {path} --local-dir DIR")
     raise UsageError(f"{path}: is no model directory: {'not a folder' if there else 'no such folder'}")
 
 
