@@ -104,6 +104,8 @@ def test_each_error_is_of_the_clients_own_kind(server, client):
         client.completions.create(model="huge", prompt="x")
     with pytest.raises(openai.NotFoundError, match="embeddings are not offered"):
         client.embeddings.create(model="tiny", input="x")
+    with pytest.raises(openai.NotFoundError, match="the Responses API is not offered: use /v1/chat/completions"):
+        client.responses.create(model="tiny", input="x")
     with pytest.raises(openai.BadRequestError, match="the context is 512 tokens") as caught:
         client.completions.create(model="tiny", prompt="x", max_tokens=9999)
     assert caught.value.code == "context_length_exceeded"

@@ -106,6 +106,10 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def embeddings() -> Response:
         raise ApiError(404, "embeddings are not offered: this server has a model that generates text", code="not_offered")
 
+    @app.post("/v1/responses", include_in_schema=False)
+    async def responses() -> Response:
+        raise ApiError(404, "the Responses API is not offered: use /v1/chat/completions", code="not_offered")
+
     @app.post("/tokenize", response_model=replies.Tokens, responses=_errors(*_GENERATION))
     async def tokenize(request: Request, body: TokenizeRequest) -> Any:
         service.check_model(body.model)
