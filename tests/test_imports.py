@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import cadre
+
 SOURCE = Path(__file__).parents[1] / "src" / "cadre"
 MAY_IMPORT = {
     "cli": {"study", "train", "serve", "infer", "plan", "data", "hub", "model", "kernels"},
@@ -41,3 +43,7 @@ def test_a_folder_imports_only_those_below_it(folder):
     for file in (SOURCE / folder).rglob("*.py"):
         for name in imported(file):
             assert any(f"{name}.".startswith(f"{below}.") for below in allowed), f"{file.relative_to(SOURCE)}: {name}"
+
+
+def test_a_notebook_completes_what_the_package_offers():
+    assert dir(cadre) == sorted(cadre.__all__)

@@ -27,6 +27,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """What completion in a notebook offers, imported or not."""
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `cadre --help` and `cadre.count` need no torch."""
     if name not in _HOMES:

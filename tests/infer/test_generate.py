@@ -174,6 +174,8 @@ def test_bad_options_are_refused_at_the_call(model, tokenizer, options, message)
 def test_bad_prompts_are_refused(model, tokenizer):
     with pytest.raises(UsageError, match="not valid Unicode text"):
         generate(model, tokenizer, "half a pair \ud83d")
+    with pytest.raises(UsageError, match="the prompt is a list; it must be one text"):
+        generate(model, tokenizer, [PROMPT, PROMPT])
     with pytest.raises(UsageError, match="no tokens"):
         generate_ids(model, [])
     for token in (300, -1):

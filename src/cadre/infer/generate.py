@@ -118,6 +118,8 @@ def generate(
 def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt's ids, never none. Raises `UsageError` for text that is no Unicode (half a surrogate pair), and where the
     tokenizer has no token for a part of it."""
+    if not isinstance(prompt, str):
+        raise UsageError(f"the prompt is a {type(prompt).__name__}; it must be one text")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
