@@ -105,6 +105,17 @@ def test_an_answer_of_a_transcript_ends_with_its_line(bare):
     bare.until(bare.idle)
 
 
+def test_an_answer_of_a_transcript_that_follows_a_grammar_is_whole(bare):
+    for stream in (False, True):
+        body = {"messages": HI, "guided_regex": r"yes\nno", "max_tokens": 40}
+        if stream:
+            chunks = streamed(bare, "/v1/chat/completions", body)
+            content = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+        else:
+            content = chat(bare, **body)["choices"][0]["message"]["content"]
+        assert content == "yes\nno"
+
+
 @pytest.mark.parametrize("fields, param, says", [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not trained to call tools"),
     ({"tool_choice": "required"}, "tool_choice", "not trained to call tools"),

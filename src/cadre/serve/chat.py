@@ -34,7 +34,7 @@ async def converse(service: Service, request: Request, body: ChatRequest) -> Res
         form = ChatFormat(service, body)
         requests = await service.sequences(place, form.name, body, [prompt], [new_tokens], logprobs=logprobs)
         choices = choices_of(service, requests, [prompt], keep=not body.stream)
-        if service.render is None:
+        if service.render is None and body.grammar == (None, None):  # a grammar says itself where an answer ends
             for choice in choices:
                 choice.line = AnswerLine()
         return await answer(place, choices, requests, form, bool(body.stream))
