@@ -26,6 +26,7 @@ TEMPLATES = [
 <|assistant|>
 {% endif %}""",
     "{{ messages | tojson }}{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{% endfor %}",
+    "{% if tools is not none or documents is not none %}[TOOLS]{% endif %}{{ messages[0].content if tools is defined }}",
 ]
 
 

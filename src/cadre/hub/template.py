@@ -65,7 +65,9 @@ class ChatTemplate:
         """The conversation as text, up to where the assistant's next message begins if one is wanted. Raises `UsageError` for
         messages the template refuses."""
         try:
-            return self.template.render(messages=messages, add_generation_prompt=to_answer, **self.special)
+            # As in transformers there are no tools and no documents: left undefined, they would not be none.
+            absent = {"tools": None, "documents": None}
+            return self.template.render(messages=messages, add_generation_prompt=to_answer, **absent, **self.special)
         except Exception as error:  # a template is a program: anything can go wrong in it
             raise UsageError(f"the model's chat template refuses these messages: {error}") from None
 
