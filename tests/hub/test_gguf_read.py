@@ -11,7 +11,7 @@ from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.gguf import write_gguf
 from cadre.hub.gguf_read import read_gguf, tokenizer_files
-from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3
+from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3, tokenizer_keys, tokenizer_of
 from cadre.hub.save import save
 from cadre.hub.template import CHAT_TEMPLATE
 from cadre.hub.tokenizer import LLAMA3_SPLIT
@@ -119,6 +119,14 @@ def test_what_begins_a_text_and_the_chat_template(build, tmp_path):
     read = read_gguf(tmp_path / "model.gguf")
     assert read.tokenizer.encode("people").ids == tokenizer.encode("people").ids and read.tokenizer.encode("").ids == [0]
     assert read.chat_template == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("ignore_merges, begins", [(True, [0]), (False, [])], ids=["llama-bpe", "smaug-bpe"])
+def test_what_begins_a_text_where_the_file_does_not_say(build, tmp_path, ignore_merges, begins):
+    keys = tokenizer_keys(trained([LLAMA3_SPLIT], ignore_merges), build(vocab_size=340, bos_token_id=0).config, tmp_path)
+    assert tokenizer_of(keys).encode("").ids == []
+    del keys["tokenizer.ggml.add_bos_token"]
+    assert tokenizer_of(keys).encode("").ids == begins
 
 
 def test_a_second_token_that_ends_a_text(build, tmp_path):

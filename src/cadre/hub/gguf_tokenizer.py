@@ -93,7 +93,8 @@ def tokenizer_of(keys: dict[str, Any]) -> Tokenizer | None:
     for number, token in enumerate(tokens):
         if kinds[number] in (_CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=kinds[number] == _CONTROL, normalized=False)])
-    if keys.get("tokenizer.ggml.add_bos_token") and "tokenizer.ggml.bos_token_id" in keys:
+    # Of a file that does not say llama.cpp decides by the name (src/llama-vocab.cpp).
+    if keys.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "tokenizer.ggml.bos_token_id" in keys:
         number = keys["tokenizer.ggml.bos_token_id"]
         bos = tokens[number]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
