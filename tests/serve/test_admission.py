@@ -102,7 +102,7 @@ def test_but_not_longer_than_the_grace(compiling):
         connection.close()
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_text_that_cannot_fit_is_refused_before_any_work_on_it(monkeypatch, live, path):
     """The longest token would have to be repeated too often."""
     longest = max(map(len, parts()[1].get_vocab()))

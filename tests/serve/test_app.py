@@ -44,6 +44,15 @@ def test_tokenize_messages(live):
     assert live.post("/detokenize", {"tokens": told["tokens"]}).json() == {"prompt": "<|user|>hi<|assistant|>"}
 
 
+def test_tokenize_counts_what_is_longer_than_the_context(live):
+    """Whoever shortens a text by its tokens, as the chat page does, has to count them first."""
+    text = "The people " * 4000
+    wanted = parts()[1].encode(text).ids
+    assert live.post("/tokenize", {"prompt": text}).json()["tokens"] == wanted
+    told = live.post("/tokenize", {"messages": [{"role": "user", "content": text}]}).json()
+    assert told["count"] == len(told["tokens"]) > len(wanted) > CONTEXT
+
+
 @pytest.mark.parametrize("path, body", [
     ("/tokenize", {}), ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
     ("/tokenize", {"prompt": "\ud800"}), ("/detokenize", {"tokens": [300]}), ("/detokenize", {"tokens": [-1]}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from cadre.serve import page, replies
 from cadre.serve.admission import Admission, Place
-from cadre.serve.chat import converse, encode_chat
+from cadre.serve.chat import chat_text, converse
 from cadre.serve.completions import complete
 from cadre.serve.errors import ApiError, ErrorReply, install_handlers
 from cadre.serve.gate import Gate
@@ -115,10 +115,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
 
         async def work(_: Place) -> Response:
-            if body.messages is not None:
-                ids: Sequence[int] = (await encode_chat(service, body.messages)).ids
+            if body.messages is None:
+                text, special = body.prompt or "", body.add_special_tokens
             else:
-                ids = await service.tokenize(body.prompt or "", body.add_special_tokens)
+                text, special = await chat_text(service, body.messages)
+            ids = await service.tokenize(text, special)
             return _json(await written({"count": len(ids), "max_model_len": service.context, "tokens": iter(ids)}))
 
         return await service.admission.serve(request, 1, work)

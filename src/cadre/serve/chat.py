@@ -12,7 +12,7 @@ from cadre.infer.chat import transcript
 from cadre.infer.text import AnswerLine
 from cadre.serve.answer import AnswerFormat, Choice, answer, choices_of
 from cadre.serve.schema import ChatRequest, Message
-from cadre.serve.service import Prompt, Service, check_logprobs
+from cadre.serve.service import Service, check_logprobs
 
 if TYPE_CHECKING:
     from cadre.infer.engine import Output
@@ -28,7 +28,7 @@ async def converse(service: Service, request: Request, body: ChatRequest) -> Res
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
 
     async def work(place: Place) -> Response:
-        prompt = await encode_chat(service, body.messages)
+        prompt = await service.encode(*await chat_text(service, body.messages))
         new_tokens = service.new_tokens(prompt, asked, param)
         check_logprobs(logprobs, new_tokens * (body.n or 1))
         form = ChatFormat(service, body)
@@ -42,12 +42,13 @@ async def converse(service: Service, request: Request, body: ChatRequest) -> Res
     return await service.admission.serve(request, body.n or 1, work)
 
 
-async def encode_chat(service: Service, messages: Sequence[Message]) -> Prompt:
-    """The prompt for the next message: by the model's template, or as a transcript where it has none."""
+async def chat_text(service: Service, messages: Sequence[Message]) -> tuple[str, bool]:
+    """What the model reads of messages: by its template, or as a transcript where it has none. And whether the tokenizer adds
+    its special tokens: a template writes them itself."""
     plain = [_plain(message) for message in messages]
     if service.render is None:
-        return await service.encode(transcript(plain))
-    return await service.encode_messages(plain)
+        return transcript(plain), True
+    return await service.admission.in_thread(service.admission.texts, service.render, plain), False
 
 
 def _plain(message: Message) -> dict[str, str]:

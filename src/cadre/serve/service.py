@@ -19,7 +19,7 @@ from cadre.serve.tokens import TokenTexts
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-    from cadre.infer.chat import Messages, Render
+    from cadre.infer.chat import Render
     from cadre.model.config import ModelConfig
     from cadre.serve.admission import Admission, Place
 
@@ -91,19 +91,18 @@ class Service:
             message = f"the model {name[:80]!r} is not here: this server has {self.card.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, *, told: bool = False) -> Prompt:
-        """A prompt's ids as the tokenizer writes them, its own special tokens included. told: with their offsets."""
-        encoded = await self._encoded(text, True, told)
+    async def encode(self, text: str, special: bool = True, *, told: bool = False) -> Prompt:
+        """A prompt's ids as the tokenizer writes them, never none. told: with their offsets. Raises `ApiError` for a text that
+        is too long whatever its tokens, before any work on it."""
+        if len(text) > self.context * self.texts.longest:
+            raise bad_request(
+                f"the prompt has {len(text):,} characters, but the context is {self.context:,} tokens"
+                f" of at most {self.texts.longest} characters", "prompt", "context_length_exceeded",
+            )  # fmt: skip
+        encoded = await self._encoded(text, special, told)
         ids = encoded.ids or encode_prompt(self.card.config, self.tokenizer, "")
         wanted = told and len(ids) <= self.context  # a longer one is refused next
         return Prompt(tuple(ids), text, tuple(start for start, _ in encoded.offsets) or (0,) if wanted else ())
-
-    async def encode_messages(self, messages: Messages) -> Prompt:
-        """Chat messages through the model's template; the template writes special tokens itself."""
-        assert self.render is not None
-        text = await self.admission.in_thread(self.admission.texts, self.render, messages)
-        encoded = await self._encoded(text, False)
-        return Prompt(tuple(encoded.ids), text) if encoded.ids else await self.encode(text)
 
     async def encode_any(self, prompt: str | list[int], *, echo: bool, told: bool) -> Prompt:
         """One prompt of a completion, text or token ids; of the latter the text is needed only for an `echo`."""
@@ -116,7 +115,7 @@ class Service:
         return Prompt(tuple(prompt), text, self.texts.offsets(prompt, text) if told else ())
 
     async def tokenize(self, text: str, special: bool) -> list[int]:
-        """A text's ids, as they are: of no text there are none."""
+        """A text's ids, as they are: of no text there are none, of a long one more than the context holds."""
         return (await self._encoded(text, special)).ids
 
     async def decode(self, ids: list[int]) -> str:
@@ -131,12 +130,6 @@ class Service:
             raise bad_request(f"token id {most} is outside the model's vocabulary (0 to {words - 1})", param)
 
     async def _encoded(self, text: str, special: bool, offsets: bool = False) -> Encoding:
-        """Raises `ApiError` for a text that is too long whatever its tokens, before any work on it."""
-        if len(text) > self.context * self.texts.longest:
-            raise bad_request(
-                f"the prompt has {len(text):,} characters, but the context is {self.context:,} tokens"
-                f" of at most {self.texts.longest} characters", "prompt", "context_length_exceeded",
-            )  # fmt: skip
         # Unlike `encode`, these let other threads run meanwhile; the fast one tells no offsets.
         batch = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
 
