@@ -81,6 +81,15 @@ def shorten(text: str, most: int = _LONGEST) -> str:
     return f"{text[: most - end - 3]}...{text[-end:]}"
 
 
+# All but line ends and tabs, which alone move no further than they say.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """What a model or its files say, without what a terminal would take for commands."""
+    return text.translate(_CONTROLS)
+
+
 @contextmanager
 def encodable(what: str) -> Iterator[None]:
     """Within it a text is encoded. Raises `UsageError` where the tokenizer has no token for a part of it, nor one for what it

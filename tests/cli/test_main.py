@@ -8,8 +8,7 @@ import pytest
 
 from cadre import __version__
 from cadre.cli import main as module
-from cadre.cli.progress import printable
-from cadre.errors import DiskFullError, RunError, UsageError
+from cadre.errors import DiskFullError, RunError, UsageError, printable
 
 
 def cadre(*arguments: str) -> subprocess.CompletedProcess:
@@ -29,6 +28,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     (UsageError("two\nlines  of\ttext"), 2, "cadre: two lines of text\n"),
     (RunError("the loss was not finite"), 1, "cadre: the loss was not finite\n"),
     (UsageError("x" * 5000 + " is wrong"), 2, "cadre: " + "x" * 747 + "..." + "x" * 241 + " is wrong\n"),
+    (UsageError("m: unexpected tensor a\x1b[2J\x07"), 2, "cadre: m: unexpected tensor a\\x1b[2J\\x07\n"),
     (DiskFullError("the disk is full"), 2, "cadre: the disk is full\n"),
 ])  # fmt: skip
 def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status, line):

@@ -10,7 +10,7 @@ import typer
 from cadre.cli.models import load_with_tokenizer
 from cadre.cli.options import MaxTokens, Model, Seed, Temperature, TopK, TopP
 from cadre.cli.progress import from_standard_input, shown
-from cadre.errors import Terminated, UsageError
+from cadre.errors import Terminated, UsageError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,7 @@ def chat(
             except UsageError as error:
                 if not console:
                     raise
-                console.print(str(error), style="red", markup=False)
+                console.print(printable(str(error)), style="red", markup=False)
 
 
 def _read(console: Console | None) -> str:

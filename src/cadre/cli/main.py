@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cadre.errors import RunError, Terminated, UsageError, shorten, write_error
+from cadre.errors import RunError, Terminated, UsageError, printable, shorten, write_error
 
 
 class _Verbs(TyperGroup):
@@ -136,7 +136,7 @@ def _end_of_file(error: Exception) -> None:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    print("cadre: " + shorten(" ".join(message.split()), _LONGEST), file=sys.stderr)
+    print("cadre: " + shorten(printable(" ".join(message.split())), _LONGEST), file=sys.stderr)
     sys.exit(status)
 
 

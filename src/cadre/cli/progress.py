@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cadre.errors import UsageError, read_error
+from cadre.errors import UsageError, printable, read_error
 from cadre.train.recipe import UNTIMED
 from cadre.units import clock
 
@@ -134,15 +134,6 @@ def notes(json_output: bool) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=json_output, highlight=False, markup=False, emoji=False)
     with moving_line(console) as show:
         yield show if console.is_terminal else lambda text: None if json_output else print(text, flush=True)
-
-
-# All but line ends and tabs, which alone move no further than they say.
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """What a model wrote, without what a terminal would take for commands."""
-    return text.translate(_CONTROLS)
 
 
 def shown(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadre.errors import DivergedError, RunError, UsageError, write_error
+from cadre.errors import DivergedError, RunError, UsageError, printable, write_error
 from cadre.files import replace_file
 
 if TYPE_CHECKING:
@@ -298,7 +298,6 @@ def _announce(run: Run, note: Any) -> None:
 def _finish(run: Run, result: Result, remedy: str) -> None:
     """Samples, report, and the lines that say what to do with the model. `remedy`: what to do if it turns out to be no use, for
     which `DivergedError` is raised."""
-    from cadre.cli.progress import printable
     from cadre.cli.summary import load_line, summarize
     from cadre.hub.load import load
     from cadre.hub.template import chat_template
