@@ -173,8 +173,7 @@ class _Columns(NamedTuple):
     @classmethod
     def of(cls, rules: Sequence[Rule]) -> _Columns:
         temperature_B1, uniform_B1, top_k_B1, top_p_B1, min_p_B1 = np.array(rules, dtype=np.float64).T[:, :, None]
-        top_k_B1 = np.minimum(top_k_B1, 2**31).astype(np.int64)
-        return cls(temperature_B1.astype(np.float32), uniform_B1, top_k_B1, top_p_B1, min_p_B1)
+        return cls(temperature_B1.astype(np.float32), uniform_B1, top_k_B1.astype(np.int64), top_p_B1, min_p_B1)
 
     def kept(self, value_BN: Array, words: int, total_B1: Array | None = None) -> tuple[Array, Array]:
         """How many of the likeliest words the filters keep, int64 [B, 1] and at least 1, going by the N greatest logits,

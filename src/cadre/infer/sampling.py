@@ -166,7 +166,8 @@ class Sampler:
         """How the next token is drawn."""
         sampling = self.sampling
         chance = uniform(self.seed, self.generated)
-        return Rule(sampling.temperature, chance, sampling.top_k, sampling.top_p, sampling.min_p)
+        top_k = min(sampling.top_k, 2**31)  # more than any vocabulary: numpy takes no number of hundreds of digits
+        return Rule(sampling.temperature, chance, top_k, sampling.top_p, sampling.min_p)
 
     @property
     def edits(self) -> bool:
