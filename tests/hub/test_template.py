@@ -64,6 +64,16 @@ def test_others_write_what_transformers_writes(directory, tmp_path, source, wrap
     )
 
 
+@pytest.mark.parametrize("config", [{}, {"eos_token": "<|user|>"}, {"eos_token": "<|user|>", "added_tokens_decoder": {}}])
+def test_special_tokens_of_a_file_of_their_own(directory, tmp_path, config):
+    source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    folder = with_config(directory, tmp_path, **({"eos_token": None, "chat_template": source} | config))
+    bos = {"content": "<|bos|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": bos, "eos_token": "<|eos|>"}))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert chat_template(folder).render(MESSAGES) == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+
+
 def test_a_file_of_its_own_comes_first(directory, tmp_path):
     folder = with_config(directory, tmp_path)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")

@@ -74,8 +74,13 @@ class ChatTemplate:
 
 def chat_template(directory: Path, now: Callable[[], datetime] = datetime.now) -> ChatTemplate | None:
     """The chat template of a model directory. Raises `UsageError` for files that cannot be read or do not parse."""
-    source, config = template_source(directory)
-    return None if source is None else ChatTemplate(source, _special(config), now)
+    source, values = template_source(directory)
+    if source is None:
+        return None
+    older = directory / "special_tokens_map.json"
+    if "added_tokens_decoder" not in values and kind_of(older) == "file":  # then transformers heeds it first
+        values |= read_json_object(older)
+    return ChatTemplate(source, _special(values), now)
 
 
 def template_source(directory: Path) -> tuple[str | None, dict[str, Any]]:
