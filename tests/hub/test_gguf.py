@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
@@ -227,12 +227,15 @@ def other_tokenizers():
     )
     letters = Tokenizer(models.BPE({"a": 0}, []))  # llama.cpp reads no BPE without merges
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return [unigram, lower, spaces, prefix, digits, letters, Tokenizer(MERGES)]
+    added = [train_tokenizer([TEXT] * 3, 300) for _ in range(3)]
+    for tokenizer, how in zip(added, ("lstrip", "rstrip", "single_word"), strict=True):
+        tokenizer.add_tokens([AddedToken("people", **{how: True})])  # it takes spaces along, or is none within a word
+    return [unigram, lower, spaces, prefix, digits, letters, Tokenizer(MERGES), *added]
 
 
 @pytest.mark.parametrize("other", other_tokenizers())
 def test_a_tokenizer_that_llama_cpp_would_not_follow(build, tmp_path, other):
-    save(build(), tmp_path / "model", other)
+    save(build(vocab_size=310), tmp_path / "model", other)
     with pytest.raises(UsageError, match=r"tokenizer.json: treats text in another way"):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf")
 

@@ -40,11 +40,12 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
         and whole["model"]["merges"]
         and not whole["model"].get("byte_fallback")
         and not _steps(whole["normalizer"])
+        and not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in whole["added_tokens"])
     )
     before = tokenizer.encode("").ids
     if name is None or not plain or before not in ([], [config.bos_token_id]):
         raise UsageError(
-            f"{directory / 'tokenizer.json'}: treats text in another way (splits, normalizer, bytes, start) than"
+            f"{directory / 'tokenizer.json'}: treats text in another way (splits, normalizer, bytes, start, added tokens) than"
             f" {', '.join(_SPLITS.values())}, which llama.cpp is known to follow; its own convert_hf_to_gguf.py knows more"
         )
     template, _ = template_source(directory)
