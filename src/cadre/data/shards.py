@@ -447,7 +447,8 @@ def _write(
             writer.add(after, end is None and learned[-1:] == [True])
 
     characters = 0
-    with (folder / HELD_OUT_TEXT).open("w", encoding="utf-8", newline="\n") as held_out_text:
+    # The name of a file need not be Unicode; what stands for its other bytes is written as JSON's escapes are.
+    with (folder / HELD_OUT_TEXT).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as held_out_text:
         for is_held_out, document in split.divide(documents):
             if is_held_out:
                 record: dict[str, Any] = {"name": document.name, "text": document.text}
