@@ -1,5 +1,7 @@
 """The console entry: whatever is wrong ends in one line on standard error and the right status."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -85,6 +87,19 @@ def test_the_version(monkeypatch, capsys):
 
 def test_what_a_model_writes_moves_no_terminal():
     assert printable("a\x1b[2Jb\tc\n\x0e\x9bd\x7f") == "a\\x1b[2Jb\tc\n\\x0e\\x9bd\\x7f"
+
+
+def test_names_that_are_not_unicode_can_be_printed():
+    """Of files in a folder, which no argument names."""
+    program = (
+        "import sys; from cadre.cli import main; sys.argv = ['cadre']\n"
+        'main._app = lambda: lambda standalone_mode: print(\'{"path": "a/\\udcff.txt"}\')\n'
+        "main.main()"
+    )
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=strict)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == {"path": "a/\udcff.txt"}
 
 
 def test_help_names_every_verb(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -86,6 +87,9 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(sys.argv)):
         _end("arguments must be UTF-8: none of them can be written down otherwise", 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error is: a file that a folder holds may have a name that cannot be written otherwise.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # What has been half written is cleared away on the way out, as after Ctrl-C. Training saves instead.
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
