@@ -37,7 +37,7 @@ def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status,
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr("cadre.train.recipe.read_recipe", failing)
+    monkeypatch.setattr("cadre.cli.train._train", failing)
     assert call(monkeypatch, "train") == status
     assert capsys.readouterr() == ("", line)
 
@@ -51,7 +51,7 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, status,
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr("cadre.train.recipe.read_recipe", failing)
+    monkeypatch.setattr("cadre.cli.train._train", failing)
     assert call(monkeypatch, "train") == status
     assert capsys.readouterr() == ("", line)
 
@@ -70,7 +70,7 @@ def test_a_name_that_is_too_long_is_one_line(monkeypatch, capsys, tmp_path, verb
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_told_and_has_its_own_status(monkeypatch, capsys, number, status):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("cadre.train.recipe.read_recipe", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("cadre.cli.train._train", lambda *_, **__: signal.raise_signal(number))
     try:
         assert call(monkeypatch, "train") == status
         assert capsys.readouterr() == ("", "cadre: interrupted\n")
