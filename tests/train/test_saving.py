@@ -66,6 +66,22 @@ def test_copies_that_are_prepared_are_those_that_are_written():
     assert all(torch.equal(written[0].moments[name], tensor) for name, tensor in held.moments.items())
 
 
+def test_what_is_being_written_is_not_prepared_over():
+    """A run that keeps its best model writes the one it began with during its first step."""
+    held, written = tensors(), []
+    saver, before = Saver(nobody), held.weights["w0"].clone()
+
+    def write(copies: Tensors) -> None:
+        time.sleep(0.3)
+        written.append(copies.weights["w0"].clone())
+
+    saver.save(Tensors(held.weights, {}), write)
+    held.weights["w0"].add_(1.0)
+    saver.prepare(held)
+    saver.wait()
+    assert torch.equal(written[0], before)
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_run_prepares_after_its_first_step(lab, monkeypatch, resumed):
     run = lab.start("run")

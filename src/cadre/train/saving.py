@@ -29,7 +29,9 @@ class Saver:
 
     def prepare(self, tensors: Tensors) -> None:
         """Make the copies before they are wanted. A page of memory costs far more when it is touched first than ever after, and
-        a run that they do not leave room for should not learn that at its first checkpoint."""
+        a run that they do not leave room for should not learn that at its first checkpoint. Waits for a save under way, which
+        writes from them."""
+        self.wait()
         here = {**local(tensors.weights), **local(tensors.moments)}
         if not self._anyone(not self._fits(here)):
             self._copied(here)
