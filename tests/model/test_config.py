@@ -107,6 +107,7 @@ REFUSED = [
     ),
     # Experts.
     ("deepseek_v3", {"first_k_dense_replace": 3}, "first_k_dense_replace is 3; it must be 0 to 2, the number of blocks"),
+    ("deepseek_v2", {"n_group": "2"}, "n_group is '2'; input should be a valid integer"),
     ("deepseek_v3", {"n_group": 4}, "n_group is 4; it must be a divisor of n_routed_experts (6), such as 1, 2, 3, 6"),
     ("deepseek_v3", {"n_group": 6, "topk_group": 2}, "n_group is 6; it must be at most 3: a group is scored by its two"),
     ("glm4_moe", {"n_group": 2, "topk_group": 3}, "topk_group is 3; it must be 1 to n_group (2)"),

@@ -156,7 +156,7 @@ class ModelConfig(BaseModel):
             values.setdefault("scoring_func", "softmax" if kind == "deepseek_v2" else "sigmoid")
             if kind == "deepseek_v2":
                 values.setdefault("norm_topk_prob", False)
-                grouped = (values.get("n_group") or 1) > 1
+                grouped = _int(values, "n_group") and values["n_group"] > 1
                 values.setdefault("topk_method", "group_limited_greedy" if grouped else "greedy")
             else:
                 values.setdefault("topk_method", "noaux_tc")
