@@ -48,8 +48,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(lab):
     ("train.batch=2", "train.batch is 2, but the run began with 4"),
     ("train.seed=3", "train.seed is 3"),
     ("optimizer.name=muon", "optimizer.name is 'muon'"),
+    (f"eval.prompts=['{'the people ' * 99}']", "eval.prompts: .* the model's context"),  # as when a run begins
 ])  # fmt: skip
-def test_a_changed_model_or_batch_is_refused_by_name(lab, override, wanted):
+def test_what_cannot_go_on_is_refused_by_name(lab, override, wanted):
     lab.start("run")
     before = (lab.folder / "run" / "recipe.toml").read_text()
     with pytest.raises(UsageError, match=wanted):

@@ -12,7 +12,7 @@ from cadre.errors import UsageError
 from cadre.hub.directory import model_directory
 from cadre.hub.tokenizer import check_vocabulary
 from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
-from cadre.train.checks import check_fp8, check_memory, say_slow
+from cadre.train.checks import check_fp8, check_memory, check_samples, say_slow
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel.auto import device_here, settle
 from cadre.train.parallel.group import Parallel
@@ -71,6 +71,7 @@ def resume(
         if recipe.train.fp8_experts:
             check_fp8(config, device)
         check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
+        check_samples(recipe, config, data)
         batches = batches_of(recipe, config, data, parallel)
     newest, train = _newest(path, parallel), wanted.train
     source = _source(path) if newest is None else None
