@@ -22,7 +22,9 @@ def lively(family: str, **changes) -> Transformer:
     model = Transformer(small(family, **changes)).initialize(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" not in name:
+            if name.endswith("bias"):  # they begin as zeros
+                parameter.copy_(torch.linspace(-1, 1, len(parameter)))
+            elif "norm" not in name:
                 parameter.mul_(20)
     return model.train()
 
