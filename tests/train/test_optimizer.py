@@ -88,6 +88,14 @@ def test_muon_takes_the_matrices_inside_blocks_and_no_others():
     assert not any("norm" in name or name.endswith(("bias", "gate.weight")) for name in muon)
 
 
+def test_of_experts_gate_and_up_are_matrices_of_their_own_and_fewer_iterations_do():
+    _, optimizer = build("muon")
+    groups = optimizer.parts[1].param_groups
+    settings = {optimizer.names[p]: (g["fused"], g["iterations"]) for g in groups for p in g["params"]}
+    names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.o_proj.weight")
+    assert [settings[f"layers.1.{name}"] for name in names] == [(2, 3), (1, 3), (1, 5)]
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw-bf16", "muon"])
 def test_norms_and_biases_do_not_decay_and_matrices_do(name):
     model, optimizer = build(name, weight_decay=0.5, lr=0.1, router_lr_scale=0.5)
