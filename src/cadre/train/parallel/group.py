@@ -103,10 +103,6 @@ class Parallel:
         losses."""
         return work.backward(model)
 
-    def share(self, whole: Sequence[Any]) -> Sequence[Any]:
-        """This process's share of items that are each dealt with once in the whole run."""
-        return whole[self.rank :: self.size]
-
     def add(self, *tensors: Tensor) -> None:
         """All-reduce by sum, in place."""
 
