@@ -33,7 +33,8 @@ def bias_step(rule: str, load_LE: Tensor) -> Tensor:
 class Balance:
     """The balancing of a model by a recipe's `[balance]`. One optimizer step:
 
-        reset(), then for each micro-batch record(), forward pass, recorded() -> losses(), backward pass; then update()
+        reset(), then for each micro-batch record(), forward pass, recorded() -> count() and weighted_losses(), backward pass;
+        then update()
 
     Loads are of the choices made, bias and groups included, and of all micro-batches. What a backward pass recomputes is
     not recorded. The window is all that was counted since `close_window`; it is in `state()`, the rest lasts one step.
