@@ -5,7 +5,9 @@ import json
 import pytest
 
 from cadre.data.sources import Document
+from cadre.model.scoring import Score
 from cadre.train.evaluation import Evaluation, first_tokens
+from cadre.train.parallel.group import Parallel
 
 
 def test_the_least_of_a_text_is_a_letter():
@@ -34,6 +36,15 @@ def test_the_time_of_an_evaluation_is_that_of_all_that_is_read(lab):
     found = evaluation.on_the_way()
     tokens = found.seconds / (evaluation.seconds_per_token / 2)
     assert tokens == pytest.approx(evaluation.held_out["tokens"], rel=0.2)
+
+
+def test_the_last_evaluation_slides_by_half_and_those_on_the_way_do_not(lab, monkeypatch):
+    strides = []
+    monkeypatch.setattr(Parallel, "score", lambda *_, context, stride: strides.append((context, stride)) or Score(1.0, 1, 1))
+    evaluation = Evaluation(lab.start("run"))
+    evaluation.on_the_way()
+    evaluation.last(10**9)
+    assert strides == [(16, 16), (16, 8)]
 
 
 @pytest.mark.parametrize("seconds, step, read", [
