@@ -42,7 +42,8 @@ SUMMARY = {
         "tokens_per_second": 8571.0, "mfu": 0.412, "peak_memory_bytes": 2.2e9, "total_flops": 9.6e13, "stopped": None,
     },
     "samples": [
-        {"prompt": "My fellow citizens", "text": "My fellow citizens of the Senate,\n\nwe have met again to consider"},
+        {"prompt": "My fellow citizens", "text": " of the Senate,\n\nwe have met again to consider"},
+        {"prompt": "Ha", "text": "Hahaha"},
         {"prompt": "The state of the Union", "text": " is strong, and the people are at work. " * 8},
     ],
     "model_dir": "runs/pocket/model",
@@ -158,7 +159,8 @@ def test_ids_are_unique_and_references_resolve(page: str) -> None:
         "Gradient norm", "Layer 1", "Layer 3", "MaxVio", "20,971,520", "410 GFLOP/s", "hidden_size", "4096", "sotu",
         "cadre train pocket --out runs/pocket", "from checkpoints/000750", "step 120 skipped: its loss is not finite",
         "98.8%", "Bias range", "<td>0.123</td>", "<td>none</td>", "<!-- cadre routes -->",
-        "<b>My fellow citizens</b> of the Senate", "<b>The state of the Union</b> is strong", "16.0 GiB", "0.0996",
+        "<b>My fellow citizens</b> of the Senate", "<b>The state of the Union</b> is strong", "<b>Ha</b>Hahaha", "16.0 GiB",
+        "0.0996",
     ],
 )  # fmt: skip
 def test_the_page_shows(page: str, text: str) -> None:

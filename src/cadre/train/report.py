@@ -47,10 +47,10 @@ Summary = dict[str, Any]
 def write_report(run_dir: Path, summary: Summary) -> Path:
     """Writes `run_dir/report.html` atomically from the run's metrics and `summary`; returns its path.
 
-    `summary` needs "name"; its optional parts are command, config, recipe (by section), counts, data, machine, result, samples,
-    model_dir, load_line, cost and prediction (rows of `cadre.plan.here.compare`). Whatever is missing, there or in the metrics,
-    or malformed in these, leaves its section out. The page makes no outside request. Raises RunError if the disk refuses,
-    UsageError if the metrics are damaged.
+    `summary` needs "name"; its optional parts are command, config, recipe (by section), counts, data, machine, result, samples
+    (each a prompt and the text that follows it), model_dir, load_line, cost and prediction (rows of `cadre.plan.here.compare`).
+    Whatever is missing, there or in the metrics, or malformed in these, leaves its section out. The page makes no outside
+    request. Raises RunError if the disk refuses, UsageError if the metrics are damaged.
     """
     from markupsafe import Markup
 
@@ -71,7 +71,7 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
             load=_load(records),
             alarms=_alarms(records),
             routes=Markup(ROUTES_LINK if (run_dir / ROUTES_PAGE).is_file() else NO_ROUTES_YET),
-            samples=[_sample(sample) for sample in summary.get("samples") or []],
+            samples=summary.get("samples") or [],
             tables=_tables(summary),
             events=events[-EVENTS_SHOWN:],
             events_left_out=max(0, len(events) - EVENTS_SHOWN),
@@ -288,10 +288,6 @@ def _alarms(records: Sequence[Record]) -> list[str]:
         if record.get("event") in ("collapse", "recovered"):
             sounding[record.get("layer")] = record.get("message") if record["event"] == "collapse" else None
     return [message for message in sounding.values() if message]
-
-
-def _sample(sample: dict[str, str]) -> dict[str, str]:
-    return {"prompt": sample["prompt"], "text": sample["text"].removeprefix(sample["prompt"])}
 
 
 def _last(records: Sequence[Record], key: str) -> float | None:
