@@ -85,6 +85,23 @@ def test_only_the_newest_are_kept_in_order_of_steps(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000100", "step-00001000"]
 
 
+def test_what_a_crash_leaves_of_one_that_is_dropped_is_no_checkpoint(tmp_path, monkeypatch):
+    model, optimizer = build(1)
+    save_checkpoint(tmp_path, model, optimizer, state(1), keep=1)
+
+    def crash(path, **options):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, model, optimizer, state(2), keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+    save_checkpoint(tmp_path, model, optimizer, state(3), keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
 def test_a_step_saved_twice_stays_as_it_was(tmp_path):
     """Replacing a folder is no atomic step, so a crash then could leave none."""
     model, optimizer = build(1)

@@ -28,6 +28,17 @@ def test_a_model_larger_than_the_machine_is_refused_with_numbers(monkeypatch):
         check_memory(small("llama"), torch.device("cpu"), beside=small("llama"))
 
 
+def test_the_memory_is_that_of_all_machines_however_many_processes_share_one(monkeypatch):
+    class Memory:
+        total = 3 * state_bytes(Shape.from_config(small("llama")), "adamw") // 4
+
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_memory(small("llama"), torch.device("cpu"), processes=4)
+    with pytest.raises(UsageError, match="choose a smaller model"):
+        check_memory(small("llama"), torch.device("cpu"), processes=2)
+
+
 def test_experts_in_fp8_want_a_card_that_has_it(monkeypatch):
     check_fp8(small("deepseek_v3"), torch.device("cpu"))
     for able in (True, False):
