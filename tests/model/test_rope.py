@@ -118,6 +118,16 @@ def test_rotation_keeps_length_and_dtype_and_starts_at_the_identity(rotate):
     assert rotate(x.bfloat16(), turn).dtype == torch.bfloat16
 
 
+def test_a_table_reaches_as_far_as_is_asked_and_serves_training_whoever_made_it():
+    config = small("deepseek_v3")
+    first, grown = RotaryTable(config), RotaryTable(config)
+    with torch.inference_mode():
+        grown(0, 5, CPU)
+    assert not grown(0, 5, CPU).is_inference()  # autograd refuses those
+    assert len(first(0, 300, CPU)) == 300
+    assert torch.equal(grown(140, 300, CPU), first(140, 300, CPU))
+
+
 @pytest.mark.parametrize("rotate", ROTATIONS)
 def test_rotation_takes_any_memory_layout(rotate):
     wide = torch.randn(2, 3, 1, 9)
