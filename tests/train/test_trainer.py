@@ -336,6 +336,18 @@ def test_a_finished_run_that_goes_on_keeps_its_best(lab, monkeypatch):
     assert (lab.folder / "late" / "best" / "config.json").is_file()
 
 
+def test_a_run_that_is_ended_where_it_stopped_keeps_its_best(lab, monkeypatch):
+    """The checkpoint of that step was there before the evaluation was."""
+    asked = iter([2.0, 9.0, 3.0, 3.1, 9.0])
+    monkeypatch.setattr(Parallel, "score", lambda *_, **__: Score(next(asked) * math.log(2), 1, 1))
+    options = ("eval.every=8", "checkpoint.best=true", "train.log_every=1")
+    assert lab.train(lab.start("run", *options), at={6: interrupt()})[0].stopped
+    assert lab.train(lab.resume("run", "train.steps=6"))[0].best_step == 6
+    kept = (lab.folder / "run" / "best" / "model.safetensors").read_bytes()
+    assert lab.train(lab.resume("run", "train.steps=12"))[0].best_step == 6
+    assert (lab.folder / "run" / "best" / "model.safetensors").read_bytes() == kept
+
+
 def test_a_score_that_is_no_number_is_no_lowest(lab, monkeypatch):
     run, scores = lab.start("run", "eval.every=2", "checkpoint.best=true"), iter([math.nan, 2.0, *[2.5] * 5])
     monkeypatch.setattr(Parallel, "score", lambda *_, **__: Score(next(scores) * math.log(2), 1, 1))

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cadre.errors import UsageError, explain, write_error
-from cadre.files import checksum, sync
+from cadre.files import checksum, replace_file, sync
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -99,15 +99,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(run_dir: Path, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint for `state["step"]` beside the others, unless it is there, then drop all but the newest `keep`.
+    """Write a checkpoint for `state["step"]` beside the others, then drop all but the newest `keep`; of one that is there only
+    the plain state, for a step has one set of tensors.
 
     Raises `RunError` when the disk is full; the previous checkpoints stay as they were.
     """
     folder = run_dir / "checkpoints"
     final = folder / name_of(state["step"])
-    if final.exists():
-        return final  # a step has one state
     with _whole(folder / f".partial-{os.getpid()}", final) as partial:
+        if final.exists():
+            renew(final, state)
+            return final
         begin(partial)
         _write_tensors(tensors.weights, partial / "weights.safetensors")
         _write_tensors(tensors.moments, partial / "optimizer.safetensors")
@@ -143,11 +145,7 @@ def begin(partial: Path) -> None:
 def publish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, Any], keep: int) -> None:
     """Complete a checkpoint whose tensors are written in `files`, by name their `checksum`, give it its name, and drop older
     ones. Raises OSError."""
-    state = {**state, "checksums": files}
-    with (partial / "state.json").open("w", encoding="utf-8") as file:
-        json.dump({**state, _OWN: _own_checksum(state)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(partial / "state.json", _state_file(state, files))
     sync(partial)
     partial.replace(final)
     sync(final.parent)
@@ -155,6 +153,18 @@ def publish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, 
         # Renamed first: what a crash leaves of it must not look like a checkpoint.
         with suppress(OSError):
             shutil.rmtree(old.rename(final.parent / f".partial-{old.name}"))
+
+
+def renew(final: Path, state: dict[str, Any]) -> None:
+    """Have a checkpoint say what has become known since of its step, such as the evaluation that ends a run. Raises OSError."""
+    file, content = final / "state.json", _state_file(state, read_state(final)["checksums"])
+    if file.read_bytes() != content:
+        replace_file(file, content)
+
+
+def _state_file(state: dict[str, Any], files: dict[str, Any]) -> bytes:
+    state = {**state, "checksums": files}
+    return json.dumps({**state, _OWN: _own_checksum(state)}, indent=1).encode()
 
 
 def read_state(path: Path) -> dict[str, Any]:

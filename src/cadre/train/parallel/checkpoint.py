@@ -29,7 +29,7 @@ from torch.futures import Future
 
 from cadre.errors import RunError, UsageError
 from cadre.files import checksum, sync
-from cadre.train.checkpoint import DamagedError, begin, name_of, publish
+from cadre.train.checkpoint import DamagedError, begin, name_of, publish, renew
 
 if TYPE_CHECKING:
     from cadre.train.optimizer import Optimizer
@@ -45,10 +45,11 @@ def save_parts(
     final = run_dir / "checkpoints" / name_of(state["step"])
     exists = torch.tensor([final.exists()])
     dist.broadcast(exists, 0, group=ranks.disk_group)
-    if exists:
-        return
     partial = run_dir / "checkpoints" / ".partial-parts"
     try:
+        if exists:
+            ranks.together(lambda: renew(final, state) if ranks.main else None)
+            return
         ranks.together(lambda: begin(partial) if ranks.main else None)
         writer = _Writer(partial, copies)
         ranks.together(lambda: _write(tensors, writer, ranks.disk_group))
