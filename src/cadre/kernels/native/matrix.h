@@ -207,7 +207,12 @@ __attribute__((noinline)) static void dot_tile(const W& w, size_t row, const flo
 }
 
 constexpr int ROWS = 8;    // rows of a matrix per tile for one vector; half as many for several
-constexpr int TOKENS = 6;  // vectors per tile: 6 x 4 accumulators leave room in 32 registers
+#if defined(__x86_64__) && !defined(__AVX512F__)
+constexpr int TOKENS = 2;  // vectors per tile: their accumulators, 4 of each, leave room in 16 registers
+#else
+constexpr int TOKENS = 6;  // in 32
+#endif
+constexpr size_t MANY = 12;  // vectors more than which make widening narrow rows beforehand pay
 
 // How many of M vectors the next tile takes: 8 are 4 + 4, not 6 + 2.
 static inline size_t share(size_t M) {
@@ -338,7 +343,7 @@ static inline void wide_dots(const W& w, size_t begin, size_t end, const float* 
 template <class W, class Put>
 static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
     if constexpr (!std::is_same_v<W, Float32> && !in_words<W>)
-        if (M > 2 * TOKENS) return wide_dots(w, begin, end, x, M, K, put);
+        if (M > MANY) return wide_dots(w, begin, end, x, M, K, put);
     dots_of(w, begin, end, x, M, K, put);
 }
 

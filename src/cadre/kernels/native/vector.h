@@ -84,6 +84,11 @@ static inline floats widen(halves v) {
 }
 static inline floats widen(bytes v) { return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v)); }
 static inline ints widen(ubytes v) { return (ints)_mm512_cvtepu8_epi32((__m128i)v); }
+#elif defined(__AVX2__)
+static inline floats widen(halves v) { return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16); }
+static inline __m128i eight(const void* v) { return _mm_loadl_epi64((const __m128i*)v); }
+static inline floats widen(bytes v) { return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(&v))); }
+static inline ints widen(ubytes v) { return (ints)_mm256_cvtepu8_epi32(eight(&v)); }
 #else
 static inline floats widen(halves v) { return (floats)(__builtin_convertvector(v, words) << 16); }
 static inline floats widen(bytes v) { return __builtin_convertvector(__builtin_convertvector(v, ints), floats); }
@@ -135,6 +140,12 @@ static inline void sum4(floats a, floats b, floats c, floats d, float* to) {
     __m512 all = _mm512_add_ps(_mm512_shuffle_ps(xy, zw, 0x44), _mm512_shuffle_ps(xy, zw, 0xee));
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+    auto half = [](floats v) { return _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1)); };
+    const __m128 x = half(a), y = half(b), z = half(c), w = half(d);
+    const __m128 xy = _mm_add_ps(_mm_unpacklo_ps(x, y), _mm_unpackhi_ps(x, y));  // x0+x2 y0+y2 x1+x3 y1+y3
+    const __m128 zw = _mm_add_ps(_mm_unpacklo_ps(z, w), _mm_unpackhi_ps(z, w));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_movelh_ps(xy, zw), _mm_movehl_ps(zw, xy)));
 #else
     const floats v[4] = {a, b, c, d};
     for (int n = 0; n < 4; n++) {
@@ -156,6 +167,10 @@ static inline float sum(floats v) {
 static inline float largest(floats v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX2__)
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 #else
     float x[LANES];
     std::memcpy(x, &v, sizeof v);
@@ -178,6 +193,8 @@ static inline floats reciprocal(floats x) {
 static inline floats square_root(floats x) {
 #if defined(__AVX512F__)
     return (floats)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (floats)_mm256_sqrt_ps((__m256)x);
 #else
     for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
     return x;
