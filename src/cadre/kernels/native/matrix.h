@@ -212,7 +212,9 @@ constexpr int TOKENS = 2;  // vectors per tile: their accumulators, 4 of each, l
 #else
 constexpr int TOKENS = 6;  // in 32
 #endif
-constexpr size_t MANY = 12;  // vectors more than which make widening narrow rows beforehand pay
+// Vectors more than which make widening narrow rows beforehand pay.
+template <class W>
+constexpr size_t MANY = TOKENS == 2 && std::is_same_v<W, Int4> ? 4 : 12;
 
 // How many of M vectors the next tile takes: 8 are 4 + 4, not 6 + 2.
 static inline size_t share(size_t M) {
@@ -343,7 +345,7 @@ static inline void wide_dots(const W& w, size_t begin, size_t end, const float* 
 template <class W, class Put>
 static inline void dots(const W& w, size_t begin, size_t end, const float* const* x, size_t M, size_t K, Put put) {
     if constexpr (!std::is_same_v<W, Float32> && !in_words<W>)
-        if (M > MANY) return wide_dots(w, begin, end, x, M, K, put);
+        if (M > MANY<W>) return wide_dots(w, begin, end, x, M, K, put);
     dots_of(w, begin, end, x, M, K, put);
 }
 
