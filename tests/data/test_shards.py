@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -453,14 +454,12 @@ def test_a_part_of_a_stream_is_a_stream(lengths, data):
     assert part.document_starts.tolist() == [place - start for place in starts if start <= place < stop]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="file systems of macOS take names of Unicode only")
 def test_the_name_of_a_file_need_not_be_unicode(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     names = [os.fsdecode(bytes(folder) + b"/\xff\\%d.txt" % number) for number in range(4)]
-    try:
-        for number, name in enumerate(names):
-            Path(name).write_text(f"{number}: the people of the union\n" * 20)
-    except OSError:
-        pytest.skip("this file system takes no such names")
+    for number, name in enumerate(names):
+        Path(name).write_text(f"{number}: the people of the union\n" * 20)
     held_out = prepare(str(folder), vocab_size=300, out=tmp_path / "out", held_out=0.5).held_out_documents()
     assert len(held_out) == 2 and {document.name for document in held_out} < set(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 
-class ParameterGroups:
+class ParameterGroups(ABC):
     """Parameters in groups of shared settings, and the state of each, as `torch.optim.Optimizer` has them. Building one of
     those imports torch's compiler, which took a sixth of a short run's seconds (docs/log.md) and is not used.
 
@@ -19,9 +20,9 @@ class ParameterGroups:
         self.param_groups: list[dict[str, Any]] = [{**defaults, **group, "params": list(group["params"])} for group in groups]
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
+    @abstractmethod
     def step(self) -> None:
         """Update the parameters by their gradients; those that have none stay as they are."""
-        raise NotImplementedError
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
