@@ -15,11 +15,18 @@ COMMON = dict(vocab_size=131, hidden_size=48, num_hidden_layers=2, num_attention
 LATENT = dict(kv_lora_rank=20, q_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=16)
 EXPERTS = dict(n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=24,
                first_k_dense_replace=1, routed_scaling_factor=1.5)  # fmt: skip
+SPARSE = dict(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+ALL_SPARSE = {**{k: v for k, v in COMMON.items() if k != "intermediate_size"}, **SPARSE}
 KINDS = {
     "deepseek_v3": {**COMMON, **LATENT, **EXPERTS},
     "deepseek_v2": {**COMMON, **LATENT, **EXPERTS},
     "glm4_moe": {**COMMON, **EXPERTS, "num_key_value_heads": 2, "head_dim": 16},
+    "qwen3_moe": {**COMMON, **SPARSE, "num_key_value_heads": 2, "head_dim": 16, "first_k_dense_replace": 1},
+    "mixtral": {**ALL_SPARSE, "num_key_value_heads": 2},
+    "olmoe": {**ALL_SPARSE, "num_key_value_heads": 2},
     "llama": {**COMMON, "num_key_value_heads": 2},
+    "qwen2": {**COMMON, "num_key_value_heads": 2},
+    "qwen3": {**COMMON, "num_key_value_heads": 2, "head_dim": 16},
 }
 
 

@@ -192,6 +192,12 @@ def test_tokens(written, tokenizer):
         ),
         ("deepseek_v2", dict(n_group=2, topk_group=1), "n_group is 2"),
         ("glm4_moe", dict(first_k_dense_replace=2), "first_k_dense_replace is 2"),
+        ("qwen3_moe", {}, "first_k_dense_replace is 1"),
+        ("qwen3_moe", dict(first_k_dense_replace=0, norm_topk_prob=False), "norm_topk_prob is False"),
+        ("qwen3", dict(attention_bias=True), "attention_bias is True"),
+        ("olmoe", dict(norm_topk_prob=True), "norm_topk_prob is True"),
+        ("olmoe", dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
+        ("olmoe", {}, "num_key_value_heads is 2"),
         (
             "llama",
             dict(

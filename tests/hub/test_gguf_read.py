@@ -35,6 +35,12 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
         ("llama", dict(head_dim=16, attention_bias=True)),
         ("llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
         ("llama", dict(rope_parameters=YARN)),
+        ("qwen3_moe", dict(first_k_dense_replace=0, norm_topk_prob=True)),
+        ("qwen3_moe", dict(first_k_dense_replace=0, norm_topk_prob=True, rope_parameters=YARN)),
+        ("mixtral", dict(head_dim=16)),
+        ("olmoe", dict(num_key_value_heads=4)),
+        ("qwen2", dict(tie_word_embeddings=True)),
+        ("qwen3", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
     ],
 )
 def test_there_and_back(build, tmp_path, kind, changes):
@@ -171,9 +177,10 @@ def changed(build, tmp_path, kind, keys=None, tensors=None, **model):
 @pytest.mark.parametrize(
     "kind, keys, tensors, says",
     [
-        ("llama", {"general.architecture": "qwen2"}, {}, "general.architecture is 'qwen2'"),
+        ("llama", {"general.architecture": "gpt2"}, {}, "general.architecture is 'gpt2'"),
         ("llama", {"llama.block_count": None}, {}, r"has no llama\.block_count"),
-        ("llama", {"llama.expert_count": 8}, {}, r"llama\.expert_count: Cadre reads no llama with experts"),
+        ("llama", {"llama.expert_count": 8}, {}, r"has no llama\.expert_used_count"),
+        ("mixtral", {}, {"blk.0.ffn_gate_exps.weight": None}, r"lacks the tensor blk\.0\.ffn_gate_exps\.weight"),
         ("llama", {}, {"rope_freqs.weight": torch.ones(6).numpy()}, r"rope_freqs\.weight: holds how"),
         ("llama", {}, {"blk.0.attn_q.weight": None}, r"lacks the tensor blk\.0\.attn_q\.weight"),
         ("llama", {}, {"blk.0.other.weight": torch.ones(6).numpy()}, r"blk\.0\.other\.weight, which Cadre's llama has not"),

@@ -1,27 +1,8 @@
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from tests.shapes import configs
 
 from cadre.hub.names import duplicates, fused_pieces, hollow, pieces, skeleton
-from cadre.model.config import ModelConfig
-
-
-@st.composite
-def configs(draw):
-    kind = draw(st.sampled_from(["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"]))
-    layers = draw(st.integers(1, 3))
-    values = dict(model_type=kind, vocab_size=11, hidden_size=8, num_hidden_layers=layers, num_attention_heads=2,
-                  intermediate_size=6, tie_word_embeddings=draw(st.booleans()), attention_bias=draw(st.booleans()))  # fmt: skip
-    if kind.startswith("deepseek"):
-        values.update(kv_lora_rank=5, q_lora_rank=draw(st.sampled_from([None, 3])), qk_nope_head_dim=3,
-                      qk_rope_head_dim=2, v_head_dim=4)  # fmt: skip
-    if kind != "llama":
-        values.update(n_routed_experts=draw(st.integers(2, 5)), n_shared_experts=draw(st.integers(0, 2)),
-                      num_experts_per_tok=1, moe_intermediate_size=draw(st.integers(1, 4)),
-                      first_k_dense_replace=draw(st.integers(0, layers)))  # fmt: skip
-        if kind != "deepseek_v2":
-            values.update(num_nextn_predict_layers=draw(st.integers(0, 2)))
-    return ModelConfig.from_dict(values)
 
 
 @settings(max_examples=60, deadline=None)

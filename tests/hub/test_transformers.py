@@ -15,6 +15,7 @@ from cadre.errors import UsageError
 from cadre.hub.load import load
 from cadre.hub.save import save
 from cadre.model.config import ModelConfig
+from cadre.model.families import FAMILIES as FAMILY
 from cadre.model.transformer import Transformer
 
 logging.set_verbosity_error()
@@ -30,13 +31,21 @@ BASE = dict(vocab_size=150, hidden_size=48, num_hidden_layers=3, num_attention_h
             attention_bias=False, bos_token_id=None, eos_token_id=None, rope_parameters=dict(rope_theta=10000.0))  # fmt: skip
 MOE = dict(moe_intermediate_size=24, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, n_group=1,
            topk_group=1, first_k_dense_replace=1, routed_scaling_factor=1.0)  # fmt: skip
+SPARSE = dict(moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=3)
 MLA = dict(num_key_value_heads=4, kv_lora_rank=24, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 FAMILIES = {
     "deepseek_v3": {**BASE, **MOE, **MLA, "norm_topk_prob": True},
     "deepseek_v2": {**BASE, **MOE, **MLA, "topk_method": "greedy"},
     "glm4_moe": {**BASE, **MOE, "num_key_value_heads": 2, "head_dim": 16, "norm_topk_prob": True, "use_qk_norm": False,
                  "rope_parameters": dict(rope_theta=10000.0, rope_type="default", partial_rotary_factor=0.5)},
+    "qwen3_moe": {**BASE, **SPARSE, "num_key_value_heads": 2, "head_dim": 16, "norm_topk_prob": True},
+    "mixtral": {**{k: v for k, v in BASE.items() if k not in ("intermediate_size", "attention_bias")}, **SPARSE,
+                "num_key_value_heads": 2},
+    "olmoe": {**{k: v for k, v in BASE.items() if k != "intermediate_size"}, **SPARSE, "num_key_value_heads": 2,
+              "pad_token_id": None},
     "llama": {**BASE, "num_key_value_heads": 2},
+    "qwen2": {**{k: v for k, v in BASE.items() if k != "attention_bias"}, "num_key_value_heads": 2},
+    "qwen3": {**BASE, "num_key_value_heads": 2, "head_dim": 16},
 }  # fmt: skip
 
 SHAPES = {
@@ -92,6 +101,30 @@ SHAPES = {
         dict(hidden_size=50, num_attention_heads=6, num_key_value_heads=3, head_dim=12, moe_intermediate_size=19),
         dict(tie_word_embeddings=True, attention_bias=True),
     ],
+    "qwen3_moe": [
+        dict(),
+        dict(norm_topk_prob=False, num_experts_per_tok=1, n_routed_experts=1),
+        dict(attention_bias=True, num_key_value_heads=1, num_experts_per_tok=8),
+        dict(first_k_dense_replace=1, tie_word_embeddings=True),
+        dict(first_k_dense_replace=3),
+        dict(hidden_size=50, num_attention_heads=6, num_key_value_heads=3, head_dim=12, moe_intermediate_size=19),
+        dict(rope_parameters=YARN, rms_norm_eps=1e-3),
+        dict(rope_parameters=LLAMA3),
+    ],
+    "mixtral": [
+        dict(),
+        dict(num_key_value_heads=4, num_experts_per_tok=1),
+        dict(head_dim=22, num_key_value_heads=1, tie_word_embeddings=True),
+        dict(rope_parameters=LINEAR, rms_norm_eps=1e-3),
+        dict(hidden_size=50, num_attention_heads=6, num_key_value_heads=3, head_dim=12, moe_intermediate_size=19),
+    ],
+    "olmoe": [
+        dict(),
+        dict(norm_topk_prob=True, num_key_value_heads=4),
+        dict(attention_bias=True, num_key_value_heads=1, tie_word_embeddings=True),
+        dict(hidden_size=42, num_attention_heads=3, num_key_value_heads=3, moe_intermediate_size=19),
+        dict(rope_parameters=YARN, rms_norm_eps=1e-3),
+    ],
     "llama": [
         dict(),
         dict(num_key_value_heads=4),
@@ -101,6 +134,16 @@ SHAPES = {
         dict(rope_parameters=YARN),
         dict(rope_parameters=LINEAR, rms_norm_eps=1e-3),
     ],
+    "qwen2": [
+        dict(),
+        dict(num_key_value_heads=4, tie_word_embeddings=True),
+        dict(head_dim=22, num_key_value_heads=1, rope_parameters=YARN, rms_norm_eps=1e-3),
+    ],
+    "qwen3": [
+        dict(),
+        dict(head_dim=22, num_key_value_heads=4, attention_bias=True),
+        dict(num_key_value_heads=1, rope_parameters=LINEAR, tie_word_embeddings=True, rms_norm_eps=1e-3),
+    ],
 }  # fmt: skip
 CASES = [(kind, number) for kind, shapes in SHAPES.items() for number in range(len(shapes))]
 
@@ -109,8 +152,18 @@ def shape_of(kind, number):
     return {**FAMILIES[kind], **SHAPES[kind][number]}
 
 
+def their_config(kind, shape):
+    """In the family's own words."""
+    shape = dict(shape)
+    if kind == "qwen3_moe":
+        shape["mlp_only_layers"] = list(range(shape.pop("first_k_dense_replace", 0)))
+    for ours, theirs in FAMILY[kind].spelling.items():
+        shape[theirs] = shape.pop(ours)
+    return AutoConfig.for_model(kind, **shape)
+
+
 def their_model(kind, shape, stir, seed):
-    config = AutoConfig.for_model(kind, **shape)
+    config = their_config(kind, shape)
     return stir(AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager"), seed)
 
 

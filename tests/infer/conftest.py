@@ -11,6 +11,7 @@ CORNERS = {
     "latent, experts": small("deepseek_v3"),
     "latent, dense": small("deepseek_v3", first_k_dense_replace=2),
     "grouped, experts": small("glm4_moe"),
+    "grouped, heads normed as one": small("olmoe"),
     "grouped, dense": small("llama"),
 }
 

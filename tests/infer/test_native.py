@@ -174,7 +174,7 @@ def test_bfloat16_weights_and_cache(family: str, width: int, length: int, page_s
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_weights_are_read_as_torch_widens_them(family: str, kind: str) -> None:
     config = small(family, hidden_size=40, vocab_size=37)
     model = quantize_model(randomized(config, 6, 0.2), kind)

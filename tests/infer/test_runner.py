@@ -30,6 +30,7 @@ KINDS = {
     "MHA": small("llama", num_key_value_heads=4),
     "MQA": small("llama", num_key_value_heads=1),
     "GQA, experts": small("glm4_moe"),
+    **{family: small(family) for family in ("qwen3_moe", "mixtral", "olmoe", "qwen2", "qwen3")},
 }
 
 

@@ -16,7 +16,7 @@ from tests.shapes import configs, small
 
 CPU = torch.device("cpu")
 LATENT = ("deepseek_v3", "deepseek_v2")
-GROUPED = ("glm4_moe", "llama")
+GROUPED = ("glm4_moe", "qwen3_moe", "mixtral", "olmoe", "llama", "qwen2", "qwen3")
 KINDS = [
     small("deepseek_v3"),
     small("deepseek_v3", q_lora_rank=None, attention_bias=True),

@@ -63,7 +63,7 @@ REFUSED = [
     ("llama", {"head_dim": 0}, "head_dim is 0; it must be at least 1"),
     ("llama", {"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be at least 1"),
     # Types.
-    ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; input should be 'deepseek_v3', 'deepseek_v2', 'glm4_moe' or"),
+    ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; input should be 'deepseek_v3', 'deepseek_v2', 'glm4_moe', "),
     ("llama", {"vocab_size": "31"}, "vocab_size is '31'; input should be a valid integer"),
     ("llama", {"vocab_size": True}, "vocab_size is True; input should be a valid integer"),
     ("llama", {"hidden_size": 24.0}, "hidden_size is 24.0; input should be a valid integer"),
@@ -124,6 +124,25 @@ REFUSED = [
     ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True; it must be false"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is noaux_tc; it must be greedy or group_limited_greedy"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method is greedy; it must be noaux_tc in deepseek_v3"),
+    *(
+        (kind, {name: 2}, f"{name} is 2, but it has no meaning in {kind}")
+        for kind in ("qwen3_moe", "mixtral", "olmoe")
+        for name in ("n_shared_experts", "n_group", "topk_group", "num_nextn_predict_layers")
+    ),
+    ("qwen3_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5, but it has no meaning in qwen3_moe"),
+    ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob is False; it must be true: mixtral always normalises"),
+    ("mixtral", {"first_k_dense_replace": 1}, "first_k_dense_replace is 1, but it has no meaning in mixtral, whose layers"),
+    ("olmoe", {"intermediate_size": 5}, "intermediate_size is 5, but it has no meaning in olmoe, whose layers are all sparse"),
+    ("olmoe", {"head_dim": 8}, "head_dim is 8; it must be hidden_size (24) by num_attention_heads (4) in olmoe"),
+    ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm is False; it must be true: qwen3_moe always norms queries and keys"),
+    ("qwen2", {"use_qk_norm": True}, "use_qk_norm is True; it must be false: qwen2 has no query-key norm"),
+    ("qwen2", {"attention_bias": False}, "attention_bias is False; it must be true in qwen2"),
+    ("mixtral", {"attention_bias": True}, "attention_bias is True; it must be false in mixtral"),
+    (
+        "qwen3_moe",
+        {"topk_method": "group_limited_greedy"},
+        "topk_method is group_limited_greedy; it must be greedy in qwen3_moe",
+    ),
     (
         "deepseek_v2",
         {"topk_method": "greedy", "n_group": 2},
@@ -292,6 +311,64 @@ def test_published_glm_and_llama():
     assert (llama.rope_parameters.rope_type, llama.rope_parameters.low_freq_factor) == ("llama3", 1)
 
 
+def test_published_models_without_shared_experts():
+    qwen = ModelConfig.from_hf(published.QWEN3_30B_A3B)
+    assert (qwen.n_routed_experts, qwen.norm_topk_prob, qwen.qk_norm, qwen.first_k_dense_replace) == (128, True, "head", 0)
+    assert (qwen.head_dim, qwen.scoring_func, qwen.topk_method) == (128, "softmax", "greedy")
+    mixtral = ModelConfig.from_hf(published.MIXTRAL_8X7B)
+    assert (mixtral.n_routed_experts, mixtral.moe_intermediate_size, mixtral.norm_topk_prob) == (8, 14336, True)
+    assert (mixtral.qk_norm, mixtral.attention_bias, mixtral.intermediate_size) == (None, False, None)
+    olmoe = ModelConfig.from_hf(published.OLMOE_1B_7B)
+    assert (olmoe.moe_intermediate_size, olmoe.norm_topk_prob, olmoe.qk_norm) == (1024, False, "all")
+
+
+def test_kimi_k2_is_a_deepseek_v3():
+    assert ModelConfig.from_hf({**published.DEEPSEEK_V3, "model_type": "kimi_k2"}) == ModelConfig.from_hf(published.DEEPSEEK_V3)
+
+
+def test_what_transformers_takes_where_a_mixtral_is_silent():
+    values = {name: value for name, value in published.MIXTRAL_8X7B.items() if name != "rope_theta"}
+    assert ModelConfig.from_hf(values).rope_parameters.rope_theta == 1e6
+
+
+@pytest.mark.parametrize("spelling", ["num_experts", "num_local_experts", "n_routed_experts"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+def test_the_number_of_experts_has_three_names(family, spelling):
+    values = small(family).to_hf()
+    (own,) = values.keys() & {"num_experts", "num_local_experts"}
+    values[spelling] = values.pop(own)
+    assert ModelConfig.from_hf(values) == small(family)
+
+
+def test_a_recipe_may_spell_a_model_as_its_family_does():
+    olmoe = dict(model_type="olmoe", vocab_size=31, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_experts=6,
+                 num_experts_per_tok=2, intermediate_size=7, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    assert ModelConfig.from_dict(olmoe) == small("olmoe")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_only_layers": [1]}, "mlp_only_layers is [1]; it must be the first layers in order, such as [0, 1]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; it must be 1"),
+        ({"use_sliding_window": True, "sliding_window": 9}, "use_sliding_window is true; Cadre's attention sees all positions"),
+        ({"layer_types": ["sliding_attention"] * 48}, "layer_types is ['sliding_attention', "),
+    ],
+)
+def test_what_only_some_qwens_have_is_refused_by_name(changes, message):
+    with pytest.raises(UsageError) as refused:
+        ModelConfig.from_hf({**published.QWEN3_30B_A3B, **changes}, where="here")
+    assert str(refused.value).startswith(f"here: {message}")
+
+
+def test_sliding_windows_that_are_off_and_first_layers_that_are_dense_are_understood():
+    values = {**published.QWEN3_30B_A3B, "sliding_window": 4096, "layer_types": ["full_attention"] * 48}
+    assert ModelConfig.from_hf(values) == ModelConfig.from_hf(published.QWEN3_30B_A3B)
+    assert ModelConfig.from_hf({**values, "mlp_only_layers": [0, 1]}).first_k_dense_replace == 2
+    with pytest.raises(UsageError, match="sliding_window = 512 is not something Cadre's mixtral knows"):
+        ModelConfig.from_hf({**published.MIXTRAL_8X7B, "sliding_window": 512})
+
+
 @pytest.mark.parametrize("name", published.ALL)
 def test_published_configs_survive_a_round_trip(name):
     config = ModelConfig.from_hf(published.ALL[name])
@@ -301,7 +378,7 @@ def test_published_configs_survive_a_round_trip(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'; Cadre builds deepseek_v3, deepseek_v2, glm4_moe, llama"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; Cadre builds deepseek_v3, deepseek_v2, glm4_moe, qwen3_moe, "),
         ({"moe_layer_freq": 2}, "moe_layer_freq must be 1"),
         ({"mlp_bias": True}, "mlp_bias is true; Cadre's feed-forward layers have no bias"),
         ({"sliding_window": 512}, "sliding_window = 512 is not something Cadre's deepseek_v3 knows"),

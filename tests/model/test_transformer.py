@@ -17,7 +17,7 @@ KINDS = [
     small("deepseek_v3", num_nextn_predict_layers=2),
     small("deepseek_v2", num_nextn_predict_layers=1),
     small("glm4_moe", num_nextn_predict_layers=1),
-    small("llama"),
+    *(small(family) for family in FAMILIES[3:]),
 ]
 
 

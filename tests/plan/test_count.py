@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given
 
 from cadre.errors import UsageError
+from cadre.hub.names import skeleton
 from cadre.model.attention import LayerCache
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
@@ -89,6 +90,17 @@ def test_only_attention_grows_with_context():
     near, far = count(config, context=10), count(config, context=1010)
     assert far.training_flops_per_token - near.training_flops_per_token == 3 * 2 * 3 * (10 + 5) * 1000
     assert near.active_parameters == far.active_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("Qwen3-30B-A3B", 30_532_122_624), ("Mixtral-8x7B", 46_702_792_704), ("OLMoE-1B-7B", 6_919_161_856)],
+)
+def test_published_totals_of_models_without_shared_experts(name, total):
+    """The config that Cadre builds the model from, and the model on torch's meta device."""
+    config = ModelConfig.from_hf(published.ALL[name])
+    assert count(config).total_parameters == total
+    assert sum(parameter.numel() for parameter in skeleton(config).parameters()) == total
 
 
 def test_published_llama_total():

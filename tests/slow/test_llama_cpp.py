@@ -39,6 +39,8 @@ GLM = dict(
     model_type="glm4_moe", num_key_value_heads=2, head_dim=16, rope_parameters=dict(partial_rotary_factor=0.5), **EXPERTS
 )
 LLAMA = dict(model_type="llama", num_key_value_heads=2)
+QWEN = dict(num_key_value_heads=2, head_dim=24)
+SPARSE = dict(moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=3)
 MODELS = {
     "v3": V3,
     "v3-query-rank": V3 | dict(q_lora_rank=28),
@@ -62,6 +64,12 @@ MODELS = {
     "llama-linear": LLAMA | dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
     "llama-llama3": LLAMA | dict(rope_parameters=LLAMA3),
     "llama-yarn": LLAMA | dict(rope_parameters=YARN),
+    "qwen3-moe": QWEN | SPARSE | dict(model_type="qwen3_moe", norm_topk_prob=True),
+    "qwen3-moe-yarn": QWEN | SPARSE | dict(model_type="qwen3_moe", norm_topk_prob=True, rope_parameters=YARN),
+    "mixtral": SPARSE | dict(model_type="mixtral", num_key_value_heads=2, intermediate_size=None),
+    "olmoe": SPARSE | dict(model_type="olmoe", intermediate_size=None),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=2),
+    "qwen3": QWEN | dict(model_type="qwen3"),
 }
 
 

@@ -2,10 +2,12 @@
 
     latent attention      `deepseek2`
     glm4_moe              `glm4moe`
-    llama                 `llama`
+    qwen3_moe             `qwen3moe`
+    llama, mixtral        `llama`
+    others                as they are named
 
-Names, keys and layouts are those that llama.cpp reads (src/models/deepseek2.cpp, glm4-moe.cpp, llama.cpp). It cannot be told
-everything that a config can say: what it would compute differently is refused.
+Names, keys and layouts are those that llama.cpp reads (src/models/deepseek2.cpp, glm4-moe.cpp, qwen3moe.cpp, olmoe.cpp,
+llama.cpp). It cannot be told everything that a config can say: what it would compute differently is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ if TYPE_CHECKING:
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 
-_ARCHITECTURES = {"deepseek_v3": "deepseek2", "deepseek_v2": "deepseek2", "glm4_moe": "glm4moe", "llama": "llama"}
+ARCHITECTURES = {
+    "deepseek_v3": "deepseek2", "deepseek_v2": "deepseek2", "glm4_moe": "glm4moe", "qwen3_moe": "qwen3moe",
+    "mixtral": "llama", "olmoe": "olmoe", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+}  # fmt: skip
 # Where llama.cpp tells DeepSeek-V2-Lite and its like, whose queries have no rank, by the number of layers.
 _LITE_LAYERS = (26, 27)
 
@@ -84,7 +89,7 @@ def write_gguf(
     config = load_config(directory)
     check_gguf(config, str(directory))
     tokenizer = load_tokenizer_of(directory, config)
-    arch = _ARCHITECTURES[config.model_type]
+    arch = ARCHITECTURES[config.model_type]
     kind = dtype or {torch.float32: "f32", torch.float16: "f16"}.get(stored_dtype(directory), "bf16")
     keys = {
         "general.name": display_name(directory),
@@ -120,10 +125,14 @@ def check_gguf(config: ModelConfig, where: str) -> None:
         raise UsageError(f"{where}: {field} is {getattr(config, field)}: {reason}")
 
     rope, kind = config.rope_parameters, config.model_type
-    readable = {"llama": ("default", "linear", "llama3", "yarn"), "glm4_moe": ("default", "linear", "yarn")}
-    if rope.rope_type not in readable.get(kind, ("default", "yarn")):
+    readable = ["default", "yarn"]
+    if config.attention == "grouped":
+        readable.append("linear")
+    if ARCHITECTURES[kind] == "llama":
+        readable.append("llama3")
+    if rope.rope_type not in readable:
         raise UsageError(
-            f"{where}: rope_type is {rope.rope_type}, which llama.cpp does not know of a {_ARCHITECTURES[kind]} model"
+            f"{where}: rope_type is {rope.rope_type}, which llama.cpp does not know of a {ARCHITECTURES[kind]} model"
         )
     if rope.rope_type == "yarn" and (rope.attention_factor is not None or not rope.truncate):
         raise UsageError(f"{where}: rope_parameters has an attention_factor or truncate = false, which GGUF cannot say")
@@ -145,8 +154,22 @@ def check_gguf(config: ModelConfig, where: str) -> None:
         raise UsageError(f"{where}: rope_parameters has mscale, which llama.cpp reads of latent attention only")
     if kind == "glm4_moe" and not config.has_experts:
         refuse("first_k_dense_replace", "llama.cpp reads no glm4moe without experts")
-    if config.has_experts and not config.n_shared_experts:
+    if config.has_experts and config.family.like_deepseek and not config.n_shared_experts:
         refuse("n_shared_experts", "llama.cpp reads no model of this kind whose experts are all routed")
+    if kind in ("qwen3_moe", "olmoe", "qwen3") and config.attention_bias:
+        refuse("attention_bias", f"llama.cpp's {ARCHITECTURES[kind]} has no biases")
+    if kind == "qwen3_moe":
+        if config.first_k_dense_replace:
+            refuse("first_k_dense_replace", "llama.cpp reads experts in every layer of a qwen3moe")
+        if not config.norm_topk_prob:
+            refuse("norm_topk_prob", "llama.cpp always normalises the weights of a qwen3moe's experts")
+    if kind == "olmoe":
+        if config.norm_topk_prob:
+            refuse("norm_topk_prob", "llama.cpp never normalises the weights of an olmoe's experts")
+        if config.tie_word_embeddings:
+            refuse("tie_word_embeddings", "llama.cpp reads an olmoe's head from a tensor of its own")
+        if config.num_key_value_heads != config.num_attention_heads:
+            refuse("num_key_value_heads", "llama.cpp's olmoe has as many as heads")
 
 
 def _keys(config: ModelConfig) -> dict[str, Any]:
@@ -178,7 +201,7 @@ def _keys(config: ModelConfig) -> dict[str, Any]:
             "attention.key_length_mla": config.qk_head_dim,
             "attention.value_length_mla": config.value_head_dim,
         }
-    if config.model_type != "llama":
+    if config.family.like_deepseek:
         keys["leading_dense_block_count"] = min(config.first_k_dense_replace, config.num_hidden_layers)
         keys["expert_feed_forward_length"] = config.moe_intermediate_size or config.intermediate_size
         keys["expert_shared_count"] = config.n_shared_experts
@@ -186,6 +209,10 @@ def _keys(config: ModelConfig) -> dict[str, Any]:
         keys |= {
             "expert_count": config.n_routed_experts,
             "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+        }
+    if config.has_experts and config.family.like_deepseek:
+        keys |= {
             "expert_group_count": config.n_group,
             "expert_group_used_count": config.topk_group,
             "expert_weights_scale": float(config.routed_scaling_factor),
@@ -249,7 +276,7 @@ def named_tensors(config: ModelConfig, state: str, value: Tensor) -> Iterator[tu
 def _turned(config: ModelConfig, part: str, value: Tensor) -> Tensor:
     """Rotary pairs side by side, as llama.cpp turns them in `llama` and `deepseek2`; on disk they may be half a head apart."""
     turned, size = config.rotary_dim, config.qk_head_dim
-    if config.model_type == "llama" and part in ("q_proj", "k_proj"):
+    if ARCHITECTURES[config.model_type] == "llama" and part in ("q_proj", "k_proj"):
         return _side_by_side(value.unflatten(0, (-1, size)), 0).flatten(0, 1)
     if config.attention == "latent" and not config.rope_interleave:
         if part in ("q_proj", "q_b_proj"):

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from cadre.errors import UsageError
-from cadre.hub.gguf import gguf_library, named_tensors
+from cadre.hub.gguf import ARCHITECTURES, gguf_library, named_tensors
 from cadre.hub.gguf_tokenizer import tokenizer_of
 from cadre.hub.names import give_storage, skeleton
 from cadre.hub.tokenizer import save_tokenizer
 from cadre.model.config import ModelConfig
+from cadre.model.families import FAMILIES
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -121,16 +122,24 @@ def _joined(config: ModelConfig, state: str, parts: list[Tensor]) -> Tensor:
     if part == "kv_b_proj":
         keys, values = parts
         return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
-    if config.model_type == "llama" and part in ("q_proj", "k_proj"):
+    if ARCHITECTURES[config.model_type] == "llama" and part in ("q_proj", "k_proj"):
         (rows,) = parts
         return rows.unflatten(0, (-1, config.qk_head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
     return parts[0]
 
 
+def _kind(arch: str, experts: int) -> str:
+    """The first family that llama.cpp knows by this name."""
+    if arch == "llama":
+        return "mixtral" if experts else "llama"
+    return next(kind for kind, name in ARCHITECTURES.items() if name == arch)
+
+
 def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
     arch = keys.get("general.architecture")
-    if arch not in ("llama", "deepseek2", "glm4moe"):
-        raise UsageError(f"general.architecture is {arch!r}; Cadre reads llama, deepseek2 and glm4moe")
+    known = sorted(set(ARCHITECTURES.values()))
+    if arch not in known:
+        raise UsageError(f"general.architecture is {arch!r}; Cadre reads {', '.join(known)}")
 
     def key(name: str, otherwise: Any = KeyError) -> Any:
         name = f"{arch}.{name}"
@@ -147,7 +156,7 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
         raise UsageError(f"{arch}.nextn_predict_layers: modules of multi-token prediction are not read from GGUF")
     heads, experts = key("attention.head_count"), key("expert_count", 0)
     values: dict[str, Any] = {
-        "model_type": {"llama": "llama", "glm4moe": "glm4_moe"}.get(arch, "deepseek_v3"),
+        "model_type": _kind(arch, experts),
         "vocab_size": key("vocab_size", len(keys.get("tokenizer.ggml.tokens", ()))),
         "hidden_size": key("embedding_length"),
         "num_hidden_layers": key("block_count"),
@@ -160,8 +169,6 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
         "rope_parameters": _rope(key),
         **_token_ids(keys),
     }
-    if arch == "llama" and experts:
-        raise UsageError("llama.expert_count: Cadre reads no llama with experts")
     if arch == "deepseek2":
         if "deepseek2.attention.key_length_mla" not in keys:
             raise UsageError(
@@ -185,17 +192,25 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
         if int(width * share) < rotary:  # a quotient rounded down
             share = math.nextafter(share, 1)
         values["rope_parameters"] = {**values["rope_parameters"], "partial_rotary_factor": share}
-    if arch != "llama":
+    family = FAMILIES[values["model_type"]]
+    if family.like_deepseek:
         values["first_k_dense_replace"] = key("leading_dense_block_count", 0)
-    if experts:
+    if not family.dense_layers:
+        del values["intermediate_size"]  # it is that of the experts
+    if family.scoring is not None and experts:
+        values |= {
+            "n_routed_experts": experts,
+            "num_experts_per_tok": key("expert_used_count"),
+            "moe_intermediate_size": key("expert_feed_forward_length", None) or key("feed_forward_length"),
+        }
+    if arch == "qwen3moe":
+        values["norm_topk_prob"] = True  # llama.cpp knows no other
+    if family.like_deepseek and experts:
         softmax = key("expert_gating_func", 1 if arch == "deepseek2" else 2) == 1
         if softmax:
             values["model_type"] = "deepseek_v2"
         values |= {
-            "n_routed_experts": experts,
-            "num_experts_per_tok": key("expert_used_count"),
             "n_shared_experts": key("expert_shared_count", 0),
-            "moe_intermediate_size": key("expert_feed_forward_length"),
             "n_group": key("expert_group_count", 1),
             "topk_group": key("expert_group_used_count", 1),
             "routed_scaling_factor": float(key("expert_weights_scale", 1.0)) or 1.0,

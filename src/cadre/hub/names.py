@@ -54,12 +54,13 @@ def pieces(config: ModelConfig, model: Transformer) -> list[Piece]:
             result.append(Piece(disk, shape, state))
             continue
         folder, part = experts.groups()
+        gate, up, down = config.family.expert
         for expert in range(shape[0]):
             if part == "down_proj":
-                result.append(Piece(f"{folder}.{expert}.down_proj.weight", shape[1:], state, (expert,)))
+                result.append(Piece(f"{folder}.{expert}.{down}.weight", shape[1:], state, (expert,)))
                 continue
             width = shape[1] // 2
-            for half, name in enumerate(("gate_proj", "up_proj")):
+            for half, name in enumerate((gate, up)):
                 rows = slice(half * width, (half + 1) * width)
                 result.append(Piece(f"{folder}.{expert}.{name}.weight", (width, shape[2]), state, (expert, rows)))
     return result
@@ -77,7 +78,8 @@ def disk_name(config: ModelConfig, state: str) -> str:
     if module is not None:
         depth, _, norm, rest = module.groups()
         return f"{module_prefix(config, int(depth))}{'shared_head.norm.' if norm else ''}{rest}"
-    return state if state == "lm_head.weight" else f"model.{state}"
+    layer = config.family.layer
+    return state if state == "lm_head.weight" else f"model.{state.replace('.mlp.', f'.{layer}.')}"
 
 
 def module_prefix(config: ModelConfig, depth: int) -> str:
@@ -98,9 +100,9 @@ def duplicates(config: ModelConfig) -> dict[str, str]:
 
 
 def hollow(config: ModelConfig) -> dict[str, Shape]:
-    """Tensors without elements: transformers always builds shared experts, of width 0 where there are none, and reports
-    them missing unless they are stored."""
-    if not config.has_experts or config.n_shared_experts:
+    """Tensors without elements: transformers always builds shared experts where a family may have them, of width 0 where there
+    are none, and reports them missing unless they are stored."""
+    if not config.has_experts or config.n_shared_experts or not config.family.like_deepseek:
         return {}
     wide, tall = (0, config.hidden_size), (config.hidden_size, 0)
     shapes = {"gate_proj": wide, "up_proj": wide, "down_proj": tall}

@@ -214,6 +214,7 @@ class NativeModel:
                 groups=attention.groups,
                 width=first.shape[-1],
                 rotary=attention.rotary,
+                together=attention.norms_together,
             )
             run = self.kernels.cadre_grouped_attention
         layer_ref, cache_ref = ctypes.byref(given), ctypes.byref(cache)

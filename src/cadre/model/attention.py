@@ -188,10 +188,10 @@ class GroupedQueryAttention(_Watched):
         self.q_proj = Linear(config.hidden_size, self.heads * width, bias=bias)
         self.k_proj = Linear(config.hidden_size, self.groups * width, bias=bias)
         self.v_proj = Linear(config.hidden_size, self.groups * width, bias=bias)
-        # transformers gives llama's output projection the same bias switch, glm4_moe's never one.
-        self.o_proj = Linear(self.heads * width, config.hidden_size, bias=bias and config.model_type == "llama")
-        self.q_norm = RMSNorm(width, config.rms_norm_eps) if config.use_qk_norm else None
-        self.k_norm = RMSNorm(width, config.rms_norm_eps) if config.use_qk_norm else None
+        self.o_proj = Linear(self.heads * width, config.hidden_size, bias=config.output_bias)
+        self.norms_together = config.qk_norm == "all"
+        normed = [heads * width if self.norms_together else width for heads in (self.heads, self.groups)]
+        self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps) if config.use_qk_norm else None for size in normed)
 
     def forward(
         self, x_BTD: Tensor, turn_TR: Tensor, cache: LayerCache | None = None, document_BT: Tensor | None = None
@@ -206,10 +206,12 @@ class GroupedQueryAttention(_Watched):
 
     def projected(self, x_BTD: Tensor, turn_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, K] and keys [B, T, G, K], turned, and values [B, T, G, K]."""
-        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, -1))
-        k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.groups, -1))
+        q_BTX, k_BTX = self.q_proj(x_BTD), self.k_proj(x_BTD)
+        if self.q_norm is not None and self.k_norm is not None and self.norms_together:
+            q_BTX, k_BTX = self.q_norm(q_BTX), self.k_norm(k_BTX)
+        q_BTHK, k_BTGK = q_BTX.unflatten(-1, (self.heads, -1)), k_BTX.unflatten(-1, (self.groups, -1))
         v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.groups, -1))
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and not self.norms_together:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         return self.turned(q_BTHK, turn_TR), self.turned(k_BTGK, turn_TR), v_BTGK
 

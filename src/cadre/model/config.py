@@ -8,9 +8,15 @@ saved model belongs to:
     deepseek_v3   latent attention, sigmoid-scored experts with a correction bias (DeepSeek-V3 report, sections 2.1-2.2)
     deepseek_v2   latent attention, softmax-scored experts (DeepSeek-V2 report, sections 2.1-2.2)
     glm4_moe      grouped-query attention, deepseek_v3's experts
+    qwen3_moe     grouped-query attention with queries and keys normed, softmax-scored experts, none of them shared
+    olmoe         the same, with all heads normed as one
+    mixtral       the same without these norms, its experts' weights always summing to 1
     llama         grouped-query attention, dense feed-forward
+    qwen2         the same with biases on queries, keys and values
+    qwen3         the same with queries and keys normed
 
-Latent attention with dense feed-forward is `deepseek_v3` with every layer dense (`first_k_dense_replace` = all layers).
+What else sets them apart is in families.py. Latent attention with dense feed-forward is `deepseek_v3` with every layer
+dense (`first_k_dense_replace` = all layers).
 """
 
 from __future__ import annotations
@@ -24,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cadre.errors import UsageError, explain
 from cadre.files import read_json_object
-from cadre.model.hf_config import EXPERT_FIELDS, fields_from_hf, fields_to_hf
+from cadre.model.families import FAMILIES, Family, ModelType
+from cadre.model.hf_config import EXPERT_FIELDS, fields_from_hf, fields_to_hf, our_spelling
 from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
 # Far beyond any model: a config that asks for more is damaged, and building it would take hours.
@@ -39,8 +46,6 @@ _MOST = {
     "vocab_size": _MOST_WORDS,
     "max_position_embeddings": _MOST_POSITIONS,
 }  # fmt: skip
-
-ModelType = Literal["deepseek_v3", "deepseek_v2", "glm4_moe", "llama"]
 
 
 class ModelConfig(BaseModel):
@@ -101,8 +106,22 @@ class ModelConfig(BaseModel):
     # ------------------------------------------------------------------------------------------------- what it is
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
     def attention(self) -> Literal["latent", "grouped"]:
-        return "latent" if self.model_type.startswith("deepseek") else "grouped"
+        return "latent" if self.family.latent else "grouped"
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.attention_bias and self.family.output_bias
+
+    @property
+    def qk_norm(self) -> Literal["head", "all"] | None:
+        """Whether queries and keys are normed head by head with one weight, or all heads at once."""
+        return None if not self.use_qk_norm else "all" if self.family.qk_norm == "all" else "head"
 
     @property
     def qk_head_dim(self) -> int:
@@ -129,7 +148,7 @@ class ModelConfig(BaseModel):
 
     def is_sparse(self, layer: int) -> bool:
         """Whether block `layer` holds experts. Multi-token prediction blocks follow the main ones in number."""
-        return self.model_type != "llama" and layer >= self.first_k_dense_replace
+        return self.family.scoring is not None and layer >= self.first_k_dense_replace
 
     @property
     def has_experts(self) -> bool:
@@ -149,17 +168,22 @@ class ModelConfig(BaseModel):
         kind = values.get("model_type", "deepseek_v3")
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values.get("num_attention_heads")
+        family = FAMILIES.get(str(kind))
+        if family is None:
+            return values
         divisible = _int(values, "hidden_size") and _int(values, "num_attention_heads")
-        if kind in ("llama", "glm4_moe") and values.get("head_dim") is None and divisible:
+        if not family.latent and values.get("head_dim") is None and divisible:
             values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-        if kind != "llama":
-            values.setdefault("scoring_func", "softmax" if kind == "deepseek_v2" else "sigmoid")
-            if kind == "deepseek_v2":
-                values.setdefault("norm_topk_prob", False)
-                grouped = _int(values, "n_group") and values["n_group"] > 1
-                values.setdefault("topk_method", "group_limited_greedy" if grouped else "greedy")
-            else:
-                values.setdefault("topk_method", "noaux_tc")
+        if family.bias == "always":
+            values.setdefault("attention_bias", True)
+        if family.qk_norm in ("head", "all"):
+            values.setdefault("use_qk_norm", True)
+        if family.scoring is not None:
+            values.setdefault("scoring_func", family.scoring)
+            values.setdefault("norm_topk_prob", family.normed or family.scoring == "sigmoid")
+            grouped = _int(values, "n_group") and values["n_group"] > 1
+            softmax = "group_limited_greedy" if grouped and family.like_deepseek else "greedy"
+            values.setdefault("topk_method", "noaux_tc" if family.scoring == "sigmoid" else softmax)
             blocks = [values.get(name, 0) for name in ("num_hidden_layers", "num_nextn_predict_layers")]
             dense = values.get("first_k_dense_replace")
             if all(isinstance(value, int) for value in (dense, *blocks)) and dense >= sum(blocks):
@@ -185,7 +209,7 @@ class ModelConfig(BaseModel):
             self._check_latent()
         else:
             self._check_grouped()
-        if self.model_type == "llama":
+        if self.family.scoring is None:
             self._check_dense_only()
         else:
             self._check_experts()
@@ -214,17 +238,34 @@ class ModelConfig(BaseModel):
         if self.num_attention_heads % _given(self.num_key_value_heads):
             _refuse("num_key_value_heads", self.num_key_value_heads,
                     f"a divisor of num_attention_heads ({self.num_attention_heads})")  # fmt: skip
-        if self.use_qk_norm and self.model_type != "glm4_moe":
-            _refuse("use_qk_norm", True, "false: llama has no query-key norm (glm4_moe has)")
+        kind, family = self.model_type, self.family
+        if self.use_qk_norm and family.qk_norm == "never":
+            _refuse("use_qk_norm", True, f"false: {kind} has no query-key norm (glm4_moe and the qwen3 families have)")
+        if not self.use_qk_norm and family.qk_norm in ("head", "all"):
+            _refuse("use_qk_norm", False, f"true: {kind} always norms queries and keys")
+        if self.attention_bias != (family.bias == "always") and family.bias != "switch":
+            _refuse("attention_bias", self.attention_bias, f"{str(not self.attention_bias).lower()} in {kind}")
+        if family.qk_norm == "all" and _given(self.head_dim) * self.num_attention_heads != self.hidden_size:
+            _refuse(
+                "head_dim",
+                self.head_dim,
+                f"hidden_size ({self.hidden_size}) by num_attention_heads ({self.num_attention_heads}) in {kind}",
+            )
 
     def _check_dense_only(self) -> None:
-        _absent(self, "llama, which is dense", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
+        _absent(self, f"{self.model_type}, which is dense", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
                 "moe_intermediate_size", "first_k_dense_replace", "scoring_func", "topk_method",
                 "num_nextn_predict_layers", "n_group", "topk_group", "norm_topk_prob",
                 "routed_scaling_factor")  # fmt: skip
         _needed(self, "intermediate_size")
 
     def _check_experts(self) -> None:
+        kind, family = self.model_type, self.family
+        if not family.like_deepseek:
+            _absent(self, kind, "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor",
+                    "num_nextn_predict_layers")  # fmt: skip
+        if not family.dense_layers:
+            _absent(self, f"{kind}, whose layers are all sparse", "first_k_dense_replace", "intermediate_size")
         if self.first_k_dense_replace > self.total_layers:
             _refuse("first_k_dense_replace", self.first_k_dense_replace,
                     f"0 to {self.total_layers}, the number of blocks")  # fmt: skip
@@ -245,25 +286,26 @@ class ModelConfig(BaseModel):
         if top_k > reachable:
             _refuse("num_experts_per_tok", top_k,
                     f"1 to {reachable}: topk_group ({self.topk_group}) groups of {per_group} experts each")  # fmt: skip
-        softmax = self.model_type == "deepseek_v2"
-        scoring = "softmax" if softmax else "sigmoid"
-        if self.scoring_func != scoring:
-            _refuse("scoring_func", self.scoring_func, f"{scoring} in {self.model_type} (softmax: deepseek_v2)")
-        if softmax:
-            if self.norm_topk_prob:
-                _refuse("norm_topk_prob", True, "false: deepseek_v2 never normalises in transformers, deepseek_v3 does")
-            if self.topk_method not in ("greedy", "group_limited_greedy"):
-                _refuse("topk_method", self.topk_method, "greedy or group_limited_greedy in deepseek_v2")
+        if self.scoring_func != family.scoring:
+            _refuse("scoring_func", self.scoring_func, f"{family.scoring} in {kind}")
+        if family.normed is not None and self.norm_topk_prob != family.normed:
+            said = "never" if self.norm_topk_prob else "always"
+            _refuse("norm_topk_prob", self.norm_topk_prob,
+                    f"{str(family.normed).lower()}: {kind} {said} normalises in transformers, deepseek_v3 may")  # fmt: skip
+        if family.scoring == "softmax":
+            allowed = ("greedy", "group_limited_greedy") if family.like_deepseek else ("greedy",)
+            if self.topk_method not in allowed:
+                _refuse("topk_method", self.topk_method, f"{' or '.join(allowed)} in {kind}")
             if self.topk_method == "greedy" and self.n_group > 1:
                 _refuse("topk_method", "greedy", f"group_limited_greedy, since n_group is {self.n_group}")
         else:
             if self.topk_method != "noaux_tc":
-                _refuse("topk_method", self.topk_method, f"noaux_tc in {self.model_type}")
+                _refuse("topk_method", self.topk_method, f"noaux_tc in {kind}")
             two = "a group is scored by its two best experts"
             if per_group < 2 and experts > 1:
                 _refuse("n_group", self.n_group, f"at most {experts // 2}: {two}, so it needs two")
             if experts < 2:
-                _refuse("n_routed_experts", experts, f"at least 2 in {self.model_type}: {two}")
+                _refuse("n_routed_experts", experts, f"at least 2 in {kind}: {two}")
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters
@@ -309,6 +351,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Build from plain values (a recipe's `[model]`). Raises `UsageError` naming the first field that is wrong."""
+        values = our_spelling(values)
         for name in values:
             if name not in cls.model_fields:
                 close = difflib.get_close_matches(name, cls.model_fields, n=1)

@@ -9,65 +9,55 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cadre.errors import UsageError, explain
+from cadre.model.families import FAMILIES
 from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
 if TYPE_CHECKING:
     from cadre.model.config import ModelConfig
 
-# What transformers assumes where a family's config.json is silent (transformers 5, configuration_*.py).
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": dict(
-        vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
-        num_attention_heads=128, num_key_value_heads=128, n_shared_experts=1, n_routed_experts=256,
-        routed_scaling_factor=2.5, kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, v_head_dim=128,
-        qk_nope_head_dim=128, n_group=8, topk_group=4, num_experts_per_tok=8, first_k_dense_replace=3,
-        norm_topk_prob=True, max_position_embeddings=4096, rms_norm_eps=1e-6, bos_token_id=0, eos_token_id=1,
-    ),
-    "deepseek_v2": dict(
-        vocab_size=102400, hidden_size=4096, intermediate_size=11008, moe_intermediate_size=1407, num_hidden_layers=32,
-        num_attention_heads=32, n_shared_experts=2, n_routed_experts=64, kv_lora_rank=512, q_lora_rank=1536,
-        qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128, first_k_dense_replace=0, topk_method="greedy",
-        norm_topk_prob=False, max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
-    ),
-    "glm4_moe": dict(
-        vocab_size=151552, hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=46,
-        num_attention_heads=96, num_key_value_heads=8, n_shared_experts=1, n_routed_experts=128, num_experts_per_tok=8,
-        first_k_dense_replace=1, norm_topk_prob=True, max_position_embeddings=131072, rms_norm_eps=1e-5,
-    ),
-    "llama": dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
-    ),
-}  # fmt: skip
-
 # Fields of a config.json that say nothing about the function the model computes.
 IRRELEVANT = frozenset((
     "_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
     "pretraining_tp", "ep_size", "attention_dropout", "output_router_logits", "router_aux_loss_coef", "aux_loss_alpha",
-    "seq_aux", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type",
-    "is_encoder_decoder", "chunk_size_feed_forward", "tokenizer_class", "quantization_config",
+    "seq_aux", "router_jitter_noise", "output_attentions", "output_hidden_states", "return_dict", "id2label",
+    "label2id", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward", "tokenizer_class", "quantization_config",
     "keys_to_ignore_at_inference", "num_mtp_layers", "qk_head_dim", "mlp_layer_types",
 ))  # fmt: skip
 
 # The shape of a mixture of experts.
 EXPERT_FIELDS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group",
                  "topk_group")  # fmt: skip
+# Of these a family like DeepSeek's has more than the others.
+_SHARING_FIELDS = ("n_shared_experts", "n_group", "topk_group", "routed_scaling_factor", "num_nextn_predict_layers")
 
-_ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "glm4_moe": "Glm4MoeForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
+
+def our_spelling(values: dict[str, Any]) -> dict[str, Any]:
+    """A model's fields by our names, where its family spells them otherwise. transformers knows the number of experts by three
+    names, of which it writes now one and now another."""
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None or family.scoring is None:
+        return values
+    values = dict(values)
+    for ours, theirs in family.spelling.items():
+        if theirs in values and ours not in values:
+            values[ours] = values.pop(theirs)
+    for name in ("num_experts", "num_local_experts"):
+        count = values.pop(name, None)
+        if count is not None:
+            values.setdefault("n_routed_experts", count)
+    return values
 
 
 def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) -> dict[str, Any]:
     """The fields of a `ModelConfig`, whose names are `known`, from the content of a `config.json`. Raises `UsageError` for
     what Cadre cannot compute."""
     values = dict(values)
+    if values.get("model_type") == "kimi_k2":
+        values["model_type"] = "deepseek_v3"  # the same model under another name
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise UsageError(f"{where}: model_type is {kind!r}; Cadre builds {', '.join(DEFAULTS)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UsageError(f"{where}: model_type is {kind!r}; Cadre builds {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     rope = _rope_from_hf(values, kind, where)
     if values.pop("moe_layer_freq", 1) != 1:
         raise UsageError(f"{where}: moe_layer_freq must be 1: experts in every layer after first_k_dense_replace")
@@ -75,20 +65,23 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
         raise UsageError(f"{where}: mlp_bias is true; Cadre's feed-forward layers have no bias")
     if "num_nextn_predict_layers" not in values and "num_mtp_layers" in values:
         values["num_nextn_predict_layers"] = values["num_mtp_layers"]
-    if "n_routed_experts" not in values and "num_local_experts" in values:
-        values["n_routed_experts"] = values.pop("num_local_experts")
-    values.pop("num_local_experts", None)
-    if kind.startswith("deepseek"):
+    values = our_spelling(values)
+    if family.latent:
         values.pop("head_dim", None)  # transformers stores qk_rope_head_dim under this name
     if kind == "deepseek_v2":
         values.pop("rope_interleave", None)  # it always turns adjacent pairs, whatever a file says
-    if kind == "llama":
-        for name in ("n_routed_experts", "num_experts_per_tok"):
+    if kind.startswith("qwen"):
+        _qwen(values, kind, where)
+    if family.bias != "switch":
+        values.pop("attention_bias", None)  # of no effect there
+    if family.scoring is None:
+        for name in ("n_routed_experts", "num_experts_per_tok", "num_local_experts"):
             values.pop(name, None)
-    merged = {**DEFAULTS[kind], **{k: v for k, v in values.items() if k not in IRRELEVANT}}
+    merged = {**family.defaults, **{k: v for k, v in values.items() if k not in IRRELEVANT}}
+    merged.pop("rope_theta", None)
     merged["rope_parameters"] = rope
-    if not merged.get("first_k_dense_replace") and kind != "llama" and "intermediate_size" not in values:
-        del merged["intermediate_size"]  # no layer is dense
+    if not merged.get("first_k_dense_replace") and family.scoring and "intermediate_size" not in values:
+        merged.pop("intermediate_size", None)  # no layer is dense
     for name in ("n_group", "topk_group"):
         if merged.get(name) is None and name in merged:
             merged[name] = 1
@@ -101,30 +94,62 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
     return merged
 
 
+def _qwen(values: dict[str, Any], kind: str, where: str) -> None:
+    """What the qwen families say of sliding windows, which Cadre has not, and of dense layers among sparse ones, which may be
+    the first ones: taken out of `values`, there as `first_k_dense_replace`."""
+    window = values.pop("sliding_window", None)
+    values.pop("max_window_layers", None)
+    types = values.pop("layer_types", None) or []
+    if values.pop("use_sliding_window", False) and window is not None:
+        raise UsageError(f"{where}: use_sliding_window is true; Cadre's attention sees all positions: it must be false")
+    if any(kind != "full_attention" for kind in types):
+        raise UsageError(f"{where}: layer_types is {types}; Cadre's attention sees all positions: each must be full_attention")
+    if kind == "qwen3_moe":
+        values.pop("use_qk_norm", None)  # written by Qwen, always so in transformers
+        only, step = values.pop("mlp_only_layers", None) or [], values.pop("decoder_sparse_step", None)
+        if step not in (None, 1):
+            raise UsageError(f"{where}: decoder_sparse_step is {step}; it must be 1: experts in every layer but the first ones")
+        if not isinstance(only, list) or only != list(range(len(only))):
+            raise UsageError(f"{where}: mlp_only_layers is {only}; it must be the first layers in order, such as [0, 1]")
+        values.setdefault("first_k_dense_replace", len(only))
+
+
 def fields_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The content of a model's `config.json`."""
-    rope = config.rope_parameters
+    rope, family = config.rope_parameters, FAMILIES[config.model_type]
     keep = {"rope_type", "rope_theta", *(k for k in ROPE_READS[rope.rope_type] if getattr(rope, k) is not None)}
     if config.model_type == "glm4_moe":
         keep.add("partial_rotary_factor")
     fields = config.model_dump(exclude={"rope_parameters"})
-    if config.attention == "latent":
-        dropped = {"head_dim", "use_qk_norm"}
-    else:
-        dropped = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-                   "rope_interleave"}  # fmt: skip
-    if config.model_type == "llama":
-        dropped |= {*EXPERT_FIELDS, "first_k_dense_replace", "norm_topk_prob", "routed_scaling_factor",
-                    "scoring_func", "topk_method", "num_nextn_predict_layers", "use_qk_norm"}  # fmt: skip
+    dropped = set()
+    if not family.latent:
+        dropped |= {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                    "rope_interleave"}  # fmt: skip
+    if family.latent:
+        dropped.add("head_dim")
+    if family.qk_norm != "switch":
+        dropped.add("use_qk_norm")
+    if family.bias != "switch":
+        dropped.add("attention_bias")
+    if not family.like_deepseek:
+        dropped |= {*_SHARING_FIELDS, "first_k_dense_replace", "scoring_func", "topk_method"}
+    if family.scoring is None:
+        dropped |= {*EXPERT_FIELDS, "norm_topk_prob"}
+    elif family.normed and not family.like_deepseek:
+        dropped.add("norm_topk_prob")
     if config.intermediate_size is None:
         dropped.add("intermediate_size")  # no layer is dense, and transformers wants a number or nothing
     result = {k: v for k, v in fields.items() if k not in dropped}
-    if config.model_type != "llama" and not config.has_experts:
+    if family.scoring is not None and not config.has_experts:
         # transformers reads these even where no layer holds experts.
         needed = dict(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=1)
         result.update({name: value for name, value in needed.items() if result[name] is None})
+    if config.model_type == "qwen3_moe":
+        result.update(mlp_only_layers=list(range(config.first_k_dense_replace)), decoder_sparse_step=1)
+    for ours, theirs in family.spelling.items():
+        result[theirs] = result.pop(ours)
     result["rope_parameters"] = rope.model_dump(include=keep)
-    result["architectures"] = [_ARCHITECTURES[config.model_type]]
+    result["architectures"] = [family.architecture]
     return result
 
 
@@ -141,6 +166,7 @@ def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, An
         rope.setdefault("rope_type", rope["type"])
         del rope["type"]
     theta = values.pop("rope_theta", None)
+    theta = FAMILIES[kind].defaults.get("rope_theta") if theta is None else theta
     if theta is not None:
         rope.setdefault("rope_theta", theta)
     partial = values.pop("partial_rotary_factor", 0.5 if kind == "glm4_moe" else None)
@@ -148,7 +174,7 @@ def _rope_from_hf(values: dict[str, Any], kind: str, where: str) -> dict[str, An
         rope.setdefault("partial_rotary_factor", 1.0 if partial is None else partial)  # null turns all of a head
     elif partial is not None:
         rope.setdefault("partial_rotary_factor", partial)
-    longest = {**DEFAULTS[kind], **values}
+    longest = {**FAMILIES[kind].defaults, **values}
     if rope.get("rope_type") in ("yarn", "llama3"):
         rope.setdefault("original_max_position_embeddings", longest["max_position_embeddings"])
     lengths = (rope.get("original_max_position_embeddings"), longest.get("max_position_embeddings"))

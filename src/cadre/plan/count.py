@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from cadre.errors import UsageError
-from cadre.model.config import ModelConfig, ModelType
+from cadre.model.config import ModelConfig
 from cadre.plan.families import read_config, read_shape
 from cadre.plan.shape import Block, Shape
 
@@ -118,8 +118,6 @@ def _shape(source: ModelConfig | dict[str, Any] | str | Path) -> Shape:
     where = "config"
     if not isinstance(source, dict):
         source, where = read_config(source)
-    if source.get("model_type") in get_args(ModelType):
-        return Shape.from_config(ModelConfig.from_hf(source, where=where))
     return read_shape(source, where).shape
 
 

@@ -256,9 +256,8 @@ class Shape:
             )  # fmt: skip
         else:
             attention = Grouped(
-                heads, config.num_key_value_heads or 0, config.head_dim or 0, bias,
-                bias and config.model_type == "llama", "head" if config.use_qk_norm else None,
-            )  # fmt: skip
+                heads, config.num_key_value_heads or 0, config.head_dim or 0, bias, config.output_bias, config.qk_norm
+            )
         experts = None
         if config.has_experts:
             experts = Experts(

@@ -72,7 +72,7 @@ def advise(recipe: Recipe, config: ModelConfig, note: Callable[[str], None]) -> 
     losses = (balance.sequence_weight, balance.batch_weight, balance.global_weight)
     biased = config.scoring_func == "sigmoid" and balance.use_bias and balance.bias_update != "none" and balance.bias_speed > 0
     if config.has_experts and not biased and not any(losses):
-        why = " (routers of deepseek_v2 own no bias)" if config.scoring_func == "softmax" else ""
+        why = f" (routers of {config.model_type} own no bias)" if config.scoring_func == "softmax" else ""
         note(f"nothing keeps the experts evenly used{why}: balance.sequence_weight=0.001 would")
 
 

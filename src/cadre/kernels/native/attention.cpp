@@ -23,7 +23,7 @@ struct GroupedLayer {
     Matrix q, k, v, o;
     const float *q_bias, *k_bias, *v_bias, *o_bias;
     float eps, scale;
-    int32_t heads, groups, width, rotary;
+    int32_t heads, groups, width, rotary, together;  // together: QK norms are over all heads at once
 };
 
 namespace {
@@ -319,11 +319,15 @@ extern "C" void cadre_grouped_attention(const GroupedLayer* layer, const Cache* 
 #pragma omp for schedule(static)
         for (size_t m = 0; m < M; m++) {
             const float* turn = step->turn + step->position[m] * R;
+            if (a.q_norm && a.together) {
+                rms_norm(query + m * H * K, a.q_norm, a.eps, H * K, query + m * H * K);
+                rms_norm(key + m * G * K, a.k_norm, a.eps, G * K, key + m * G * K);
+            }
             for (size_t h = 0; h < H + G; h++) {
                 bool is_query = h < H;
                 float* head = is_query ? query + (m * H + h) * K : key + (m * G + h - H) * K;
                 const float* norm = is_query ? a.q_norm : a.k_norm;
-                if (norm) rms_norm(head, norm, a.eps, K, head);
+                if (norm && !a.together) rms_norm(head, norm, a.eps, K, head);
                 rotate(head, turn, R, true);
             }
             size_t at = slot(*step, *cache, work.list[work.first[work.span[m] * G]].sequence, step->position[m]);

@@ -53,7 +53,7 @@ class GroupedLayer(Filled):
         *((name, Matrix) for name in ("q", "k", "v", "o")),
         *((name, c_void_p) for name in ("q_bias", "k_bias", "v_bias", "o_bias")),
         *((name, c_float) for name in ("eps", "scale")),
-        *((name, c_int32) for name in ("heads", "groups", "width", "rotary")),
+        *((name, c_int32) for name in ("heads", "groups", "width", "rotary", "together")),
     )
 
 
