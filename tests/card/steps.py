@@ -67,6 +67,8 @@ CASES = {
     "deepseek_v3, documents": dict(config=V3, documents=True),
     "deepseek_v2": dict(config=V2),
     "glm4_moe": dict(config=small("glm4_moe", **WIDE)),
+    "qwen3_moe": dict(config=small("qwen3_moe", **WIDE)),
+    "olmoe": dict(config=small("olmoe", hidden_size=32, moe_intermediate_size=16)),
     "llama": dict(config=small("llama", hidden_size=32)),
     "llama in float32": dict(config=small("llama", hidden_size=32), dtype=torch.float32),
 }

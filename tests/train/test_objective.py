@@ -11,7 +11,7 @@ from cadre.train.balance import Balance
 from cadre.train.balance_losses import SequenceLoss
 from cadre.train.objective import MicroBatch, collect_loads, losses
 from cadre.train.recipe import BalanceSection
-from tests.shapes import small
+from tests.shapes import FAMILIES, SPARSE, small
 
 MTP_WEIGHT, SEQUENCE_WEIGHT = 0.3, 0.05
 
@@ -203,13 +203,13 @@ def test_without_weight_the_modules_are_only_watched():
     assert all((found[name] == 0).all() for name in found if name.startswith("mtp."))
 
 
-@pytest.mark.parametrize("kind", ["llama", "deepseek_v2", "glm4_moe"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_has_its_losses(kind):
     model = build(kind)
     ids = random_ids(2, 8)
     got = losses(model, MicroBatch(ids), balancing(model), mtp_weight=MTP_WEIGHT)
     torch.testing.assert_close(got.main, written_out(model, ids, None, 7)[0].detach())
-    assert (got.balance == {}) == (kind == "llama") and got.mtp == []
+    assert (got.balance == {}) == (kind not in SPARSE) and got.mtp == []
 
 
 def test_a_share_of_the_sequences_trains_the_modules():

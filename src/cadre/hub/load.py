@@ -49,7 +49,7 @@ _CORRECTION_BIAS = "e_score_correction_bias"
 def load(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Transformer, Tokenizer | None]:
-    """Read a deepseek_v3, deepseek_v2, glm4_moe or llama directory, or the model of a run directory, in eval mode.
+    """Read a model directory of a family in `cadre.model.families`, or the model of a run directory, in eval mode.
 
     `dtype` defaults to the stored one (of a mixture, the one config.json names or the commonest by bytes; FP8 blocks
     become bfloat16); the router's correction bias is float32 whatever it says. Tensors go from the files straight into

@@ -28,6 +28,8 @@ CONFIGS = [
     small("deepseek_v2", rope_interleave=False),
     small("llama", attention_bias=True),
     small("glm4_moe"),
+    small("qwen3_moe"),
+    small("olmoe"),
 ]
 BATCH = 2
 Problem = tuple[int, int, bool, int]  # which config, length of a chunk, with documents, seed

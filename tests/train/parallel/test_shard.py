@@ -23,6 +23,7 @@ MODELS = {
     "deepseek_v3": small("deepseek_v3", num_nextn_predict_layers=1, n_routed_experts=8, q_lora_rank=9),
     "deepseek_v2": small("deepseek_v2", n_routed_experts=4, first_k_dense_replace=0),
     "glm4_moe": small("glm4_moe", n_routed_experts=4, attention_bias=True),
+    "olmoe": small("olmoe", n_routed_experts=4),
     "llama": small("llama", tie_word_embeddings=True),
 }
 
@@ -40,7 +41,7 @@ def write(ranks: Ranks, config: ModelConfig, layout: Layout, folder: Path) -> di
 
 @pytest.mark.parametrize("layout, name", [
     (Layout(2), "llama"), (Layout(2, 2), "deepseek_v3"), (Layout(4, 2), "deepseek_v3"), (Layout(4, 4), "deepseek_v2"),
-    (Layout(3), "glm4_moe"), (Layout(4, 2, 2), "deepseek_v3"), (Layout(2, 1, 2), "llama"),
+    (Layout(3), "glm4_moe"), (Layout(2, 2), "olmoe"), (Layout(4, 2, 2), "deepseek_v3"), (Layout(2, 1, 2), "llama"),
 ])  # fmt: skip
 def test_the_parts_are_the_whole(tmp_path, monkeypatch, layout, name):
     if layout.data > 2:  # as a large model is cut
