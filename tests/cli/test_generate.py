@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import cadre
 from cadre.cli.generate import generate
 from cadre.errors import UsageError
+from cadre.infer import generate as module
 from cadre.model.transformer import Transformer
 from tests.shapes import small
 
@@ -33,7 +34,148 @@ def test_prints_the_continuation_and_nothing_else(model_dir):
 
 def test_json_is_one_object(model_dir):
     result = run(model_dir, "é", "--max-tokens", 20, "--seed", 4, "--json")
-    assert json.loads(result.stdout) == {"prompt": "é", "text": library(model_dir, "é", max_new_tokens=20, seed=4)}
+    text = library(model_dir, "é", max_new_tokens=20, seed=4)
+    assert json.loads(result.stdout) == {"prompt": "é", "text": text, "finish_reason": "length", "tokens": 20}
+
+
+def test_json_tells_log_probabilities(model_dir):
+    arguments = [model_dir, "The", "--max-tokens", 5, "--temperature", 0, "--json"]
+    told = json.loads(run(*arguments, "--logprobs", 2).stdout)["logprobs"]
+    assert len(told) == 5
+    for token in told:
+        assert token["top"][0] == {name: token[name] for name in ("id", "text", "logprob")}
+        assert token["logprob"] >= token["top"][1]["logprob"]
+    text = "".join(token["text"] for token in told).replace("<|bos|>", "")  # special tokens give no text
+    assert text == json.loads(run(*arguments).stdout)["text"]
+    assert "top" not in json.loads(run(*arguments, "--logprobs", 0).stdout)["logprobs"][0]
+
+
+def test_penalties_and_constraints_reach_the_sampling(model_dir, tmp_path):
+    options = dict(min_p=0.1, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.25)
+    given = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
+    text = library(model_dir, "yes", seed=1, max_new_tokens=30, **options)
+    assert run(model_dir, "yes", *given, "--seed", 1, "--max-tokens", 30).stdout == text + "\n"
+    for name in options:
+        left_out = {other: value for other, value in options.items() if other != name}
+        assert library(model_dir, "yes", seed=1, max_new_tokens=30, **left_out) != text, name
+    assert run(model_dir, "yes", "--regex", "(un|yes)").stdout in ("un\n", "yes\n")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "people"]}')
+    assert json.loads(run(model_dir, "yes", "--json-schema", schema).stdout) in ("yes", "people")
+
+
+PROMPTS = ["The people", "of the naïve union", "answered 😀: yes.", "yes", "union", "people of the", "the", "naïve"]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": each, "id": f"p{i}"}) for i, each in enumerate(PROMPTS)) + "\n\n")
+    return path
+
+
+def answers(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_of_prompts(model_dir, tmp_path, asked):
+    out = tmp_path / "new" / "out.jsonl"
+    result = run(model_dir, "--prompts", asked, "--out", out, "--max-tokens", 9, "--seed", 3, "--logprobs", 1)
+    assert result.exit_code == 0, result.output
+    told = answers(out)
+    assert result.stdout.startswith(f"{out}: 8 answers, {sum(each['tokens'] for each in told)} tokens in ")
+    assert [each["text"] for each in told] == library(model_dir, PROMPTS, max_new_tokens=9, seed=3)
+    assert [(each["index"], each["id"], each["prompt"]) for each in told] == [(i, f"p{i}", p) for i, p in enumerate(PROMPTS)]
+    assert all(len(each["logprobs"]) == each["tokens"] for each in told)
+    assert all((each["finish_reason"] == "length") == (each["tokens"] == 9) for each in told)
+
+
+def test_lines_of_prompts(model_dir, tmp_path):
+    path, out = tmp_path / "asked.txt", tmp_path / "out.jsonl"
+    path.write_bytes(b"The people\r\n\n yes\n")
+    assert run(model_dir, "--prompts", path, "--out", out, "--max-tokens", 4, "--temperature", 0).exit_code == 0
+    assert [each["prompt"] for each in answers(out)] == ["The people", " yes"]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"index": 5, "prompt": "na\xc3'])
+def test_an_interrupted_file_goes_on(model_dir, tmp_path, asked, monkeypatch, torn):
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    arguments = [model_dir, "--prompts", asked, "--max-tokens", 9, "--seed", 3]
+    run(*arguments, "--out", whole)
+    complete = module.complete
+
+    def stopped(engine, requests):
+        for number, completion in enumerate(complete(engine, requests)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield completion
+
+    monkeypatch.setattr(module, "complete", stopped)
+    ended = run(*arguments, "--out", out)
+    assert ended.exit_code != 0
+    assert f"3 of 8 answers are in {out}; the same command goes on" in ended.stderr
+    assert len(answers(out)) == 3
+    with out.open("ab") as file:
+        file.write(torn)
+    worked = []
+    monkeypatch.setattr(module, "complete", lambda engine, requests: worked.extend(requests) or complete(engine, requests))
+    again = run(*arguments, "--out", out)
+    assert again.exit_code == 0 and "has 3 of 8 answers already, which stay" in again.stderr
+    assert len(worked) == 5
+    assert out.read_bytes() == whole.read_bytes()
+    assert run(*arguments, "--out", out).exit_code == 0 and len(worked) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "yes\n", r"a\.csv: must end in \.txt .* or \.jsonl"),
+        ("a.txt", "\n \n", r"a\.txt: holds no prompt"),
+        ("a.txt", "yes\n" + "the union " * 60, r"^prompt 2 of 2: the prompt has \d+ tokens, but the model's context is 64"),
+        ("a.jsonl", '{"prompt": "a"}\n{', r"a\.jsonl, line 2: is not valid JSON"),
+        ("a.jsonl", '\n["a"]', r"a\.jsonl, line 2: holds list, not a JSON object"),
+        ("a.jsonl", '{"promt": "a"}', r"a\.jsonl, line 1: needs a field prompt that is a text"),
+        ("a.jsonl", '{"prompt": "a", "text": "b"}', r"a\.jsonl, line 1: has a field text, which answers get"),
+        ("a.jsonl", '{"prompt": "a", "note": "\\ud83d"}', r"a\.jsonl, line 1: is not valid JSON"),
+        ("a.txt", None, r"a\.txt: cannot be read \(No such file"),
+    ],
+)
+def test_bad_files_of_prompts(model_dir, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    refused = run(model_dir, "--prompts", tmp_path / name, "--out", tmp_path / "out.jsonl").exception
+    assert isinstance(refused, UsageError)
+    with pytest.raises(UsageError, match=message):
+        raise refused
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_answers_to_other_prompts_are_not_mixed_in(model_dir, tmp_path, asked):
+    out = tmp_path / "out.jsonl"
+    for line in ('{"index": 0, "prompt": "another"}\n', '{"index": 8, "prompt": "yes"}\n', '{"a": 1}\n', "[\n[\n"):
+        out.write_text(line)
+        refused = run(model_dir, "--prompts", asked, "--out", out).exception
+        assert isinstance(refused, UsageError) and str(refused).startswith(f"{out}, line 1: is no")
+        assert out.read_text() == line
+    assert "is the file of prompts" in str(run(model_dir, "--prompts", asked, "--out", asked).exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a PROMPT to continue, or --prompts FILE"),
+        (["yes", "--prompts", "a.txt", "--out", "b.jsonl"], "one of them"),
+        (["--prompts", "a.txt"], "--prompts FILE and --out FILE go together"),
+        (["yes", "--out", "b.jsonl"], "--prompts FILE and --out FILE go together"),
+        (["--prompts", "a.txt", "--out", "b.jsonl", "--json"], "--json is for one PROMPT"),
+        (["yes", "--logprobs", 1], "--logprobs are told with --json, or in --out"),
+        (["yes", "--json-schema", "nowhere.json"], "nowhere.json: no such file"),
+        (["yes", "--regex", "("], "regex cannot be used"),
+    ],
+)
+def test_options_that_do_not_go_together(model_dir, arguments, message):
+    refused = run(model_dir, *arguments).exception
+    assert isinstance(refused, UsageError) and message in str(refused)
 
 
 def test_options_reach_the_sampling(model_dir):

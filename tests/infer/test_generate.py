@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 import cadre
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
+from cadre.infer import generate as module
 from cadre.infer.engine import Engine, end_ids
 from cadre.infer.generate import encode_prompt, generate, generate_ids, stream
 from cadre.model.transformer import Transformer
@@ -174,13 +175,70 @@ def test_bad_options_are_refused_at_the_call(model, tokenizer, options, message)
 def test_bad_prompts_are_refused(model, tokenizer):
     with pytest.raises(UsageError, match="not valid Unicode text"):
         generate(model, tokenizer, "half a pair \ud83d")
-    with pytest.raises(UsageError, match="the prompt is a list; it must be one text"):
-        generate(model, tokenizer, [PROMPT, PROMPT])
+    for prompt in (7, None, {PROMPT}):
+        with pytest.raises(UsageError, match=r"the prompt is a .*; it must be one text, or a list of them"):
+            generate(model, tokenizer, prompt)
+    with pytest.raises(UsageError, match=r"^prompt 2 of 3: the prompt is a list; it must be one text$"):
+        generate(model, tokenizer, [PROMPT, [PROMPT], PROMPT])
+    with pytest.raises(UsageError, match=r"^prompt 3 of 3: the prompt has \d+ tokens, but the model's context is 64"):
+        generate(model, tokenizer, [PROMPT, "", "yes " * 100])
     with pytest.raises(UsageError, match="no tokens"):
         generate_ids(model, [])
     for token in (300, -1):
         with pytest.raises(UsageError, match=f"token id {token} is outside"):
             generate_ids(model, [3, token])
+
+
+WORDS = ["The", "people", "of", "the", "union", "answered", "yes", "we", "do", "café", "你好", "😀"]
+
+
+def prompts_of(count):
+    return [" ".join(WORDS[(place * step) % len(WORDS)] for step in range(1, 2 + place % 5)) for place in range(count)]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_prompts_of_a_list_are_continued_as_each_is_alone(family, tokenizer):
+    config = small(family, vocab_size=300, initializer_range=0.3, bos_token_id=0, eos_token_id=1)
+    model = Transformer(config).initialize(0)
+    prompts = ["", *prompts_of(20)]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, stop="yes")
+    assert texts == [generate(model, tokenizer, each, max_new_tokens=12, temperature=0, stop="yes") for each in prompts]
+    assert len(set(texts)) > 10
+    assert generate(model, tokenizer, (PROMPT,), seed=3) == [generate(model, tokenizer, PROMPT, seed=3)]
+    assert generate(model, tokenizer, []) == []
+
+
+def test_prompts_of_a_list_draw_each_by_a_seed_of_its_own(model, tokenizer):
+    texts = generate(model, tokenizer, [PROMPT] * 3, max_new_tokens=20, seed=7)
+    assert texts == [generate(model, tokenizer, PROMPT, max_new_tokens=20, seed=seed) for seed in (7, 8, 9)]
+    assert len(set(texts)) == 3
+
+
+def test_more_prompts_than_run_at_once(model, tokenizer, monkeypatch):
+    """Whoever comes later waits outside the engine; with a cache for one of them at a time all still come to their end."""
+    alone = generate(model, tokenizer, prompts_of(12), max_new_tokens=8, temperature=0)
+    monkeypatch.setattr(module, "_AT_ONCE", 3)
+    monkeypatch.setattr(module, "_AHEAD", 1)
+    monkeypatch.setattr(module, "free_bytes", lambda device: 0)
+    most = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: most.append(len(self._live)) or step(self))
+    assert generate(model, tokenizer, prompts_of(12), max_new_tokens=8, temperature=0) == alone
+    assert max(most) == 4
+
+
+def test_penalties_and_constraints(model, tokenizer):
+    plain = generate(model, tokenizer, PROMPT, max_new_tokens=20, seed=1)
+    for name, value in (("repetition_penalty", 9.0), ("presence_penalty", 2.0), ("frequency_penalty", 2.0), ("min_p", 0.9)):
+        assert generate(model, tokenizer, PROMPT, max_new_tokens=20, seed=1, **{name: value}) != plain, name
+    assert generate(model, tokenizer, [PROMPT], max_new_tokens=20, seed=1, regex="(yes|we do)")[0] in ("yes", "we do")
+    schema = {"enum": ["we", "do"]}
+    for given_schema in (schema, '{"enum": ["we", "do"]}'):
+        assert generate(model, tokenizer, PROMPT, max_new_tokens=20, json_schema=given_schema) in ('"we"', '"do"')
+    with pytest.raises(UsageError, match="json_schema and regex are both given"):
+        generate(model, tokenizer, PROMPT, json_schema=schema, regex="a")
+    with pytest.raises(TypeError, match="temprature"):
+        generate(model, tokenizer, PROMPT, temprature=1)
 
 
 def test_a_model_without_finite_logits_fails_clearly(model):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineStats", "Output", "Request", "end_ids"]
 
 # The cache's share of the memory that is free once the model is loaded; the rest is for activations and other programs.
-_CACHE_SHARE = 0.5
+CACHE_SHARE = 0.5
 # Prompt tokens a step. On a card 1,024 are worked through before what follows them has been launched.
 _CHUNK, _CHUNK_OF_A_CARD = 1024, 8192
 # Logits of prompt positions held at once, in elements: a few MB in float32.
@@ -108,7 +108,7 @@ class Engine:
         layers = config.num_hidden_layers + min(speculate, len(model.mtp))
         if cache_bytes is None:
             useful = max_batch * bytes_for(config, config.max_position_embeddings, dtype, page_size, layers)
-            cache_bytes = min(int(_CACHE_SHARE * free_bytes(weight.device)), useful)
+            cache_bytes = min(int(CACHE_SHARE * free_bytes(weight.device)), useful)
         self.config, self.tokenizer = config, tokenizer
         self.pool = PagePool.for_budget(
             config, cache_bytes, page_size=page_size, dtype=dtype, device=weight.device, layers=layers

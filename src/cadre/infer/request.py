@@ -74,8 +74,8 @@ class EngineStats:
     step_seconds: float
 
 
-def check(request: Request, config: ModelConfig, held: int) -> None:
-    """Raise `UsageError` if a model whose cache holds `held` tokens can never run a request."""
+def check(request: Request, config: ModelConfig, held: int | None = None) -> None:
+    """Raise `UsageError` if a model, with a cache that holds `held` tokens, can never run a request."""
     prompt, words, context = request.prompt_ids, config.vocab_size, config.max_position_embeddings
     if not prompt:
         raise UsageError("the prompt has no tokens: give at least one")
@@ -84,7 +84,7 @@ def check(request: Request, config: ModelConfig, held: int) -> None:
         raise UsageError(f"token id {wrong} is outside the model's vocabulary (0 to {words - 1})")
     if len(prompt) > context:
         raise UsageError(f"the prompt has {len(prompt):,} tokens, but the model's context is {context:,}: shorten it")
-    if len(prompt) > held:
+    if held is not None and len(prompt) > held:
         raise UsageError(f"the prompt has {len(prompt):,} tokens, but the cache holds {held:,}: shorten it, or give more")
     if request.max_new_tokens < 0:
         raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 0")
