@@ -170,6 +170,10 @@ def test_ways_to_write_tokens(planned, written, tokens):
     assert planned("olmoe-1b-7b", "--tokens", written)["tokens"] == tokens
 
 
+def test_counts_have_units(planned):
+    assert planned("olmoe-1b-7b", "--context", "2k") == planned("olmoe-1b-7b", "--context", "2000")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -191,7 +195,8 @@ def test_ways_to_write_tokens(planned, written, tokens):
         (["olmoe-1b-7b", "--hardware", "h1000"], "--hardware h1000: not in the catalogue; did you mean h100"),
         (["olmoe-1b-7b", "--precision", "fp4"], "Invalid value for '--precision'"),
         (["olmoe-1b-7b", "--hardware", "a100", "--precision", "fp8"], "--precision fp8: a100 has a rate for bf16 only"),
-        (["olmoe-1b-7b", "--devices", "-1"], "--devices is -1; it must be at least 1"),
+        (["olmoe-1b-7b", "--devices", "-1"], "Invalid value for '--devices': -1: must be a whole number"),
+        (["olmoe-1b-7b", "--context", "4q"], "'--context': 4q: must be a whole number such as 4096, 4k or 1.5M, at least 1"),
         (["olmoe-1b-7b", "--mfu", "40"], "--mfu is 40"),
     ],
 )
@@ -251,4 +256,4 @@ def test_the_documentation_names_every_model_and_device():
 def test_a_bad_number_is_refused_before_anything_is_measured(monkeypatch, capsys):
     monkeypatch.setattr("cadre.cli.here.plan_here", None)
     assert plan(monkeypatch, "pocket", "--here", "--context", "-5") == 2
-    assert capsys.readouterr().err == "cadre: --context is -5; it must be at least 1\n"
+    assert capsys.readouterr().err.startswith("cadre: Invalid value for '--context': -5: must be a whole number")

@@ -9,14 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from cadre.cli.options import DType, Json, Peer, Quantize, torch_dtype
+from cadre.cli.options import DType, Json, Peer, Quantize, counts, torch_dtype
 
 
 def bench_decode(
     config: Annotated[Path, typer.Option(metavar="FILE", help="A Hugging Face config.json.", show_default=False)],
     context: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Tokens that each sequence has; 512, --sweep tries several.", show_default=False),
+        typer.Option(metavar="N", parser=counts(), help="Tokens that each sequence has; 512, --sweep tries several.",
+                     show_default=False),
     ] = None,
     batch: Annotated[
         int | None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cadre.cli.options import DType, Json, Peer, torch_dtype
+from cadre.cli.options import DType, Json, Peer, counts, torch_dtype
 from cadre.errors import UsageError
 
 _STEPS = 8
@@ -19,12 +19,14 @@ _STEPS_OF_A_POINT = 3
 
 def bench_train(
     config: Annotated[Path, typer.Option(metavar="FILE", help="A Hugging Face config.json.")],
-    batch: Annotated[int, typer.Option(metavar="B", help="Sequences a step.", min=1)] = 16,
+    batch: Annotated[int, typer.Option(metavar="B", help="Sequences a step.", parser=counts())] = 16,
     seq_len: Annotated[
-        int | None, typer.Option("--seq", metavar="N", help="Tokens a sequence. [default: 512, or the model's context]", min=2)
+        int | None,
+        typer.Option("--seq", metavar="N", help="Tokens a sequence. [default: 512, or the model's context]", parser=counts(2)),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Timed steps ({_STEPS}; {_STEPS_OF_A_POINT} a point of --sweep).", min=1)
+        int | None,
+        typer.Option(metavar="N", help=f"Timed steps ({_STEPS}; {_STEPS_OF_A_POINT} a point of --sweep).", parser=counts()),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Compute type.")] = DType.auto,
     peer: Annotated[Peer | None, typer.Option(help="Against another library's fastest mode of the same shape.")] = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cadre.cli.options import Json
+from cadre.cli.options import Json, counts
 
 
 def data(
@@ -26,7 +26,7 @@ def data(
         str | None, typer.Option(metavar="FILE", help="A tokenizer.json or its folder. Without one, one is trained.")
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Entries of the tokenizer that is trained. [default: 4096]")
+        int | None, typer.Option(metavar="N", parser=counts(), help="Entries of the tokenizer that is trained. [default: 4096]")
     ] = None,
     held_out: Annotated[float, typer.Option(metavar="F", help="Share of the documents held out.")] = 0.05,
     json_output: Json = False,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cadre.cli.models import load_with_tokenizer
-from cadre.cli.options import Json, Model, Quantize
+from cadre.cli.options import Json, Model, Quantize, counts
 from cadre.errors import RunError, UsageError
 from cadre.files import kind_of
 
@@ -37,10 +37,12 @@ def evaluate(
     # An option takes one value: the files after the first arrive as arguments.
     more: Annotated[list[str] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     context: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens a window. [default: the model's context, at most 2048]")
+        int | None,
+        typer.Option(metavar="N", parser=counts(), help="Tokens a window. [default: the model's context, at most 2048]"),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens that the window moves at a time. [default: half a window]")
+        int | None,
+        typer.Option(metavar="N", parser=counts(), help="Tokens that the window moves at a time. [default: half a window]"),
     ] = None,
     quantize: Quantize = None,
     json_output: Json = False,

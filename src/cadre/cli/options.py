@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, shorten
 
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_MOST = 10**18  # beyond any count of ours
+
+
+def _number(text: str) -> Decimal | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d{1,3})?)([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
+    return Decimal(match[1]) * _UNITS[match[2]] if match else None
+
+
+def counts(least: int = 1, most: int = _MOST) -> Callable[[str], int]:
+    """Reads an option that is a whole number, written as it is or as 4k or 1.5M, within these bounds."""
+
+    def count(text: str) -> int:
+        number = _number(str(text))
+        if number is None or number != int(number) or not least <= number <= most:
+            bounds = f"at least {least}" if most == _MOST else f"from {least} to {most}"
+            raise typer.BadParameter(f"{shorten(str(text))}: must be a whole number such as 4096, 4k or 1.5M, {bounds}")
+        return int(number)
+
+    return count
 
 
 class Quantization(StrEnum):
@@ -30,7 +51,7 @@ class Peer(StrEnum):
 
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory or a run directory.", show_default=False)]
-MaxTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate at most.")]
+MaxTokens = Annotated[int, typer.Option(metavar="N", parser=counts(), help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(metavar="T", help="Randomness; 0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(metavar="P", help="Draw among the likeliest tokens that reach this probability.")]
 TopK = Annotated[int, typer.Option(metavar="K", help="Draw among the K likeliest tokens; 0 for all.")]
@@ -50,7 +71,7 @@ def torch_dtype(choice: DType) -> Any:
 
 def token_count(text: str) -> float:
     """What `--tokens` says. Raises `UsageError` for what is no number of tokens."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
-    if not match or not 1 <= float(match[1]) * _UNITS[match[2]] < float("inf"):
+    number = _number(text)
+    if number is None or not 1 <= number < Decimal("1e300"):
         raise UsageError(f"--tokens {text}: must be a number such as 14.8T, 300B, 5e9 or 1500000")
-    return float(match[1]) * _UNITS[match[2]]
+    return float(number)

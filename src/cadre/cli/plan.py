@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cadre.cli.models import vocabulary
-from cadre.cli.options import Json, token_count
+from cadre.cli.options import Json, counts, token_count
 from cadre.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,9 +45,15 @@ def plan(
     hardware: Annotated[
         str | None, typer.Option(metavar="NAME", help="Device. [default: h100; of a recipe cpu-2core, if that can hold it]")
     ] = None,
-    devices: Annotated[int | None, typer.Option(metavar="N", help="How many. [default: the fewest that do]")] = None,
-    context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a sequence. [default: 4096 or the recipe's]")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences a training step. [default: 8 a device]")] = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", parser=counts(), help="How many. [default: the fewest that do]")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="N", parser=counts(), help="Tokens a sequence. [default: 4096 or the recipe's]")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", parser=counts(), help="Sequences a training step. [default: 8 a device]")
+    ] = None,
     precision: Annotated[Precision | None, typer.Option(help="Compute in. [default: bf16 where the device has it]")] = None,
     optimizer: Annotated[Optimizer | None, typer.Option(help="Whose states to hold. [default: a recipe's, else adamw]")] = None,
     mfu: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of peak reached. [default: predicted]")] = None,

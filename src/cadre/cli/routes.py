@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cadre.cli.models import load_with_tokenizer
-from cadre.cli.options import Model
+from cadre.cli.options import Model, counts
 from cadre.errors import UsageError, write_error
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def routes(
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Read at most so many tokens, spread evenly over the text.")
+        int, typer.Option(metavar="N", parser=counts(), help="Read at most so many tokens, spread evenly over the text.")
     ] = 200_000,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else; a page only with --out.")

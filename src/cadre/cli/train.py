@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cadre.cli.options import counts, token_count
 from cadre.errors import DivergedError, RunError, UsageError, printable, write_error
 from cadre.files import replace_file
 
@@ -32,7 +33,7 @@ def train(
         str | None, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a TOML file; `pocket` if left out.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; runs/RECIPE-TIME if left out.")] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", parser=counts())] = None,
     tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens to train on, such as 5M, instead of --steps.")] = None,
     budget: Annotated[
         str | None,
@@ -249,7 +250,6 @@ def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: 
     """The recipe with the length that the command line asks for, if it does, instead of its own."""
     from cadre.cli.choose import money_flops, steps_within
     from cadre.cli.models import vocabulary
-    from cadre.cli.options import token_count
 
     length: dict[str, float | None]
     if budget is not None:
