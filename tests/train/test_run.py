@@ -15,6 +15,7 @@ from cadre.hub.save import save
 from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, chat_template, template_source
 from cadre.hub.tokenizer import save_tokenizer, tokenizer_hash
 from cadre.model.transformer import Transformer
+from cadre.train import run as module
 from cadre.train.metrics import read_metrics
 from cadre.train.recipe import read_recipe
 from cadre.train.resume import held_recipe, resume
@@ -54,7 +55,40 @@ def test_a_given_tokenizer_is_taken(lab):
     assert run.config.vocab_size == 270 and run.identity()["tokenizer"] == tokenizer_hash(tokenizer)
 
 
+def unprompted(run):
+    """What the samples of a run begin with whose recipe says nothing about it."""
+    run.recipe = run.recipe.model_copy(update={"eval": run.recipe.eval.model_copy(update={"prompts": None})})
+    return run.prompts()
+
+
+def test_samples_begin_as_the_text_that_was_held_out_does(lab):
+    run = lab.start("run")
+    assert run.prompts() == ["The"]
+    held = [document.text for document in run.data.read_held_out()]
+    prompts = unprompted(run)
+    assert len(prompts) == min(3, len(held))
+    for prompt, text in zip(prompts, held, strict=False):
+        assert text.startswith(prompt) and text[len(prompt)].isspace() and 20 < len(prompt) <= 32
+    run.config = run.config.model_copy(update={"max_position_embeddings": 4})
+    assert run.prompts() == ["The"]
+    assert unprompted(lab.start("none", "data.held_out=0.0")) == ["The"]
+    write_chats(lab.folder / "chats.jsonl")
+    assert unprompted(lab.start("chat", f"data.source={lab.folder / 'chats.jsonl'}"))[0] == "Hello"
+    run = lab.start("sotu")
+    run.recipe = run.recipe.model_copy(update={"data": run.recipe.data.model_copy(update={"source": "sotu"})})
+    assert unprompted(run) == ["The", "Fellow citizens", "Our"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", ""), ("\n \n", ""), ("One", "One"), (" One word\nand another", "One word"), ("x" * 99, "x" * 32),
+    ("ab " * 99, "ab " * 9 + "ab"), ("x" * 32 + " y", "x" * 32), ("x " + "y" * 50, "x"),
+])  # fmt: skip
+def test_first_words(text, words):
+    assert module._first_words(text) == words
+
+
 @pytest.mark.parametrize("overrides, wanted", [
+    (["checkpoint.best=true", "data.held_out=0.0"], "checkpoint.best: .* no text is held out .* set data.held_out above 0"),
     (["model.vocab_size=299"], "ids up to 299, beyond the vocabulary of 299"),
     (["train.batch=4000"], r"the corpus has .* tokens; one batch needs 4000 x 16"),
     (["data.source=/nowhere/at/all"], "no such file or folder"),

@@ -312,7 +312,7 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
         # Of several processes none has the model whole, but what they have saved is.
         model = run.model.eval() if alone else load(run.path / "model")[0]
         template = None if run.data.chat_template is None else chat_template(run.path / "model")
-        for number, prompt in enumerate(run.recipe.eval.prompts):
+        for number, prompt in enumerate(run.prompts()):
             try:
                 text = _sample(model, run.data.tokenizer, prompt, template, number)
             except UsageError as error:  # a template that refuses a conversation of one message
@@ -349,7 +349,7 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
     if run.data.chat_template is not None:
         print(f"try it           cadre chat {here}")
         return
-    print(f"try it           cadre generate {here} {shlex.quote(max(run.recipe.eval.prompts, key=len, default='The'))}")
+    print(f"try it           cadre generate {here} {shlex.quote(max(run.prompts(), key=len, default='The'))}")
 
 
 def _sample(model: Transformer, tokenizer: Tokenizer, prompt: str, template: ChatTemplate | None, seed: int) -> str:

@@ -54,8 +54,13 @@ def check_fp8(config: ModelConfig, device: torch.device, what: str = "train.fp8_
 
 def check_samples(recipe: Recipe, config: ModelConfig, data: TokenData) -> None:
     """Refuse now what would fail when the model is scored and sampled."""
+    if recipe.checkpoint.best and not data.manifest["held_out"]["tokens"]:
+        raise UsageError(
+            "checkpoint.best: keeps the model of the lowest evaluation, but no text is held out to evaluate it on: set "
+            "data.held_out above 0 (of a folder made by cadre data, make it anew), or checkpoint.best=false"
+        )
     document_start(config, data.tokenizer)
-    for prompt in recipe.eval.prompts:
+    for prompt in recipe.eval.prompts or ():
         length = len(data.tokenizer.encode(prompt).ids)
         if length >= config.max_position_embeddings:
             raise UsageError(

@@ -183,11 +183,12 @@ class CheckpointSection(Section):
 
 class EvalSection(Section):
     """`tokens`: how much held-out text an evaluation during training reads; the last one reads all of it (or what a
-    tenth of `minutes` has room for), with a context sliding by half."""
+    tenth of `minutes` has room for), with a context sliding by half. `prompts`: what the samples at the end begin with; None
+    for the first words of held-out documents."""
 
     every: int = Field(default=250, ge=1)
     tokens: int = Field(default=32768, ge=1)
-    prompts: list[str] = Field(default=["The", "Fellow citizens", "Our"])
+    prompts: list[str] | None = None
 
 
 class ParallelSection(Section):

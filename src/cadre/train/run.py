@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer
 
 from cadre.data.batches import Batches
 from cadre.data.shards import TokenData, prepare
+from cadre.data.sources import SOTU
 from cadre.errors import UsageError, write_error
 from cadre.files import replace_file, require_folder
 from cadre.hub.directory import ending_at, load_config, model_directory, set_aside
@@ -41,6 +43,8 @@ from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import DataSection, ParallelSection, Recipe
 
 BEGUN_WITH = "from.txt"
+# Samples at the end of a run, the letters that each begins with, and documents that are looked at for their beginnings.
+_SAMPLES, _LETTERS, _MOST_READ = 3, 32, 100
 
 
 @dataclass
@@ -71,10 +75,31 @@ class Run:
             return own
         return self.source or Path(begun.read_text(encoding="utf-8").rstrip("\n"))
 
+    def prompts(self) -> list[str]:
+        """What the samples at the end begin with: as the recipe says, else as the text does."""
+        data, asked = self.data, self.recipe.eval.prompts
+        if asked is not None:
+            return asked
+        if data.chat_template is not None:
+            return ["Hello", "Who are you?"]
+        if self.recipe.data.sources == [SOTU]:
+            return ["The", "Fellow citizens", "Our"]
+        words = dict.fromkeys(_first_words(document.text) for document in islice(data.read_held_out(), _MOST_READ))
+        context = self.config.max_position_embeddings
+        fitting = [text for text in words if text and len(data.tokenizer.encode(text).ids) < context]
+        return fitting[:_SAMPLES] or ["The"]
+
     def identity(self) -> dict[str, Any]:
         """What must not change between checkpoint and resume."""
         corpus = self.data.manifest["inputs"]["text"]
         return {"model": self.config.to_hf(), "tokenizer": tokenizer_hash(self.data.tokenizer), "corpus": corpus}
+
+
+def _first_words(text: str) -> str:
+    """Of its first line, whole words of at most some letters; a longer first word is cut."""
+    line = text.strip().partition("\n")[0].rstrip()
+    words = line[: _LETTERS + 1].rsplit(maxsplit=1)
+    return words[0] if len(line) > _LETTERS and len(words) == 2 else line[:_LETTERS]
 
 
 def start(
