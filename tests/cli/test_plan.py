@@ -151,6 +151,15 @@ def test_a_recipe_file_and_a_run_directory(planned, tmp_path):
     assert by_file["parameters"]["embedding"] == 300 * 32
 
 
+def test_set_changes_the_recipe_that_is_planned(planned, tmp_path):
+    write_corpus(tmp_path / "corpus")
+    file = write_recipe(tmp_path)
+    set_here = planned(file, "--set", "train.batch=8", "--set", "model.hidden_size=64")
+    assert set_here["batch"] == 8 and set_here["parameters"]["embedding"] == 300 * 64
+    written = write_recipe(tmp_path, train={"batch": 8}, model={"hidden_size": 64})
+    assert planned(written) == set_here
+
+
 def test_a_recipe_that_continues_a_model(planned, tmp_path):
     config = small("glm4_moe", num_nextn_predict_layers=1)
     (tmp_path / "m").mkdir()
@@ -197,6 +206,8 @@ def test_counts_have_units(planned):
         (["olmoe-1b-7b", "--hardware", "a100", "--precision", "fp8"], "--precision fp8: a100 has a rate for bf16 only"),
         (["olmoe-1b-7b", "--devices", "-1"], "Invalid value for '--devices': -1: must be a whole number"),
         (["olmoe-1b-7b", "--context", "4q"], "'--context': 4q: must be a whole number such as 4096, 4k or 1.5M, at least 1"),
+        (["olmoe-1b-7b", "--set", "train.batch=8"], "--set changes a recipe, and olmoe-1b-7b is none: give a recipe or a run"),
+        (["pocket", "--set", "train.bacth=8"], "unknown key train.bacth; did you mean batch?"),
         (["olmoe-1b-7b", "--mfu", "40"], "--mfu is 40"),
     ],
 )

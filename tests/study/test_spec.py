@@ -105,6 +105,11 @@ def test_a_recipe_that_is_no_recipe_is_refused_as_one():
         study.base_recipe()
 
 
+def test_a_recipe_is_told_from_a_study():
+    with pytest.raises(UsageError, match=r"^mine: is a recipe: cadre train runs it; a study has \[arms\] to compare$"):
+        parse_study("[model]\nhidden_size = 3\n", "mine")
+
+
 def test_the_example_in_the_docs_is_a_study():
     lines = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8").splitlines()
     start = lines.index("## A study of your own") + 1

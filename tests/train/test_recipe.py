@@ -90,10 +90,17 @@ def test_a_quote_a_line_end_an_emoji_and_a_control_character_survive():
     assert parse_recipe(changed.to_toml(), "again").eval.prompts == prompts
 
 
+def test_a_study_is_told_from_a_recipe():
+    with pytest.raises(UsageError, match=r"^mine: is a study of several recipes: cadre compare runs it$"):
+        parse_recipe('base = "pocket"\ntitle = "Mine"\n[arms.a]\n', "mine")
+
+
 @pytest.mark.parametrize("override, where", [
     ("train.steps=7", 7), ("train.minutes=1.5", 1.5), ("train.minutes=2", 2.0), ("data.source=a/b.txt", "a/b.txt"),
     ("data.source=['a', 'b']", ["a", "b"]), ("schedule.kind=cosine", "cosine"), (" eval.prompts = [] ", []),
     ("data.separate_documents=true", True), ("model.hidden_size=48", 48), ("data.source=a=b", "a=b"),
+    ("data.source=2024-05-01", "2024-05-01"), ("data.source= 10:30:00", "10:30:00"),
+    ("data.source=2024-05-01T10:30:00", "2024-05-01T10:30:00"),
 ])  # fmt: skip
 def test_set_replaces_one_value(override, where):
     recipe = parse_recipe(TEXT, "here", [override])

@@ -60,6 +60,10 @@ Quantize = Annotated[
     typer.Option(help="Round the weights: less memory, faster where bytes are the limit.", show_default=False),
 ]
 Seed = Annotated[int | None, typer.Option(metavar="S", help="The same seed gives the same text.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="section.key=value, over the recipe's.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cadre.cli.models import vocabulary
-from cadre.cli.options import Json, counts, token_count
+from cadre.cli.options import Json, Set, counts, token_count
 from cadre.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def plan(
         bool | None,
         typer.Option("--mtp/--no-mtp", help="Count multi-token prediction. [default: as the file says; catalogue: no]"),
     ] = None,
+    set_: Set = None,
     here: Annotated[bool, typer.Option("--here", help="Measure this machine (up to 30 s), predict training on it.")] = False,
     explain: Annotated[bool, typer.Option(help="Show every term of a step and the next best layouts.")] = False,
     json_output: Json = False,
@@ -72,8 +73,10 @@ def plan(
 
     if here:
         _refuse_with_here(hardware=hardware, devices=devices, mfu=mfu, rent=rent)
-    read = _read(model, mtp)
+    read = _read(model, mtp, set_)
     recipe: Recipe | None = read.pop("recipe")
+    if set_ and recipe is None:
+        raise UsageError(f"--set changes a recipe, and {model} is none: give a recipe or a run")
     if mtp and not read["shape"].extra:
         read["notes"] += ("--mtp changes nothing: this model has no modules of multi-token prediction",)
     request = Request(
@@ -155,7 +158,7 @@ def _unfit(request: Request, devices: int) -> str | None:
     return "cannot hold this recipe's training" if exceeds(request, devices) else None
 
 
-def _read(model: str, mtp: bool | None) -> dict[str, Any]:
+def _read(model: str, mtp: bool | None, overrides: list[str] | None) -> dict[str, Any]:
     """What `model` names: its shape and where that comes from, and the recipe if it is one or a run of one."""
     from cadre.plan import catalogue
     from cadre.plan.families import read_config, read_shape
@@ -172,11 +175,11 @@ def _read(model: str, mtp: bool | None) -> dict[str, Any]:
         shape = entry.shape if mtp else entry.shape.without_extra()
         return _found(entry.name, entry.source, shape, notes=tuple(notes))
     if model in shipped() or path.suffix == ".toml":
-        return _of_recipe(model, model, mtp)
+        return _of_recipe(model, model, mtp, overrides)
     if path.is_dir():
         recipe = path / "recipe.toml"
         if recipe.exists():
-            return _of_recipe(str(recipe), str(path), mtp)
+            return _of_recipe(str(recipe), str(path), mtp, overrides)
     elif not path.exists():
         if path.suffix == ".json" or len(path.parts) > 1:
             known = catalogue.lookup(path.name)  # as a hub names it
@@ -202,13 +205,13 @@ def _unknown(model: str, names: list[str]) -> str:
     return f"{model}: not in the catalogue, no recipe, file or directory; {hint}"
 
 
-def _of_recipe(source: str, name: str, mtp: bool | None) -> dict[str, Any]:
+def _of_recipe(source: str, name: str, mtp: bool | None, overrides: list[str] | None) -> dict[str, Any]:
     """A recipe's model, with the vocabulary that its data section asks for."""
     from cadre.plan.families import read_config, read_shape
     from cadre.plan.shape import Shape
     from cadre.train.recipe import read_recipe
 
-    recipe = read_recipe(source)
+    recipe = read_recipe(source, overrides)
     notes: list[str] = []
     if "from" in recipe.model:
         values, where = read_config(recipe.model["from"])

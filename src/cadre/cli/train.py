@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cadre.cli.options import counts, token_count
+from cadre.cli.options import Set, counts, token_count
 from cadre.errors import DivergedError, RunError, UsageError, printable, write_error
 from cadre.files import replace_file
 
@@ -42,9 +42,7 @@ def train(
         ),
     ] = None,
     hardware: Annotated[str | None, typer.Option(metavar="NAME", help="What a --budget in usd rents, such as h100.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="section.key=value, over the recipe's.")
-    ] = None,
+    set_: Set = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in this directory.")] = None,
     nproc: Annotated[
         int | None, typer.Option(metavar="N", help="Processes on this machine; [parallel] says how they share.", min=1)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from cadre import sections
+from cadre.errors import UsageError
 from cadre.sections import Section
 from cadre.train.recipe import Recipe, dump_toml, parse_recipe, read_recipe
 
@@ -192,7 +193,7 @@ def shipped() -> list[str]:
 def read_study(name_or_path: str) -> tuple[Study, str]:
     """A shipped study by name or a TOML file by path, and the hash of its text.
 
-    Raises `UsageError` for an unknown study, key, type or value.
+    Raises `UsageError` for an unknown study, key, type or value, and for a recipe.
     """
     text, name = sections.text_of("study", "cadre.studies", name_or_path)
     return parse_study(text, name_or_path, name), hashlib.sha256(text.encode()).hexdigest()
@@ -201,6 +202,8 @@ def read_study(name_or_path: str) -> tuple[Study, str]:
 def parse_study(text: str, where: str, name: str = "study") -> Study:
     """Check a study's text. `where` names it in error messages."""
     values = sections.parse(text, where)
+    if "model" in values and "arms" not in values:
+        raise UsageError(f"{where}: is a recipe: cadre train runs it; a study has [arms] to compare")
     values.setdefault("name", name)
     values.setdefault("title", name)
     return sections.check(Study, values, where)

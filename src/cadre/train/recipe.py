@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -335,6 +336,8 @@ def _values(text: str, where: str, above: tuple[str, ...] = ()) -> dict[str, Any
 def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name: str = "custom") -> Recipe:
     """Check a recipe's text. `where` names it in error messages."""
     values = _values(text, where)
+    if "arms" in values:
+        raise UsageError(f"{where}: is a study of several recipes: cadre compare runs it")
     values.setdefault("name", name)
     for override in overrides or []:
         _apply(values, override)
@@ -374,6 +377,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if value.startswith("[") and value.endswith("]"):  # a shell takes away quotes that are not quoted themselves
             example = '--set \'data.source=["a", "b"]\''
             raise UsageError(f"--set {shorten(override)}: no list; its words are in quotes, as in {example}") from None
+    if isinstance(value, date | time):  # no key is one: it is a name that looks like it
+        value = raw.strip()
     section = values.setdefault(parts[0], {})
     if not isinstance(section, dict):
         raise UsageError(f"--set {override}: {parts[0]} is no section; sections are {', '.join(Recipe.model_fields)}")
