@@ -77,6 +77,19 @@ def test_what_the_assistant_says_is_learned_with_the_token_that_ends_it(tmp_path
     assert said(document) == ["Oui, 你好 😀<|eos|>", "So.<|eos|>"]
 
 
+@pytest.mark.parametrize("parquet", [False, True])
+def test_what_has_weight_0_is_read_and_not_learned(tmp_path, parquet):
+    weights = [0, None, 0, 0, 1]  # of what the assistant does not say none counts
+    messages = [{**message, "weight": weight} for message, weight in zip(CHAT, weights, strict=True)]
+    if parquet:
+        pq.write_table(pa.table({"messages": [messages]}), tmp_path / "a.parquet")
+        document = only(str(tmp_path / "a.parquet"))
+    else:
+        document = only(write(tmp_path / "a.jsonl", {"messages": messages}))
+    assert document.text == only(write(tmp_path / "b.jsonl", {"messages": CHAT})).text
+    assert said(document) == ["So.<|eos|>"]
+
+
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text(max_size=8)), min_size=1, max_size=6))
 def test_it_is_what_transformers_marks(tokenizer_dir, turns):
     messages = [{"role": role, "content": content} for role, content in [*turns, ("assistant", "yes")]]
@@ -178,6 +191,10 @@ def test_a_text_is_the_same_every_day(tmp_path):
     ([CHAT[1], {"role": "assistant"}], 'message 2 of 2 has no "role" and "content"'),
     ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "that are strings"),
     (CHAT[:2], "no message is the assistant's"),
+    ([CHAT[1], {**CHAT[2], "weight": 0}], "all messages of the assistant's have weight 0"),
+    ([CHAT[1], {**CHAT[2], "weight": 0.5}], "message 2 of 2 has weight 0.5; it must be 0 or 1, or absent"),
+    ([CHAT[1], {**CHAT[2], "weight": True}], "message 2 of 2 has weight True; it must be 0 or 1"),
+    ([CHAT[1], {**CHAT[2], "weight": "0"}], "message 2 of 2 has weight '0'; it must be 0 or 1"),
     ([CHAT[1], {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], "message 2 of 2 calls a tool"),
 ])  # fmt: skip
 def test_what_is_no_conversation_is_refused(tmp_path, value, message):

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, shorten
 from cadre.files import kind_of
 from cadre.hub.directory import model_directory
 from cadre.hub.template import CHAT_TEMPLATE, ChatTemplate, Messages, chat_template
@@ -42,8 +42,9 @@ def template_of_model(model: Path) -> Template:
 
 
 def messages_of(value: Any, where: str) -> Messages:
-    """What the field `messages` of a record holds, in the form of OpenAI's API: objects with `role` and `content`. Other fields
-    of them are left out. Raises `UsageError` for anything else."""
+    """What the field `messages` of a record holds, in the form of OpenAI's API: objects with `role` and `content`; of the
+    assistant's also a `weight` of "0" where that says that they are not to be learned. Other fields are left out. Raises
+    `UsageError` for anything else."""
     if not isinstance(value, list) or not value:
         raise UsageError(f'{where}: "messages" must be a list of objects with role and content')
     messages = []
@@ -54,20 +55,33 @@ def messages_of(value: Any, where: str) -> Messages:
             raise UsageError(f'{where}: message {number + 1} of {len(value)} has no "role" and "content" that are strings')
         if message.get("tool_calls"):  # without them the assistant would learn to say nothing
             raise UsageError(f"{where}: message {number + 1} of {len(value)} calls a tool, which is not written: leave it out")
+        if messages[-1]["role"] == "assistant" and (weight := message.get("weight")) is not None:
+            if isinstance(weight, bool) or weight not in (0, 1):
+                said = shorten(repr(weight))
+                raise UsageError(
+                    f"{where}: message {number + 1} of {len(value)} has weight {said}; it must be 0 or 1, or absent"
+                )
+            if not weight:
+                messages[-1]["weight"] = "0"
     if all(message["role"] != "assistant" for message in messages):
         raise UsageError(f"{where}: no message is the assistant's, so there is nothing to learn")
+    if all(message["role"] != "assistant" or "weight" in message for message in messages):
+        raise UsageError(f"{where}: all messages of the assistant's have weight 0, so there is nothing to learn")
     return messages
 
 
 def written(messages: Messages, template: ChatTemplate, where: str) -> tuple[str, Spans]:
     """A conversation as text, and of it the spans that the model would have had to write: what follows the prompt for each of
-    the assistant's messages, with what the template puts after it. Raises `UsageError` for a template that refuses the
-    messages, or writes earlier ones otherwise once later ones have come: its prompts would not be those of the text."""
+    the assistant's messages but those of weight "0", with what the template puts after it. Raises `UsageError` for a template
+    that refuses the messages, or writes earlier ones otherwise once later ones have come: its prompts would not be those of
+    the text."""
+    learned = [message["role"] == "assistant" and "weight" not in message for message in messages]
+    messages = [{name: part for name, part in message.items() if name != "weight"} for message in messages]
     try:
         text = template.render(messages, to_answer=False)
         spans = []
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
+        for number, is_learned in enumerate(learned):
+            if is_learned:
                 prompt = template.render(messages[:number])
                 answered = template.render(messages[: number + 1], to_answer=False)
                 if not (text.startswith(answered) and answered.startswith(prompt) and len(prompt) < len(answered)):
