@@ -62,6 +62,7 @@ def test_layers_are_watched_apart():
     ({"z_weight": 0.01}, 1.0, 0.1, 30.0, "balance.z_weight=0.03"),
     ({}, 1.0, 0.1, 1.0, "balance.bias_speed=0.003 --set optimizer.router_lr_scale=0.1"),
     ({"bias_speed": 0.01}, 0.1, 0.1, 1.0, "balance.bias_speed=0.03"),
+    ({"bias_speed": 0.6, "bias_update": "proportional"}, 0.1, 0.1, 1.0, "balance.bias_speed=1"),
     ({"bias_speed": 0.03}, 1.0, 1.4, 1.0, "balance.bias_speed=0.01"),
     ({"bias_speed": 0.0}, 1.0, 0.0, 1.0, "balance.bias_speed=0.001"),
     ({"bias_update": "none"}, 1.0, 0.0, 1.0, "balance.bias_update=sign"),

@@ -100,7 +100,8 @@ class CollapseAlarm:
             slower = f" --set optimizer.router_lr_scale={max(0.1, self.router_lr_scale / 10):g}"
         else:
             slower = ""
-        return f"the biases cannot keep up: resume with --set balance.bias_speed={3 * section.bias_speed:.1g}{slower}"
+        faster = min(1.0, 3 * section.bias_speed)  # all that a recipe takes
+        return f"the biases cannot keep up: resume with --set balance.bias_speed={faster:.1g}{slower}"
 
 
 def _trouble(load_E: ArrayLike) -> str | None:
