@@ -79,9 +79,20 @@ def test_the_remedy_fits_the_settings_and_is_one_a_recipe_takes(section, scale, 
     parse_recipe(RECIPE.format(source='"sotu"'), "here", overrides)
 
 
-def test_it_goes_on_from_its_state():
+def test_experts_that_a_few_tokens_left_out_are_not_dead():
+    """Two choices an expert at every step: some experts always go without, and over ten steps none does."""
+    random = np.random.default_rng(0)
+    lucky = [random.multinomial(128, [1 / 64] * 64) for _ in range(400)]
+    assert sum((load == 0).any() for load in lucky) > 390
+    assert sound(alarm(), lucky, every=1) == []
+    dead = [random.multinomial(128, [1 / 63] * 63 + [0]) for _ in range(400)]
+    assert sound(alarm(), dead, every=1) == [(100, "collapse", 3)]
+
+
+@pytest.mark.parametrize("load", [DEAD, [part // 4 for part in DEAD]])
+def test_it_goes_on_from_its_state(load):
     whole, parts = alarm(), alarm()
-    loads = [DEAD] * 12
+    loads = [load] * 12
     expected = sound(whole, loads)
     first = sound(parts, loads[:7])
     again = alarm()
@@ -89,9 +100,9 @@ def test_it_goes_on_from_its_state():
     rest = [
         (number * 10, e["event"], e["layer"])
         for number in range(8, 13)
-        for e in again.check(number * 10, 10, [DEAD], [0.1], [1.0])
+        for e in again.check(number * 10, 10, [load], [0.1], [1.0])
     ]
-    assert first + rest == expected == [(100, "collapse", 3)]
+    assert first + rest == expected == [(100 if load == DEAD else 120, "collapse", 3)]
 
 
 def test_a_layer_that_routed_nothing_is_no_collapse():

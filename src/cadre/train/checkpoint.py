@@ -56,6 +56,8 @@ class _Balance(_Checked):
 class _Alarm(_Checked):
     since: list[_Count | None]
     sounding: list[bool]
+    held: list[list[_Count]] | None = None
+    held_steps: _Count = 0
 
 
 class _Identity(_Checked):

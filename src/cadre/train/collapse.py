@@ -1,6 +1,7 @@
 """The collapse alarm: says which layer's experts go unused for long, and what to change.
 
-A layer is in trouble when, over all steps since the last logged one,
+A layer is in trouble when, over all steps since the last logged one, or over more where these have too few tokens to tell a
+dead expert from an unlucky one,
 
     an expert is dead               load below 1% of the mean, or
     the busiest takes too much      MaxVio of 4 or more, or
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cadre.train.loads import dead_experts, effective_share, max_violation
 from cadre.train.recipe import BalanceSection
@@ -24,6 +25,8 @@ from cadre.train.recipe import BalanceSection
 MAX_VIO_AT_MOST = 4.0
 EFFECTIVE_AT_LEAST = 0.5
 LASTING = 100
+# Choices an expert has on average before a load is judged: below that, many a healthy one has none by chance.
+_ENOUGH = 10
 
 # Root mean square of a router's logits beyond which sigmoids and softmaxes are flat: no gradient moves them any more.
 _SATURATED = 10.0
@@ -34,13 +37,16 @@ _BIAS_DECIDES = 1.0
 @dataclass
 class CollapseAlarm:
     """`section`, `router_lr_scale`: the recipe's, for the remedy. `since`: for each sparse layer the step from which it has
-    been in trouble, or None. `sounding`: whether it has been said."""
+    been in trouble, or None. `sounding`: whether it has been said. `held_LE`, `held_steps`: loads that wait to be judged, and
+    of how many steps."""
 
     layers: list[int]
     section: BalanceSection
     router_lr_scale: float = 1.0
     since: list[int | None] = field(default_factory=list)
     sounding: list[bool] = field(default_factory=list)
+    held_LE: NDArray[Any] | None = None
+    held_steps: int = 0
 
     def __post_init__(self) -> None:
         self.since = [None] * len(self.layers)
@@ -51,8 +57,13 @@ class CollapseAlarm:
     ) -> list[dict[str, Any]]:
         """Look at the loads of the `steps` steps up to `step`. Returns the events "collapse" and "recovered", each with
         layer and message."""
-        events = []
-        for place, (layer, load_E) in enumerate(zip(self.layers, np.asarray(load_LE), strict=True)):
+        events: list[dict[str, Any]] = []
+        load_LE, steps = np.asarray(load_LE) + (0 if self.held_LE is None else self.held_LE), steps + self.held_steps
+        if any(0 < load_E.mean() < _ENOUGH for load_E in load_LE):
+            self.held_LE, self.held_steps = load_LE, steps
+            return events
+        self.held_LE, self.held_steps = None, 0
+        for place, (layer, load_E) in enumerate(zip(self.layers, load_LE, strict=True)):
             trouble = _trouble(load_E) if load_E.sum() else None
             if trouble is None:
                 if self.sounding[place]:
@@ -70,10 +81,13 @@ class CollapseAlarm:
         return events
 
     def state(self) -> dict[str, Any]:
-        return {"since": self.since, "sounding": self.sounding}
+        held = None if self.held_LE is None else self.held_LE.tolist()
+        return {"since": self.since, "sounding": self.sounding, "held": held, "held_steps": self.held_steps}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.since, self.sounding = list(state["since"]), list(state["sounding"])
+        held = state.get("held")
+        self.held_LE, self.held_steps = None if held is None else np.array(held), state.get("held_steps", 0)
 
     def _remedy(self, bias_range: float | None, logit_scale: float) -> str:
         """The one change most likely to help, as `--set` takes it."""
