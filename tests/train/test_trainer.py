@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cadre.errors import RunError
+from cadre.hub.directory import model_directory, set_aside
 from cadre.hub.load import load
 from cadre.model.scoring import Score
 from cadre.train import checkpoint as checkpoint_module
@@ -346,6 +347,19 @@ def test_a_run_that_is_ended_where_it_stopped_keeps_its_best(lab, monkeypatch):
     kept = (lab.folder / "run" / "best" / "model.safetensors").read_bytes()
     assert lab.train(lab.resume("run", "train.steps=12"))[0].best_step == 6
     assert (lab.folder / "run" / "best" / "model.safetensors").read_bytes() == kept
+
+
+def test_a_best_model_that_a_crash_left_aside_is_still_the_best(lab, monkeypatch):
+    """Between the two renames of `save` it lies beside its place, and a worse one must not take that."""
+    asked = iter([2.0, 9.0, 2.5, 2.5, 9.0])
+    monkeypatch.setattr(Parallel, "score", lambda *_, **__: Score(next(asked) * math.log(2), 1, 1))
+    options = ("eval.every=4", "checkpoint.best=true", "train.log_every=1")
+    assert lab.train(lab.start("run", *options), at={6: interrupt()})[0].best_step == 4
+    best = lab.folder / "run" / "best"
+    kept = (best / "model.safetensors").read_bytes()
+    best.rename(set_aside(best))
+    assert lab.train(lab.resume("run"))[0].best_step == 4
+    assert (model_directory(best) / "model.safetensors").read_bytes() == kept
 
 
 def test_a_score_that_is_no_number_is_no_lowest(lab, monkeypatch):
