@@ -142,6 +142,25 @@ def test_a_stopped_run_interrupts_and_a_failed_one_is_named(study, tmp_path, mon
         conduct(state, Notes())
 
 
+def test_a_run_that_dies_is_not_given_the_last_words_of_another_try(study, tmp_path, monkeypatch):
+    state = started(study, tmp_path / "out")
+
+    def reason(program):
+        def dying(command, **options):
+            return subprocess.Popen([sys.executable, "-c", program], **options)
+
+        monkeypatch.setattr(module, "subprocess", in_process(dying))
+        with pytest.raises(RunError) as caught:
+            conduct(state, Notes())
+        return str(caught.value)
+
+    assert "run sweep/dense-x1: the disk is full (" in reason("import sys; sys.exit('a warning\\nthe disk is full')")
+    killed = "import os, sys; print('a warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
+    for program in ("import sys; sys.exit(1)", killed):
+        assert "run sweep/dense-x1: its process died, most likely for want of memory (" in reason(program)
+    assert (tmp_path / "out/sweep/dense-x1.log").read_text() == "a warning\nthe disk is full\na warning\n"  # all of it is kept
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, TypeError])
 def test_whatever_ends_a_study_ends_its_run(study, tmp_path, monkeypatch, error):
     state, processes = started(study, tmp_path / "out"), []

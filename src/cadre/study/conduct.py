@@ -209,16 +209,17 @@ def _train(state: State, job: Job, number: str, clock: Clock, watch: Watch) -> N
                f"{units.clock(clock.seconds())} left in all")  # fmt: skip
     command = [sys.executable, "-m", "cadre.study.worker", str(file), str(out), job.kind, str(state.processes)]
     with (out.parent / f"{out.name}.log").open("a+b") as log:
+        before = log.tell()  # what earlier tries have said
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         with _ending(process, watch):
             _listen(process, job, number, what, clock, watch)
             status = process.wait()
-        log.seek(0)
+        log.seek(before)
         said = log.read().decode(errors="replace").strip().splitlines()
     if status == STOPPED:
         raise KeyboardInterrupt
     if status or state.result(job) is None:
-        reason = said[-1] if said else "its process died, most likely for want of memory"
+        reason = said[-1] if said and status > 0 else "its process died, most likely for want of memory"
         raise RunError(f"run {job.folder}: {reason} (exit status {status}; log: {out}.log)")
 
 
