@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from cadre.data.shards import Tokens
-from cadre.errors import UsageError
+from cadre.errors import RunError, UsageError
 from cadre.hub.load import load
 from cadre.infer.engine import Engine
+from cadre.infer.generate import checked
 from cadre.infer.request import Request
 from cadre.infer.sampling import Sampling
 from cadre.infer.speculate import Payoff
@@ -52,7 +53,7 @@ def acceptance(model: Transformer, held_out: Tokens, length: int) -> list[float]
 def drafting_rates(directory: Path, held_out: Tokens, length: int) -> dict[str, float] | None:
     """Tokens/s of the model in `directory` that continues held-out text greedily, one text at a time: `plain`, and `drafted` by
     as many tokens as it has modules, whether that pays or not; from the first new token on, medians, in turn. None where there
-    is too little text, or memory."""
+    is too little text or memory, or the model's logits are not finite."""
     model, _ = load(directory, device=default_device())
     begin, new = length // 2, length // 2 - len(model.mtp)
     texts = [held_out.tokens(at, at + begin).tolist() for at in range(0, min(len(held_out), _TEXTS * begin) - begin + 1, begin)]
@@ -63,7 +64,7 @@ def drafting_rates(directory: Path, held_out: Tokens, length: int) -> dict[str, 
         for _ in range(_TURNS):
             for drafts, found in rates.items():
                 found.append(_rate(model, texts, new, drafts))
-    except UsageError:  # no room for their caches
+    except (UsageError, RunError):  # no room for their caches; logits that are not finite
         return None
     plain, drafted = (statistics.median(found) for found in rates.values())
     return {"plain": plain, "drafted": drafted}
@@ -76,10 +77,15 @@ def _rate(model: Transformer, texts: list[list[int]], new: int, drafts: int) -> 
     seconds, made = 0.0, 0
     for number, text in enumerate(texts):
         engine.add(Request(str(number), tuple(text), new, Sampling(0.0), ignore_eos=True))
-        while not any(output.tokens for output in engine.step()):
+        while not _step(engine):
             pass
         start = time.perf_counter()
         while engine.busy:
-            made += sum(len(output.tokens) for output in engine.step())
+            made += _step(engine)
         seconds += time.perf_counter() - start
     return made / seconds
+
+
+def _step(engine: Engine) -> int:
+    """New tokens. Raises `RunError` if the model's logits are not finite."""
+    return sum(len(checked(output).tokens) for output in engine.step())
