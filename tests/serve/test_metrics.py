@@ -1,6 +1,6 @@
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serve.live import Live, parts
+from tests.serve.live import CONTEXT, Live, parts
 from tests.serve.test_server import LONG, start
 
 PROMPT = list(range(20, 70))
@@ -36,6 +36,20 @@ def test_what_happened_is_told():
     for name in ("cadre_sequences_waiting", "cadre_sequences_running", "cadre_cache_pages_used", "cadre_preemptions_total"):
         assert after[name,] == 0
     assert after["cadre_draft_tokens_total",] == after["cadre_accepted_draft_tokens_total",] == 0
+
+
+def test_why_sequences_end_is_told_of_those_that_the_engine_did_not_end():
+    """A transcript's answer ends with its line, and a client may leave: the engine is then told to stop."""
+    newline = str(parts()[1].encode("\n").ids[0])
+    body = {"messages": [{"role": "user", "content": "hi"}], "seed": 0, "ignore_eos": True, "logit_bias": {newline: 4}}
+    with Live(chat=False) as server:
+        answer = server.post("/v1/chat/completions", body).json()
+        assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["total_tokens"] < CONTEXT
+        start(server, LONG | {"n": 2}).close()
+        server.until(server.idle)
+        after = samples(server)
+    ends = {key[1][1]: value for key, value in after.items() if key[0] == "cadre_sequences_finished_total"}
+    assert ends == {"stop": 1, "abort": 2}
 
 
 def test_the_experts_loads_add_up():

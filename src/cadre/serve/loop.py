@@ -75,7 +75,7 @@ class EngineLoop:
         self.ended: Callable[[], ApiError] | None = None  # why nothing is taken any more
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
-        self.seconds = 1.0  # what a sequence takes, smoothed
+        self.seconds = 1.0  # for which a sequence has its place, smoothed
         self.commands: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
 
     # ------------------------------------------------------------------------------------------------- for the web server
@@ -107,9 +107,11 @@ class EngineLoop:
         return stream
 
     def cancel(self, stream: Stream, only: str | None = None) -> None:
-        """Stop working on a stream's sequences, or on one of them; harmless once they have finished."""
+        """Stop working on a stream's sequences, or on one of them, whose answer is there; harmless once they have finished."""
         ids = stream.running & ({only} if only is not None else stream.running)
         ids = {i for i in ids if self.live.pop(i, None) is not None}
+        for _ in ids:
+            self._finished(stream, "abort" if only is None else "stop")
         stream.running -= ids
         stream.news.set()
         if ids:
@@ -136,7 +138,7 @@ class EngineLoop:
             stream.push(output)
             if output.finish is not None:
                 del self.live[output.id]
-                self.seconds += 0.1 * (now - stream.arrived - self.seconds)
+                self._finished(stream, output.finish)
 
     def _observe(self, stream: Stream, output: Output, now: float) -> None:
         if output.tokens:
@@ -145,8 +147,11 @@ class EngineLoop:
             else:
                 self.metrics.first_token.observe(now - stream.arrived)
             stream.last[output.id] = now
-        if output.finish is not None:
-            self.metrics.finished.labels(output.finish).inc()
+
+    def _finished(self, stream: Stream, reason: str) -> None:
+        """One of its sequences needs its place no longer."""
+        self.metrics.finished.labels(reason).inc()
+        self.seconds += 0.1 * (time.monotonic() - stream.arrived - self.seconds)
 
     def _break_down(self, error: BaseException) -> None:
         self.failure = error
