@@ -298,6 +298,7 @@ def test_abort_ends_a_request_wherever_it_is():
     assert [(output.id, output.finish) for output in told if output.finish] == [("a", "abort"), ("c", "abort"), ("b", "length")]
     engine.abort("b")
     assert not engine.busy
+    assert engine.stats.prompt_tokens == 2 * 10  # "c" never left the queue: nobody looked for its prompt in the cache
 
 
 def test_an_id_can_be_used_again_but_not_at_once(engine):

@@ -367,9 +367,12 @@ class Engine:
             self._tell(live, (token,), text, None)
 
     def _finish(self, live: _Live, finish: str, token: TokenOut | None = None, text: str = "", queued: bool = True) -> None:
-        del self._live[live.sequence.request.id]
+        sequence = live.sequence
+        del self._live[sequence.request.id]
         if queued:
-            self.scheduler.remove(live.sequence)
+            if not (sequence.pages or sequence.started):
+                live.told = True  # it never left the queue: its prompt counts for nothing
+            self.scheduler.remove(sequence)
         self._finished += 1
         self._tell(live, () if token is None else (token,), text + live.stops.rest(), finish)
 
