@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadre.kernels.limits import dtype_name
 from cadre.kernels.total_norm import total_norm
 from cadre.model.experts import Router
 from cadre.model.transformer import Transformer
@@ -110,7 +111,7 @@ class Optimizer:
             name, _, key = full_name.rpartition(".")
             parameter = parameters[name]
             if self._kept(parameter)[key] != value.dtype:
-                raise KeyError(f"{full_name} in {str(value.dtype).removeprefix('torch.')}")
+                raise KeyError(f"{full_name} in {dtype_name(value.dtype)}")
             # torch's fused AdamW wants its count of steps on an accelerator as well.
             fused = parameter.device.type == "cuda" and self.moments == torch.float32
             device = parameter.device if value.ndim or fused else value.device

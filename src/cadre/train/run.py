@@ -33,7 +33,7 @@ from cadre.hub.directory import ending_at, load_config, model_directory, set_asi
 from cadre.hub.save import check_expressible
 from cadre.hub.template import chat_template
 from cadre.hub.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash
-from cadre.kernels.limits import training_dtype
+from cadre.kernels.limits import dtype_name, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.train.checks import advise, check_fp8, check_memory, check_samples, say_slow
@@ -236,7 +236,7 @@ def _config(recipe: Recipe, data: TokenData) -> ModelConfig:
 
 def computing_in(recipe: Recipe, dtype: torch.dtype) -> Recipe:
     """The recipe with its "auto" resolved."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})})
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": dtype_name(dtype)})})
 
 
 def dtype_of(choice: str, device: torch.device, parallel: Parallel) -> torch.dtype:

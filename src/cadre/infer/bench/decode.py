@@ -17,7 +17,7 @@ from cadre.infer.pages import bytes_for
 from cadre.infer.quantize import QuantizedLinear, quantize_model
 from cadre.infer.request import Request
 from cadre.infer.sampling import Sampling
-from cadre.kernels.limits import best_dtype, default_device, peak_memory_bytes, read_bytes_per_second
+from cadre.kernels.limits import best_dtype, default_device, dtype_name, peak_memory_bytes, read_bytes_per_second
 from cadre.kernels.memory import free_bytes
 from cadre.kernels.native.library import must_compile, why_missing
 from cadre.model.config import ModelConfig
@@ -141,7 +141,7 @@ def bench_decode(
     result: dict[str, Any] = {
         "context": context,
         "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "quantization": quantization,
         "threads": torch.get_num_threads(),
         "kernels": why_missing() or "native" if device.type == "cpu" else "torch",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cadre.errors import UsageError
-from cadre.kernels.limits import default_device, synchronize
+from cadre.kernels.limits import default_device, dtype_name, synchronize
 from cadre.model.config import ModelConfig
 
 _EXPERTS = ("grouped_mm", "batched_mm", "eager")
@@ -59,7 +59,7 @@ class PeerDecoder:
         best = min(steps, key=lambda way: steps[way])
         self._use(best)
         version = importlib.metadata.version("transformers")
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_name(dtype)
         self.description = {"name": "transformers", "version": version, "experts": best, "dtype": kind}
 
     @torch.inference_mode()

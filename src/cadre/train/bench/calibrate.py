@@ -29,6 +29,7 @@ from cadre.files import replace_file
 from cadre.kernels.allocator import keep_freed_memory
 from cadre.kernels.limits import (
     default_device,
+    dtype_name,
     gemm_flops_per_second,
     memory_bytes_per_second,
     peak_memory_bytes,
@@ -128,7 +129,7 @@ def calibrate(
     asked = {
         "config": few.model_dump(exclude_none=True),
         "step": {**dataclasses.asdict(step), "optimizer": step.optimizer.model_dump()},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "effort": dataclasses.asdict(effort),
         "limits": limits,
         "most_rows": most_rows,
@@ -187,7 +188,7 @@ def measure(
 
     return Calibration(
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         threads=torch.get_num_threads(),
         batch=step.batch,
         micro_batch=step.micro_batch,
@@ -211,7 +212,7 @@ def with_limits(measured: Calibration, device: torch.device) -> Calibration:
     """The calibration with the machine's own limits beside it: products by dtype and size, and memory."""
     dtypes = (torch.float32, torch.bfloat16)
     rates = {
-        str(dtype).removeprefix("torch."): {str(size): gemm_flops_per_second(dtype, device, size, 3) for size in _GEMM_SIZES}
+        dtype_name(dtype): {str(size): gemm_flops_per_second(dtype, device, size, 3) for size in _GEMM_SIZES}
         for dtype in dtypes
     }
     return dataclasses.replace(measured, gemm_flops_per_second=rates, memory_bytes_per_second=memory_bytes_per_second(device))

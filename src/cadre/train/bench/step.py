@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from cadre.errors import UsageError
-from cadre.kernels.limits import default_device, gemm_flops_per_second, peak_memory_bytes, synchronize, training_dtype
+from cadre.kernels.limits import (
+    default_device,
+    dtype_name,
+    gemm_flops_per_second,
+    peak_memory_bytes,
+    synchronize,
+    training_dtype,
+)
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
@@ -127,7 +134,7 @@ def circumstances(batch: int, seq_len: int, dtype: torch.dtype, device: torch.de
     return {
         "batch": batch,
         "seq_len": seq_len,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
