@@ -84,6 +84,8 @@ def test_an_end_without_a_result_is_caught_up(recipes, tmp_path):
     assert worker.main([str(recipes["dense"]), str(run), "run", "1"]) == 0
     after = json.loads((run / "result.json").read_text())
     assert after["bits_per_byte"] == before["bits_per_byte"] and after["wall_seconds"] == before["wall_seconds"]
+    last = [record.get("final") for record in read_metrics(run) if record["step"] == 40 and "bits_per_byte" in record]
+    assert last == [False, True]  # what was scored again is told once
     # And one that is done is not begun again.
     stamp = (run / "result.json").stat().st_mtime_ns
     assert worker.main([str(recipes["dense"]), str(run), "run", "1"]) == 0

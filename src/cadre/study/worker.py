@@ -59,12 +59,12 @@ class TimedTrainer(Trainer):
         self.pending.append({"step": self.progress.step, "wall": time.perf_counter() - wall, "cpu": float(taken)})
         return record
 
+    def ends_as_it_began(self) -> bool:
+        return True
+
     def evaluate(self, final: bool) -> None:
-        if not final or self.short:
-            super().evaluate(final=False)
-            return
-        super().evaluate(final=False)
-        super().evaluate(final=True)
+        if not (final and self.short):
+            super().evaluate(final)
 
     def save(self) -> bool:
         # Before the checkpoint: whoever resumes from it finds the times of all its steps.

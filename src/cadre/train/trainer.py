@@ -177,7 +177,7 @@ class Trainer:
                 if stopped:
                     self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
                     self._event("stopped", f"by {stopped} after step {progress.step}")
-                elif self.parallel.anyone(self._ends_as_it_began()):
+                elif self.parallel.anyone(self.ends_as_it_began()):
                     self.evaluate(final=False)  # of the same text as those before; the checkpoint knows of it
                 if not self.save() and not stopped:
                     raise DivergedError(f"{self.run.path}: the weights are not finite after the last step; {self.remedy()}")
@@ -195,7 +195,7 @@ class Trainer:
     def _metrics(self, resumed: int | None) -> MetricsLog:
         """The log of a run that goes on from step `resumed`, or begins: without what it will write again."""
         ends_here = self.progress.step >= self.progress.total_steps
-        both = self._ends_as_it_began()
+        both = self.ends_as_it_began()
 
         def again(record: dict[str, Any]) -> bool:
             # All else of a step is written before its checkpoint, and not again.
@@ -204,7 +204,7 @@ class Trainer:
 
         return MetricsLog(self.run.path, resume_step=-1 if resumed is None else resumed, again=again)
 
-    def _ends_as_it_began(self) -> bool:
+    def ends_as_it_began(self) -> bool:
         """Whether the last step is also scored on the text that evaluations on the way read: to find the lowest of them, or
         to show what training has made of the model that the run began with. (The score of all held-out text shows neither:
         beginnings of documents are harder.)"""
