@@ -46,11 +46,12 @@ async function fitText(transcript, model, room, signal) {
   return { prompt: text.slice(cut), tokens: ids.length };
 }
 
-// The next good place to begin reading: a line or sentence, else a word, else right here.
+// The next good place to begin reading: a line or sentence, else a word, else right here, but not within a character of two
+// UTF-16 halves, one of which alone the server refuses.
 function boundary(text, from) {
   const ahead = text.slice(from, from + 160);
   const place = [/\n\s*/, /[.!?]["”’)]*\s+/, /\s+/].map((end) => end.exec(ahead)).find((found) => found);
-  return place ? from + place.index + place[0].length : from;
+  return from + (place ? place.index + place[0].length : Number(/^[\udc00-\udfff]/.test(ahead)));
 }
 
 // The newest messages that leave room for the answer, beginning with one of yours; the last one in any case.
