@@ -145,6 +145,14 @@ def test_without_room_for_a_copy_the_training_waits_and_says_so(monkeypatch):
     ]
 
 
+def test_a_run_without_room_for_copies_says_so_once(lab, monkeypatch):
+    monkeypatch.setattr(saving, "free_bytes", lambda device: 0)
+    run = lab.start("run", "checkpoint.every=2")
+    _, watcher = lab.train(run)
+    assert len(checkpoints(run.path)) > 1
+    assert len([note for note in watcher.notes if note.startswith("no room for a copy")]) == 1
+
+
 class Disk:
     """Writes of one run: the second checkpoint's wait until `go`."""
 

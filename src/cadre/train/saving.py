@@ -17,13 +17,14 @@ class Saver:
     """Writes copies of a run's tensors in a thread, one checkpoint at a time.
 
     The copies lie in host memory (pinned, of an accelerator's tensors) and take as much of it as what this process holds of
-    weights and optimizer state; `prepare` makes them, else the first save, and every save uses them. `note` hears of it if they
-    do not fit: then the training waits for the disk. `anyone`: whether something holds of any process of the run.
+    weights and optimizer state; `prepare` makes them, else the first save, and every save uses them. `note` hears once
+    that they do not fit: the training then waits for the disk. `anyone`: whether something holds of any process of the run.
     """
 
     def __init__(self, note: Callable[[str], None], anyone: Callable[[bool], bool] = bool) -> None:
         self._note, self._anyone = note, anyone
         self._copies: dict[str, Tensor] = {}
+        self._told = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -76,7 +77,9 @@ class Saver:
         wanted *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the others of this machine want as much, at the same time
         if wanted <= free_bytes(torch.device("cpu")):
             return True
-        self._note(f"no room for a copy of {wanted / 2**30:.1f} GiB: the training waits while a checkpoint is written")
+        if not self._told:
+            self._note(f"no room for a copy of {wanted / 2**30:.1f} GiB: the training waits while a checkpoint is written")
+        self._told = True
         return False
 
     @torch.no_grad()
