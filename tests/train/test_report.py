@@ -270,8 +270,10 @@ def test_pictures_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert sorted(path.name for path in pictures.iterdir()) == ["expert-load.svg", "training-curve.svg"]
     assert all(path.read_text().startswith("<svg") for path in pictures.iterdir())
     assert main([str(tmp_path), "--pictures", str(pictures)]) == 2
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "run"), "--pictures", str(tmp_path / "file" / "in")]) == 2  # the place was the caller's choice
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert [line[:7] for line in error.splitlines()] == ["error: "] * 2
 
 
 def test_pictures_of_a_dense_run_are_the_curve_alone(tmp_path: Path) -> None:

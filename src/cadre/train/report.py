@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cadre.errors import UsageError, write_error
+from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
 from cadre.train import figures
 from cadre.train.figures import Record, curve_figure, load_figure, series
@@ -305,7 +305,7 @@ def _time_unit(seconds: float) -> tuple[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes a run's pictures; returns the exit status (2 for bad input, 1 for a failure)."""
+    """Writes a run's pictures; returns the exit status (2 for bad input, also of a place to write to; 1 for a failure)."""
     parser = argparse.ArgumentParser(prog="python -m cadre.train.report", description="Draw a run's pictures as SVG.")
     parser.add_argument("run", type=Path, help="run directory, which holds metrics.jsonl")
     parser.add_argument("--pictures", type=Path, required=True, metavar="DIR", help="where the pictures go")
@@ -317,16 +317,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pictures = {"training-curve.svg": curve_figure(records)}
         if any(r.get("load") for r in records):
             pictures["expert-load.svg"] = load_figure(records)
-        options.pictures.mkdir(parents=True, exist_ok=True)
-        for name, figure in pictures.items():
-            replace_file(options.pictures / name, figures.svg(figure).encode())
-            print(options.pictures / name)
-    except UsageError as error:
+        try:
+            options.pictures.mkdir(parents=True, exist_ok=True)
+            for name, figure in pictures.items():
+                replace_file(options.pictures / name, figures.svg(figure).encode())
+                print(options.pictures / name)
+        except OSError as error:
+            raise write_error(f"{options.pictures}: cannot be written", error) from None
+    except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write pictures to {options.pictures}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return error.status
     return 0
 
 
