@@ -92,6 +92,17 @@ def test_a_name_that_was_pointed_here_serves_no_pages(live):
         assert raw_status(server, page, "/health") == (200, None)
 
 
+@pytest.mark.parametrize("host", ["a.example:8000", "[fe80::1]:8000"])
+def test_the_name_that_a_refusal_tells_is_the_one_to_allow(host):
+    """And a port with it does no harm."""
+    with Live(local=True) as server:
+        told = server.get("/health", headers={"host": host}).json()["error"]["message"].split("'")[1]
+    for name in (told, host.upper()):
+        with Live(local=True, hosts=[name, ""]) as server:
+            assert raw_status(server, [f"Host: {host}"], "/health") == (200, None)
+            assert raw_status(server, ["Host: "], "/health") == (403, "unknown_host")
+
+
 def test_too_large_a_body_by_its_length(live):
     answer = live.post("/v1/completions", None, content=b" " * (MAX_BODY_BYTES + 1))
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"

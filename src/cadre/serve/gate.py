@@ -54,7 +54,8 @@ class Gate:
     ) -> None:
         self.app, self.metrics = app, metrics
         self.key = None if api_key is None else api_key.encode()
-        self.hosts, self.local = {host.lower() for host in hosts}, local
+        self.hosts = {host.lower() if _is_address(host) else _name(host) for host in hosts} - {""}
+        self.local = local
         machine = socket.gethostname().lower()
         self.machine = (machine, f"{machine}.local")
         self.open_paths, self.known_paths = frozenset(open_paths), frozenset(known_paths)
@@ -89,7 +90,7 @@ class Gate:
     def refusal(self, path: str, headers: Headers) -> ApiError | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         own = _name(host) in self.hosts or is_loopback(_name(host))
-        stranger = f"this server does not go by the name {host[:80]!r}; --allow-host gives it one"
+        stranger = f"this server does not go by the name {(_name(host) or host)[:80]!r}; --allow-host gives it one"
         if self.local and not own:
             return ApiError(403, stranger, code="unknown_host")
         if origin is not None and not self._same(origin, host):
