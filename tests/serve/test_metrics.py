@@ -1,3 +1,4 @@
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.live import CONTEXT, Live, parts
@@ -9,6 +10,10 @@ PROMPT = list(range(20, 70))
 def samples(server):
     families = text_string_to_metric_families(server.get("/metrics").text)
     return {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def ends(found):
+    return {key[1][1]: value for key, value in found.items() if key[0] == "cadre_sequences_finished_total"}
 
 
 def test_what_happened_is_told():
@@ -48,8 +53,16 @@ def test_why_sequences_end_is_told_of_those_that_the_engine_did_not_end():
         start(server, LONG | {"n": 2}).close()
         server.until(server.idle)
         after = samples(server)
-    ends = {key[1][1]: value for key, value in after.items() if key[0] == "cadre_sequences_finished_total"}
-    assert ends == {"stop": 1, "abort": 2}
+    assert ends(after) == {"stop": 1, "abort": 2}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sequences_whose_time_is_over_end_by_their_deadline_whoever_sees_it_first(stream):
+    with Live(timeout=0.3) as server:
+        with server.held():
+            server.post("/v1/completions", LONG | {"n": 2, "stream": stream})
+        server.until(server.idle)
+        assert ends(samples(server)) == {"deadline": 2}
 
 
 def test_the_experts_loads_add_up():

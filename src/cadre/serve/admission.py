@@ -42,7 +42,8 @@ class Place:
         """Give the place back, whatever still runs; harmless once it was."""
         self._prepared()
         if self.stream is not None:
-            self.admission.loop.cancel(self.stream)
+            late = time.monotonic() >= self.deadline
+            self.admission.loop.cancel(self.stream, "deadline" if late else "abort")
 
     def _prepared(self) -> None:
         self.admission.preparing -= self.preparing

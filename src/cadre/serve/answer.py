@@ -191,7 +191,7 @@ async def _outputs(
             if choice.finish is None:
                 yield choice, output
                 if choice.finish is not None and output.finish is None:
-                    place.admission.loop.cancel(stream, only=choice.name)
+                    place.admission.loop.cancel(stream, choice.finish, only=choice.name)
 
 
 def usage(choices: Iterable[Choice]) -> dict[str, Any]:

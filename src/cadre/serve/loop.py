@@ -106,19 +106,20 @@ class EngineLoop:
         self.commands.put(("add", tuple(requests), stream))
         return stream
 
-    def cancel(self, stream: Stream, only: str | None = None) -> None:
-        """Stop working on a stream's sequences, or on one of them, whose answer is there; harmless once they have finished."""
+    def cancel(self, stream: Stream, reason: str, only: str | None = None) -> None:
+        """Stop working on a stream's sequences, or on one of them; harmless once they have finished. `reason`: as an output's
+        `finish`, for the metrics."""
         ids = stream.running & ({only} if only is not None else stream.running)
         ids = {i for i in ids if self.live.pop(i, None) is not None}
         for _ in ids:
-            self._finished(stream, "abort" if only is None else "stop")
+            self._finished(stream, reason)
         stream.running -= ids
         stream.news.set()
         if ids:
             self.commands.put(("abort", ids))
 
     def _refuse(self, stream: Stream, error: ApiError) -> None:
-        self.cancel(stream)
+        self.cancel(stream, "abort")
         stream.fail(error)
 
     def _fail_all(self, failure: ApiError) -> None:
