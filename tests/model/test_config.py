@@ -190,6 +190,20 @@ def test_unknown_fields_are_named_with_the_nearest_known_one():
         small("llama", zzz=3)
 
 
+def test_the_class_itself_refuses_in_one_line():
+    """In a notebook nobody thinks of from_dict."""
+    values = small("llama").model_dump(exclude_none=True)
+    for changes, message in (
+        ({"hiden_size": 3}, "hiden_size is not a field of a model; did you mean hidden_size?"),
+        ({"hidden_size": "3"}, "hidden_size is '3'; input should be a valid integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            ModelConfig(**{**values, **changes})
+        assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+    assert ModelConfig(**values) == small("llama")
+
+
 def test_missing_fields_are_named():
     with pytest.raises(UsageError, match=r"^vocab_size is missing$"):
         ModelConfig.from_dict({"model_type": "llama"})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from cadre.errors import UsageError
 from cadre.kernels.native.library import own_products_faster
 from cadre.model.config import ModelConfig
 from cadre.model.layers import RMSNorm
@@ -217,3 +220,9 @@ def test_elsewhere_all_that_flows_is_bfloat16(monkeypatch):
     model = Transformer(small("deepseek_v3")).initialize(0)
     model.compute_in(torch.bfloat16)
     assert model(ids_for(model.config, 9)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 2, 5)])
+def test_ids_of_another_shape_are_refused_by_it(shape):
+    with pytest.raises(UsageError, match=rf"^the ids have shape {re.escape(str(list(shape)))}; it must be \[batch, seq\]"):
+        built(KINDS[-1])(torch.zeros(shape, dtype=torch.int64))

@@ -21,14 +21,13 @@ dense (`first_k_dense_replace` = all layers).
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from cadre.errors import UsageError, explain
+from cadre.errors import UsageError, did_you_mean, explain
 from cadre.files import read_json_object
 from cadre.model.families import FAMILIES, Family, ModelType
 from cadre.model.hf_config import EXPERT_FIELDS, fields_from_hf, fields_to_hf, our_spelling
@@ -51,7 +50,7 @@ _MOST = {
 class ModelConfig(BaseModel):
     """The shape of a model. Field names are Hugging Face's; every value is checked: a config that exists can be built.
 
-    Raises `UsageError` from `from_dict` and `from_file`, naming the field, its value and the allowed range.
+    Raises `UsageError`, naming the field, its value and the allowed range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
@@ -348,18 +347,22 @@ class ModelConfig(BaseModel):
 
     # ------------------------------------------------------------------------------------------------- in and out
 
+    if not TYPE_CHECKING:  # who completes or checks names sees those of the fields
+
+        def __init__(self, **values: Any) -> None:
+            values = our_spelling(values)
+            for name in values:
+                if name not in type(self).model_fields:
+                    raise UsageError(f"{name} is not a field of a model{did_you_mean(name, type(self).model_fields)}")
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise UsageError(explain(error.errors()[0])) from None
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Build from plain values (a recipe's `[model]`). Raises `UsageError` naming the first field that is wrong."""
-        values = our_spelling(values)
-        for name in values:
-            if name not in cls.model_fields:
-                close = difflib.get_close_matches(name, cls.model_fields, n=1)
-                raise UsageError(f"{name} is not a field of a model" + (f"; did you mean {close[0]}?" if close else ""))
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise UsageError(explain(error.errors()[0])) from None
+        return cls(**values)
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadre.errors import UsageError
 from cadre.kernels.native.library import own_products_faster
 from cadre.model.attention import GroupedQueryAttention, LatentAttention, LayerCache
 from cadre.model.config import ModelConfig
@@ -105,6 +106,8 @@ class Transformer(nn.Module):
         self.rotary = RotaryTable(config)
 
     def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        if ids_BT.dim() != 2:
+            raise UsageError(f"the ids have shape {list(ids_BT.shape)}; it must be [batch, seq]: one sequence is ids[None]")
         return self.lm_head(self.hidden(ids_BT, cache))
 
     @property
