@@ -343,6 +343,14 @@ def test_multi_token_prediction(kind, changes, stir, tmp_path):
     assert_same_tensors(tmp_path / "model", tmp_path / "again")
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "olmoe"])
+def test_dense_layers_where_transformers_builds_none_are_refused(kind, tmp_path):
+    config = ModelConfig.from_dict({"model_type": kind, **FAMILIES[kind], "first_k_dense_replace": 1, "intermediate_size": 20})
+    with pytest.raises(UsageError, match=r"^first_k_dense_replace is 1; the layers of a .* on disk are all sparse"):
+        save(Transformer(config), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["deepseek_v2", "llama"])
 def test_hidden_size_refused_as_transformers_does(kind, tmp_path):
     shape = {**FAMILIES[kind], "hidden_size": 50, **({} if kind == "deepseek_v2" else {"head_dim": 12})}

@@ -131,7 +131,6 @@ REFUSED = [
     ),
     ("qwen3_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5, but it has no meaning in qwen3_moe"),
     ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob is False; it must be true: mixtral always normalises"),
-    ("mixtral", {"first_k_dense_replace": 1}, "first_k_dense_replace is 1, but it has no meaning in mixtral, whose layers"),
     ("olmoe", {"intermediate_size": 5}, "intermediate_size is 5, but it has no meaning in olmoe, whose layers are all sparse"),
     ("olmoe", {"head_dim": 8}, "head_dim is 8; it must be hidden_size (24) by num_attention_heads (4) in olmoe"),
     ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm is False; it must be true: qwen3_moe always norms queries and keys"),

@@ -136,6 +136,11 @@ def check_expressible(config: ModelConfig) -> None:
         )
     if kind == "deepseek_v2" and not config.rope_interleave:
         raise UsageError("rope_interleave is false; transformers' deepseek_v2 always rotates adjacent pairs: set true")
+    if config.first_k_dense_replace and not config.family.dense_layers:
+        raise UsageError(
+            f"first_k_dense_replace is {config.first_k_dense_replace}; the layers of a {kind} model on disk are all sparse:"
+            " set 0, or use qwen3_moe"
+        )
     if config.num_nextn_predict_layers and config.first_k_dense_replace > config.num_hidden_layers:
         raise UsageError(
             f"first_k_dense_replace is {config.first_k_dense_replace}; on disk it is at most num_hidden_layers"

@@ -263,8 +263,8 @@ class ModelConfig(BaseModel):
         if not family.like_deepseek:
             _absent(self, kind, "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor",
                     "num_nextn_predict_layers")  # fmt: skip
-        if not family.dense_layers:
-            _absent(self, f"{kind}, whose layers are all sparse", "first_k_dense_replace", "intermediate_size")
+        if not family.dense_layers and not self.first_k_dense_replace:
+            _absent(self, f"{kind}, whose layers are all sparse", "intermediate_size")
         if self.first_k_dense_replace > self.total_layers:
             _refuse("first_k_dense_replace", self.first_k_dense_replace,
                     f"0 to {self.total_layers}, the number of blocks")  # fmt: skip

@@ -34,6 +34,9 @@ def step(batch: int = 4, micro: int = 2, name: str = "adamw") -> Step:
     (small("deepseek_v2", num_hidden_layers=4, first_k_dense_replace=4), 1, 0),
     (small("glm4_moe", num_hidden_layers=4), 2, 1),
     (small("llama", num_hidden_layers=6), 1, 0),
+    (small("qwen3", num_hidden_layers=6), 1, 0),
+    (small("qwen3_moe", num_hidden_layers=6), 2, 1),
+    (small("mixtral", num_hidden_layers=6), 1, 1),
 ])  # fmt: skip
 def test_one_block_of_each_kind_is_left(config: ModelConfig, wanted: int, sparse: int):
     few = fewest_blocks(config)

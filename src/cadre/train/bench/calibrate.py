@@ -109,7 +109,7 @@ def fewest_blocks(config: ModelConfig) -> ModelConfig:
     """The config with one block of each kind, and its multi-token prediction modules."""
     there = kinds(Shape.from_config(config))
     changes: dict[str, Any] = {"num_hidden_layers": len(there)}
-    if config.model_type != "llama":
+    if config.family.scoring is not None:
         changes["first_k_dense_replace"] = 1 if "dense" in there else 0
         if not config.has_experts:
             changes["first_k_dense_replace"] = len(there) + config.num_nextn_predict_layers

@@ -46,7 +46,7 @@ def variant(config: ModelConfig, experts: int, top_k: int) -> ModelConfig:
     width = active_width(config) / (top_k + config.n_shared_experts)
     step = _ALIGNED if width >= _ALIGNED else 1
     sparse = with_experts(config, experts, top_k, max(1, step * round(width / step)))
-    return changed(sparse, intermediate_size=active_width(sparse))
+    return changed(sparse, intermediate_size=active_width(sparse)) if sparse.first_k_dense_replace else sparse
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
