@@ -103,6 +103,17 @@ def test_a_finished_run_says_so(lab, stopped):
     assert lab.resume("run", "train.steps=9").total_steps == 9
 
 
+def test_a_finished_run_says_so_without_its_text(lab, stopped):
+    (stopped / "report.html").write_text("the command line's part")
+    shutil.rmtree(lab.folder / "corpus")
+    with pytest.raises(UsageError, match="has already finished its 4 steps"):
+        lab.resume("run")
+    with pytest.raises(UsageError, match=r"has taken .* minutes already"):
+        lab.resume("run", "train.minutes=1e-6")
+    with pytest.raises(UsageError, match="corpus: no such file or folder"):
+        lab.resume("run", "train.steps=9")
+
+
 def test_an_end_that_was_cut_off_is_made_up_for(lab, stopped):
     """Killed after the last step, before the report: resuming only ends the run."""
     metrics = stopped / "metrics.jsonl"

@@ -61,6 +61,15 @@ def resume(
         if parallel.main:
             with only_writer(path):  # what another process trains must stay as it is
                 set_aside_damaged(path, note)
+    newest, train = _newest(path, parallel), wanted.train
+    state = None if newest is None else read_state(newest)
+    total_steps, other_length = train.most_steps, False
+    if state is not None:  # before any text is read for a run that has ended
+        other_length = state["length"] != [train.steps, train.minutes]
+        total_steps = _expected_steps(path, state, train) if other_length else state["total_steps"]
+        if state["step"] >= total_steps and _ended(path):
+            raise FinishedError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
+    with parallel.in_turn():
         data_section = held.data.model_copy(update={"weights": wanted.data.weights or held.data.weights})
         recipe = wanted.model_copy(update={"model": held.model, "data": data_section, "name": held.name})
         data = prepare_data(recipe.data, recipe.model["vocab_size"], note, parallel)
@@ -73,22 +82,14 @@ def resume(
         check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
         check_samples(recipe, config, data)
         batches = batches_of(recipe, config, data, parallel)
-    newest, train = _newest(path, parallel), wanted.train
     source = _source(path) if newest is None else None
     say_slow(config, dtype, device, note)
     model = parallel.build(config, device, None if newest else train.seed, source)
-    run = Run(path, recipe, config, data, batches, model, dtype, newest, train.most_steps, parallel, source)
-    if run.checkpoint is not None:
-        state = read_state(run.checkpoint)
+    run = Run(path, recipe, config, data, batches, model, dtype, newest, total_steps, parallel, source)
+    if state is not None:
         _refuse_other_identity(path, run.identity(), state["identity"])
-        if state["length"] == [train.steps, train.minutes]:
-            run.total_steps = state["total_steps"]
-        else:
-            run.total_steps = _expected_steps(path, state, train)
-            if recipe.schedule.kind != "constant":
-                note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
-        if state["step"] >= run.total_steps and _ended(path):
-            raise FinishedError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
+    if other_length and recipe.schedule.kind != "constant":
+        note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
     if parallel.main:
         with only_writer(path):
             write_recipe(path, recipe, wanted.parallel)
