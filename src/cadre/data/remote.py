@@ -17,6 +17,9 @@ _PACKAGES = {
     **dict.fromkeys(("http", "https"), "aiohttp"), **dict.fromkeys(("abfs", "abfss", "az"), "adlfs"),
 }  # fmt: skip
 
+# What stores call the tag that every version of a file has for itself: S3; Google's and Azure's; Hugging Face's.
+_TAGS = ("ETag", "etag", "blob_id")
+
 
 def is_remote(entry: str) -> bool:
     return _ADDRESS.match(entry) is not None
@@ -39,6 +42,19 @@ class Remote:
     def suffix(self) -> str:
         return Path(self.name).suffix
 
+    def mark(self) -> str | None:
+        """What the store says by which the file, once it is changed, differs; None if it says nothing of the kind."""
+        # A chain such as simplecache::s3:// may read something older than what is there; web servers' tags may count seconds.
+        if "::" in self.address or self.address.startswith("http"):
+            return None
+        try:
+            store, path = _store(self.address)
+            held = store.info(path)
+        except Exception:  # a store's own: whoever reads the file is told
+            return None
+        tag = next((held[name] for name in _TAGS if isinstance(held.get(name), str)), None)
+        return None if tag is None or tag.startswith("W/") else f"{tag} {held.get('size')}"
+
     def open(self, mode: str) -> IO[bytes]:
         """A seekable stream. Raises OSError, whatever the store itself raises."""
         try:
@@ -55,6 +71,7 @@ def list_remote(entry: str) -> list[Remote]:
     ones passed over. Raises UsageError if there is nothing, or the protocol is not installed."""
     try:
         store, path = _store(entry)
+        store.invalidate_cache()  # what this process has listed before may have changed
         if has_magic(path):
             found = [name for name in store.glob(path) if store.isfile(name)]
         else:

@@ -22,6 +22,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,12 +30,14 @@ from typing import IO, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cadre.data.conversations import template_of
+from cadre import __version__
+from cadre.data.conversations import Template, template_of
 from cadre.data.sources import (
     HELD_OUT_TEXT,
     MANIFEST,
     SUFFIXES,
     Document,
+    fingerprint,
     held_out_document,
     passed_over,
     read_documents,
@@ -43,7 +46,7 @@ from cadre.data.sources import (
 from cadre.data.split import Split, pieces, split_documents
 from cadre.data.tokenizer import check_size, train_tokenizer
 from cadre.errors import UsageError, encodable, write_error
-from cadre.files import kind_of, require_local, require_regular, stamp, sync
+from cadre.files import kind_of, read_json_object, replace_file, require_local, require_regular, stamp, sync
 from cadre.hub.template import ChatTemplate
 from cadre.hub.tokenizer import (
     SPECIAL_TOKENS,
@@ -202,7 +205,8 @@ def prepare(
     held_out: float = 0.05,
     progress: Callable[[str], None] | None = None,
 ) -> TokenData:
-    """Tokenise a corpus into a folder, once: the same text with the same choices is found there again.
+    """Tokenise a corpus into a folder, once: the same text with the same choices is found there again. In the cache it is found
+    without being read, if by its files (see `fingerprint`) it has not changed since.
 
     source: as for `read_documents`. tokenizer: a tokenizer.json or its directory; without one a byte-level BPE of
     `vocab_size` entries (4,096 unless given) is trained, on the training documents only. out: the folder; by default
@@ -232,33 +236,41 @@ def prepare(
     names = [source] if isinstance(source, str) else list(source)
     if out is None and (made := token_data(source)) is not None:
         return _made(made, given, vocab_size)
-    if names:  # without any, what follows says so
-        say(f"reading {' '.join(names)}")
-    if (others := passed_over(source)) is not None:
-        say(f"passed over: {others} (what is read are {' '.join(SUFFIXES)})")
     template = template_of(tokenizer)
-    split = split_documents(read_documents(source, template), held_out)
-    inputs = {
-        "text": split.content,
+    choices = {
         "tokenizer": f"trained to {size:,} entries" if given is None else tokenizer_hash(given),
         "held_out": held_out,
     }
     if given is not None and (own := given.encode("").ids[:1]):
-        inputs["before"] = own
+        choices["before"] = own
+    record = _record_of(source, choices) if out is None else None
+    known = None if record is None else _follow(record, choices, template)
+    if names:  # without any, what follows says so
+        say(f"{'reading' if known is None else 'tokenised already, and unchanged since:'} {' '.join(names)}")
+    if (others := passed_over(source)) is not None:
+        say(f"passed over: {others} (what is read are {' '.join(SUFFIXES)})")
+    if known is not None:
+        return known
+    split = split_documents(read_documents(source, template), held_out)
+    if record is not None and _record_of(source, choices) != record:  # then which of the two was read?
+        record = None
+    found: dict[str, Any] = {"text": split.content}
     if split.cut and len(split.digests) > 1:
-        inputs["ends"] = "of large documents"
+        found["ends"] = "of large documents"
         say(f"holding out the ends of {len(split.cut):,} large documents: whole ones would be too much of the text")
     written_by = template() if split.conversations else None
     if written_by is not None:
-        inputs["template"] = hashlib.sha256(json.dumps([written_by.source, written_by.special]).encode()).hexdigest()
+        found["template"] = _template_hash(written_by)
     if len(names) > 1:
-        inputs["documents"] = [split.entries[number] for number in range(len(names))]
-    key = hashlib.sha256(json.dumps([FORMAT, inputs], sort_keys=True).encode()).hexdigest()[:32]
+        found["documents"] = [split.entries[number] for number in range(len(names))]
+    inputs = {**found, **choices}
+    key = _key(inputs)
     folder = _cache() / key if out is None else Path(out).resolve()
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         existing = _find(folder, inputs, cached=out is None)
         if existing is not None:
+            _remember(record, found)
             return existing
         temporary.mkdir(parents=True)
         if given is None:
@@ -271,6 +283,7 @@ def prepare(
             manifest |= {"chat_template": written_by.source, "template_tokens": written_by.special}
         _write(temporary, manifest, given, split, read_documents(source, template), len(names))
         _publish(temporary, folder, inputs)
+        _remember(record, found)
         return TokenData.open(folder)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -312,6 +325,47 @@ def _publish(temporary: Path, folder: Path, inputs: dict[str, Any]) -> None:
         if _find(folder, inputs, cached=False) is None:
             raise
     sync(folder.parent)
+
+
+def _key(*values: Any) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, *values], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _template_hash(template: ChatTemplate | None) -> str | None:
+    if template is None:
+        return None
+    return hashlib.sha256(json.dumps([template.source, template.special]).encode()).hexdigest()
+
+
+def _record_of(source: str | list[str], choices: dict[str, Any]) -> Path | None:
+    """Where the cache keeps what was found when the source, as it is now, was last read for these choices: small files beside
+    the token data, of which any may be missing. None if it cannot be told by its files whether a source has changed."""
+    try:
+        state = fingerprint(source)
+    except UsageError:  # which whoever reads it is told
+        return None
+    # Another version may read something else from the same files.
+    return None if state is None else _cache() / "read" / f"{_key(__version__, choices, state)}.json"
+
+
+def _follow(record: Path, choices: dict[str, Any], template: Template) -> TokenData | None:
+    """The token data that a record leads to, verified as always; None if it leads nowhere, and the text has to be read."""
+    try:
+        values = read_json_object(record)
+        found = values["found"]
+        if values["name"] != record.name or ("template" in found and found["template"] != _template_hash(template())):
+            return None
+        inputs = {**found, **choices}
+        return _find(_cache() / _key(inputs), inputs, cached=True)
+    except (OSError, UsageError, LookupError, TypeError, ValueError, RecursionError):  # nothing that is wrong with it matters
+        return None
+
+
+def _remember(record: Path | None, found: dict[str, Any]) -> None:
+    if record is not None:
+        with suppress(OSError):  # the next start reads the text, as this one did
+            record.parent.mkdir(exist_ok=True)
+            replace_file(record, json.dumps({"name": record.name, "found": found}).encode())
 
 
 def _cache() -> Path:

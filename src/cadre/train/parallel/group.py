@@ -53,7 +53,8 @@ class Parallel:
         yield
 
     def prepared(self, make: Callable[[], TokenData]) -> TokenData:
-        """Token data: one process of each machine makes it, the others on that machine open it. Raises what `make` raises."""
+        """Token data: one process of each machine makes it, the others on that machine open it. Each checks for itself
+        every file that it opens (two MiB of a shard). Raises what `make` raises."""
         return make()
 
     def check(self, recipe: Recipe, config: ModelConfig) -> None:
