@@ -361,9 +361,17 @@ def test_a_folder_of_ones_own_is_filled_by_reading(corpus, reading, record, tmp_
     assert read and not list((cache / "read").iterdir()) and text_of(data) == written(str(corpus))
 
 
-def test_another_version_reads_for_itself(corpus, reading, record, monkeypatch):
-    monkeypatch.setattr(shards, "__version__", "0.0")
-    assert reading(str(corpus))[1]
+def test_other_code_reads_for_itself(corpus, reading, record, monkeypatch, tmp_path):
+    package = Path(shards.__file__).parents[1]
+    shutil.copytree(package / "data", tmp_path / "cadre" / "data")
+    (tmp_path / "cadre" / "hub").mkdir()
+    shutil.copy(package / "hub" / "template.py", tmp_path / "cadre" / "hub")
+    monkeypatch.setattr(shards, "__file__", str(tmp_path / "cadre" / "data" / "shards.py"))
+    assert reading(str(corpus))[1] is False
+    for file in ("data/sources.py", "hub/template.py"):
+        with (tmp_path / "cadre" / file).open("a") as code:
+            code.write("# changed\n")
+        assert [reading(str(corpus))[1] for _ in range(2)] == [True, False]
 
 
 def test_held_out_text_is_told_by_the_manifest_beside_it(corpus, settled, cache):

@@ -30,7 +30,6 @@ from typing import IO, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cadre import __version__
 from cadre.data.conversations import Template, template_of
 from cadre.data.sources import (
     HELD_OUT_TEXT,
@@ -342,10 +341,16 @@ def _record_of(source: str | list[str], choices: dict[str, Any]) -> Path | None:
     the token data, of which any may be missing. None if it cannot be told by its files whether a source has changed."""
     try:
         state = fingerprint(source)
-    except UsageError:  # which whoever reads it is told
+        return None if state is None else _cache() / "read" / f"{_key(_reader(), choices, state)}.json"
+    except (OSError, UsageError):  # which whoever reads it is told
         return None
-    # Another version may read something else from the same files.
-    return None if state is None else _cache() / "read" / f"{_key(__version__, choices, state)}.json"
+
+
+def _reader() -> str:
+    """SHA-256, in hexadecimal, of the code that reads text: changed code may read something else from the same files."""
+    here = Path(__file__).parent
+    code = [*sorted(here.glob("*.py")), here.parent / "hub" / "template.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()
 
 
 def _follow(record: Path, choices: dict[str, Any], template: Template) -> TokenData | None:
