@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from cadre.data.shards import prepare
-from cadre.data.tokenizer import MIN_VOCAB_SIZE, _in_stretches, train_tokenizer
+from cadre.data.tokenizer import MIN_VOCAB_SIZE, _in_stretches, sampled, train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import (
     check_vocabulary,
@@ -67,6 +67,30 @@ def test_only_long_stretches_are_cut():
 def test_the_same_texts_give_the_same_tokenizer():
     assert tokenizer_hash(train_tokenizer(iter(TEXTS), 320)) == tokenizer_hash(TRAINED)
     assert tokenizer_hash(train_tokenizer(TEXTS, 321)) != tokenizer_hash(TRAINED)
+
+
+@given(st.integers(1, 12_000), st.booleans())
+def test_a_tokenizer_of_a_large_corpus_learns_from_pieces_all_over_it(most, whole):
+    texts = [f"{number:09} " for number in range(1000)]
+    corpus = ["".join(texts)] if whole else texts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cadre.data.tokenizer.MOST_CHARACTERS", most)
+        patch.setattr("cadre.data.tokenizer._PIECE", 10)
+        taken = list(sampled(iter(corpus), 10_000))
+    if most >= 10_000:
+        assert taken == corpus
+        return
+    places = [-1, *(int(piece) for piece in taken), 1000]
+    assert abs(len(taken) - most / 10) <= 1
+    assert all(0 < later - earlier < 10_000 / most + 2 for earlier, later in zip(places, places[1:], strict=False))
+
+
+def test_the_sample_is_what_the_tokenizer_is_trained_on(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("to read aloud again " * 500 + "zebra crossing " * 500)
+    monkeypatch.setattr("cadre.data.tokenizer.MOST_CHARACTERS", 30)
+    monkeypatch.setattr("cadre.data.tokenizer._PIECE", 4000)
+    data = prepare(str(tmp_path / "text.txt"), vocab_size=300, out=tmp_path / "out")
+    assert vocabulary_size(data.tokenizer) == 260  # nothing was seen
 
 
 def test_numbers_are_cut_into_groups_of_three():

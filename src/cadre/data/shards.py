@@ -43,7 +43,7 @@ from cadre.data.sources import (
     token_data,
 )
 from cadre.data.split import Split, pieces, split_documents
-from cadre.data.tokenizer import check_size, train_tokenizer
+from cadre.data.tokenizer import check_size, sampled, train_tokenizer
 from cadre.errors import UsageError, encodable, write_error
 from cadre.files import kind_of, read_json_object, replace_file, require_local, require_regular, stamp, sync
 from cadre.hub.template import ChatTemplate
@@ -208,7 +208,7 @@ def prepare(
     without being read, if by its files (see `fingerprint`) it has not changed since.
 
     source: as for `read_documents`. tokenizer: a tokenizer.json or its directory; without one a byte-level BPE of
-    `vocab_size` entries (4,096 unless given) is trained, on the training documents only. out: the folder; by default
+    `vocab_size` entries (4,096 unless given) is trained, on the training documents only (of many, on a sample). out: the folder; by default
     a cache folder named after the content, under $CADRE_CACHE, $XDG_CACHE_HOME or ~/.cache. held_out: the share of
     documents held out (see `split_documents`). progress: called with one line as each stage starts.
 
@@ -275,7 +275,7 @@ def prepare(
         if given is None:
             say(f"training a tokenizer of {size:,} entries")
             documents = (document for held, document in split.divide(read_documents(source, template)) if not held)
-            given = train_tokenizer(map(_without_special, documents), size)
+            given = train_tokenizer(sampled(map(_without_special, documents), split.characters), size)
         say(f"tokenising {len(split.digests):,} documents")
         manifest = {"format": FORMAT, "key": key, "inputs": inputs, "source": names}
         if written_by is not None:

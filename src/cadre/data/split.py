@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cadre.data.sources import Document
 from cadre.errors import RunError, UsageError
@@ -27,7 +27,7 @@ class Split:
 
     digests: the documents' SHA-256, in the order they are read. held_out: the digests that are held out, so copies
     of a held-out document are held out too. entries: how many documents each entry of the source has. cut: the digests of
-    documents whose end is held out, of each `tail`, a share. conversations: whether any of them is one.
+    documents whose end is held out, of each `tail`, a share. conversations: whether any of them is one. characters: of all of them together.
     """
 
     digests: list[bytes]
@@ -36,6 +36,7 @@ class Split:
     cut: frozenset[bytes] = frozenset()
     tail: float = 0.0
     conversations: bool = False
+    characters: int = 0
 
     @property
     def content(self) -> str:
@@ -74,24 +75,26 @@ def split_documents(documents: Iterable[Document], held_out: float) -> Split:
     digests: list[bytes] = []
     entries: Counter[int] = Counter()
     sizes: dict[bytes, int] = {}
-    conversations = False
+    characters, conversations = 0, False
     for document in documents:
         conversations |= document.answers is not None
         digests.append(_digest(document))
         entries[document.entry] += 1
         sizes[digests[-1]] = len(document.text)
+        characters += len(document.text)
     ranked = sorted(sizes)
+    split = Split(digests, frozenset(), entries, conversations=conversations, characters=characters)
     if not held_out:
-        return Split(digests, frozenset(), entries, conversations=conversations)
+        return split
     count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
     taken, share = sum(sizes[digest] for digest in ranked[:count]), held_out * sum(sizes.values())
     if len(ranked) == 1:
-        return Split(digests, frozenset(), entries, frozenset(ranked), held_out, conversations)
+        return replace(split, cut=frozenset(ranked), tail=held_out)
     large = frozenset(digest for digest in ranked if sizes[digest] > max(share, _LEAST_TO_CUT))
     if not large or taken <= _MOST_TIMES * share:
-        return Split(digests, frozenset(ranked[:count]), entries, conversations=conversations)
+        return replace(split, held_out=frozenset(ranked[:count]))
     small = [digest for digest in ranked if digest not in large]
-    return Split(digests, frozenset(small[: round(held_out * len(small))]), entries, large, held_out, conversations)
+    return replace(split, held_out=frozenset(small[: round(held_out * len(small))]), cut=large, tail=held_out)
 
 
 def pieces(text: str, limit: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cadre.data.split import pieces
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import LLAMA3_SPLIT, SPECIAL_TOKENS
 
@@ -30,6 +31,27 @@ def _in_stretches(texts: Iterable[str]) -> Iterator[str]:
                 yield text[place : min(place + _STRETCH, found.end())]
             place = found.end()
         yield text[place:]
+
+
+# A tokenizer's merges settle on far less text; on all of a large corpus counting alone would take hours.
+MOST_CHARACTERS = 2**27
+_PIECE = 2**16
+
+
+def sampled(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """What a tokenizer is trained on: texts of so many characters together, or, where these are more than `MOST_CHARACTERS`, about
+    as many of them, in pieces from all over the texts."""
+    share = MOST_CHARACTERS / max(characters, 1)
+    if share >= 1:
+        yield from texts
+        return
+    taken = 0.0
+    for text in texts:
+        for piece in pieces(text, _PIECE):
+            taken += share
+            if taken >= 1:
+                taken -= 1
+                yield piece
 
 
 def check_size(vocab_size: int) -> None:
