@@ -1,6 +1,7 @@
 import json
 import random
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -82,7 +83,7 @@ def test_a_tokenizer_of_a_large_corpus_learns_from_pieces_all_over_it(most, whol
         return
     places = [-1, *(int(piece) for piece in taken), 1000]
     assert abs(len(taken) - most / 10) <= 1
-    assert all(0 < later - earlier < 10_000 / most + 2 for earlier, later in zip(places, places[1:], strict=False))
+    assert all(0 < later - earlier < 10_000 / most + 2 for earlier, later in pairwise(places))
 
 
 def test_the_sample_is_what_the_tokenizer_is_trained_on(tmp_path, monkeypatch):

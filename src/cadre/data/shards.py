@@ -208,9 +208,9 @@ def prepare(
     without being read, if by its files (see `fingerprint`) it has not changed since.
 
     source: as for `read_documents`. tokenizer: a tokenizer.json or its directory; without one a byte-level BPE of
-    `vocab_size` entries (4,096 unless given) is trained, on the training documents only (of many, on a sample). out: the folder; by default
-    a cache folder named after the content, under $CADRE_CACHE, $XDG_CACHE_HOME or ~/.cache. held_out: the share of
-    documents held out (see `split_documents`). progress: called with one line as each stage starts.
+    `vocab_size` entries (4,096 unless given) is trained, on the training documents only (see `sampled`). out: the folder;
+    by default a cache folder named after the content, under $CADRE_CACHE, $XDG_CACHE_HOME or ~/.cache. held_out: the
+    share of documents held out (see `split_documents`). progress: called with one line as each stage starts.
 
     Conversations are written by the chat template beside the tokenizer (`conversations.py`); only what the assistant says
     in them is learned.

@@ -27,7 +27,8 @@ class Split:
 
     digests: the documents' SHA-256, in the order they are read. held_out: the digests that are held out, so copies
     of a held-out document are held out too. entries: how many documents each entry of the source has. cut: the digests of
-    documents whose end is held out, of each `tail`, a share. conversations: whether any of them is one. characters: of all of them together.
+    documents whose end is held out, of each `tail`, a share. conversations: whether any of them is one.
+    characters: of all of them together.
     """
 
     digests: list[bytes]

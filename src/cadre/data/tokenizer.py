@@ -39,8 +39,8 @@ _PIECE = 2**16
 
 
 def sampled(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """What a tokenizer is trained on: texts of so many characters together, or, where these are more than `MOST_CHARACTERS`, about
-    as many of them, in pieces from all over the texts."""
+    """What a tokenizer is trained on: the texts, which have so many characters together, or, where that is more than
+    `MOST_CHARACTERS`, about that many of them, in pieces from all over the texts."""
     share = MOST_CHARACTERS / max(characters, 1)
     if share >= 1:
         yield from texts

@@ -25,7 +25,7 @@ class Family:
     qk_norm: whether queries and keys are normed: as `use_qk_norm` says, head by head, all heads at once, or never.
     scoring: the affinities of routers; None where no layer has experts. normed: what `norm_topk_prob` is, if it is not free.
     like_deepseek: experts may be shared and in groups, scaled, and followed by multi-token prediction. dense_layers: the
-    first layers may be dense in what transformers builds. spelling: fields that the family's config.json has under another name.
+    first layers may be dense in what transformers builds. spelling: fields that a config.json has under another name.
     layer, expert: names of the feed-forward part of a layer and of an expert's gate, up and down matrices on disk.
     """
 

@@ -29,7 +29,14 @@ def test_a_variant_and_its_twin_have_equal_active_flops_but_for_the_router(confi
 
 @pytest.mark.parametrize("top_k, width", [(2, 216), (4, 128), (8, 72)])
 def test_experts_are_narrower_the_more_of_them_a_token_takes(top_k, width):
-    config = small("deepseek_v3", first_k_dense_replace=1, moe_intermediate_size=128, n_routed_experts=32, num_experts_per_tok=4, n_shared_experts=1)
+    config = small(
+        "deepseek_v3",
+        first_k_dense_replace=1,
+        moe_intermediate_size=128,
+        n_routed_experts=32,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+    )
     sparse = variant(config, 64, top_k)
     assert (sparse.n_routed_experts, sparse.num_experts_per_tok, sparse.moe_intermediate_size) == (64, top_k, width)
     assert width % 8 == 0 and abs(active_width(sparse) - active_width(config)) <= 4 * (top_k + 1)
