@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.gguf import write_gguf
 from cadre.hub.gguf_read import read_gguf, tokenizer_files
-from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3, tokenizer_keys, tokenizer_of
+from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3, _QWEN2, tokenizer_keys, tokenizer_of
 from cadre.hub.save import save
 from cadre.hub.template import CHAT_TEMPLATE
-from cadre.hub.tokenizer import LLAMA3_SPLIT
+from cadre.hub.tokenizer import LLAMA3_SPLIT, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -79,8 +79,10 @@ def test_fewer_bits(build, tmp_path):
     assert (back.lm_head.weight.float() - model.lm_head.weight).abs().max() < 0.02 * model.lm_head.weight.abs().max()
 
 
-def trained(patterns, ignore_merges=False, own=False, digits=False):
+def trained(patterns, ignore_merges=False, own=False, digits=False, normalizer=None):
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
     splits += [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -103,18 +105,29 @@ def trained(patterns, ignore_merges=False, own=False, digits=False):
         trained([], own=True),
         trained(_DEEPSEEK_V3),
         trained([], own=True, digits=True),
+        trained([_QWEN2], normalizer=normalizers.NFC()),
     ],
-    ids=["llama-bpe", "smaug-bpe", "gpt-2", "deepseek-v3", "smollm"],
+    ids=["llama-bpe", "smaug-bpe", "gpt-2", "deepseek-v3", "smollm", "qwen2"],
 )
 def test_tokenizers_there_and_back(build, tmp_path, tokenizer, request):
     save(build(vocab_size=340, bos_token_id=0, eos_token_id=1), tmp_path / "model", tokenizer)
     write_gguf(tmp_path / "model", tmp_path / "model.gguf")
     assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == request.node.callspec.id
     back = read_gguf(tmp_path / "model.gguf").tokenizer
-    for text in (TEXT, TEXT.upper(), "", "a\r\n\t b 12345 ''' 😀"):
+    for text in (TEXT, TEXT.upper(), "", "a\r\n\t b 12345 ''' 😀 e\u0301"):
         assert back.encode(text).ids == tokenizer.encode(text).ids
         assert back.decode(back.encode(text).ids) == tokenizer.decode(tokenizer.encode(text).ids)
     assert back.get_added_tokens_decoder()[1].special
+
+
+def test_qwens_own_tokenizer_is_one_of_them(build, tmp_path):
+    from transformers import Qwen2Tokenizer
+
+    whole = trained([_QWEN2])
+    merges = [tuple(pair) for pair in json.loads(whole.to_str())["model"]["merges"]]
+    Qwen2Tokenizer(vocab=whole.get_vocab(), merges=merges).save_pretrained(tmp_path / "theirs")
+    keys = tokenizer_keys(load_tokenizer(tmp_path / "theirs"), build("qwen3_moe", vocab_size=340).config, tmp_path)
+    assert keys["tokenizer.ggml.pre"] == "qwen2"
 
 
 def test_what_begins_a_text_and_the_chat_template(build, tmp_path):

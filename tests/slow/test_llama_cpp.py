@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cadre.data.sources import read_documents
 from cadre.data.tokenizer import train_tokenizer
 from cadre.hub.gguf import write_gguf
 from cadre.hub.gguf_read import read_gguf
-from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3, _LLAMA3
+from cadre.hub.gguf_tokenizer import _DEEPSEEK_V3, _QWEN2
 from cadre.hub.save import save
+from cadre.hub.tokenizer import LLAMA3_SPLIT
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 
@@ -154,11 +155,13 @@ def byte_level(texts, patterns, ignore_merges, own=False):
     return tokenizer
 
 
-@pytest.mark.parametrize("kind", ["llama-bpe", "smaug-bpe", "gpt-2", "deepseek-v3"])
+@pytest.mark.parametrize("kind", ["llama-bpe", "smaug-bpe", "gpt-2", "deepseek-v3", "qwen2"])
 def test_tokens(tmp_path, texts, kind):
-    splits = {"llama-bpe": ([_LLAMA3], True), "smaug-bpe": ([_LLAMA3], False), "deepseek-v3": (_DEEPSEEK_V3, False)}
-    patterns, ignore = splits.get(kind, ([], False))
+    splits = {"llama-bpe": ([LLAMA3_SPLIT], True), "smaug-bpe": ([LLAMA3_SPLIT], False), "deepseek-v3": (_DEEPSEEK_V3, False)}
+    patterns, ignore = splits.get(kind, ([_QWEN2] if kind == "qwen2" else [], False))
     tokenizer = byte_level(texts, patterns, ignore, own=kind == "gpt-2")
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     config = ModelConfig.from_dict(BASE | LLAMA | dict(vocab_size=1500))
     _, path = converted(tmp_path, tokenizer, config)
     theirs = reader(path, vocab_only=True)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from cadre.errors import UsageError
 from cadre.hub.template import template_source
@@ -21,6 +21,8 @@ _DEEPSEEK_V3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+# As Llama 3's, but that every digit is one's own.
+_QWEN2 = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # The name of the patterns that split a text one after the other, and of whether an entry of the vocabulary is never split.
 _SPLITS = {
     ((LLAMA3_SPLIT,), True): "llama-bpe",
@@ -28,7 +30,10 @@ _SPLITS = {
     (("gpt-2",), False): "gpt-2",
     (_DEEPSEEK_V3, False): "deepseek-v3",
     (("digits", "gpt-2"), False): "smollm",
+    ((_QWEN2,), False): "qwen2",
 }
+# How text is normalised first: llama.cpp never does, so that text in another form than composed (NFC) gives other tokens there.
+_NORMALIZED = {"qwen2": [{"type": "NFC"}]}
 
 
 def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
         whole["model"]["type"] == "BPE"
         and whole["model"]["merges"]
         and not whole["model"].get("byte_fallback")
-        and not _steps(whole["normalizer"])
+        and _steps(whole["normalizer"]) == _NORMALIZED.get(name or "", [])
         and not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in whole["added_tokens"])
     )
     before = tokenizer.encode("").ids
@@ -90,6 +95,8 @@ def tokenizer_of(keys: dict[str, Any]) -> Tokenizer | None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own),
         ]
     )
+    if pre in _NORMALIZED:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     for number, token in enumerate(tokens):
         if kinds[number] in (_CONTROL, _USER_DEFINED):
