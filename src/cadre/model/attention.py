@@ -213,13 +213,7 @@ class GroupedQueryAttention(_Watched):
         v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.groups, -1))
         if self.q_norm is not None and self.k_norm is not None and not self.norms_together:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        return self.turned(q_BTHK, turn_TR), self.turned(k_BTGK, turn_TR), v_BTGK
-
-    def turned(self, x_BTHK: Tensor, turn_TR: Tensor) -> Tensor:
-        if self.rotary == x_BTHK.shape[-1]:
-            return rotate_halves(x_BTHK, turn_TR)
-        turning, still = x_BTHK.split((self.rotary, x_BTHK.shape[-1] - self.rotary), dim=-1)
-        return torch.cat((rotate_halves(turning, turn_TR), still), dim=-1)
+        return rotate_halves(q_BTHK, turn_TR), rotate_halves(k_BTGK, turn_TR), v_BTGK
 
     def continued(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
         """The T new positions attend to all S, themselves last. A single one's heads share the keys of their group without

@@ -45,7 +45,8 @@ class QKClip:
         logit of the step, over all processes."""
         self.parallel.most(self.peak_LH)
         held = self.parallel.held(self.model)
-        factor_LH = (self.most / self.peak_LH.clamp(min=self.most)).float()
+        # Of a number by itself torch makes its reciprocal times it, which need not be 1.
+        factor_LH = torch.where(self.peak_LH > self.most, self.most / self.peak_LH, 1.0).float()
         for factor_H, (name, attention) in zip(factor_LH.cpu(), self.attentions.items(), strict=True):
             if bool((factor_H < 1).any()):
                 for part, row_factor in _row_factors(attention, factor_H).items():

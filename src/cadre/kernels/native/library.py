@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SOURCES = (
     *("attention.cpp", "feed_forward.cpp", "causal_attention.cpp", "gemm.cpp"),
-    *("experts_training.cpp", "norm_training.cpp", "routing.cpp", "cross_entropy.cpp", "newton_schulz.cpp"),
+    *("experts_training.cpp", "norm_training.cpp", "rotary.cpp", "routing.cpp", "cross_entropy.cpp", "newton_schulz.cpp"),
     *("total_norm.cpp", "adamw.cpp", "meet.cpp"),
 )
 _HERE = Path(__file__).parent

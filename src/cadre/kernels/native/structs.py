@@ -219,6 +219,7 @@ def declare(library: ctypes.CDLL) -> None:
     sizes = (c_int64, c_int64, c_int32, c_void_p, c_void_p)
     library.cadre_norm_training.argtypes = (c_void_p, c_int64, c_void_p, c_float, *sizes)
     library.cadre_norm_training_gradient.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, *sizes)
+    library.cadre_rotary.argtypes = (c_void_p, c_int64, c_void_p, c_int64, c_int64, *(c_int32,) * 5, c_void_p)
     library.cadre_experts_training.argtypes = (POINTER(ExpertsTraining),)
     library.cadre_experts_training_gradient.argtypes = (POINTER(ExpertsTraining), POINTER(ExpertsGradient))
     library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_int32, c_void_p)
@@ -233,6 +234,7 @@ def declare(library: ctypes.CDLL) -> None:
         *("dense", "experts", "norm", "linear", "narrow", "use_sgemm", "sort_choices"),
         *("product",),
         *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
+        *("rotary",),
         *("routing_gradient", "top_experts", "balance_terms", "balance_terms_gradient"),
         *("cross_entropy", "orthogonalize", "muon", "adamw"),
     ):
