@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "layout.h"
 #include "vector.h"
 
 // `count` elements of each. mean <- lerp(mean, gradient, 1 - beta1), square <- beta2 square + (1 - beta2) gradient^2, and
@@ -13,6 +14,8 @@ struct AdamWStep {
     int64_t count;
     float beta1, beta2, eps, keep, rate, unbias;
 };
+
+LAYOUT(AdamWStep, weight, gradient, mean, square, count, beta1, beta2, eps, keep, rate, unbias)
 
 namespace {
 

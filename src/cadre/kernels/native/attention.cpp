@@ -4,6 +4,7 @@
 // each: what memory they take does not grow with the context.
 #include <algorithm>
 
+#include "layout.h"
 #include "step.h"
 
 constexpr int CHUNK = 256;                // positions
@@ -25,6 +26,13 @@ struct GroupedLayer {
     float eps, scale;
     int32_t heads, groups, width, rotary, together;  // together: QK norms are over all heads at once
 };
+
+LAYOUT(LatentLayer, norm, q_a_norm, kv_a_norm, q_a, q, kv_a, kv_b, o, q_a_bias, kv_a_bias, o_bias, eps, inner_eps, scale, heads,
+        nope, rotary, value, latent, split)
+LAYOUT(GroupedLayer, norm, q_norm, k_norm, q, k, v, o, q_bias, k_bias, v_bias, o_bias, eps, scale, heads, groups, width, rotary,
+        together)
+LAYOUT(Step, x, turn, position, count, start, pages, tokens, sequences, page_columns, width, threads)
+LAYOUT(Cache, first, second, kind, page_size)
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "gemm.h"
+#include "layout.h"
 #include "step.h"
 
 // [batch, positions, heads, width] seen through element strides; the batch stride is positions * token.
@@ -31,6 +32,11 @@ struct CausalAttention {
 struct CausalGradient {
     Heads out, q, k, v, k_rotary;
 };
+
+LAYOUT(Heads, data, token, head)
+LAYOUT(CausalAttention, q, k, v, k_rotary, out, log_sum, turn, first, peak, scale, batch, queries, length, heads, groups, nope,
+        rotary, value, split, factors, threads)
+LAYOUT(CausalGradient, out, q, k, v, k_rotary)
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "gemm.h"
+#include "layout.h"
 #include "matrix.h"
 
 // Rows sorted by expert: row r is a copy of token `token[r]`, and token t owns the rows row[t * choices ...], weighted. Without
@@ -33,6 +34,10 @@ struct ExpertsGradient {
     float *x, *weight, *gate, *up, *down;  // as the operands; x or the three matrices may be null: not wanted
     float *x_rows, *weight_rows;           // room: [rows, hidden], and twice [rows]; unused without `token`
 };
+
+LAYOUT(ExpertsTraining, x, token, row, load, weight, gate, up, down, quantized_gate_up, quantized_down, inner, y, out, tokens,
+        rows, hidden, width, experts, choices, further, factors, halves, adds, threads)
+LAYOUT(ExpertsGradient, out, x, weight, gate, up, down, x_rows, weight_rows)
 
 namespace {
 

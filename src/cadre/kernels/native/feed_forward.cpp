@@ -2,6 +2,7 @@
 // Also the small parts that stand alone: norm and one matrix.
 #include <algorithm>
 
+#include "layout.h"
 #include "router.h"
 #include "step.h"
 
@@ -19,6 +20,10 @@ struct ExpertsLayer {
     float eps;
     int32_t width;
 };
+
+LAYOUT(Matrix, data, scale, table, rows, cols, stride, kind)
+LAYOUT(DenseLayer, norm, gate, up, down, eps)
+LAYOUT(ExpertsLayer, norm, router, router_weight, gate_up, down, shared_gate, shared_up, shared_down, eps, width)
 
 namespace {
 

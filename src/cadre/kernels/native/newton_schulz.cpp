@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "layout.h"
 #include "vector.h"
 
 // A batch of matrices [batch, rows, cols] that lie one behind the other. momentum <- lerp(momentum, gradient, 1 - beta), and the
@@ -18,6 +19,8 @@ struct MuonStep {
     int32_t steps;
     float beta, keep, rate;
 };
+
+LAYOUT(MuonStep, weight, gradient, momentum, batch, rows, cols, steps, beta, keep, rate)
 
 namespace {
 

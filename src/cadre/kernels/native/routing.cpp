@@ -1,4 +1,5 @@
 // The router behind its logits, for training: every token's choices and their weights, what balance losses ask, and gradients.
+#include "layout.h"
 #include "router.h"
 
 struct Routing {
@@ -15,6 +16,10 @@ struct RoutingGradient {
     const float *weight, *score;  // either may be null: no gradient came
     float* logit;
 };
+
+LAYOUT(Router, correction, experts, top_k, groups, top_groups, sigmoid, normed, scaling)
+LAYOUT(Routing, logit, router, score, expert, weight, tokens, threads)
+LAYOUT(RoutingGradient, weight, score, logit)
 
 namespace {
 

@@ -4,7 +4,7 @@ been given do, as long as it lives itself."""
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -158,6 +158,25 @@ class Step(Filled):
     )
 
 
+def compare_layout(library: ctypes.CDLL, structure: type[Structure]) -> None:
+    """Raises `RuntimeError` where C++ has the structure of that name otherwise: a kernel would miss what it is given."""
+    layout = getattr(library, f"cadre_layout_{structure.__name__}")
+    layout.argtypes, layout.restype = (), c_char_p
+    own, native = _layout(structure), layout().decode()
+    if own != native:
+        raise RuntimeError(f"internal error: {structure.__name__} is, in structs.py, {own}; in C++, {native}")
+
+
+def _layout(structure: type[Structure]) -> str:
+    """In the words of layout.h."""
+    names, fields = ", ".join(name for name, *_ in structure._fields_), ""
+    for name, kind, *_ in structure._fields_:
+        floating, whole = kind in (c_float, c_double), kind in (c_int32, c_int64)
+        letter = "f" if floating else "i" if whole else "s" if issubclass(kind, Structure) else "p"
+        fields += f" {letter}{ctypes.sizeof(kind)}@{getattr(structure, name).offset}"
+    return f"{names}:{fields} of {ctypes.sizeof(structure)}"
+
+
 def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -195,7 +214,9 @@ class Keeper:
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Tell ctypes the functions' arguments."""
+    """Tell ctypes the functions' arguments. Raises `RuntimeError` if a structure here is not as it is in C++."""
+    for structure in Filled.__subclasses__():
+        compare_layout(library, structure)
     library.cadre_latent_attention.argtypes = (POINTER(LatentLayer), POINTER(Cache), POINTER(Step))
     library.cadre_grouped_attention.argtypes = (POINTER(GroupedLayer), POINTER(Cache), POINTER(Step))
     library.cadre_causal_attention.argtypes = (POINTER(CausalAttention),)

@@ -3,12 +3,15 @@
 #include <cmath>
 #include <vector>
 
+#include "layout.h"
 #include "vector.h"
 
 struct Span {
     const float* data;
     int64_t count;
 };
+
+LAYOUT(Span, data, count)
 
 namespace {
 
