@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import cadre
 from cadre.cli.convert import convert
 from cadre.errors import UsageError
+from cadre.hub.directory import set_aside
 
 gguf = pytest.importorskip("gguf")
 APP = typer.Typer()
@@ -57,8 +58,8 @@ def test_there_and_back(model_dir, tmp_path):
     )
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_only_weights_change(model_dir, tmp_path, in_place):
+@pytest.mark.parametrize("in_place, crashed", [(False, False), (True, False), (True, True)])
+def test_only_weights_change(model_dir, tmp_path, in_place, crashed):
     """Templates and settings are the model's own, and nowhere else once it is converted in place."""
     source = tmp_path / "source"
     shutil.copytree(model_dir, source)
@@ -67,6 +68,8 @@ def test_only_weights_change(model_dir, tmp_path, in_place):
     kept = {file.name: file.read_bytes() for file in source.iterdir() if file.suffix != ".safetensors"}
     target = source if in_place else tmp_path / "target"
     options = ["--dtype", "bf16"]
+    if crashed:  # between the two renames of an earlier attempt
+        source.rename(set_aside(source))
     if in_place:
         refused = run(source, target, *options)
         assert refused.exit_code == 1 and "is there already: choose another name, or give --force" in str(refused.exception)

@@ -47,6 +47,7 @@ def test_model_found_between_the_renames_of_a_crashed_save(model_path):
     model_path.rename(set_aside(model_path))
     assert model_directory(model_path) == set_aside(model_path)
     assert model_directory(model_path.parent) == set_aside(model_path)
+    assert not model_path.exists()  # who only reads may have no right to write
 
 
 def test_no_model_directory(tmp_path):

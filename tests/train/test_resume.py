@@ -11,6 +11,7 @@ from cadre.data.shards import prepare
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.files import checksum
+from cadre.hub.directory import set_aside
 from cadre.hub.tokenizer import save_tokenizer
 from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
 from cadre.train.recipe import read_recipe
@@ -178,10 +179,23 @@ def test_a_run_that_is_being_trained_is_left_as_it_is(lab):
     lab.train(lab.start("run", "train.steps=8"))
     path = lab.folder / "run"
     (checkpoints(path)[-1] / "weights.safetensors").write_bytes(b"damaged")
+    (path / "model").rename(set_aside(path / "model"))  # as for a moment while it is saved
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     with only_writer(path), pytest.raises(UsageError, match="another process is training this run"):
         lab.resume("run", "train.steps=20", "optimizer.lr=3.0")
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+def test_models_that_a_crash_left_aside_are_in_their_places_again(lab):
+    """Before anything is saved anew."""
+    lab.train(lab.start("run", "train.steps=8", "checkpoint.best=true"))
+    folders = [lab.folder / "run" / name for name in ("model", "best")]
+    kept = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    for folder in folders:
+        folder.rename(set_aside(folder))
+    lab.resume("run", "train.steps=12")
+    assert [(folder / "model.safetensors").read_bytes() for folder in folders] == kept
+    assert not any(set_aside(folder).exists() for folder in folders)
 
 
 def test_weights_of_sources_may_change_on_the_way(lab):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cadre.errors import RunError
-from cadre.hub.directory import model_directory, set_aside
+from cadre.hub.directory import set_aside
 from cadre.hub.load import load
 from cadre.model.scoring import Score
 from cadre.train import checkpoint as checkpoint_module
@@ -359,7 +359,7 @@ def test_a_best_model_that_a_crash_left_aside_is_still_the_best(lab, monkeypatch
     kept = (best / "model.safetensors").read_bytes()
     best.rename(set_aside(best))
     assert lab.train(lab.resume("run"))[0].best_step == 4
-    assert (model_directory(best) / "model.safetensors").read_bytes() == kept
+    assert (best / "model.safetensors").read_bytes() == kept and not set_aside(best).exists()
 
 
 def test_a_score_that_is_no_number_is_no_lowest(lab, monkeypatch):

@@ -42,9 +42,10 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Write over a model that is there.")] = False,
 ) -> None:
     """Write a model as GGUF, which llama.cpp reads, or as a Hugging Face directory: of another dtype, or of a GGUF file."""
-    from cadre.hub.directory import model_directory
+    from cadre.hub.directory import model_directory, recover
 
     require_local(target)
+    recover(target)
     there = kind_of(target)
     if not force and there is not None and (there != "folder" or any(target.iterdir())):
         raise UsageError(f"{target}: is there already: choose another name, or give --force to write over it")

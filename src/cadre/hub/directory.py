@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cadre.errors import UsageError, read_error
+from cadre.errors import UsageError, read_error, write_error
 from cadre.files import kind_of, read_json_object, require_regular
 from cadre.model.config import ModelConfig
 
@@ -32,7 +32,8 @@ class Stored:
 def model_directory(path: str | Path) -> Path:
     """The Hugging Face directory that `path` means: itself, or the `model/` of a run directory.
 
-    If a crash hit `save` between its two renames, the model it was replacing is found where that moment left it.
+    If a crash hit `save` between its two renames, the model it was replacing is found where that moment left it, and
+    stays there, since reading writes nothing: `recover` puts it back.
     Raises `UsageError` if there is no config.json in any of these places.
     """
     path = Path(path)
@@ -65,6 +66,17 @@ def set_aside(folder: Path) -> Path:
 def in_making(folder: Path) -> Path:
     """Where `save` writes before it renames."""
     return _hidden(folder, "new")
+
+
+def recover(path: Path) -> None:
+    """Put a model back in its place that a crash in `save` left aside. For who is about to write there: who only reads finds it
+    where it lies. Raises `RunError` if it cannot be moved."""
+    target, old = path.resolve(), set_aside(path)
+    try:
+        if old.exists() and not target.exists():
+            old.rename(target)
+    except OSError as error:
+        raise write_error(f"{target}: cannot be moved here from {old.name}, where a crash left it", error) from None
 
 
 def _hidden(folder: Path, state: str) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cadre.errors import UsageError, write_error
 from cadre.files import read_json_object, sync
-from cadre.hub.directory import INDEX, WEIGHTS, config_with_eos, in_making, set_aside
+from cadre.hub.directory import INDEX, WEIGHTS, config_with_eos, in_making, recover, set_aside
 from cadre.hub.names import Shape, duplicates, hollow, pieces, skeleton
 from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, ChatTemplate, template_source
 from cadre.kernels.limits import dtype_name
@@ -60,7 +60,7 @@ def save(
 
     Everything is written to a folder beside `path` and flushed to disk; then two renames put the old model aside and
     the new one in place. A crash leaves the old model or the new one; between the renames, a moment, the old one is at
-    `.NAME.old`, where `load` looks too and from where the next `save` fetches it.
+    `.NAME.old`, where `load` looks too and from where `recover` fetches it: the next `save` does, and a run that goes on.
 
     Raises `UsageError`, before anything is written, for what the format cannot express and for a `path` that holds
     other files; `RunError` when writing fails (a full disk), with nothing left of the attempt.
@@ -71,8 +71,7 @@ def save(
     _check_replaceable(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
+        recover(target)
         for leftover in (new, old):
             if leftover.exists():
                 shutil.rmtree(leftover)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cadre.errors import UsageError
-from cadre.hub.directory import model_directory
+from cadre.hub.directory import model_directory, recover
 from cadre.hub.tokenizer import check_vocabulary
 from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
 from cadre.train.checks import check_fp8, check_memory, check_samples, say_slow
@@ -61,6 +61,8 @@ def resume(
         if parallel.main:
             with only_writer(path):  # what another process trains must stay as it is
                 set_aside_damaged(path, note)
+                for folder in ("model", "best"):
+                    recover(path / folder)
     newest, train = _newest(path, parallel), wanted.train
     state = None if newest is None else read_state(newest)
     total_steps, other_length = train.most_steps, False

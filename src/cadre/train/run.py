@@ -29,7 +29,7 @@ from cadre.data.shards import TokenData, prepare
 from cadre.data.sources import SOTU
 from cadre.errors import UsageError, write_error
 from cadre.files import replace_file, require_folder
-from cadre.hub.directory import ending_at, load_config, model_directory, set_aside
+from cadre.hub.directory import ending_at, load_config, model_directory
 from cadre.hub.save import check_expressible
 from cadre.hub.template import chat_template
 from cadre.hub.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash
@@ -71,7 +71,7 @@ class Run:
         begun, own = self.path / BEGUN_WITH, self.path / "model"
         if not begun.is_file():
             return self.source
-        if own.is_dir() or set_aside(own).is_dir():
+        if own.is_dir():
             return own
         return self.source or Path(begun.read_text(encoding="utf-8").rstrip("\n"))
 

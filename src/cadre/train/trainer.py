@@ -18,7 +18,6 @@ import torch
 
 from cadre.data.batches import REPEATED, Batch
 from cadre.errors import DivergedError
-from cadre.hub.directory import set_aside
 from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synchronize
 from cadre.kernels.total_norm import total_norm
 from cadre.plan.count import count
@@ -425,9 +424,7 @@ class Trainer:
         return True
 
     def _lacks_best(self) -> bool:
-        best = self.run.path / "best"
-        kept = best.is_dir() or set_aside(best).is_dir()  # there, after a crash between the two renames of `save`
-        return self.parallel.anyone(self.parallel.main and not kept)
+        return self.parallel.anyone(self.parallel.main and not (self.run.path / "best").is_dir())
 
     def _save_best(self) -> None:
         """The model, but no checkpoint: nothing goes on from here."""
