@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from cadre.infer import constraint as module
 from cadre.infer.constraint import Constraints
 from tests.serve.live import CONTEXT, Live, http, parts, reply
 
@@ -79,6 +80,22 @@ def test_its_time_runs_from_its_arrival(compiling, stream):
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
         assert server.admission.taken == 0
         assert server.complete()["choices"]  # a request without a grammar does not wait for one
+
+
+def test_no_grammar_is_compiled_on_the_engines_thread(monkeypatch):
+    """Where everybody would wait for it: not even one that is no longer kept, for all those that came since."""
+    threads, compiled = [], module._compile
+
+    def watched(*arguments):
+        threads.append(threading.current_thread().name)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(module, "_compile", watched)
+    with Live() as server:
+        server.engine.constraints.keep = 0
+        answer = server.complete(["The", "people"], guided_regex="yes|no", n=2, max_tokens=5)
+        assert len(answer["choices"]) == 4 and {choice["text"] for choice in answer["choices"]} <= {"yes", "no"}
+    assert threads and all(name.startswith("cadre-grammar") for name in threads), threads
 
 
 def test_the_end_waits_for_who_has_a_place(compiling):

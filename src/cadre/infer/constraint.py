@@ -64,7 +64,8 @@ class Constraints:
     def start(self, sampling: Sampling) -> Constraint | None:
         """What holds one answer to the json_schema or regex asked for; None if neither is.
 
-        The first use of one takes milliseconds, at worst about a second; a server calls this in another thread first.
+        The first use of one takes milliseconds, at worst about a second; a server calls this in another thread and
+        gives a request what comes of it.
         Raises `UsageError` for what is not valid, has no answer, or would take too much to hold an answer to.
         """
         for kind, text in (("json_schema", sampling.json_schema), ("regex", sampling.regex)):

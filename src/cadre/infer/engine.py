@@ -147,7 +147,7 @@ class Engine:
         if request.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, which this model has not")
         prompt = request.prompt_ids
-        sampler = Sampler(request.sampling, prompt, self.constraints.start(request.sampling))
+        sampler = Sampler(request.sampling, prompt, request.constraint or self.constraints.start(request.sampling))
         limit = min(len(prompt) + request.max_new_tokens, self.max_length)
         sequence = Sequence(self._arrived, request, sampler, limit, list(prompt))
         if request.prompt_logprobs:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cadre.errors import UsageError
 
 if TYPE_CHECKING:
+    from cadre.infer.constraint import Constraint
     from cadre.infer.sampling import Sampling, TokenOut
     from cadre.model.config import ModelConfig
 
@@ -19,7 +20,8 @@ class Request:
     id: any name that no other living request has. stop: strings before which the text ends. ignore_eos: the end-of-text
     token is one like any other. deadline: a `time.monotonic()` value after which the request is given up. routes: every
     TokenOut tells its experts. prompt_logprobs: the first output tells the log-probability of every prompt token, with
-    `sampling.logprobs` likeliest ones; `max_new_tokens` may then be 0.
+    `sampling.logprobs` likeliest ones; `max_new_tokens` may then be 0. constraint: what holds the answer to the grammar of
+    `sampling`, started for this request alone; None: the engine starts it, which may take it a second.
     """
 
     id: str
@@ -31,6 +33,7 @@ class Request:
     deadline: float | None = None
     routes: bool = False
     prompt_logprobs: bool = False
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)

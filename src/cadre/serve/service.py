@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
     from cadre.infer.chat import Render
+    from cadre.infer.constraint import Constraint
     from cadre.model.config import ModelConfig
     from cadre.serve.admission import Admission, Place
 
@@ -166,10 +167,12 @@ class Service:
         of `Request`, but for `logprobs` of `Sampling`. Raises `UsageError` for what the engine would refuse."""
         sampling = self._sampling(body, options.pop("logprobs"))
         sampling.check_vocabulary(self.card.config.vocab_size)
+        count = len(prompts) * (body.n or 1)
+        constraints: list[Constraint | None] = [None] * count
         if sampling.json_schema is not None or sampling.regex is not None:
-            # Compiled here, out of the engine's way, which will find it.
-            admission = self.admission
-            await admission.in_thread(admission.grammars, admission.loop.engine.constraints.start, sampling)
+            # Out of the engine's way, to which they are handed: when many wait, not all of their grammars are kept.
+            admission, start = self.admission, self.admission.loop.engine.constraints.start
+            constraints = await admission.in_thread(admission.grammars, lambda: [start(sampling) for _ in range(count)])
         shared: dict[str, Any] = {
             "stop": body.stops,
             "ignore_eos": bool(body.ignore_eos),
@@ -182,7 +185,8 @@ class Service:
                 # The choices of one prompt must differ, and again be the same for the same seed.
                 seed = None if body.seed is None else (body.seed + number) % _SEEDS
                 own = replace(sampling, seed=seed)
-                requests.append(Request(f"{name}-{len(requests)}", prompt.ids, most, own, **shared))
+                constraint = constraints[len(requests)]
+                requests.append(Request(f"{name}-{len(requests)}", prompt.ids, most, own, constraint=constraint, **shared))
         return requests
 
     def _sampling(self, body: Generation, logprobs: int | None) -> Sampling:
