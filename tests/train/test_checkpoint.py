@@ -254,24 +254,14 @@ def test_a_state_that_was_changed_is_refused(tmp_path):
         read_state(file.parent)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("step", "4"), ("step", 4.5), ("step", -1), ("step", True), ("step", None), ("total_steps", []), ("length", [1]),
-    ("length", None), ("identity", {}), ("identity", {"model": 5, "tokenizer": "a", "corpus": "b"}), ("identity", "x"),
-    ("checksums", None), ("checksums", []), ("checksums", {"weights.safetensors": 5}), ("tokens", "many"), ("seconds", "long"),
-    ("skipped_in_row", {}), ("columns", [5]), ("window", 5), ("window", [5]), ("window", [["x"]]), ("batches", {"windows": 5}),
-    ("batches", [1]), ("balance", {"window_steps": 2}), ("balance", {"window_steps": 2, "window": [[0.5]]}), ("balance", 5),
-    ("alarm", {"since": []}), ("alarm", {"since": [None], "sounding": ["yes"]}), ("lowest", ["low"]), ("risen", [5]),
-])  # fmt: skip
-def test_a_state_of_the_wrong_types_is_set_aside(tmp_path, key, value):
-    """As another version, or a hand, may have written it: without a checksum of its own."""
+def test_a_state_without_a_checksum_is_set_aside(tmp_path):
+    """As a hand may have written it, or an early version."""
     older, newest = [save_checkpoint(tmp_path, *build(1), state(number), keep=2) for number in (1, 2)]
     read = {name: part for name, part in json.loads((newest / "state.json").read_text()).items() if name != "checksum"}
     (newest / "state.json").write_text(json.dumps(read))
-    assert read_state(newest)["step"] == 2
-    (newest / "state.json").write_text(json.dumps({**read, key: value}))
     notes: list[str] = []
     module.set_aside_damaged(tmp_path, notes.append)
-    assert checkpoints(tmp_path) == [older] and f"damaged checkpoint (state.json: {key}" in notes[0]
+    assert checkpoints(tmp_path) == [older] and "damaged checkpoint (state.json has no checksum)" in notes[0]
 
 
 def three(folder: Path) -> list[Path]:

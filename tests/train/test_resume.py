@@ -13,7 +13,7 @@ from cadre.errors import UsageError
 from cadre.files import checksum
 from cadre.hub.directory import set_aside
 from cadre.hub.tokenizer import save_tokenizer
-from cadre.train.checkpoint import checkpoints, read_state, set_aside_damaged
+from cadre.train.checkpoint import _state_file, checkpoints, read_state, set_aside_damaged
 from cadre.train.recipe import read_recipe
 from cadre.train.resume import held_recipe, resume
 from cadre.train.run import only_writer
@@ -151,8 +151,7 @@ def test_damage_in_the_middle_of_a_large_file_is_found(lab):
     large = path / "weights.safetensors"
     with large.open("ab") as file:
         file.truncate(3 * 2**20)
-    state["checksums"] = {large.name: checksum(large)}
-    (path / "state.json").write_text(json.dumps(state))
+    (path / "state.json").write_bytes(_state_file(state, {large.name: checksum(large)}))
     notes: list[str] = []
     set_aside_damaged(run.path, notes.append)
     assert not notes

@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cadre.errors import UsageError, explain, write_error
+from cadre.errors import UsageError, write_error
 from cadre.files import checksum, replace_file, sync
 from cadre.model.transformer import Transformer
 
@@ -33,57 +32,6 @@ if TYPE_CHECKING:
     from cadre.train.optimizer import Optimizer
 
 _NAME = re.compile(r"step-(\d{8})")
-
-
-class _Checked(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-_Count = Annotated[int, Field(ge=0)]
-_Nothing = Annotated[dict[str, Any], Field(max_length=0)]
-
-
-class _Batches(_Checked):
-    windows: list[_Count]
-    mixed: _Count
-
-
-class _Balance(_Checked):
-    window_steps: _Count
-    window: list[list[_Count]]
-
-
-class _Alarm(_Checked):
-    since: list[_Count | None]
-    sounding: list[bool]
-    held: list[list[_Count]] | None = None
-    held_steps: _Count = 0
-
-
-class _Identity(_Checked):
-    model: dict[str, Any]
-    tokenizer: str
-    corpus: str
-
-
-class _State(_Checked):
-    """What `state.json` must be: the trainer's `Progress`, and what stands beside it."""
-
-    step: _Count
-    total_steps: _Count
-    length: Annotated[list[float | None], Field(min_length=2, max_length=2)]
-    identity: _Identity
-    checksums: dict[str, dict[str, Any]]
-    tokens: _Count = 0
-    seconds: Annotated[float, Field(ge=0)] = 0.0
-    skipped_in_row: _Count = 0
-    columns: list[str] = []
-    window: list[list[float]] = []
-    batches: _Batches | _Nothing = {}
-    balance: _Balance | _Nothing = {}
-    alarm: _Alarm | _Nothing = {}
-    lowest: list[float] = []
-    risen: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -173,12 +121,11 @@ def read_state(path: Path) -> dict[str, Any]:
     """The plain part of a checkpoint. Raises `UsageError` if it cannot be read or is not as it was written."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if isinstance(state, dict) and _OWN in state and state.pop(_OWN) != _own_checksum(state):  # older ones have none
+        if not isinstance(state, dict) or _OWN not in state:
+            raise ValueError("state.json has no checksum")
+        if state.pop(_OWN) != _own_checksum(state):
             raise ValueError("state.json is not as it was written")
-        _State.model_validate(state)
         return state
-    except ValidationError as error:
-        raise DamagedError(path, f"state.json: {explain(error.errors()[0])}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(path, error) from None
 
