@@ -49,7 +49,7 @@ def test_a_run_whose_minutes_are_over_has_ended(lab):
 
 
 def test_a_run_of_more_minutes_goes_on_where_its_schedule_is(lab):
-    run = lab.start("run", "train.minutes=0.03", "train.steps=1000000", "train.log_every=1")
+    run = lab.start("run", "train.minutes=0.06", "train.steps=1000000", "train.log_every=1")
     lab.train(run)
     state = read_state(checkpoints(run.path)[-1])
     more = lab.resume("run", f"train.minutes={state['seconds'] / 60 * 1.08}", "train.log_every=1")
