@@ -272,6 +272,9 @@ def test_sharded_files(kind, stir, tmp_path):
         ("deepseek_v2", {"rope_theta": 10000, "rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1,
                          "mscale": 0.707, "mscale_all_dim": 0.707, "original_max_position_embeddings": 32}}),
         ("deepseek_v2", {"rope_theta": 3000}),
+        # As Kimi K2 has it: no ramp between slow and fast pairs.
+        ("deepseek_v3", {"rope_theta": 100, "rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 1.0, "beta_slow": 1.0,
+                         "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 32}}),
         ("deepseek_v3", {}),
         ("glm4_moe", {"rope_theta": 5000, "partial_rotary_factor": 0.25, "rope_scaling": None}),
         ("glm4_moe", {"rope_theta": 5000}),

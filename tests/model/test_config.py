@@ -164,8 +164,8 @@ REFUSED = [
             ("llama", {"rope_type": "linear", "factor": 0.5}, "factor is 0.5; it must be a number of at least 1"),
             ("llama", {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings is None; it must be the"),
             ("llama", {**LLAMA3, "original_max_position_embeddings": -8}, "original_max_position_embeddings is -8; it"),
-            ("llama", {**YARN, "beta_slow": 0.0}, "beta_slow is 0.0; it must be above 0 and below beta_fast (32.0)"),
-            ("llama", {**YARN, "beta_slow": 40.0}, "beta_slow is 40.0; it must be above 0 and below beta_fast (32.0)"),
+            ("llama", {**YARN, "beta_slow": 0.0}, "beta_slow is 0.0; it must be above 0 and at most beta_fast (32.0)"),
+            ("llama", {**YARN, "beta_slow": 40.0}, "beta_slow is 40.0; it must be above 0 and at most beta_fast (32.0)"),
             ("llama", {**LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor is 4.0; it must be above 0 and below high"),
             ("deepseek_v3", {**YARN, "mscale": -1.0}, "mscale is -1.0; it must be at least 0"),
             ("deepseek_v3", {**YARN, "attention_factor": 0.0}, "attention_factor is 0.0; it must be a number above 0"),
@@ -336,7 +336,16 @@ def test_published_models_without_shared_experts():
 
 
 def test_kimi_k2_is_a_deepseek_v3():
-    assert ModelConfig.from_hf({**published.DEEPSEEK_V3, "model_type": "kimi_k2"}) == ModelConfig.from_hf(published.DEEPSEEK_V3)
+    rope = {**published.DEEPSEEK_V3["rope_scaling"], "beta_fast": 1.0, "factor": 64.0}  # Kimi-K2-Instruct-0905's
+    values = {**published.DEEPSEEK_V3, "rope_theta": 50000.0, "rope_scaling": rope}
+    kimi = ModelConfig.from_hf({**values, "model_type": "kimi_k2"})
+    assert kimi == ModelConfig.from_hf(values)
+    assert (kimi.model_type, kimi.rope_parameters.beta_fast, kimi.rope_parameters.beta_slow) == ("deepseek_v3", 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation_autoset", "_commit_hash", "unsloth_fixed", "unsloth_version"])
+def test_notes_of_the_programs_that_wrote_a_config_are_passed_over(name):
+    assert ModelConfig.from_hf({**published.QWEN3_30B_A3B, name: "any"}) == ModelConfig.from_hf(published.QWEN3_30B_A3B)
 
 
 def test_what_transformers_takes_where_a_mixtral_is_silent():

@@ -335,10 +335,11 @@ class ModelConfig(BaseModel):
                     f"the context length before {rope.rope_type} scaling, at least 1")  # fmt: skip
         if context is not None and context > _MOST_POSITIONS:
             _refuse("rope_parameters.original_max_position_embeddings", context, f"at most {_MOST_POSITIONS:,}")
-        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-            least, most = getattr(rope, low), getattr(rope, high)
-            if not 0 < least < most:
-                _refuse(f"rope_parameters.{low}", least, f"above 0 and below {high} ({most})")
+        if not 0 < rope.beta_slow <= rope.beta_fast:  # equal in Kimi K2
+            _refuse("rope_parameters.beta_slow", rope.beta_slow, f"above 0 and at most beta_fast ({rope.beta_fast})")
+        if not 0 < rope.low_freq_factor < rope.high_freq_factor:
+            _refuse("rope_parameters.low_freq_factor", rope.low_freq_factor,
+                    f"above 0 and below high_freq_factor ({rope.high_freq_factor})")  # fmt: skip
         for name in ("mscale", "mscale_all_dim"):
             if (getattr(rope, name) or 0) < 0:
                 _refuse(f"rope_parameters.{name}", getattr(rope, name), "at least 0")

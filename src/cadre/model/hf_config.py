@@ -15,13 +15,14 @@ from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 if TYPE_CHECKING:
     from cadre.model.config import ModelConfig
 
-# Fields of a config.json that say nothing about the function the model computes.
+# Fields of a config.json that say nothing about the function the model computes; nor do those that begin with _.
 IRRELEVANT = frozenset((
-    "_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
     "pretraining_tp", "ep_size", "attention_dropout", "output_router_logits", "router_aux_loss_coef", "aux_loss_alpha",
     "seq_aux", "router_jitter_noise", "output_attentions", "output_hidden_states", "return_dict", "id2label",
     "label2id", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward", "tokenizer_class", "quantization_config",
     "keys_to_ignore_at_inference", "num_mtp_layers", "qk_head_dim", "mlp_layer_types",
+    "unsloth_fixed", "unsloth_version",
 ))  # fmt: skip
 
 # The shape of a mixture of experts.
@@ -77,7 +78,7 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
     if family.scoring is None:
         for name in ("n_routed_experts", "num_experts_per_tok", "num_local_experts"):
             values.pop(name, None)
-    merged = {**family.defaults, **{k: v for k, v in values.items() if k not in IRRELEVANT}}
+    merged = {**family.defaults, **{k: v for k, v in values.items() if k not in IRRELEVANT and k[:1] != "_"}}
     merged.pop("rope_theta", None)
     merged["rope_parameters"] = rope
     if not merged.get("first_k_dense_replace") and family.scoring and "intermediate_size" not in values:
