@@ -92,7 +92,7 @@ def test_a_file_of_prompts(model_dir, tmp_path, asked):
 
 def test_lines_of_prompts(model_dir, tmp_path):
     path, out = tmp_path / "asked.txt", tmp_path / "out.jsonl"
-    path.write_bytes(b"The people\r\n\n yes\n")
+    path.write_bytes(b"\xef\xbb\xbfThe people\r\n\n yes\n")  # as Windows' editors begin a file
     assert run(model_dir, "--prompts", path, "--out", out, "--max-tokens", 4, "--temperature", 0).exit_code == 0
     assert [each["prompt"] for each in answers(out)] == ["The people", " yes"]
 

@@ -353,6 +353,18 @@ def test_what_transformers_takes_where_a_mixtral_is_silent():
     assert ModelConfig.from_hf(values).rope_parameters.rope_theta == 1e6
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("others", [{"num_experts": 4}, {"num_local_experts": 4}])
+def test_numbers_of_experts_that_differ_by_name_are_refused(kind, others):
+    values = small(kind).to_hf()
+    file = {**values, "n_routed_experts": values.get("n_routed_experts", 6), **others}
+    with pytest.raises(UsageError, match=r"^f: num_(local_)?experts is 4 and n_routed_experts 6: two names of one number: give one$"):
+        ModelConfig.from_hf(file, where="f")
+    with pytest.raises(UsageError, match=r"^num_(local_)?experts is 4 and n_routed_experts 6: two names of one number: give one$"):
+        small(kind, **others)
+    assert small(kind, **dict.fromkeys(others, 6)) == small(kind)
+
+
 @pytest.mark.parametrize("spelling", ["num_experts", "num_local_experts", "n_routed_experts"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
 def test_the_number_of_experts_has_three_names(family, spelling):

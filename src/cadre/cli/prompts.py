@@ -135,7 +135,7 @@ def _lines(path: Path, errors: str = "strict") -> list[tuple[int, str]]:
     """The lines that are not blank, without their ends, and their numbers from 1."""
     require_regular(path)
     try:
-        text = path.read_text(encoding="utf-8", errors=errors)
+        text = path.read_text(encoding="utf-8-sig", errors=errors)
     except OSError as error:
         raise read_error(path, error) from None
     except UnicodeDecodeError as error:

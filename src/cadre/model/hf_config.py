@@ -34,7 +34,7 @@ _SHARING_FIELDS = ("n_shared_experts", "n_group", "topk_group", "routed_scaling_
 
 def our_spelling(values: dict[str, Any]) -> dict[str, Any]:
     """A model's fields by our names, where its family spells them otherwise. transformers knows the number of experts by three
-    names, of which it writes now one and now another."""
+    names, of which it writes now one and now another. Raises `UsageError` where two of them say different numbers."""
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None or family.scoring is None:
         return values
@@ -44,8 +44,11 @@ def our_spelling(values: dict[str, Any]) -> dict[str, Any]:
             values[ours] = values.pop(theirs)
     for name in ("num_experts", "num_local_experts"):
         count = values.pop(name, None)
-        if count is not None:
-            values.setdefault("n_routed_experts", count)
+        known = values.get("n_routed_experts")
+        if count is not None and known is None:
+            values["n_routed_experts"] = count
+        elif count is not None and count != known:
+            raise UsageError(f"{name} is {count!r} and n_routed_experts {known!r}: two names of one number: give one")
     return values
 
 
@@ -66,7 +69,10 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
         raise UsageError(f"{where}: mlp_bias is true; Cadre's feed-forward layers have no bias")
     if "num_nextn_predict_layers" not in values and "num_mtp_layers" in values:
         values["num_nextn_predict_layers"] = values["num_mtp_layers"]
-    values = our_spelling(values)
+    try:
+        values = our_spelling(values)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     if family.latent:
         values.pop("head_dim", None)  # transformers stores qk_rope_head_dim under this name
     if kind == "deepseek_v2":
