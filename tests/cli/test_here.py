@@ -100,7 +100,8 @@ def test_a_recipe_that_begins_with_a_run_is_of_its_model(asked, monkeypatch, cap
 def test_what_cannot_be_measured_is_one_line(asked, monkeypatch, capsys, arguments, wanted):
     config = small("llama", max_position_embeddings=64).to_hf()
     Path("config.json").write_text(json.dumps(config))
-    Path("foreign.json").write_text(json.dumps({**config, "model_type": "qwen3", "head_dim": 8}))
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    Path("foreign.json").write_text(json.dumps({**config, "model_type": "qwen3", "head_dim": 8, **windows}))
     assert plan(monkeypatch, *arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("cadre: ") and err.count("\n") == 1 and wanted in err, err

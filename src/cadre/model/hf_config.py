@@ -128,12 +128,11 @@ def fields_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.model_type == "glm4_moe":
         keep.add("partial_rotary_factor")
     fields = config.model_dump(exclude={"rope_parameters"})
-    dropped = set()
-    if not family.latent:
-        dropped |= {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-                    "rope_interleave"}  # fmt: skip
     if family.latent:
-        dropped.add("head_dim")
+        dropped = {"head_dim"}
+    else:
+        dropped = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                   "rope_interleave"}  # fmt: skip
     if family.qk_norm != "switch":
         dropped.add("use_qk_norm")
     if family.bias != "switch":
