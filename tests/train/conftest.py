@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,8 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     monkeypatch.setenv("CADRE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(trainer, "gemm_flops_per_second", lambda *_: 1e11)  # measuring it takes most of a second
     return Lab(tmp_path)
+
+
+def interrupt(number: int = signal.SIGTERM):
+    """What `Watcher.at` calls to stop a run."""
+    return lambda: os.kill(os.getpid(), number)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import kernels, training_kernels_take
+from cadre.kernels.native.library import as_rows, kernels, threads_for, training_kernels_take
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -45,10 +45,17 @@ class _NativeRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x_ND, weight = _rows(x), weight_D.contiguous()
+        x_ND, weight = as_rows(x), weight_D.contiguous()
         y, scale_N = x.new_empty(x.shape), x.new_empty(len(x_ND))
         kernels().cadre_norm_training(
-            x_ND.data_ptr(), x_ND.stride(0), weight.data_ptr(), eps, *x_ND.shape, _threads(x), y.data_ptr(), scale_N.data_ptr()
+            x_ND.data_ptr(),
+            x_ND.stride(0),
+            weight.data_ptr(),
+            eps,
+            *x_ND.shape,
+            threads_for(x),
+            y.data_ptr(),
+            scale_N.data_ptr(),
         )
         ctx.save_for_backward(x_ND, weight, scale_N)
         return y
@@ -57,27 +64,13 @@ class _NativeRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight, scale_N = ctx.saved_tensors
-        grad_ND = _rows(grad.resolve_neg())
+        grad_ND = as_rows(grad.resolve_neg())
         grad_x, grad_weight = grad.new_empty(grad.shape), weight.new_empty(weight.shape)
         kernels().cadre_norm_training_gradient(
             x_ND.data_ptr(), x_ND.stride(0), weight.data_ptr(), scale_N.data_ptr(), grad_ND.data_ptr(), grad_ND.stride(0),
-            *x_ND.shape, _threads(grad), grad_x.data_ptr(), grad_weight.data_ptr(),
+            *x_ND.shape, threads_for(grad), grad_x.data_ptr(), grad_weight.data_ptr(),
         )  # fmt: skip
         return grad_x, grad_weight, None
-
-
-# Elements below which more than one thread costs more than it brings.
-_FEW = 1 << 15
-
-
-def _threads(x: Tensor) -> int:
-    return 1 if x.numel() < _FEW else torch.get_num_threads()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[N, D], a view where rows are evenly spaced."""
-    x_ND = x.flatten(0, -2)
-    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadre.kernels.native.library import kernels, training_kernels_take
+from cadre.kernels.native.library import as_rows, kernels, threads_for, training_kernels_take
 
 
 def rotate_pairs(x_BTHR: Tensor, turn_TR: Tensor) -> Tensor:
@@ -55,18 +55,13 @@ class _RotateHalves(torch.autograd.Function):
         return _rotated(grad_BTHK.resolve_neg(), ctx.turn_TR, back=True), None
 
 
-# Elements below which more than one thread costs more than it brings.
-_FEW = 1 << 15
-
-
 def _rotated(x_BTHK: Tensor, turn_TR: Tensor, back: bool) -> Tensor:
     _, positions, heads, width = x_BTHK.shape
-    x_NX = x_BTHK.flatten(2).flatten(0, 1)
-    x_NX = x_NX if x_NX.stride(1) == 1 else x_NX.contiguous()
+    x_NX = as_rows(x_BTHK.flatten(2))
     turn = turn_TR.resolve_conj().contiguous()
     y_BTHK = x_NX.new_empty(x_BTHK.shape)
     kernels().cadre_rotary(
         x_NX.data_ptr(), x_NX.stride(0), turn.data_ptr(), len(x_NX), positions, heads, width, 2 * turn.shape[1], back,
-        1 if x_BTHK.numel() < _FEW else torch.get_num_threads(), y_BTHK.data_ptr(),
+        threads_for(x_BTHK), y_BTHK.data_ptr(),
     )  # fmt: skip
     return y_BTHK

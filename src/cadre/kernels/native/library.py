@@ -118,6 +118,23 @@ def is_plain(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
     return fit and all(x.layout == torch.strided and not x.is_neg() for x in tensors)
 
 
+# Elements below which more than one thread costs more than it brings.
+_FEW = 1 << 15
+
+
+def threads_for(x: Tensor) -> int:
+    """How many threads one pass over x takes."""
+    import torch
+
+    return 1 if x.numel() < _FEW else torch.get_num_threads()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[N, D] of [..., D], a view where rows are evenly spaced."""
+    x_ND = x.flatten(0, -2)
+    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
+
+
 def why_missing() -> str | None:
     """Why `library` is None, in one line; None if it is not."""
     loaded = _load()
