@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from cadre.errors import RunError
 from cadre.train.bench.worker import Build, Memory
 
 
@@ -21,7 +23,7 @@ class Here:
     def __exit__(self, *_: object) -> None:
         self.run = None
 
-    def step(self) -> float:
+    def step(self, within: float = math.inf) -> float:
         self.run = self.run or self.build()
         Here.turns.append(self.name)
         return self.run()
@@ -32,11 +34,11 @@ class Here:
 
 class Scripted(Here):
     """Steps for nothing and takes the seconds that `Scripted.seconds` gives for its build: a number, a list of them to be
-    taken in turn, or an error to raise."""
+    taken in turn, or an error to raise. A step of more seconds than it may take raises, too."""
 
     seconds: Any = None
 
-    def step(self) -> float:
+    def step(self, within: float = math.inf) -> float:
         Here.turns.append(self.name)
         if self.run is None:
             given = type(self).seconds(self.build)
@@ -44,4 +46,6 @@ class Scripted(Here):
         value = next(self.run)
         if isinstance(value, Exception):
             raise value
+        if value > within:
+            raise RunError(f"{self.name}: not done within {within}")
         return value

@@ -105,11 +105,12 @@ def test_the_fastest_mode_is_found_and_runs_in_turn_with_ours(scripted):
     name = "transformers (grouped_mm, float32)"
     assert Here.turns[-8:] == [name, "cadre"] * 4
     tried = {name: Here.turns[:-8].count(name) for name in Here.turns[:-8]}
-    # The slow one is not asked twice, nor one that failed.
+    # The slow one is not waited for, nor asked twice, nor one that failed.
     assert tried == {f"transformers ({mode})": 1 if mode.experts == "batched_mm" or mode.dtype == "bfloat16" else 2
                      for mode in modes(small("deepseek_v3"))}  # fmt: skip
     probe = {(p["experts"], p["dtype"]): p for p in found["probe"]}
-    assert probe["eager", "autocast"]["seconds"] == 4.5 and probe["batched_mm", "float32"]["seconds"] == 11.0
+    assert probe["eager", "autocast"]["seconds"] == 4.5
+    assert "not done within 6.0" in probe["batched_mm", "float32"]["reason"]  # twice the fastest, which took 3
     assert "no kernel" in probe["eager", "bfloat16"]["reason"]
     flops = count(small("deepseek_v3"), context=8).training_flops_per_token
     assert found["ours"]["mfu"] == pytest.approx(16 * flops / 40.0) and found["peer"]["training_flops_per_token"] == flops

@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 
 import psutil
 import pytest
@@ -50,6 +51,20 @@ def test_what_goes_wrong_in_a_worker_is_one_line_here():
         assert worker.step() == torch.get_num_threads()  # as many threads as this process computes with
         with pytest.raises(RunError, match=r"^the peer: its process died \(exit status -9\), most likely for want of memory"):
             worker.step()
+
+
+class Slow:
+    def __call__(self) -> float:
+        time.sleep(600)
+        return 600.0
+
+
+def test_a_step_that_takes_too_long_is_not_waited_for():
+    with Worker("the peer", Slow) as worker:
+        with pytest.raises(RunError, match=r"^the peer: not done with a step within 0\.5 s$"):
+            worker.step(within=0.5)
+        process = psutil.Process(worker._process.pid)
+    assert not process.is_running()
 
 
 def test_workers_take_turns_and_warm_up(monkeypatch):

@@ -21,8 +21,11 @@ from cadre.train.bench.step import ADAMW, CLIP, WARM_UP, changed, check_length, 
 from cadre.train.bench.worker import Build, Worker, ours, race, result
 from cadre.train.checks import check_memory
 
-# A mode whose first step is this many times the best one's is not tried a second time.
+# A mode whose first step is this many times the best one's is not tried a second time, nor waited for. (A processor without
+# bfloat16 products can take a hundred times as long in that type.)
 _HOPELESS = 2.0
+# Starting a process, importing and building may take this many times what they took in the fastest mode so far.
+_PATIENCE = 2.0
 
 
 _Experts = Literal["eager", "grouped_mm", "batched_mm"] | None
@@ -149,7 +152,7 @@ def bench_peer(
 def _probe(config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], None]) -> tuple[Mode, list[dict[str, Any]]]:
     """The mode with the fastest step of two, and what each took. Each has a process of its own, which may die."""
     best: Mode | None = None
-    least = float("inf")
+    least = limit = float("inf")
     probes: list[dict[str, Any]] = []
     for mode in modes(config):
         note(f"probing transformers: {mode}")
@@ -160,7 +163,9 @@ def _probe(config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], 
             continue
         try:
             with Worker(f"transformers ({mode})", peer_step(config, mode, batch=batch, seq_len=seq_len)) as worker:
-                seconds = worker.step()
+                began = time.perf_counter()
+                seconds = worker.step(within=limit)
+                start = max(time.perf_counter() - began - seconds, 0.0)
                 if seconds < _HOPELESS * least:
                     seconds = min(seconds, worker.step())
         except RunError as error:
@@ -169,6 +174,7 @@ def _probe(config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], 
         probes.append({**asdict(mode), "seconds": seconds})
         if seconds < least:
             best, least = mode, seconds
+            limit = _PATIENCE * start + _HOPELESS * least
     if best is None:
         raise RunError(f"no mode of transformers ran this shape; the last one: {probes[-1]['reason']}")
     return best, probes

@@ -3,6 +3,7 @@ each one's peak is its own."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import signal
@@ -60,15 +61,18 @@ class Worker:
         self._process.terminate()
         self._process.join()
 
-    def step(self) -> float:
-        """Make one step; its seconds. The first call also builds."""
-        return self._ask("step")
+    def step(self, within: float = math.inf) -> float:
+        """Make one step; its seconds. The first call also builds. Raises `RunError` when that takes more than `within` seconds
+        altogether; the worker is of no use then."""
+        self.send("step")
+        if within < math.inf:
+            with self._alive():
+                if not self._connection.poll(within):
+                    raise RunError(f"{self.name}: not done with a step within {within:,.1f} s")
+        return self.receive()
 
     def memory(self) -> Memory:
-        return self._ask("memory")
-
-    def _ask(self, what: str) -> Any:
-        self.send(what)
+        self.send("memory")
         return self.receive()
 
     def send(self, what: str) -> None:
