@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cadre.cli.main import _app
-from cadre.data.shards import prepare
+from cadre.data.prepare import prepare
 from cadre.errors import DiskFullError, RefusedError, RunError, UsageError, write_error
 from cadre.files import replace_file, require_folder, require_local
 

@@ -13,7 +13,8 @@ from tests.runs import write_chats
 from transformers import PreTrainedTokenizerFast
 
 from cadre.data.conversations import messages_of, template_of, written
-from cadre.data.shards import TokenData, prepare
+from cadre.data.prepare import prepare
+from cadre.data.shards import TokenData
 from cadre.data.sources import Document, read_documents
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cadre.data.shards import prepare
+from cadre.data.prepare import prepare
 from cadre.data.sources import Document, passed_over, read_documents
 from cadre.errors import UsageError
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from cadre.data.shards import prepare
+from cadre.data.prepare import prepare
 from cadre.data.tokenizer import MIN_VOCAB_SIZE, _in_stretches, sampled, train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import (

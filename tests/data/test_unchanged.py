@@ -15,8 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cadre.data import shards, sources
-from cadre.data.shards import TokenData, prepare
+from cadre.data import prepare as preparing
+from cadre.data import sources
+from cadre.data.prepare import prepare
+from cadre.data.shards import TokenData
 from cadre.data.sources import fingerprint, read_documents
 from cadre.data.tokenizer import train_tokenizer
 from cadre.hub.tokenizer import save_tokenizer
@@ -54,8 +56,8 @@ class Reading:
 
     def __init__(self, monkeypatch) -> None:
         self.times, self.said = 0, []
-        split = shards.split_documents
-        monkeypatch.setattr(shards, "split_documents", lambda *given: (self._count(), split(*given))[1])
+        split = preparing.split_documents
+        monkeypatch.setattr(preparing, "split_documents", lambda *given: (self._count(), split(*given))[1])
 
     def _count(self) -> None:
         self.times += 1
@@ -267,7 +269,7 @@ def test_files_that_were_just_written_are_read_each_time(corpus, cache, monkeypa
 
 
 def test_text_that_changes_while_it_is_read_is_read_again(corpus, reading, cache, monkeypatch):
-    file, divide = corpus / "deep" / "3.txt", shards.split_documents
+    file, divide = corpus / "deep" / "3.txt", preparing.split_documents
     first, _ = reading(str(corpus))
 
     def meddled(*given):
@@ -277,10 +279,10 @@ def test_text_that_changes_while_it_is_read_is_read_again(corpus, reading, cache
         return split
 
     shutil.rmtree(cache / "read")
-    monkeypatch.setattr(shards, "split_documents", meddled)
+    monkeypatch.setattr(preparing, "split_documents", meddled)
     data, _ = reading(str(corpus))
     assert data.path == first.path and not (cache / "read").exists()
-    monkeypatch.setattr(shards, "split_documents", divide)
+    monkeypatch.setattr(preparing, "split_documents", divide)
     assert text_of(prepare(str(corpus), vocab_size=270)) == written(str(corpus)) != text_of(first)
 
 
@@ -362,11 +364,11 @@ def test_a_folder_of_ones_own_is_filled_by_reading(corpus, reading, record, tmp_
 
 
 def test_other_code_reads_for_itself(corpus, reading, record, monkeypatch, tmp_path):
-    package = Path(shards.__file__).parents[1]
+    package = Path(preparing.__file__).parents[1]
     shutil.copytree(package / "data", tmp_path / "cadre" / "data")
     (tmp_path / "cadre" / "hub").mkdir()
     shutil.copy(package / "hub" / "template.py", tmp_path / "cadre" / "hub")
-    monkeypatch.setattr(shards, "__file__", str(tmp_path / "cadre" / "data" / "shards.py"))
+    monkeypatch.setattr(preparing, "__file__", str(tmp_path / "cadre" / "data" / "prepare.py"))
     assert reading(str(corpus))[1] is False
     for file in ("data/sources.py", "hub/template.py"):
         with (tmp_path / "cadre" / file).open("a") as code:

@@ -95,7 +95,7 @@ def _touched(path: Path) -> str:
 
 
 def test_the_held_out_text_of_a_run_is_what_its_training_held_out(tmp_path, monkeypatch):
-    from cadre.data.shards import prepare
+    from cadre.data.prepare import prepare
 
     monkeypatch.setenv("CADRE_CACHE", str(tmp_path / "cache"))
     recipe = read_recipe(str(write_recipe(tmp_path)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cadre.data.shards import prepare
+from cadre.data.prepare import prepare
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.files import checksum

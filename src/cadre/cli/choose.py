@@ -57,7 +57,7 @@ def choose_recipe(
     """The recipe of the best expected score within `budget`, with `overrides` over it. `began`: of time, what has gone of the
     budget. `processes`: how many will train it, each on an accelerator of its own if there are some. Raises `UsageError` if
     the budget is below one calibration."""
-    from cadre.data.shards import prepare
+    from cadre.data.prepare import prepare
     from cadre.plan.budget import CALIBRATION_SECONDS, choose, sequence_length
     from cadre.train.recipe import dump_toml, parse_recipe
 

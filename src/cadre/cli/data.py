@@ -32,7 +32,7 @@ def data(
     json_output: Json = False,
 ) -> None:
     """Tokenise text into shards on disk, split by document into training and held-out text."""
-    from cadre.data.shards import prepare
+    from cadre.data.prepare import prepare
     from cadre.hub.tokenizer import lossy
 
     prepared = prepare(

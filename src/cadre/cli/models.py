@@ -66,7 +66,8 @@ def tell_kernels(say: Callable[[str], None] = _on_standard_error) -> None:
 
 def vocabulary(recipe: Recipe) -> int:
     """The vocabulary that the run's tokenizer will have."""
-    from cadre.data.shards import DEFAULT_VOCAB_SIZE, TokenData
+    from cadre.data.prepare import DEFAULT_VOCAB_SIZE
+    from cadre.data.shards import TokenData
     from cadre.data.sources import token_data
     from cadre.hub.tokenizer import load_tokenizer, vocabulary_size
 

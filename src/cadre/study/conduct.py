@@ -49,7 +49,7 @@ def begin(
     """Resolve a study in an empty directory: matched arms, step times, runs. `cpu`: the processor's name, for the
     record. `source`: text in place of the study's. `processes`: how many train every run. Raises `UsageError` for arms that
     cannot be matched, a budget too small, and a directory that holds anything else."""
-    from cadre.data.shards import prepare
+    from cadre.data.prepare import prepare
     from cadre.kernels.limits import default_device, dtype_name, training_dtype
     from cadre.study.turns import step_seconds
 

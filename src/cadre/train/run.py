@@ -25,7 +25,8 @@ import torch
 from tokenizers import Tokenizer
 
 from cadre.data.batches import Batches
-from cadre.data.shards import TokenData, prepare
+from cadre.data.prepare import prepare
+from cadre.data.shards import TokenData
 from cadre.data.sources import SOTU
 from cadre.errors import UsageError, write_error
 from cadre.files import replace_file, require_folder

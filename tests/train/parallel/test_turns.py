@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from cadre.data.shards import prepare
+from cadre.data.prepare import prepare
 from cadre.errors import RunError, UsageError
 from cadre.train.parallel import turns
 from cadre.train.parallel.ranks import Ranks
