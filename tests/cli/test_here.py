@@ -65,6 +65,19 @@ def test_a_recipe_is_predicted_as_it_would_train(asked, monkeypatch, capsys, tmp
         assert part in shown, part
 
 
+def test_counts_are_those_of_the_plan(asked, monkeypatch, capsys, tmp_path):
+    path = write_recipe(tmp_path, train={"mtp_share": 0.25})
+    assert plan(monkeypatch, path, "--json") == 0
+    here_ = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "argv", ["cadre", "plan", str(path), "--json"])
+    with pytest.raises(SystemExit):
+        module.main()
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["precision"] == "fp32" and planned["parameters"]["multi_token_prediction"]
+    for name in here_.keys() & planned.keys() - {"tokens_per_second", "notes"}:
+        assert here_[name] == planned[name], name
+
+
 def test_a_config_is_predicted_with_the_options_given(asked, monkeypatch, capsys, tmp_path):
     config = small("llama", max_position_embeddings=64)
     file = tmp_path / "config.json"

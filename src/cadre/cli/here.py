@@ -36,6 +36,7 @@ def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> d
     from cadre.kernels.limits import default_device, training_dtype
     from cadre.plan.count import count
     from cadre.plan.here import forecast
+    from cadre.plan.planner import counts
     from cadre.train.bench.calibrate import calibrate
 
     step = _step(request, recipe)
@@ -57,7 +58,7 @@ def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> d
         measured = dataclasses.replace(measured, decode_seconds=seconds, decode_context=context)
     predicted = forecast(request.shape, measured)
     steps = None if request.tokens is None else max(1, round(request.tokens / (step.batch * step.seq_len)))
-    counted = count(request.shape, context=step.seq_len).as_dict()
+    counted = counts(request, "fp32" if dtype == torch.float32 else "bf16").as_dict()
     return {
         "model": request.name,
         "source": request.source,

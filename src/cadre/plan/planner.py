@@ -63,8 +63,7 @@ def make_plan(request: Request) -> dict[str, Any]:
     check(request)
     precision = _precision(request)
     device, shape = request.device, request.shape
-    counted = count(shape, context=request.context, cache_bytes=CACHE_BYTES[precision])
-    counted = replace(counted, training_flops_per_token=round(counted.training_flops(request.mtp_share)))
+    counted = counts(request, precision)
     devices = request.devices or _enough(request, precision) or _MOST_DEVICES
     work = _work(request, precision, devices)
     found = search(work, devices)
@@ -119,6 +118,12 @@ def make_plan(request: Request) -> dict[str, Any]:
         "ignored": list(request.ignored),
         "notes": notes,
     }
+
+
+def counts(request: Request, precision: str) -> Count:
+    """The model's counts as the run would have them: multi-token prediction by its share, caches in the precision."""
+    counted = count(request.shape, context=request.context, cache_bytes=CACHE_BYTES[precision])
+    return replace(counted, training_flops_per_token=round(counted.training_flops(request.mtp_share)))
 
 
 def _times(seconds: dict[str, float], pace: float) -> dict[str, float]:
