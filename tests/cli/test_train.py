@@ -27,7 +27,7 @@ from cadre.hub.template import ChatTemplate
 from cadre.infer import generate as generating
 from cadre.kernels.native import library
 from cadre.plan import budget as budget_module
-from cadre.plan.budget import Machine, Rung
+from cadre.plan.budget import Machine, Rung, read_budget
 from cadre.plan.here import Forecast
 from cadre.train import checkpoint, checks, trainer
 from cadre.train import run as run_module
@@ -216,6 +216,14 @@ def test_a_budget_that_chooses_nothing_is_one_line(recipe, monkeypatch, capsys, 
     source = [] if "--set" in arguments else ["--set", "data.source=corpus", "--set", "data.vocab_size=300"]
     assert_refused(capsys, train(monkeypatch, "--out", "run", *arguments, *source), wanted)
     assert not Path("run").exists()
+
+
+def test_a_time_of_weeks_is_what_was_asked_for(recipe, monkeypatch):
+    machine = Machine((Rung(64, 1e11, 1e-8),), 24e9)
+    monkeypatch.setattr(choose, "measure_machine", lambda *_: (machine, 1e11))
+    source = ["data.source=corpus", "data.vocab_size=300"]
+    weeks = choose.choose_recipe(read_budget("500h"), None, source, time.monotonic(), lambda _: None)
+    assert weeks.train.minutes == 500 * 60 and weeks.train.steps is None
 
 
 def test_where_no_run_may_begin_nothing_is_measured(recipe, monkeypatch, capsys):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from cadre.plan.hardware import Device
     from cadre.train.recipe import DataSection, Recipe
 
-# A run on other hardware's budget that would take longer here than this is refused: it is meant for that hardware.
+# A run on other hardware's budget, or of so many FLOPs, that would take longer here than this is refused: it is meant for that
+# hardware. A time is what whoever gave it wants to spend.
 _LONGEST_DAYS = 7
 # Below this share of a time budget, preparing and measuring has left enough to train in.
 _LEAST_SHARE_LEFT = 0.3
@@ -86,7 +87,7 @@ def choose_recipe(
     for line in describe(chosen, budget, device):
         note(line)
     days = chosen.seconds / 86400
-    if days > _LONGEST_DAYS:
+    if budget.seconds is None and days > _LONGEST_DAYS:
         raise UsageError(
             f"--budget {budget.text}: the run chosen would take {days:,.0f} days on this machine; train it on faster hardware, "
             "or give a time such as --budget 10m"
