@@ -137,6 +137,16 @@ def test_card_and_headline_name_the_arm_that_is_lowest_of_all_held_out_text(begu
     )
 
 
+def test_a_factor_of_some_seeds_says_of_how_many(begun):
+    state = begun[3]
+    ends = {"dense": [1.5, 1.5, 1.5], "experts": [1.2, 1.4, 1.51], "four-layers": [1.6, 1.6, 1.6]}
+    leave(state, lambda arm, seed: ends[arm][seed])
+    text = page(state)
+    assert re.search(r"<td>\d\.\d\d \(\d\.\d\d to \d\.\d\d\), in 2 of 3 seeds</td>", text)
+    assert re.search(r"FLOPs, in 2 of 3 seeds</dd>", text)
+    assert "<td>not reached</td>" in text and "in 3 of 3" not in text
+
+
 def test_arms_of_one_shape_are_said_to_be_and_the_middle_half_of_the_rounds_is_shown(begun):
     leave(begun[2], lambda arm, seed: 1.5)
     text = page(begun[2])

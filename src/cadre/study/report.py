@@ -16,7 +16,7 @@ from cadre.study import figures
 from cadre.study.match import SAID
 from cadre.study.results import results
 from cadre.study.state import State, write_json
-from cadre.study.verdict import best, listed, possessive, verdict
+from cadre.study.verdict import best, in_some_seeds, listed, possessive, verdict
 from cadre.units import compact
 
 # Within what must stay on one line.
@@ -103,9 +103,10 @@ def _cards(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     pace = found["sooner"][name].get(found["first"]) if name != found["first"] else None
     if pace and pace["seconds"]:
         seconds, flops = pace["seconds"]["mean"], pace["flops"]["mean"]
-        cards.append((f"To {possessive(found['first'])} loss", f"{max(seconds, 1 / seconds):.2f}x",
-                      f"{'less' if seconds >= 1 else 'more'} time; {max(flops, 1 / flops):.2f}x "
-                      f"{'fewer' if flops >= 1 else 'more'} FLOPs"))  # fmt: skip
+        note = (f"{'less' if seconds >= 1 else 'more'} time; {max(flops, 1 / flops):.2f}x "
+                f"{'fewer' if flops >= 1 else 'more'} FLOPs")  # fmt: skip
+        note = ", ".join(filter(None, [note, in_some_seeds(pace)]))
+        cards.append((f"To {possessive(found['first'])} loss", f"{max(seconds, 1 / seconds):.2f}x", note))
     cards.append(("A run of it", f"{arm['seconds']:,.0f} s", f"of steps; {compact(arm['tokens'])} tokens"))
     cards.append(("Price of that run", f"${arm['usd']:.2g}", f"at ${found['rent_usd_per_hour']:g} an hour"))
     return cards
@@ -135,7 +136,9 @@ def _factor(found: dict[str, Any], fast: str, slow: str, axis: str) -> str:
     pair = found["sooner"][fast][slow]
     if not pair["seeds"]:
         return "-"
-    return _spread(pair[axis], "{:.2f}") if pair["reached"] else "not reached"
+    if not pair["reached"]:
+        return "not reached"
+    return ", ".join(filter(None, [_spread(pair[axis], "{:.2f}"), in_some_seeds(pair)]))
 
 
 def _decode(found: dict[str, Any], names: list[str]) -> list[list[str]]:

@@ -232,7 +232,7 @@ def _time(results: dict[str, Any], name: str, found: str) -> str:
     if found in (SPLIT, EVEN) or not pair["seconds"]:
         return ""
     flops, seconds = pair["flops"], pair["seconds"]
-    some = "" if pair["reached"] == pair["seeds"] else f" (in {pair['reached']} of {pair['seeds']} seeds)"
+    some = f" ({where})" if (where := in_some_seeds(pair)) else ""
     time = _times(seconds, "less", "more", "much")
     text = f"{_capital(fast)} reaches {possessive(slow)} final loss with {_times(flops, 'fewer', 'more', 'many')} FLOPs"
     if flops["mean"] > 1 > round(seconds["mean"], 2):
@@ -351,6 +351,11 @@ def _times(factor: dict[str, float], less: str, more: str, same: str) -> str:
     ends = sorted((low, high) if mean >= 1 else (1 / low, 1 / high))
     number, _, word = said(mean).rpartition(" ")
     return f"{number} ({ends[0]:.2f} to {ends[1]:.2f}) {word}"
+
+
+def in_some_seeds(pair: dict[str, Any]) -> str:
+    """Of a factor by which an arm is sooner: in how many of the seeds it gets there at all, if not in all of them."""
+    return "" if pair["reached"] == pair["seeds"] else f"in {pair['reached']} of {pair['seeds']} seeds"
 
 
 def possessive(name: str) -> str:
