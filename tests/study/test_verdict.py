@@ -182,6 +182,13 @@ def test_an_unfinished_study_says_so():
     assert none["arms"]["experts"].endswith("no finished run to compare yet.")
 
 
+def test_a_rate_below_one_that_diverged_is_not_at_the_sweeps_end():
+    found = results(dense=[1.5, 1.5], experts=[1.3, 1.3])
+    found["arms"]["experts"]["sweep"] = [{"factor": f, "bits_per_byte": 2 - f if f < 2 else None} for f in (0.5, 1.0, 2.0)]
+    assert found["arms"]["experts"]["learning_rate_factor"] == 1
+    assert "sweep's end" not in "\n".join(verdict(found)["cautions"])
+
+
 def test_cautions_name_the_sweeps_end_divergence_and_a_busy_machine():
     found = results(dense=[1.5, 1.5], experts=[1.3, 1.3])
     found["arms"]["experts"]["sweep"] = [{"factor": f, "bits_per_byte": 2 - f} for f in (0.5, 1.0)]

@@ -292,9 +292,8 @@ def _cautions(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
     if passes > MANY_PASSES:
         said.append(f"The longest runs read the text {passes:,.1f} times: beyond {MANY_PASSES} times it teaches less and less.")
     for name, arm in results["arms"].items():
-        tried = [point["factor"] for point in arm["sweep"] if point["bits_per_byte"] is not None]
-        used = arm["learning_rate_factor"]
-        if len(arm["sweep"]) > 1 and tried and used in (min(tried), max(tried)):
+        tried, used = [point["factor"] for point in arm["sweep"]], arm["learning_rate_factor"]
+        if len(tried) > 1 and used in (min(tried), max(tried)):
             said.append(f"{name}: the learning rate that its sweep chose (x {used:g}) is at the sweep's end; a rate beyond it "
                         "may be better still.")  # fmt: skip
         for run in arm["diverged"]:
