@@ -63,6 +63,16 @@ def test_two_quantities_are_matched_one_after_the_other():
     assert arms["experts"].flops_per_token == pytest.approx(arms["dense"].flops_per_token, rel=0.05)
 
 
+def test_a_hidden_size_is_found_however_wide_the_model():
+    arms = matched(
+        ("hidden_size = 32", "hidden_size = 800"), ("tolerance = 0.05", "tolerance = 0.01"),
+        ("moe_intermediate_size", "hidden_size"),
+        ("n_routed_experts = 4\n", "n_routed_experts = 4\nmoe_intermediate_size = 8\n"),
+    )  # fmt: skip
+    assert arms["experts"].solved["hidden_size"] > 512
+    assert arms["experts"].flops_per_token == pytest.approx(arms["dense"].flops_per_token, rel=0.01)
+
+
 def test_an_arm_with_a_model_type_is_a_whole_model():
     with pytest.raises(UsageError, match=r"study tiny, arm experts: .*hidden_size"):
         matched(("first_k_dense_replace = 1\n", 'model_type = "glm4_moe"\nfirst_k_dense_replace = 1\n'))

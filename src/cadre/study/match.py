@@ -13,10 +13,11 @@ from cadre.train.recipe import Recipe, dump_toml, parse_recipe
 
 # Widths are multiples of the first of these that comes within the tolerance: round widths compute faster.
 _STEPS = (32, 16, 8, 4, 2, 1)
-# Free fields that are widths, in which every quantity grows steadily; any other field is tried value by value.
+# Free fields that are widths, in which every quantity grows steadily; any other field is tried value by value, beyond the first
+# so many by fours: of so wide a model that is within half a percent.
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank")
 _WIDEST = 1 << 18
-_LARGEST = 512
+_ONE_BY_ONE, _LARGEST = 512, 1 << 13
 
 SAID = {
     "active_flops": "training FLOPs per token",
@@ -123,12 +124,16 @@ def _solve(
 def _nearest(study: Study, name: str, field: str, off: Any) -> int:
     best: tuple[float, int] | None = None
     refusal: UsageError | None = None
-    for value in range(1, _LARGEST + 1):
+    possible = 0
+    for value in (*range(1, _ONE_BY_ONE), *range(_ONE_BY_ONE, _LARGEST + 1, 4)):
         try:
             distance = abs(off(value))
         except UsageError as error:  # heads that do not divide, odd rotary widths
             refusal = error
+            if value - possible >= _ONE_BY_ONE:
+                break
             continue
+        possible = value
         best = (distance, value) if best is None or distance < best[0] else best
         if distance > 4 and best[0] < distance and value > best[1] + 8:
             break
