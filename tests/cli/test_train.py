@@ -28,6 +28,7 @@ from cadre.infer import generate as generating
 from cadre.kernels.native import library
 from cadre.plan import budget as budget_module
 from cadre.plan.budget import Machine, Rung, read_budget
+from cadre.plan.hardware import hardware
 from cadre.plan.here import Forecast
 from cadre.train import checkpoint, checks, trainer
 from cadre.train import run as run_module
@@ -216,6 +217,16 @@ def test_a_budget_that_chooses_nothing_is_one_line(recipe, monkeypatch, capsys, 
     source = [] if "--set" in arguments else ["--set", "data.source=corpus", "--set", "data.vocab_size=300"]
     assert_refused(capsys, train(monkeypatch, "--out", "run", *arguments, *source), wanted)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(("name", "share"), [("h100", "56%"), ("cpu-2core-bf16", "35%")])
+def test_what_money_is_assumed_to_buy_is_said(name, share):
+    """Of the precision that the FLOPs are of, and without options that the command has not."""
+    budget, machine, device = read_budget("0.01usd"), Machine((Rung(64, 1e11, 1e-8),), 24e9), hardware(name)
+    made = budget_module.choose(budget, machine, vocab_size=300, unique_tokens=10**7, seq_len=256, device=device)
+    *_, rented, reached = choose.describe(made, budget, device)
+    assert reached == f"assumed: it reaches {share} of its peak, less in narrow experts"
+    assert f"an hour of {name}" in rented and "--" not in rented
 
 
 def test_a_time_of_weeks_is_what_was_asked_for(recipe, monkeypatch):

@@ -184,12 +184,14 @@ def _guess_flops(budget: Budget, device: Device | None) -> float:
 
 def _flops(budget: Budget, device: Device | None, rate: float) -> float:
     """About what a budget comes to."""
+    from cadre.plan.budget import precision_on
+
     if budget.flops is not None:
         return budget.flops
     if budget.seconds is not None:
         return budget.seconds * rate
     assert budget.usd is not None and device is not None
-    precision = "bf16" if "bf16" in device.flops else "fp32"
+    precision = precision_on(device)
     return budget.usd / device.rent * 3600 * device.flops[precision] * device.efficiency[precision] / 3
 
 
@@ -226,6 +228,8 @@ def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
 
 def describe(chosen: Choice, budget: Budget, device: Device | None) -> list[str]:
     """The choice, a line each."""
+    from cadre.plan.budget import precision_on
+
     config, hours = chosen.config, chosen.seconds / 3600
     lines = [
         f"chosen for {budget.text}: width {config.hidden_size}, {config.num_hidden_layers} blocks, "
@@ -239,5 +243,6 @@ def describe(chosen: Choice, budget: Budget, device: Device | None) -> list[str]
     if device is not None:
         lines.append(f"assumed: ${device.rent:g} an hour of {device.name} ({device.sources['rent']})")
         if budget.usd is not None:
-            lines.append(f"assumed: it reaches {max(device.efficiency.values()):.0%} of its peak, less in narrow experts")
+            share = device.efficiency[precision_on(device)]
+            lines.append(f"assumed: it reaches {share:.0%} of its peak, less in narrow experts")
     return lines

@@ -245,9 +245,14 @@ def width_for(flops: float) -> int:
     return min(_WIDTHS, key=lambda width: abs(math.log(wanted / (6 * 20 * width**3 / 32))))
 
 
+def precision_on(device: Device) -> str:
+    """What money is taken to train in on a device."""
+    return "bf16" if "bf16" in device.flops else "fp32"
+
+
 def flops_for(money: float, device: Device, candidate: Candidate) -> float:
     """FLOPs that a rent buys, at what `cadre plan` assumes a device to reach while computing."""
-    precision = "bf16" if "bf16" in device.flops else "fp32"
+    precision = precision_on(device)
     width = candidate.config.moe_intermediate_size or 1
     reached = device.efficiency[precision] / (1 + candidate.routed_share * device.half_rate_width / width)
     return money / device.rent * 3600 * device.flops[precision] * reached

@@ -87,7 +87,7 @@ def _cpu(name: str, flops: dict[str, float], read: float, figures: str) -> Devic
 
 
 _NVLINK = "NVIDIA: NVLink 900 GB/s both ways; one 400 Gb/s adapter a GPU as in DGX systems"
-_ASSUMED = "assumption: in the range of 2025-26 on-demand prices; use --rent for yours"
+_ASSUMED = "assumption: in the range of 2025-26 on-demand prices"
 _HOPPER = "NVIDIA Hopper data sheets, dense; tabulated at glennklockwood.com/garden/processors/h100"
 
 _ALL = (
