@@ -78,6 +78,13 @@ def test_counts_are_those_of_the_plan(asked, monkeypatch, capsys, tmp_path):
         assert here_[name] == planned[name], name
 
 
+def test_a_recipe_is_measured_in_the_precision_asked_for(asked, monkeypatch, capsys, tmp_path):
+    path = write_recipe(tmp_path, train={"dtype": "float32"})
+    assert plan(monkeypatch, path) == 0 and plan(monkeypatch, path, "--precision", "bf16") == 0
+    capsys.readouterr()
+    assert [dtype for _, _, dtype in asked] == [torch.float32, torch.bfloat16]
+
+
 def test_a_config_is_predicted_with_the_options_given(asked, monkeypatch, capsys, tmp_path):
     config = small("llama", max_position_embeddings=64)
     file = tmp_path / "config.json"

@@ -125,6 +125,17 @@ def test_a_recipe_too_large_for_two_cores_is_planned_for_cards(planned, tmp_path
     assert planned(spread)["hardware"] == "cpu-2core"  # not for one process, but not too large either
 
 
+def test_a_recipe_is_planned_in_its_own_precision_where_the_device_has_it(planned):
+    narrow = planned("pocket", "--set", "train.dtype=bfloat16")
+    assert (narrow["hardware"], narrow["precision"]) == ("cpu-2core-bf16", "bf16")
+    wide = ("pocket", "--set", "train.dtype=float32", "--hardware")
+    assert planned(*wide, "cpu-2core-bf16")["precision"] == "fp32"
+    assert planned(*wide, "cpu-2core-bf16", "--precision", "bf16")["precision"] == "bf16"
+    card = planned(*wide, "h100")
+    assert card["precision"] == "bf16"
+    assert "train.dtype is float32, for which h100 has no rate: planned in bf16" in card["notes"]
+
+
 def test_a_shipped_recipe_brings_its_own_numbers(planned):
     made, recipe = planned("pocket"), read_recipe("pocket")
     assert recipe.train.steps is not None

@@ -43,10 +43,9 @@ def plan_here(request: Request, config: ModelConfig, recipe: Recipe | None) -> d
     if config.max_position_embeddings < step.seq_len:
         raise UsageError(f"--context {step.seq_len}: the model's context is {config.max_position_embeddings}")
     device = default_device()
-    wanted = recipe.train.dtype if recipe else request.precision and _DTYPES.get(request.precision)
     if request.precision is not None and request.precision not in _DTYPES:
         raise UsageError(f"--precision {request.precision}: --here measures fp32 and bf16, in which Cadre trains")
-    dtype = training_dtype(device) if wanted in (None, "auto") else getattr(torch, str(wanted))
+    dtype = training_dtype(device) if request.precision is None else getattr(torch, _DTYPES[request.precision])
     began = time.perf_counter()
     measured = calibrate(config, step, dtype=dtype, limits=True)
     took, notes = time.perf_counter() - began, list(request.notes)

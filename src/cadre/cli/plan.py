@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _CARD = "h100"
 # What a recipe is planned for: the first of these that has the precision and holds the training.
 _FOR_RECIPES = ("cpu-2core", "cpu-2core-bf16", _CARD)
+# The precision of a recipe's `train.dtype`; "auto" leaves it to the device.
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 class Precision(StrEnum):
@@ -54,7 +56,7 @@ def plan(
     batch: Annotated[
         int | None, typer.Option(metavar="N", parser=counts(), help="Sequences a training step. [default: 8 a device]")
     ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Compute in. [default: bf16 where the device has it]")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Compute in. [default: a recipe's, else bf16]")] = None,
     optimizer: Annotated[Optimizer | None, typer.Option(help="Whose states to hold. [default: a recipe's, else adamw]")] = None,
     mfu: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of peak reached. [default: predicted]")] = None,
     rent: Annotated[float | None, typer.Option(metavar="USD", help="Dollars a device-hour. [default: the catalogue's]")] = None,
@@ -79,12 +81,13 @@ def plan(
         raise UsageError(f"--set changes a recipe, and {model} is none: give a recipe or a run")
     if mtp and not read["shape"].extra:
         read["notes"] += ("--mtp changes nothing: this model has no modules of multi-token prediction",)
+    own = _PRECISIONS.get(recipe.train.dtype) if recipe else None
     request = Request(
         **read,
         device=device(_first(hardware, _FOR_RECIPES[0] if recipe else _CARD)),
         context=_first(context, recipe.data.seq_len if recipe else None, 4096),
         devices=_first(devices, 1 if recipe and hardware is None else None),
-        precision=precision,
+        precision=_first(precision, own),
         batch=_first(batch, recipe.train.batch if recipe else None),
         micro_batch=recipe.train.micro_batch if recipe else None,
         degrees=recipe.parallel.degrees() if recipe else None,
@@ -101,6 +104,10 @@ def plan(
         found = next((other for other in small if not _unfit(other, devices or 1)), card)
         said = f"{devices or 1} x {request.device.name} {why}: planned for {found.device.name} instead"
         request = replace(found, notes=(*request.notes, said))
+    rates = request.device.flops
+    if recipe and precision is None and own is not None and own not in rates and not here:
+        said = f"train.dtype is {recipe.train.dtype}, for which {request.device.name} has no rate"
+        request = replace(request, precision=None, notes=(*request.notes, f"{said}: planned in {next(iter(rates))}"))
     if here:
         _plan_here(model, request, recipe, mtp, context, json_output)
         return
