@@ -36,6 +36,7 @@ from cadre.train.bench import calibrate
 from cadre.train.metrics import read_metrics
 from cadre.train.parallel import launch as launching
 from cadre.train.recipe import read_recipe
+from cadre.units import si
 from tests.runs import write_recipe
 
 TIMING = {"seconds", "seconds_per_step", "tokens_per_second", "mfu", "eval_seconds"}
@@ -258,6 +259,18 @@ def test_a_run_says_what_it_will_take_and_the_report_what_it_took(recipe, monkey
     assert "0.5 s predicted" in Path("run/report.html").read_text()
     assert train(monkeypatch, recipe, "--out", "short", "--steps", 99, *options) == 0
     assert "predicted:" not in capsys.readouterr().out
+
+
+def test_flops_in_the_report_are_those_of_the_run(tmp_path, monkeypatch, capsys):
+    """A module of multi-token prediction that is trained on a part of the sequences counts by that part."""
+    recipe = write_recipe(tmp_path, train={"mtp_share": 0.25})
+    assert train(monkeypatch, recipe, "--out", tmp_path / "run", "--steps", 2) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    counted = cadre.count(tmp_path / "run" / "model", context=16)
+    each, whole = si(counted.training_flops(0.25), "FLOP"), si(counted.training_flops_per_token, "FLOP")
+    assert each != whole and f"<td>{each}</td>" in page and whole not in page
+    assert f"<td>{si(2 * 4 * 16 * counted.training_flops(0.25), 'FLOP')}</td>" in page
+    capsys.readouterr()
 
 
 def test_runs_without_a_name_get_one(recipe, monkeypatch, capsys):

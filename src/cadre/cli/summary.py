@@ -25,14 +25,15 @@ def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: 
     """The `summary` of `cadre.train.report.write_report`."""
     manifest = run.data.manifest
     predicted = read_prediction(run.path)
-    per_step = run.recipe.train.batch * run.recipe.data.seq_len
+    train, seq_len = run.recipe.train, run.recipe.data.seq_len
+    per_step = train.batch * seq_len
     step_seconds = per_step / result.tokens_per_second if result.tokens_per_second else None
     return {
         "name": run.recipe.name,
         "command": command,
         "config": run.config.to_hf(),
         "recipe": run.recipe.model_dump(exclude_none=True, exclude={"name": True, "model": True, "data": {"source"}}),
-        "counts": count(run.config, context=run.recipe.data.seq_len, cache_bytes=run.dtype.itemsize).as_dict(),
+        "counts": count(run.config, context=seq_len, cache_bytes=run.dtype.itemsize).trained(train.trained_share).as_dict(),
         "data": {
             "source": " ".join(run.recipe.data.sources),
             "vocab_size": run.config.vocab_size,
@@ -45,7 +46,7 @@ def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: 
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
-            "dtype": run.recipe.train.dtype,
+            "dtype": train.dtype,
             "gemm_flops_per_second": result.gemm_flops_per_second,
             "torch": torch.__version__,
         },

@@ -6,7 +6,7 @@ totals of DeepSeek-V2-Lite, V2 and V3 come out to the last digit.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Count:
         """`training_flops_per_token` of a run that trains multi-token prediction on such a share of its sequences."""
         main = 3 * self.forward_flops_per_token
         return main + mtp_share * (self.training_flops_per_token - main)
+
+    def trained(self, mtp_share: float) -> Count:
+        """The same with `training_flops_per_token` of such a run."""
+        return replace(self, training_flops_per_token=round(self.training_flops(mtp_share)))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

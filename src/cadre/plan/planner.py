@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cadre.errors import UsageError
@@ -122,8 +122,7 @@ def make_plan(request: Request) -> dict[str, Any]:
 
 def counts(request: Request, precision: str) -> Count:
     """The model's counts as the run would have them: multi-token prediction by its share, caches in the precision."""
-    counted = count(request.shape, context=request.context, cache_bytes=CACHE_BYTES[precision])
-    return replace(counted, training_flops_per_token=round(counted.training_flops(request.mtp_share)))
+    return count(request.shape, context=request.context, cache_bytes=CACHE_BYTES[precision]).trained(request.mtp_share)
 
 
 def _times(seconds: dict[str, float], pace: float) -> dict[str, float]:
