@@ -136,6 +136,11 @@ def test_a_recipe_is_planned_in_its_own_precision_where_the_device_has_it(planne
     assert "train.dtype is float32, for which h100 has no rate: planned in bf16" in card["notes"]
 
 
+def test_experts_in_fp8_are_said_not_to_be_counted(planned):
+    (said,) = set(planned("gpu", "--set", "train.fp8_experts=true")["notes"]) - set(planned("gpu")["notes"])
+    assert said == "train.fp8_experts is not counted: experts are planned in the precision of all else"
+
+
 def test_a_shipped_recipe_brings_its_own_numbers(planned):
     made, recipe = planned("pocket"), read_recipe("pocket")
     assert recipe.train.steps is not None

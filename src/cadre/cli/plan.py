@@ -232,6 +232,8 @@ def _of_recipe(source: str, name: str, mtp: bool | None, overrides: list[str] | 
         shape = shape.without_extra()
     if shape.extra and recipe.train.mtp_share < 1:
         notes.append(f"multi-token prediction is trained on {recipe.train.trained_share:.0%} of the sequences")
+    if recipe.train.fp8_experts:
+        notes.append("train.fp8_experts is not counted: experts are planned in the precision of all else")
     return _found(name, f"recipe {recipe.name}", shape, ignored, tuple(notes), recipe)
 
 
