@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cadre.errors import UsageError
+from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from cadre.study.match import match
 from cadre.study.spec import parse_study
+from cadre.train.optimizer import Optimizer
 from tests.study.studies import study_text
 
 
@@ -71,6 +73,20 @@ def test_a_hidden_size_is_found_however_wide_the_model():
     )  # fmt: skip
     assert arms["experts"].solved["hidden_size"] > 512
     assert arms["experts"].flops_per_token == pytest.approx(arms["dense"].flops_per_token, rel=0.01)
+
+
+def test_an_arm_of_adamw_over_a_base_of_muon_has_the_rate_that_it_says():
+    """What the base leaves to AdamW beside Muon is no rate of an arm that has its own."""
+    arms = matched(
+        ("[recipe.optimizer]\nlr = 0.003", '[recipe.optimizer]\nname = "muon"\nlr = 0.01\nadamw_lr = 0.005'),
+        ("[arms.experts.train]", '[arms.own.optimizer]\nname = "adamw"\nlr = 0.002\n\n'
+                                 '[arms.beside.optimizer]\nname = "adamw"\n\n[arms.experts.train]'),
+    )  # fmt: skip
+    rates = {name: arm.recipe.optimizer.matrices_lr for name, arm in arms.items()}
+    assert rates == {"dense": 0.01, "experts": 0.01, "own": 0.002, "beside": 0.005}
+    for name in ("own", "beside"):
+        optimizer = Optimizer(Transformer(arms[name].config), arms[name].recipe.optimizer)
+        assert optimizer.lr == rates[name]
 
 
 def test_an_arm_with_a_model_type_is_a_whole_model():

@@ -9,7 +9,7 @@ from cadre.errors import UsageError
 from cadre.model.config import ModelConfig
 from cadre.plan.count import Count, count
 from cadre.study.spec import ARM_SECTIONS, Quantity, Study
-from cadre.train.recipe import Recipe, dump_toml, parse_recipe
+from cadre.train.recipe import Recipe, dump_toml, make_way, parse_recipe
 
 # Widths are multiples of the first of these that comes within the tolerance: round widths compute faster.
 _STEPS = (32, 16, 8, 4, 2, 1)
@@ -66,6 +66,7 @@ def arm_recipe(study: Study, base: Recipe, name: str, solved: dict[str, int]) ->
         own: dict[str, Any] = getattr(arm, section)
         whole = section == "model" and "model_type" in own
         values[section] = {**({} if whole else values.get(section, {})), **own}
+    make_way(values, {f"optimizer.{key}" for key in arm.optimizer})
     values["model"] = {**values["model"], **solved}
     values["name"] = name
     return parse_recipe(dump_toml(values), f"study {study.name}, arm {name}", name=name)

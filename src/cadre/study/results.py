@@ -120,7 +120,7 @@ def _arm(state: State, arm: Matched, drawn: dict[int, Curve]) -> dict[str, Any]:
         "active_parameters_without_embeddings": arm.count.active_parameters_without_embeddings,
         "training_flops_per_token": arm.flops_per_token,
         "kv_cache_bytes_per_token": arm.count.kv_cache_bytes_per_token,
-        "learning_rate": None if factor is None else arm.recipe.optimizer.lr * factor,
+        "learning_rate": None if factor is None else arm.recipe.optimizer.matrices_lr * factor,
         "learning_rate_factor": factor,
         "sweep": [{"factor": f, "bits_per_byte": score} for f, score in sweep.items()],
         "share_of_budget": state.study.arms[name].share,

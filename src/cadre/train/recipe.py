@@ -126,6 +126,11 @@ class OptimizerSection(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     qk_clip: float | None = Field(default=None, gt=0)
 
+    @property
+    def matrices_lr(self) -> float:
+        """The peak rate of the matrices inside blocks, whichever optimizer steps them."""
+        return self.lr if self.name == "muon" else self.adamw_lr or self.lr
+
     @model_validator(mode="after")
     def _moments_that_move(self) -> Self:
         for name in ("beta1", "beta2"):
@@ -329,7 +334,7 @@ def _values(text: str, where: str, above: tuple[str, ...] = ()) -> dict[str, Any
         whole = key == "model" and isinstance(value, dict) and not {"from", "model_type"}.isdisjoint(value)
         held = merged.get(key)
         merged[key] = {**held, **value} if isinstance(held, dict) and isinstance(value, dict) and not whole else value
-    _make_way(merged, {f"{key}.{name}" for key, value in values.items() if isinstance(value, dict) for name in value})
+    make_way(merged, {f"{key}.{name}" for key, value in values.items() if isinstance(value, dict) for name in value})
     return merged
 
 
@@ -341,11 +346,11 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name
     values.setdefault("name", name)
     for override in overrides or []:
         _apply(values, override)
-    _make_way(values, {override.partition("=")[0].strip() for override in overrides or []})
+    make_way(values, {override.partition("=")[0].strip() for override in overrides or []})
     return sections.check(Recipe, values, where)
 
 
-def _make_way(values: dict[str, Any], asked: set[str]) -> None:
+def make_way(values: dict[str, Any], asked: set[str]) -> None:
     """Drop what a recipe says where it would clash with the keys that were asked for, or overrule them: a model and its
     vocabulary beside the directory of another; a vocabulary's size beside a tokenizer; without Muon, the rate for what Muon
     leaves to AdamW beside a rate."""
