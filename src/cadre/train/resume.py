@@ -50,6 +50,7 @@ def resume(
     data or the batches: a difference there raises `UsageError` and is named. A run that has ended raises `FinishedError`.
     """
     parallel = parallel or Parallel()
+    parallel.require_same(wanted)
     here = device_here(device, parallel)
     held = held_recipe(path)
     if "vocab_size" not in held.model:

@@ -108,6 +108,7 @@ def start(
 ) -> Run:
     """Prepare a new run in `path`. Raises `UsageError` if `path` holds anything already, or the recipe cannot be run."""
     parallel = parallel or Parallel()
+    parallel.require_same(recipe)
     here = device_here(device, parallel)
     dtype = dtype_of(recipe.train.dtype, device, parallel)
     recipe = computing_in(recipe, dtype)

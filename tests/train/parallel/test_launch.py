@@ -12,6 +12,9 @@ from cadre.errors import RunError, UsageError
 from cadre.train.parallel import launch as launch_module
 from cadre.train.parallel.launch import _cause, joined, launch
 from cadre.train.parallel.ranks import Ranks
+from cadre.train.recipe import read_recipe
+from cadre.train.run import start
+from tests.runs import write_recipe
 from tests.train.parallel.world import world
 
 
@@ -96,6 +99,28 @@ def in_turn(ranks: Ranks, folder: Path) -> str:
 
 def test_what_the_first_cannot_prepare_ends_all(tmp_path):
     assert world(2, in_turn, tmp_path) == ["no such text", "rank 0 could not prepare the run"]
+
+
+def begin(ranks: Ranks, recipe: Path, out: Path, settings: list[list[str]]) -> str:
+    try:
+        start(read_recipe(str(recipe), settings[ranks.rank]), out, torch.device("cpu"), lambda line: None, ranks)
+    except RunError as error:
+        return str(error)
+    return "began"
+
+
+@pytest.mark.parametrize("setting, other", [
+    ("optimizer.lr=0.01", "rank 1 was given optimizer.lr = 0.01, and rank 0 0.003"),
+    ("train.seed=7", "rank 1 was given train.seed = 7, and rank 0 0"),
+    ("model.n_routed_experts=8", "rank 1 was given model.n_routed_experts = 8, and rank 0 4"),
+    ('data.source=["{corpus}/*.txt"]', None),
+])  # fmt: skip
+def test_machines_that_were_given_other_recipes_do_not_train(tmp_path, monkeypatch, setting, other):
+    """Each would step with its own rate, from weights of its own seed, and nobody would notice."""
+    monkeypatch.setenv("CADRE_CACHE", str(tmp_path / "cache"))
+    said = "began" if other is None else f"{other}: give all the same recipe"
+    settings = [[], [setting.format(corpus=tmp_path / "corpus")]]
+    assert world(2, begin, write_recipe(tmp_path), tmp_path / "run", settings) == [said] * 2
 
 
 def sums(ranks: Ranks) -> tuple:

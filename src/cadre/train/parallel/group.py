@@ -46,6 +46,10 @@ class Parallel:
 
     # ------------------------------------------------------------------------------------------------- setting up
 
+    def require_same(self, recipe: Recipe) -> None:
+        """Raise `RunError` in all processes if one of them was given another recipe than the main one; where the text lies may
+        differ."""
+
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """Run the `with` block in the main process first, then in the others, which find what it has prepared. If it fails,

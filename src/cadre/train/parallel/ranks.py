@@ -42,6 +42,10 @@ from cadre.train.parallel.turns import Turns
 if TYPE_CHECKING:
     from cadre.train.objective import Step
     from cadre.train.optimizer import Optimizer
+    from cadre.train.recipe import Recipe
+
+# What a recipe may say otherwise on each machine: its name, and where text and tokenizer lie, which are compared themselves.
+_PLACES: Any = {"name": True, "data": {"source", "tokenizer"}}
 
 
 class Ranks(Parallel):
@@ -82,6 +86,19 @@ class Ranks(Parallel):
         dist.destroy_process_group()
 
     # ------------------------------------------------------------------------------------------------- setting up
+
+    def require_same(self, recipe: Recipe) -> None:
+        own = {f"{section}.{key}": value for section, values in recipe.model_dump(exclude=_PLACES).items()
+               for key, value in values.items()}  # fmt: skip
+        mains = [own]
+        dist.broadcast_object_list(mains, 0, group=self.disk_group)
+
+        def compare() -> None:
+            for key in sorted({*own, *mains[0]}):
+                if (here := own.get(key)) != (there := mains[0].get(key)):
+                    raise RunError(f"rank {self.rank} was given {key} = {here}, and rank 0 {there}: give all the same recipe")
+
+        self.together(compare)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
