@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -44,6 +45,7 @@ def test_each_rank_gets_the_sum_of_its_part(size, in_memory):
 
 
 def gathered(ranks, in_memory: bool) -> torch.Tensor:
+    warnings.simplefilter("error")
     gather, turns = AllGather(shared(in_memory)), []
     for turn in range(5):
         out = gather.allocate((ranks.size * LENGTH,), dtype=torch.float32, device=torch.device("cpu"))

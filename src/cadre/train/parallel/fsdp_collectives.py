@@ -16,6 +16,9 @@ from torch import Tensor
 
 from cadre.train.parallel.shared_memory import SharedMemory
 
+# The name it has since torch 2.13, which warns of the one before, in every process.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class AllGather:
     """For `FSDPModule.set_custom_all_gather`."""
@@ -31,7 +34,7 @@ class AllGather:
     ) -> dist.Work | None:
         """input_tensor [N]: this rank's chunk; output_tensor [ranks * N]: all ranks' chunks, in order of rank."""
         if self.shared is None:
-            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         self.shared.all_gather(output_tensor, input_tensor)
         return None
 
