@@ -85,6 +85,19 @@ def test_a_process_that_nobody_started_is_alone(monkeypatch):
         assert parallel.agree(2.5) == 2.5 and parallel.anyone(True) and not parallel.anyone(False)
 
 
+@pytest.mark.parametrize("there, missing", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE, as in one of several processes, but not RANK, MASTER_ADDR, MASTER_PORT"),
+    ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, "but not MASTER_PORT: start them"),
+])  # fmt: skip
+def test_half_of_what_torchrun_sets_is_refused_by_name(monkeypatch, there, missing):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=missing), joined(1.0):
+        pass
+
+
 def in_turn(ranks: Ranks, folder: Path) -> str:
     said = "went on"
     try:

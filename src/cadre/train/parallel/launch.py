@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Set in the environment of processes that `launch` starts: it reports their failures, so that they need not.
 _LAUNCHED = "CADRE_LAUNCHED"
+# What processes find each other by.
+_MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Exit status of a process that failed only because it lost the others; and all statuses of processes whose end followed from
 # another's.
 _LOST = 75
@@ -152,6 +154,12 @@ def joined(timeout: float) -> Iterator[tuple[Parallel, torch.device]]:
     from cadre.train.parallel.ranks import Ranks
 
     try:
+        if missing := [name for name in _MEETING if name not in os.environ]:
+            given, lacks = "TORCHELASTIC_RUN_ID" if "TORCHELASTIC_RUN_ID" in os.environ else "WORLD_SIZE", ", ".join(missing)
+            raise UsageError(
+                f"the environment has {given}, as in one of several processes, but not {lacks}: start them with --nproc or "
+                f"torchrun, or unset {given}"
+            )
         if device.type == "cuda":
             place, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if place >= cards:
