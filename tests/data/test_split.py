@@ -1,3 +1,6 @@
+import hashlib
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,7 +75,30 @@ def test_documents_of_about_one_size_are_held_out_whole():
 def test_the_choice_depends_on_neither_order_nor_name(texts, share, random):
     shuffled = list(texts)
     random.shuffle(shuffled)
-    assert split_documents(documents(texts), share).held_out == split_documents(documents(shuffled), share).held_out
+    assert held_texts(texts, share) == held_texts(shuffled, share)
+
+
+def held_texts(texts: list[str], share: float) -> set[str]:
+    return {document.text for held, document in split_documents(documents(texts), share).divide(documents(texts)) if held}
+
+
+@given(TEXTS, SHARES)
+def test_those_are_held_out_whose_hashes_rank_first(texts, share):
+    ranked = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+    held = held_texts(texts, share)
+    assert len(ranked) == 1 or held == set(ranked[: len(held)])
+
+
+def test_a_document_takes_less_than_a_hundred_bytes():
+    """Whoever has a hundred million of them has no hundred gigabytes beside the model."""
+    count = 20_000
+    tracemalloc.start()
+    try:
+        split = split_documents((Document("name", f"Note {number}.") for number in range(count)), 0.05)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert split.held_out.sum() == count * 0.05 and most < 100 * count
 
 
 def test_content_tells_corpora_apart():

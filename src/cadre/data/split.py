@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from cadre.data.sources import Document
 from cadre.errors import RunError, UsageError
@@ -21,18 +24,18 @@ _MOST_TIMES = 3
 _LEAST_TO_CUT = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
-    """A corpus divided into training and held-out text.
+    """A corpus divided into training and held-out text. Arrays, for a corpus may have a hundred million documents.
 
-    digests: the documents' SHA-256, in the order they are read. held_out: the digests that are held out, so copies
-    of a held-out document are held out too. entries: how many documents each entry of the source has. cut: the digests of
-    documents whose end is held out, of each `tail`, a share. conversations: whether any of them is one.
+    digests: the documents' SHA-256 [documents], in the order they are read. held_out: bool [documents], which are held out, so
+    that copies of a held-out document are held out too. entries: how many documents each entry of the source has. cut: the
+    digests of documents whose end is held out, of each `tail`, a share. conversations: whether any of them is one.
     characters: of all of them together.
     """
 
-    digests: list[bytes]
-    held_out: frozenset[bytes]
+    digests: np.ndarray
+    held_out: np.ndarray
     entries: Counter[int]
     cut: frozenset[bytes] = frozenset()
     tail: float = 0.0
@@ -42,21 +45,21 @@ class Split:
     @property
     def content(self) -> str:
         """SHA-256, in hexadecimal, of the corpus: equal for equal documents in equal order, wherever they lie."""
-        return hashlib.sha256(b"".join(self.digests)).hexdigest()
+        return hashlib.sha256(self.digests.view(np.uint8).data).hexdigest()
 
     def divide(self, documents: Iterable[Document]) -> Iterator[tuple[bool, Document]]:
         """(is held out, document), reading the corpus anew. Raises RunError if it is not the one that was split."""
         count = 0
         for count, document in enumerate(documents, start=1):
             digest = _digest(document)
-            if count > len(self.digests) or digest != self.digests[count - 1]:
+            if count > len(self.digests) or digest != self.digests[count - 1].tobytes():
                 raise RunError(f"{document.name}: the text changed while it was being prepared; run it again")
             if digest in self.cut:
                 cut = _cut(document, self.tail)
                 yield False, document.part(0, cut)
                 yield True, document.part(cut, len(document.text))
             else:
-                yield digest in self.held_out, document
+                yield bool(self.held_out[count - 1]), document
         if count != len(self.digests):
             raise RunError("the text changed while it was being prepared; run it again")
 
@@ -73,29 +76,61 @@ def split_documents(documents: Iterable[Document], held_out: float) -> Split:
     """
     if not 0 <= held_out < 1:
         raise UsageError(f"held_out {held_out} is out of range: a share of the documents, from 0 up to but not 1")
-    digests: list[bytes] = []
+    read, lengths = bytearray(), array("q")
     entries: Counter[int] = Counter()
-    sizes: dict[bytes, int] = {}
-    characters, conversations = 0, False
+    conversations = False
     for document in documents:
         conversations |= document.answers is not None
-        digests.append(_digest(document))
+        read += _digest(document)
         entries[document.entry] += 1
-        sizes[digests[-1]] = len(document.text)
-        characters += len(document.text)
-    ranked = sorted(sizes)
-    split = Split(digests, frozenset(), entries, conversations=conversations, characters=characters)
+        lengths.append(len(document.text))
+    digests, sizes = np.frombuffer(read, dtype=_DIGEST), np.frombuffer(lengths, dtype=np.int64)
+    none = np.zeros(len(digests), dtype=bool)
+    split = Split(digests, none, entries, conversations=conversations, characters=int(sizes.sum()))
     if not held_out:
         return split
-    count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
-    taken, share = sum(sizes[digest] for digest in ranked[:count]), held_out * sum(sizes.values())
-    if len(ranked) == 1:
-        return replace(split, cut=frozenset(ranked), tail=held_out)
-    large = frozenset(digest for digest in ranked if sizes[digest] > max(share, _LEAST_TO_CUT))
-    if not large or taken <= _MOST_TIMES * share:
-        return replace(split, held_out=frozenset(ranked[:count]))
-    small = [digest for digest in ranked if digest not in large]
-    return replace(split, held_out=frozenset(small[: round(held_out * len(small))]), cut=large, tail=held_out)
+    order, first = _ranked(digests)
+    one_of_each = order[first]
+    sizes = sizes[one_of_each]
+    distinct = len(sizes)
+    count = min(max(1, round(held_out * distinct)), distinct - 1)
+    taken, share = int(sizes[:count].sum()), held_out * int(sizes.sum())
+    if distinct == 1:
+        return replace(split, cut=frozenset([digests[0].tobytes()]), tail=held_out)
+    large = sizes > max(share, _LEAST_TO_CUT)
+    chosen = np.zeros(distinct, dtype=bool)
+    if not large.any() or taken <= _MOST_TIMES * share:
+        chosen[:count] = True
+        return replace(split, held_out=_of_copies(chosen, order, first))
+    small = np.flatnonzero(~large)
+    chosen[small[: round(held_out * len(small))]] = True
+    cut = frozenset(digest.tobytes() for digest in digests[one_of_each[large]])
+    return replace(split, held_out=_of_copies(chosen, order, first), cut=cut, tail=held_out)
+
+
+# A SHA-256.
+_DIGEST = np.dtype("V32")
+
+
+def _ranked(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The documents' numbers in the order of their digests, int64 [documents], and which of them, bool, is the first of its
+    copies there."""
+    words = digests.view(">u8").reshape(-1, 4).T
+    order = np.lexsort(words[::-1])
+    first = np.ones(len(order), dtype=bool)
+    if len(order):
+        first[1:] = False
+        for word in words:
+            ranked = word[order]
+            first[1:] |= ranked[1:] != ranked[:-1]
+    return order, first
+
+
+def _of_copies(chosen: np.ndarray, order: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """bool [documents]: which are chosen, from which of the distinct ones are, in the order of their digests."""
+    held = np.empty(len(order), dtype=bool)
+    held[order] = chosen[np.cumsum(first) - 1]
+    return held
 
 
 def pieces(text: str, limit: int) -> Iterator[str]:
