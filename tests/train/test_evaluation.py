@@ -1,6 +1,7 @@
 """Which held-out text a run is scored on."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -45,6 +46,26 @@ def test_the_last_evaluation_slides_by_half_and_those_on_the_way_do_not(lab, mon
     evaluation.on_the_way()
     evaluation.last(10**9)
     assert strides == [(16, 16), (16, 8)]
+
+
+def test_held_out_text_is_never_whole_in_memory(lab, monkeypatch):
+    """Every process would hold it: of a large corpus gigabytes, times the processes of a machine."""
+    lines = (json.dumps({"text": f"Page {number}. " + "Why? " * 10_000}) for number in range(60))
+    (lab.folder / "pages.jsonl").write_text("\n".join(lines))
+    pages = json.dumps(str(lab.folder / "pages.jsonl"))
+    evaluation = Evaluation(lab.start("run", f"data.source={pages}", "data.held_out=0.9"))
+    read = []
+    monkeypatch.setattr(
+        Parallel, "score", lambda *given, **_: read.append(sum(len(text.text) for text in given[3])) or Score(1.0, 1, 1)
+    )
+    tracemalloc.start()
+    try:
+        evaluation.on_the_way()
+        evaluation.last(10**9)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert read[1] == evaluation.held_out["bytes"] > 2_000_000 and most < 1_000_000
 
 
 @pytest.mark.parametrize("seconds, step, read", [

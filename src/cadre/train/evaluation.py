@@ -4,8 +4,11 @@ on all of it, or on as much as a run that the clock ends has time for."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
+from cadre.data.shards import TokenData
 from cadre.data.sources import Document
 from cadre.model.scoring import Score
 from cadre.train.run import Run
@@ -38,16 +41,18 @@ class Evaluation:
     def on_the_way(self) -> Evaluated | None:
         """None if nothing is held out."""
         if self.excerpts is None:
-            self.excerpts = self._beginnings(self.run.data.held_out_documents(), self.run.recipe.eval.tokens)
+            self.excerpts = self._beginnings(self.run.recipe.eval.tokens)
         seq_len = self.run.recipe.data.seq_len
-        return self._score(self.excerpts, stride=seq_len) if self.excerpts else None
+        return self._score(self.excerpts, _size(self.excerpts), stride=seq_len) if self.excerpts else None
 
     def last(self, most_tokens: int) -> Evaluated | None:
         """Of at most so many held-out tokens; None if nothing is held out."""
-        documents = self.run.data.held_out_documents()
+        stride = self.run.recipe.data.seq_len // 2
         if most_tokens < self.held_out["tokens"]:
-            documents = self._beginnings(documents, most_tokens)
-        return self._score(documents, stride=self.run.recipe.data.seq_len // 2) if documents else None
+            documents = self._beginnings(most_tokens)
+            return self._score(documents, _size(documents), stride) if documents else None
+        whole = _HeldOut(self.run.data)
+        return self._score(whole, self.held_out["bytes"], stride) if self.held_out["documents"] else None
 
     def most_tokens(self, training_seconds_per_token: float) -> int:
         """Held-out tokens that the last evaluation reads at most."""
@@ -64,32 +69,51 @@ class Evaluation:
         per_token = self.seconds_per_token or training_seconds_per_token
         return min(self.held_out["tokens"] * per_token, minutes * 60 * _SHARE_OF_TIME)
 
-    def _score(self, documents: list[Document], stride: int) -> Evaluated:
+    def _score(self, documents: Iterable[Document], size: int, stride: int) -> Evaluated:
+        """`size`: of the documents in UTF-8."""
         run, seq_len = self.run, self.run.recipe.data.seq_len
         start = time.perf_counter()
         run.model.eval()
         score = self.parallel.score(run.model, run.data.tokenizer, documents, context=seq_len, stride=stride)
         seconds = time.perf_counter() - start
         # Of conversations all is read, and some scored.
-        size = sum(len(document.text.encode()) for document in documents)
         read = self.held_out["tokens"] * size / max(1, self.held_out["bytes"])
         # A window that moves by half reads each token twice.
         self.seconds_per_token = seconds / max(1.0, read) * (2 if stride == seq_len else 1)
         whole = self.held_out.get("learned_bytes", self.held_out["bytes"])
         return Evaluated(score, seconds, min(1.0, score.bytes / whole) if whole else 1.0)
 
-    def _beginnings(self, documents: list[Document], tokens: int) -> list[Document]:
-        return first_tokens(documents, tokens, self.run.data.manifest["bytes_per_token"]) if documents else []
+    def _beginnings(self, tokens: int) -> list[Document]:
+        if not self.held_out["documents"]:
+            return []
+        return first_tokens(_HeldOut(self.run.data), tokens, self.run.data.manifest["bytes_per_token"])
 
 
-def first_tokens(documents: list[Document], tokens: int, bytes_per_token: float) -> list[Document]:
+class _HeldOut:
+    """The held-out documents, read anew each time that they are asked for: of a large corpus they are gigabytes, which every
+    process would hold."""
+
+    def __init__(self, data: TokenData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.data.read_held_out()
+
+
+def _size(documents: Iterable[Document]) -> int:
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def first_tokens(documents: Iterable[Document], tokens: int, bytes_per_token: float) -> list[Document]:
     """The beginnings, equally long, of documents evenly spread over all: about `tokens` in all. Of a conversation at most
-    half of that is what comes before the first answer."""
-    text = sum(len(document.text) for document in documents)
-    size = sum(len(document.text.encode()) for document in documents)
+    half of that is what comes before the first answer. The documents are gone through twice."""
+    count = text = size = 0
+    for document in documents:
+        count, text, size = count + 1, text + len(document.text), size + len(document.text.encode())
     letters = max(1, int(tokens * bytes_per_token * text / max(1, size)))
-    some = documents[:: max(1, -(-len(documents) * _LEAST_LETTERS // letters))]
-    return [_excerpt(document, max(1, letters // len(some))) for document in some]
+    step = max(1, -(-count * _LEAST_LETTERS // letters))
+    each = max(1, letters // max(1, -(-count // step)))
+    return [_excerpt(document, each) for document in islice(documents, 0, None, step)]
 
 
 def _excerpt(document: Document, letters: int) -> Document:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +176,6 @@ class Parallel:
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
-    def score(self, model: Transformer, tokenizer: Any, documents: Sequence[Text], *, context: int, stride: int) -> Score:
+    def score(self, model: Transformer, tokenizer: Any, documents: Iterable[Text], *, context: int, stride: int) -> Score:
         """`score_documents`, of which each process scores its share."""
         return score_documents(model, tokenizer, documents, context=context, stride=stride)

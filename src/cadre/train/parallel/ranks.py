@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -315,7 +316,7 @@ class Ranks(Parallel):
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
-    def score(self, model: Transformer, tokenizer: Any, documents: Sequence[Text], *, context: int, stride: int) -> Score:
+    def score(self, model: Transformer, tokenizer: Any, documents: Iterable[Text], *, context: int, stride: int) -> Score:
         """Processes may have different numbers of passes to make, but every forward pass needs all of them: those that have
         finished make empty passes until all have."""
         total = Score(0.0, 0, 0)
@@ -323,7 +324,7 @@ class Ranks(Parallel):
             self.pipeline.serve_scoring()
         else:
             data = self.layout.data
-            mine = documents[self.rank % data :: data]
+            mine = islice(documents, self.rank % data, None, data)
             scored = model if self.pipeline is None else self.pipeline.scoring_model()
             scores = score_each(scored, tokenizer, mine, context=context, stride=stride, progress=self._still_scoring)
             total = sum(scores, total)
