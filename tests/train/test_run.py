@@ -37,6 +37,15 @@ def test_a_new_run_is_resolved_to_the_last_choice(lab):
     assert [path.name for path in run.path.iterdir()] == ["recipe.toml"]
 
 
+def test_a_run_that_began_meanwhile_in_the_same_folder_keeps_its_recipe(lab, monkeypatch):
+    """Both found it empty; preparing the text takes minutes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "say_slow", lambda *_: patch.undo() or lab.start("run", "train.seed=1"))
+        with pytest.raises(UsageError, match="holds another run"):
+            lab.start("run")
+    assert held_recipe(lab.folder / "run").train.seed == 1
+
+
 def test_one_seed_makes_one_model(lab):
     first, again, other = lab.start("a"), lab.start("b"), lab.start("c", "train.seed=1")
     assert all(torch.equal(x, y) for x, y in zip(first.model.parameters(), again.model.parameters(), strict=True))

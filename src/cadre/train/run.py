@@ -151,7 +151,7 @@ def start(
     model = parallel.build(config, device, recipe.train.seed, source)
     resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
     if parallel.main:
-        write_recipe(path, resolved, asked, source)
+        _begin(path, resolved, asked, source)
     return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel, source)
 
 
@@ -289,11 +289,21 @@ def prepare_data(section: DataSection, vocab_size: int | None, note: Callable[[s
     return parallel.prepared(partial(make, progress=note))
 
 
+def _begin(path: Path, recipe: Recipe, asked: ParallelSection, source: Path | None) -> None:
+    """Write a new run's first files, unless another has begun in the same folder while this one was prepared."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(f"{path}: cannot be written", error) from None
+    with only_writer(path):
+        refuse_used(path)
+        write_recipe(path, recipe, asked, source)
+
+
 def write_recipe(path: Path, recipe: Recipe, asked: ParallelSection, source: Path | None = None) -> None:
     """With the layout that was asked for: an "auto" is chosen anew by whoever goes on. `source`: what the run begins with."""
     recipe = recipe.model_copy(update={"parallel": asked})
     try:
-        path.mkdir(parents=True, exist_ok=True)
         if source is not None:
             replace_file(path / BEGUN_WITH, f"{source.resolve()}\n".encode())
         replace_file(path / "recipe.toml", recipe.to_toml().encode("utf-8"))
