@@ -14,9 +14,9 @@ from cadre.errors import RunError
 
 # Seconds between two heartbeats.
 BEAT = 5.0
-# Seconds between two looks at whether work is done: short at first, and not so short that hundreds of processes keep the store
-# busy for hours.
-_SHORTEST, _LONGEST = 0.01, 1.0
+# Seconds between two looks at whether work is done: so short that whoever waits hears of a failure before the store is gone
+# with the process that failed, and so long that hundreds of processes do not keep the store busy.
+_PAUSE = 0.2
 _FAILED, _DONE = "failed", "done "
 
 
@@ -51,17 +51,19 @@ class Turns:
     def wait(self, name: str, rank: int) -> str:
         """Wait until the process of this rank has done the work `name`, and return its text. Raises `RunError` if it fails, or
         has no heartbeat for the time-out."""
-        beats, since, pause = -1, time.monotonic(), _SHORTEST
+        beats = -1
+        since = asked = time.monotonic()
         # Asked for again and again: the store's own waiting writes two lines to standard error whenever its time is up.
         while not self.store.check([name]):
-            now = self.store.add(f"{name} lives", 0)
-            if now != beats:
-                beats, since = now, time.monotonic()
-            elif time.monotonic() - since > self.timeout:
+            time.sleep(_PAUSE)
+            if time.monotonic() - asked < BEAT:
+                continue
+            asked = time.monotonic()
+            if (now := self.store.add(f"{name} lives", 0)) != beats:
+                beats, since = now, asked
+            elif asked - since > self.timeout:
                 minutes = f"{self.timeout / 60:g} minutes"
                 raise RunError(f"rank {rank} gave no sign of life for {minutes} while it prepared the run")
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
         word = self.store.get(name).decode()
         if word == _FAILED:
             raise RunError(f"rank {rank} could not prepare the run")
