@@ -22,7 +22,7 @@ from cadre.cli import choose
 from cadre.cli import main as module
 from cadre.cli.train import _sample
 from cadre.data.tokenizer import train_tokenizer
-from cadre.errors import RunError
+from cadre.errors import RunError, Terminated
 from cadre.hub.template import ChatTemplate
 from cadre.infer import generate as generating
 from cadre.kernels.native import library
@@ -201,6 +201,16 @@ def test_several_processes_train_the_model_that_one_has_chosen(recipe, monkeypat
     assert_refused(capsys, train(monkeypatch, "--budget", "6s", "--nproc", "3", "--out", "run", *source), "run.toml.* is there")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert_refused(capsys, train(monkeypatch, "--budget", "6s", "--out", "other", *source), "use --nproc, or name a recipe")
+
+
+def test_several_processes_that_are_stopped_before_they_train_say_so(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(launching, "launch", lambda *_: signal.SIGTERM)
+    assert_refused(capsys, train(monkeypatch, recipe, "--nproc", "2", "--out", "run"), "^cadre: interrupted$", code=143)
+    monkeypatch.setenv("CADRE_LAUNCHED", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # as one of them, which leave it to the one that started them
+    with pytest.raises(SystemExit) as ended:
+        module._end_interrupted(Terminated(signal.SIGTERM))
+    assert (ended.value.code, capsys.readouterr().err) == (143, "")
 
 
 @pytest.mark.parametrize("arguments, wanted", [

@@ -116,6 +116,7 @@ def test_a_killed_process_is_started_again_and_loses_only_the_steps_since_the_ch
     job = Job(recipe, tmp_path / "run", 20, "--restarts", "1")
     job.until(7)[1].kill()
     assert job.end() == 0, job.said()
+    assert "started again: rank 1 ended without a word" in job.said()
     assert [record["event"] for record in read_metrics(job.out) if "event" in record] == ["resumed", "finished"]
     assert_same_run(plain.out, job.out)
 
@@ -126,6 +127,7 @@ def test_a_signal_stops_all_after_the_step_and_saves(tmp_path, recipe, number):
     job.until(7)
     job.process.send_signal(number)
     assert job.end() == 128 + number, job.said()
+    assert "death signal" not in job.said()  # as torch's agent calls it
     stopped = read_metrics(job.out)[-1]
     assert (stopped["event"], checkpoints(job.out)[-1].name) == ("stopped", f"step-{stopped['step']:08d}")
 

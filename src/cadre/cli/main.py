@@ -116,7 +116,10 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _end_interrupted(ended: KeyboardInterrupt) -> NoReturn:
-    _end("interrupted", 128 + (ended.number if isinstance(ended, Terminated) else signal.SIGINT))
+    status = 128 + (ended.number if isinstance(ended, Terminated) else signal.SIGINT)
+    if "CADRE_LAUNCHED" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.exit(status)  # `cadre train --nproc` started it, and says so once; or starts it again
+    _end("interrupted", status)
 
 
 def _end_of_usage(error: Exception) -> None:

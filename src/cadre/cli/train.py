@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cadre.cli.options import Set, counts, token_count
-from cadre.errors import DivergedError, RunError, UsageError, printable, write_error
+from cadre.errors import DivergedError, RunError, Terminated, UsageError, printable, write_error
 from cadre.files import replace_file
 
 if TYPE_CHECKING:
@@ -125,10 +125,12 @@ def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | No
 
     try:
         stopped = launch(processes, arguments, restarts, logs)
-        if stopped is None and (path / "metrics.jsonl").is_file():
-            last = list(read_metrics(path))[-1:]
-            if last and last[0].get("event") == "stopped":  # one of them had a signal; the main process has said so
-                raise typer.Exit(1)
+        last = read_metrics(path)[-1:]
+        said = bool(last) and last[0].get("event") == "stopped"  # by the main process
+        if stopped is None and said:  # one of them had a signal
+            raise typer.Exit(1)
+        if stopped is not None and not said:  # before anything was trained
+            raise Terminated(stopped)
         return stopped
     except RunError as error:
         again = f"; continue with: cadre train --resume {shlex.quote(str(path))} --nproc {processes}"
@@ -141,15 +143,16 @@ def _train_here(
     """Train in this process, one of several or the only one. `began`: since when (monotonic) the run's time counts, if not
     from the first step on. Returns the signal that stopped it."""
     from cadre.cli.models import tell_kernels
-    from cadre.train.parallel.launch import by_torchrun, joined, may_resume_existing, without_restarts
+    from cadre.train.parallel.launch import by_torchrun, joined, may_resume_existing, started_again, without_restarts
     from cadre.train.resume import FinishedError
     from cadre.train.resume import resume as resume_run
     from cadre.train.run import start
     from cadre.train.trainer import OTHERS, Trainer
 
     with joined(chosen.parallel.timeout) as (parallel, device):
-        if (why := without_restarts()) is not None:
-            line.note(why)
+        for why in (without_restarts(), started_again()):
+            if why is not None:
+                line.note(why)
         if out is not None and may_resume_existing() and parallel.agree((out / "recipe.toml").is_file()):
             line.note(f"--out {out}: holds a run, which goes on")
             resume = out

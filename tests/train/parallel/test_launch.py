@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,31 @@ def test_machines_that_could_not_start_again_together_say_so(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert launch_module.without_restarts() is None
+
+
+GONE = "rank 0 lost the other processes: the process of rank 1 is gone"
+
+
+@pytest.mark.parametrize("told, why", [
+    ({0: GONE, 1: None}, "rank 1 ended without a word"),
+    ({0: GONE, 1: GONE}, GONE),
+    ({0: GONE, 1: "rank 1: the disk is full"}, "rank 1: the disk is full"),
+    ({}, "nobody knows why"),
+])  # fmt: skip
+def test_who_is_started_again_knows_why(tmp_path, monkeypatch, told, why):
+    for rank, message in told.items():
+        file = tmp_path / "attempt_1" / str(rank) / "error.json"
+        file.parent.mkdir(parents=True)
+        if message is not None:
+            file.write_text(json.dumps({"message": message, "timestamp": 0}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_2" / "0" / "error.json"))
+    monkeypatch.delenv("CADRE_LAUNCHED", raising=False)
+    assert launch_module.started_again() is None
+    monkeypatch.setenv("CADRE_LAUNCHED", "1")
+    assert launch_module.started_again() == f"started again: {why}"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert launch_module.started_again() is None
 
 
 def failure(exitcode: int, told: str = "<NONE>", timestamp: int = 100) -> Any:

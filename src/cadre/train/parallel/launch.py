@@ -49,6 +49,24 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def started_again() -> str | None:
+    """Why the processes of this launch have been started again, as far as those before could say; None if they have not."""
+    if not restarted() or _LAUNCHED not in os.environ:  # torchrun says it itself
+        return None
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    before = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1].with_name(f"attempt_{attempt - 1}")
+    told, silent = [], []
+    for folder in sorted(path for path in before.glob("*") if path.is_dir()):
+        try:
+            told.append(str(json.loads((folder / "error.json").read_text(encoding="utf-8"))["message"]))
+        except (OSError, ValueError, LookupError):
+            silent.append(folder.name)
+    causes = [message for message in told if "lost the other processes" not in message]
+    if silent:  # such as one that was killed
+        causes.append(f"rank {', '.join(silent)} ended without a word")
+    return f"started again: {next(iter([*causes, *told]), 'nobody knows why')}"
+
+
 def by_torchrun() -> bool:
     return started() and _LAUNCHED not in os.environ
 
@@ -76,7 +94,10 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # What it has to say is said here. Some of torch's modules give their own loggers a level.
+    for name in ["torch.distributed.elastic", *logging.root.manager.loggerDict]:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
