@@ -73,7 +73,7 @@ def last_step(run: Path) -> int:
 
 def wait_for_step(running: subprocess.Popen, run: Path, step: int) -> None:
     while running.poll() is None and last_step(run) < step:
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def content(run: Path) -> list:
