@@ -39,7 +39,7 @@ from cadre.train.recipe import read_recipe
 from cadre.units import si
 from tests.runs import write_recipe
 
-TIMING = {"seconds", "seconds_per_step", "tokens_per_second", "mfu", "eval_seconds"}
+TIMING = {"seconds", "wall_seconds", "cpu_seconds", "seconds_per_step", "tokens_per_second", "mfu", "eval_seconds"}
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def content(run: Path) -> list:
     newest = max((run / "checkpoints").iterdir())
     files = [load_file(newest / name) for name in ("weights.safetensors", "optimizer.safetensors")]
     tensors = [(name, tensor.numpy().tobytes()) for file in files for name, tensor in sorted(file.items())]
-    state = {k: v for k, v in checkpoint.read_state(newest).items() if k != "seconds"}
+    state = {k: v for k, v in checkpoint.read_state(newest).items() if k not in TIMING}
     records = [{k: v for k, v in record.items() if k not in TIMING} for record in read_metrics(run) if "event" not in record]
     return [tensors, state, records, (run / "model" / "model.safetensors").read_bytes()]
 

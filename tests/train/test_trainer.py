@@ -22,7 +22,7 @@ from cadre.train.metrics import read_metrics
 from cadre.train.trainer import Trainer
 from tests.train.conftest import Watcher, interrupt
 
-TIMING = {"seconds", "seconds_per_step", "tokens_per_second", "mfu", "eval_seconds"}
+TIMING = {"seconds", "wall_seconds", "cpu_seconds", "seconds_per_step", "tokens_per_second", "mfu", "eval_seconds"}
 
 
 def content(path, *, finals: bool = True) -> list:
@@ -35,7 +35,7 @@ def content(path, *, finals: bool = True) -> list:
         for file in files
         for name, tensor in sorted(file.items())
     ]
-    state = {key: value for key, value in read_state(newest).items() if key not in ("seconds", "length")}
+    state = {key: value for key, value in read_state(newest).items() if key not in {*TIMING, "length"}}
     records = [{k: v for k, v in record.items() if k not in TIMING} for record in read_metrics(path) if "event" not in record]
     if not finals:
         records = [record for record in records if not record.get("final")]

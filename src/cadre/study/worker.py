@@ -1,10 +1,9 @@
-"""One run of a study, in a process of its own: an ordinary training run that also keeps the time of its steps alone.
+"""One run of a study, in a process of its own.
 
     python -m cadre.study.worker RECIPE OUT KIND PROCESSES        progress as JSON lines on standard output
 
-Beside what every run directory holds, `steps.jsonl` has wall and process CPU seconds of every optimizer step (evaluations,
-checkpoints and the start left out), and `result.json` appears when all is done. Killed at any point, it goes on from its last
-checkpoint when it is called again.
+Beside what every run directory holds, `result.json` appears when all is done; its `wall_seconds` and `cpu_seconds` are those of
+the optimizer steps alone. Killed at any point, it goes on from its last checkpoint when it is called again.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cadre.errors import DivergedError, RunError, UsageError, write_error
 from cadre.files import replace_file
@@ -29,55 +25,13 @@ from cadre.study.drafting import acceptance, drafting_rates
 from cadre.train.metrics import read_metrics
 from cadre.train.trainer import Result, Silent, Trainer
 
-RESULT, STEPS = "result.json", "steps.jsonl"
+RESULT = "result.json"
 # Exit status of a run that a signal ended: it can go on.
 STOPPED = 75
 # What the study hears of a record.
 _SPOKEN = ("step", "loss", "bits_per_byte", "seconds_per_step", "final")
 # How long to wait for the process of an interrupted study that is still saving.
 _PATIENCE = 120
-
-
-class TimedTrainer(Trainer):
-    """A trainer that times its steps, and whose evaluation at the end is preceded by one like those along the way, so that
-    a curve ends where its run does. A short run of a sweep has only that."""
-
-    def __init__(self, run: Any, observer: Any, *, short: bool) -> None:
-        super().__init__(run, observer)
-        self.short = short
-        self.pending: list[dict[str, float]] = []
-        self.times_file = run.path / STEPS
-        if run.parallel.main:
-            kept = [line for line in read_steps(run.path) if line["step"] <= self.progress.step]
-            _write(self.times_file, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def step(self, batch: Any) -> dict[str, Any]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        record = super().step(batch)
-        taken = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
-        self.parallel.add(taken)
-        self.pending.append({"step": self.progress.step, "wall": time.perf_counter() - wall, "cpu": float(taken)})
-        return record
-
-    def ends_as_it_began(self) -> bool:
-        return True
-
-    def evaluate(self, final: bool) -> None:
-        if not (final and self.short):
-            super().evaluate(final)
-
-    def save(self) -> bool:
-        # Before the checkpoint: whoever resumes from it finds the times of all its steps.
-        if self.parallel.main:
-            try:
-                with self.times_file.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in self.pending)
-            except OSError as error:
-                raise write_error(f"{self.times_file}: cannot be written", error) from None
-        self.pending = []
-        saved = super().save()
-        self.saver.wait()  # what it writes must not be in the seconds of the steps
-        return saved
 
 
 class Speaker:
@@ -120,7 +74,7 @@ def train(recipe_file: Path, out: Path, kind: str) -> None:
             run = resume(out, recipe, device, speaker.note, parallel)
         else:
             run = start(recipe, out, device, speaker.note, parallel)
-        trainer = TimedTrainer(run, speaker, short=kind == "sweep")
+        trainer = Trainer(run, speaker, compared=True, whole=kind == "run")
         try:
             ended = trainer.train()
         except DivergedError as error:
@@ -143,10 +97,10 @@ def _begun(out: Path) -> bool:
     return False
 
 
-def _finish(trainer: TimedTrainer, ended: Result, kind: str) -> None:
+def _finish(trainer: Trainer, ended: Result, kind: str) -> None:
     run, out = trainer.run, trainer.run.path
-    result = {**asdict(ended), **step_times(out), "flops_per_token": trainer.flops_per_token, "diverged": None}
-    result["acceptance"], result["drafting"] = [], None
+    times = {"wall_seconds": trainer.progress.wall_seconds, "cpu_seconds": trainer.progress.cpu_seconds}
+    result = {**asdict(ended), **times, "diverged": None, "acceptance": [], "drafting": None}
     if kind == "run":
         if len(run.model.mtp):
             held_out, length = run.data.held_out, run.recipe.data.seq_len
@@ -158,32 +112,6 @@ def _finish(trainer: TimedTrainer, ended: Result, kind: str) -> None:
 
         write_report(out, {"name": run.recipe.name, "config": run.config.to_hf(), "result": asdict(ended)})
     _write(out / RESULT, json.dumps(result))
-
-
-def read_steps(run_dir: Path) -> list[dict[str, float]]:
-    """The timed steps; a torn last line is left out."""
-    file = run_dir / STEPS
-    if not file.is_file():
-        return []
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError):
-            break
-    return lines
-
-
-def step_times(run_dir: Path) -> dict[str, Any]:
-    """Wall and CPU seconds of all optimizer steps, and their medians; evaluations are not in them."""
-    steps = read_steps(run_dir)
-    times: dict[str, Any] = {}
-    for kind in ("wall", "cpu"):
-        seconds = [line[kind] for line in steps]
-        times[f"{kind}_seconds"] = sum(seconds)
-        times[f"{kind}_step_median"] = statistics.median(seconds) if seconds else 0.0
-    times["timed_steps"] = len(steps)
-    return times
 
 
 def read_curve(run_dir: Path) -> list[tuple[int, float]]:

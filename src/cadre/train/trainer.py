@@ -68,14 +68,17 @@ class Silent:
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it is in every checkpoint. `window` gathers the losses since the last logged step: main,
-    multi-token, and the balance losses that `columns` names. `balance` and `alarm` are filled in to be saved. `lowest`:
-    the lowest held-out bits per byte of evaluations on the way and its step; `risen`: why it has been said to be higher."""
+    """Where a run stands; all of it is in every checkpoint. `wall_seconds`, `cpu_seconds`: of its optimizer steps alone, by the
+    clock, and of the processors of all processes. `window` gathers the losses since the last logged step: main, multi-token,
+    and the balance losses that `columns` names. `balance` and `alarm` are filled in to be saved. `lowest`: the lowest held-out
+    bits per byte of evaluations on the way and its step; `risen`: why it has been said to be higher."""
 
     step: int = 0
     total_steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     skipped_in_row: int = 0
     columns: list[str] = field(default_factory=list)
     window: list[list[float]] = field(default_factory=list)
@@ -107,10 +110,14 @@ class Result:
 
 
 class Trainer:
-    """Trains a `Run` to its last step, or until SIGINT, SIGTERM or SIGHUP, and leaves checkpoint and model on disk."""
+    """Trains a `Run` to its last step, or until SIGINT, SIGTERM or SIGHUP, and leaves checkpoint and model on disk.
 
-    def __init__(self, run: Run, observer: Observer) -> None:
+    `compared`: a run of a study ends with an evaluation like those on the way, where its curve ends, and waits while it saves,
+    which must not be in the seconds of its steps. `whole`: whether it ends with an evaluation of all held-out text."""
+
+    def __init__(self, run: Run, observer: Observer, *, compared: bool = False, whole: bool = True) -> None:
         self.run, self.observer, self.parallel = run, observer, run.parallel
+        self.compared, self.whole = compared, whole
         self.recipe, self.model = run.recipe, run.model
         self.device = self.model.device
         self.model.compute_in(run.dtype, self.recipe.train.fp8_experts)
@@ -130,6 +137,7 @@ class Trainer:
         columns = [loss.key for loss in self.balance.losses]
         self.progress = Progress(total_steps=run.total_steps, columns=columns)
         self.step_seconds: deque[float] = deque(maxlen=50)
+        self.cpu_seconds = 0.0  # this process's, of the steps since the last save
         self.last_loss: float | None = None
         self.bits_per_byte: float | None = None
         self.evaluation = Evaluation(run)
@@ -182,7 +190,8 @@ class Trainer:
                     raise DivergedError(f"{self.run.path}: the weights are not finite after the last step; {self.remedy()}")
                 self.saver.wait()
                 if not stopped:
-                    self.evaluate(final=True)
+                    if self.whole:
+                        self.evaluate(final=True)
                     self._event("finished", f"{progress.step} steps")
             except BaseException:
                 self.saver.wait()  # what is being written is sound
@@ -205,9 +214,9 @@ class Trainer:
 
     def ends_as_it_began(self) -> bool:
         """Whether the last step is also scored on the text that evaluations on the way read: to find the lowest of them, or
-        to show what training has made of the model that the run began with. (The score of all held-out text shows neither:
-        beginnings of documents are harder.)"""
-        return self.recipe.checkpoint.best or (self.run.path / BEGUN_WITH).is_file()
+        to show what training has made of the model that the run began with, or how it compares. (The score of all held-out text
+        shows none of these: beginnings of documents are harder.)"""
+        return self.compared or self.recipe.checkpoint.best or (self.run.path / BEGUN_WITH).is_file()
 
     def _stopping(self, stop: _StopSignals) -> bool:
         return self.parallel.anyone(stop.signal is not None or self.parallel.abandoned or self.saver.failed)
@@ -215,7 +224,7 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step over all micro-batches: losses, gradients, balance, update. Returns its record."""
         recipe, progress = self.recipe.train, self.progress
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         self.model.train()
         self.optimizer.zero_grad()
         self.balance.reset()
@@ -246,6 +255,8 @@ class Trainer:
         progress.tokens += self.tokens_per_step
         synchronize(self.device)
         self.step_seconds.append(time.perf_counter() - start)
+        self.cpu_seconds += time.process_time() - cpu
+        progress.wall_seconds += self.step_seconds[-1]
         progress.seconds = time.perf_counter() - self.began
         if not finite:
             self._skipped(sums)
@@ -302,9 +313,13 @@ class Trainer:
     def _gemm_rate(self) -> float:
         """Of all processes, measured at once, for they may share a machine."""
         self.parallel.anyone(False)
-        rate = torch.tensor(gemm_flops_per_second(self.run.dtype, self.device), dtype=torch.float64)
-        self.parallel.add(rate)
-        return float(rate)
+        return self._summed(gemm_flops_per_second(self.run.dtype, self.device))
+
+    def _summed(self, value: float) -> float:
+        """Over all processes."""
+        total = torch.tensor(value, dtype=torch.float64)
+        self.parallel.add(total)
+        return float(total)
 
     # ------------------------------------------------------------------------------------------------- what is seen of it
 
@@ -418,9 +433,13 @@ class Trainer:
             self._event("unsaved", f"step {self.progress.step}: its weights are not finite")
             return False
         self.progress.balance, self.progress.alarm = self.balance.state(), self.alarm.state()
+        self.progress.cpu_seconds += self._summed(self.cpu_seconds)
+        self.cpu_seconds = 0.0
         state = {**asdict(self.progress), "length": [train.steps, train.minutes], "identity": self.identity}
         tensors = self.parallel.tensors(self.model, self.optimizer)
         self.saver.save(tensors, partial(self._write, tensors, state))
+        if self.compared:
+            self.saver.wait()
         return True
 
     def _lacks_best(self) -> bool:
