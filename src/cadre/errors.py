@@ -73,6 +73,15 @@ def write_error(what: str, error: Exception) -> RunError:
     return RunError(f"{what}: {reason}")
 
 
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Within it a file is written, or a folder's files are. Raises `RunError` for what the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(f"{what}: cannot be written", error) from None
+
+
 def shorten(text: str, most: int = _LONGEST) -> str:
     """The text, without its middle where it has more than `most` characters."""
     if len(text) <= most:

@@ -10,7 +10,7 @@ import typer
 
 from cadre.cli.models import load_with_tokenizer
 from cadre.cli.options import Model, counts
-from cadre.errors import UsageError, write_error
+from cadre.errors import UsageError, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -97,10 +97,8 @@ def routes(
     if json_output and out is None:
         return
     path = out or (run or Path()) / ROUTES_PAGE
-    try:
+    with writing(path):
         replace_file(path, render(found).encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise write_error(f"{path}: cannot be written", error) from None
     if run is not None and path.resolve() == (run / ROUTES_PAGE).resolve():
         link_routes(run)
     if not json_output:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cadre.cli.options import Set, counts, token_count
-from cadre.errors import DivergedError, RunError, Terminated, UsageError, printable, write_error
+from cadre.errors import DivergedError, RunError, Terminated, UsageError, printable, writing
 from cadre.files import replace_file
 
 if TYPE_CHECKING:
@@ -216,11 +216,9 @@ def _write_chosen(chosen: Recipe, out: Path, spent: float) -> Path:
     if train.minutes is not None:
         train = train.model_copy(update={"minutes": train.minutes - spent / 60})
     file = _chosen_file(out)
-    try:
+    with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, chosen.model_copy(update={"train": train}).to_toml().encode("utf-8"))
-    except OSError as error:
-        raise write_error(f"{file}: cannot be written", error) from None
     return file
 
 

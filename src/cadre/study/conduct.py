@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from cadre import units
-from cadre.errors import RunError, UsageError, write_error
+from cadre.errors import RunError, UsageError, writing
 from cadre.files import replace_file
 from cadre.study.jobs import AFTER_SECONDS, Job, amount_for, evaluating, plan_jobs, recipe_of, seconds_of
 from cadre.study.match import Matched, match
@@ -199,11 +199,9 @@ def _train(state: State, job: Job, number: str, clock: Clock, watch: Watch) -> N
     recipe = recipe_of(job, arm.recipe, factor, state.study.evaluations, state.dtype)
     out = state.path / job.folder
     file = out.with_name(f"{out.name}.toml")
-    try:
+    with writing(file):
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, recipe.to_toml().encode())
-    except OSError as error:
-        raise write_error(f"{file}: cannot be written", error) from None
     what = f"{job.arm}, rates x {factor:g}" + ("" if job.kind == "sweep" else f", seed {job.seed}")
     watch.note(f"[{number}] {'sweep: ' if job.kind == 'sweep' else ''}{what}, {job.steps} steps; "
                f"{units.clock(clock.seconds())} left in all")  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cadre.errors import RunError, UsageError, write_error
+from cadre.errors import RunError, UsageError, writing
 from cadre.files import read_json_object, replace_file
 from cadre.study import figures
 from cadre.study.match import SAID
@@ -53,13 +53,11 @@ def _write(folder: Path, found: dict[str, Any], kept: Iterable[str]) -> Path:
         "decode": figures.decode_figure(found),
     }
     page = render(found, {name: inline(figure, name, PICTURES[name]) for name, figure in drawn.items()})
-    try:
+    with writing(folder):
         for name in kept:
             if (figure := drawn[name]) is not None:
                 replace_file(folder / f"{name}.png", figures.png(figure))
         replace_file(folder / PAGE, page.encode())
-    except OSError as error:
-        raise write_error(f"{folder}: cannot be written", error) from None
     write_json(folder / NUMBERS, found)
     return folder / PAGE
 

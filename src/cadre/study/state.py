@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cadre import files
-from cadre.errors import UsageError, write_error
+from cadre.errors import UsageError, writing
 from cadre.study.jobs import Job
 from cadre.study.match import Matched, counted
 from cadre.study.spec import Study
@@ -126,11 +126,9 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, values: Any) -> None:
     """Whole or not at all. Raises `RunError` if the disk refuses."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
-    except OSError as error:
-        raise write_error(f"{path}: cannot be written", error) from None
 
 
 def _arm(path: Path, name: str, values: dict[str, Any]) -> Matched:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cadre.errors import DivergedError, RunError, UsageError, write_error
+from cadre.errors import DivergedError, RunError, UsageError, writing
 from cadre.files import replace_file
 from cadre.hub.load import load
 from cadre.study.drafting import acceptance, drafting_rates
@@ -136,10 +136,8 @@ def _wait_for(out: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with writing(path):
         replace_file(path, text.encode())
-    except OSError as error:
-        raise write_error(f"{path}: cannot be written", error) from None
 
 
 def main(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cadre.errors import RunError, UsageError, write_error
+from cadre.errors import RunError, UsageError, writing
 from cadre.files import replace_file
 from cadre.train import figures
 from cadre.train.figures import Record, curve_figure, load_figure, series
@@ -79,23 +79,19 @@ def write_report(run_dir: Path, summary: Summary) -> Path:
             load_line=summary.get("load_line"),
         )
     path = run_dir / "report.html"
-    try:
+    with writing(path):
         # A lone surrogate in hostile text has no UTF-8: a question mark stands in.
         replace_file(path, page.encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise write_error(f"{path}: cannot be written", error) from error
     return path
 
 
 def link_routes(run_dir: Path) -> None:
     """Have a report that was written before the run's `routes.html` link to it. Raises RunError if the disk refuses."""
     path = run_dir / "report.html"
-    try:
+    with writing(path):
         page = path.read_bytes() if path.is_file() else b""
         if NO_ROUTES_YET.encode() in page:
             replace_file(path, page.replace(NO_ROUTES_YET.encode(), ROUTES_LINK.encode()))
-    except OSError as error:
-        raise write_error(f"{path}: cannot be written", error) from error
 
 
 def _cards(summary: Summary, records: Sequence[Record]) -> list[dict[str, str]]:
@@ -317,13 +313,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pictures = {"training-curve.svg": curve_figure(records)}
         if any(r.get("load") for r in records):
             pictures["expert-load.svg"] = load_figure(records)
-        try:
+        with writing(options.pictures):
             options.pictures.mkdir(parents=True, exist_ok=True)
             for name, figure in pictures.items():
                 replace_file(options.pictures / name, figures.svg(figure).encode())
                 print(options.pictures / name)
-        except OSError as error:
-            raise write_error(f"{options.pictures}: cannot be written", error) from None
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

@@ -28,7 +28,7 @@ from cadre.data.batches import Batches
 from cadre.data.prepare import prepare
 from cadre.data.shards import TokenData
 from cadre.data.sources import SOTU
-from cadre.errors import UsageError, write_error
+from cadre.errors import UsageError, writing
 from cadre.files import replace_file, require_folder
 from cadre.hub.directory import ending_at, load_config, model_directory
 from cadre.hub.save import check_expressible
@@ -291,10 +291,8 @@ def prepare_data(section: DataSection, vocab_size: int | None, note: Callable[[s
 
 def _begin(path: Path, recipe: Recipe, asked: ParallelSection, source: Path | None) -> None:
     """Write a new run's first files, unless another has begun in the same folder while this one was prepared."""
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(f"{path}: cannot be written", error) from None
     with only_writer(path):
         refuse_used(path)
         write_recipe(path, recipe, asked, source)
@@ -303,9 +301,7 @@ def _begin(path: Path, recipe: Recipe, asked: ParallelSection, source: Path | No
 def write_recipe(path: Path, recipe: Recipe, asked: ParallelSection, source: Path | None = None) -> None:
     """With the layout that was asked for: an "auto" is chosen anew by whoever goes on. `source`: what the run begins with."""
     recipe = recipe.model_copy(update={"parallel": asked})
-    try:
+    with writing(path):
         if source is not None:
             replace_file(path / BEGUN_WITH, f"{source.resolve()}\n".encode())
         replace_file(path / "recipe.toml", recipe.to_toml().encode("utf-8"))
-    except OSError as error:
-        raise write_error(f"{path}: cannot be written", error) from None

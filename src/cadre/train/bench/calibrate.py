@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from cadre.errors import RunError, UsageError, write_error
+from cadre.errors import RunError, UsageError, writing
 from cadre.files import replace_file
 from cadre.kernels.allocator import keep_freed_memory
 from cadre.kernels.limits import (
@@ -234,10 +234,8 @@ def predict_run(run: Run) -> Forecast:
     predicted = dataclasses.replace(predicted, peak_memory_bytes=peak)
     kept = {**predicted.as_dict(), "calibration": dataclasses.asdict(measured)}
     path = run.path / FILE_NAME
-    try:
+    with writing(path):
         replace_file(path, (json.dumps(kept, indent=1) + "\n").encode())
-    except OSError as error:
-        raise write_error(f"{path}: cannot be written", error) from None
     return predicted
 
 
