@@ -1,4 +1,5 @@
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cadre.data.sources import Document
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import UsageError
 from cadre.hub.tokenizer import EOS
+from cadre.model import scoring
 from cadre.model.scoring import Score, document_start, score_documents, score_each, token_nats
 from cadre.model.transformer import Transformer
 from tests.shapes import FAMILIES, small
@@ -61,7 +63,8 @@ def test_sliding_equals_brute_force(family, length, context, stride_share, batch
     model = lively(family)
     ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     stride = max(1, math.ceil(stride_share * context))
-    nats = token_nats(model, ids, first=FIRST, context=context, stride=stride, batch=batch)
+    with patch.object(scoring, "_TOGETHER", batch):
+        nats = token_nats(model, ids, first=FIRST, context=context, stride=stride)
     torch.testing.assert_close(nats, brute_force(model, ids, context, stride), atol=1e-4, rtol=1e-4)
 
 
@@ -85,7 +88,8 @@ def test_a_context_that_holds_the_document_is_one_pass():
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6), batch=st.integers(1, 5))
 def test_documents_do_not_touch_each_other(model, tokenizer, lengths, batch):
     documents = [Text((TEXT * 4)[shift : shift + length]) for shift, length in enumerate(lengths)]
-    scores = list(score_each(model, tokenizer, documents, context=16, batch=batch))
+    with patch.object(scoring, "_TOGETHER", batch):
+        scores = list(score_each(model, tokenizer, documents, context=16))
     for document, score in zip(documents, scores, strict=True):
         ids = tokenizer.encode(document.text).ids
         alone = token_nats(model, ids, first=FIRST, context=16)
@@ -165,7 +169,6 @@ def test_a_document_starts_where_training_starts_it(tokenizer):
         ({"context": 65}, "context is 65; it must be from 1 to 64"),
         ({"context": 8, "stride": 0}, "stride is 0; it must be from 1 to the context"),
         ({"context": 8, "stride": 9}, "stride is 9"),
-        ({"context": 8, "batch": 0}, "batch is 0"),
     ],
 )
 def test_values_out_of_range_are_refused(model, options, message):

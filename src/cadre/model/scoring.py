@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Logits held at once, in elements: a few MB in float32, so that the passes over them stay in the cache.
 _CHUNK_ELEMENTS = 1 << 20
 _CHUNK_ELEMENTS_OF_A_CARD = 1 << 26
+# Windows computed at once, across documents.
+_TOGETHER = 8
 # Characters tokenised at a time: documents are scored together up to this much, so that their short ends share batches. A
 # tokenizer's answer takes some hundred bytes a token.
 _GROUP_CHARACTERS = 1 << 16
@@ -66,18 +68,10 @@ class Score:
 
 
 def score_documents(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    documents: Iterable[Text],
-    *,
-    context: int,
-    stride: int | None = None,
-    batch: int = 8,
-    progress: Callable[[int], None] | None = None,
+    model: Transformer, tokenizer: Tokenizer, documents: Iterable[Text], *, context: int, stride: int | None = None
 ) -> Score:
     """The score of documents together; see `score_each`. Raises `UsageError` also if they hold no text at all."""
-    scores = score_each(model, tokenizer, documents, context=context, stride=stride, batch=batch, progress=progress)
-    total = sum(scores, Score(0.0, 0, 0))
+    total = sum(score_each(model, tokenizer, documents, context=context, stride=stride), Score(0.0, 0, 0))
     if not total.bytes:
         raise UsageError("nothing to score: the documents hold no text")
     return total
@@ -90,7 +84,6 @@ def score_each(
     *,
     context: int,
     stride: int | None = None,
-    batch: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Score]:
     """The score of each document, in order, every token predicted within a sliding context; see `token_nats`.
@@ -98,13 +91,12 @@ def score_each(
     A document starts from the token that starts one in training (`document_start`) and counts without its end. Special
     tokens written out in it are text. Of a conversation count the answers alone, with the special token that ends each. Bits
     per byte are comparable between tokenizers that lose nothing of the text.
-    `batch` windows of `context` tokens are computed at once, across documents; `progress` is called with the number of
-    tokens after each batch. Puts the model in eval mode.
+    `progress` is called with the number of tokens after each pass. Puts the model in eval mode.
 
     Raises `UsageError` for a context or stride out of range, and if config and tokenizer name no token that starts a
     document.
     """
-    stride = _check(model.config, context, stride, batch)
+    stride = _check(model.config, context, stride)
     first = document_start(model.config, tokenizer)
     encoder = type(tokenizer).from_str(tokenizer.to_str())
     encoder.encode_special_tokens = True
@@ -121,7 +113,7 @@ def score_each(
             for document, e, skip in zip(group, encoded, begun, strict=True)
         ]
         del encoded, plain, chats
-        nats = _nats(model, ids, first, context, stride, batch, progress)
+        nats = _nats(model, ids, first, context, stride, progress)
         for document, nats_N, counted_N in zip(group, nats, counted, strict=True):
             if counted_N is not None:
                 nats_N = nats_N[counted_N]
@@ -129,13 +121,7 @@ def score_each(
 
 
 def token_nats(
-    model: Transformer,
-    ids: Sequence[int] | Tensor,
-    *,
-    first: int,
-    context: int,
-    stride: int | None = None,
-    batch: int = 8,
+    model: Transformer, ids: Sequence[int] | Tensor, *, first: int, context: int, stride: int | None = None
 ) -> Tensor:
     """Negative log-likelihood in nats of every token of one document: float32 [N] on the CPU.
 
@@ -144,8 +130,8 @@ def token_nats(
     before it where there are so many. `stride` = `context` is cheapest, a smaller one scores better. Puts the model in
     eval mode. Raises `UsageError` for a context or stride out of range.
     """
-    stride = _check(model.config, context, stride, batch)
-    return _nats(model, [torch.as_tensor(ids, dtype=torch.int64)], first, context, stride, batch, None)[0]
+    stride = _check(model.config, context, stride)
+    return _nats(model, [torch.as_tensor(ids, dtype=torch.int64)], first, context, stride, None)[0]
 
 
 def document_start(config: ModelConfig, tokenizer: Tokenizer) -> int:
@@ -161,7 +147,7 @@ def document_start(config: ModelConfig, tokenizer: Tokenizer) -> int:
     return start
 
 
-def _check(config: ModelConfig, context: int, stride: int | None, batch: int) -> int:
+def _check(config: ModelConfig, context: int, stride: int | None) -> int:
     """The stride, once all is in range."""
     most = config.max_position_embeddings
     if not 1 <= context <= most:
@@ -169,8 +155,6 @@ def _check(config: ModelConfig, context: int, stride: int | None, batch: int) ->
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
         raise UsageError(f"stride is {stride}; it must be from 1 to the context ({context})")
-    if batch < 1:
-        raise UsageError(f"batch is {batch}; it must be at least 1")
     return stride
 
 
@@ -215,7 +199,6 @@ def _nats(
     first: int,
     context: int,
     stride: int,
-    batch: int,
     progress: Callable[[int], None] | None,
 ) -> list[Tensor]:
     """`token_nats` of several documents at once."""
@@ -225,8 +208,8 @@ def _nats(
     inputs = [torch.cat((torch.tensor([first]), ids[:-1])) for ids in documents]
     windows = [w for number, ids in enumerate(documents) for w in _windows(number, len(ids), context, stride)]
     windows.sort(key=len, reverse=True)  # equal lengths share a batch; the shorter ones need little padding
-    for place in range(0, len(windows), batch):
-        together = windows[place : place + batch]
+    for place in range(0, len(windows), _TOGETHER):
+        together = windows[place : place + _TOGETHER]
         ids_BT = torch.zeros(len(together), len(together[0]), dtype=torch.int64)
         for row, w in zip(ids_BT, together, strict=True):
             row[: len(w)] = inputs[w.document][w.start : w.stop]
