@@ -52,15 +52,19 @@ def gemm_flops_per_second(dtype: torch.dtype, device: torch.device, size: int | 
 def _rate(ways: tuple[Callable[..., Any], ...], dtype: torch.dtype, device: torch.device, size: int, repeats: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.mm(a, b)
+    return 2 * size**3 / min(_seconds(partial(multiply, a, b, out=out), device, repeats) for multiply in ways)
+
+
+def _seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The least that it takes."""
     seconds = []
     for _ in range(repeats):
-        for multiply in ways:
-            synchronize(device)
-            start = time.perf_counter()
-            multiply(a, b, out=out)
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def read_bytes_per_second(device: torch.device, size: int | None = None, repeats: int = 5) -> float:
@@ -69,14 +73,7 @@ def read_bytes_per_second(device: torch.device, size: int | None = None, repeats
     if size is None:
         size = 2**30 if device.type == "cuda" else 2**29
     block = torch.ones(size // 4, device=device)
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        block.sum()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return block.nbytes / min(seconds)
+    return block.nbytes / _seconds(block.sum, device, repeats)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -119,14 +116,7 @@ def memory_bytes_per_second(device: torch.device, size: int | None = None, repea
     if size is None:
         size = 2**30 if device.type == "cuda" else 2**28
     block = torch.ones(size // 4, device=device)
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        block.mul_(1.0)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * block.nbytes / min(seconds)
+    return 2 * block.nbytes / _seconds(partial(block.mul_, 1.0), device, repeats)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
