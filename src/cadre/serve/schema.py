@@ -164,12 +164,12 @@ class Generation(_Fields):
         if self.guided_regex is not None:
             return None, self.guided_regex
         if self.guided_json is not None:
-            return (self.guided_json if isinstance(self.guided_json, str) else _dump(self.guided_json)), None
+            return (self.guided_json if isinstance(self.guided_json, str) else json.dumps(self.guided_json)), None
         if self.response_format is None or self.response_format.type == "text":
             return None, None
         if self.response_format.json_schema is None:
             return '{"type": "object"}', None
-        return _dump(self.response_format.json_schema.schema_), None
+        return json.dumps(self.response_format.json_schema.schema_), None
 
 
 class CompletionRequest(Generation):
@@ -273,7 +273,3 @@ class TokenizeRequest(_Fields):
 class DetokenizeRequest(_Fields):
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
-
-
-def _dump(schema: dict[str, Any]) -> str:
-    return json.dumps(schema)

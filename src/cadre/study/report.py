@@ -17,6 +17,7 @@ from cadre.study.match import SAID
 from cadre.study.results import results
 from cadre.study.state import State, write_json
 from cadre.study.verdict import best, in_some_seeds, listed, possessive, verdict
+from cadre.train.figures import inline_svg
 from cadre.units import compact
 
 # Within what must stay on one line.
@@ -52,7 +53,8 @@ def _write(folder: Path, found: dict[str, Any], kept: Iterable[str]) -> Path:
         "loss-seconds": figures.loss_figure(found, "seconds"),
         "decode": figures.decode_figure(found),
     }
-    page = render(found, {name: inline(figure, name, PICTURES[name]) for name, figure in drawn.items()})
+    pictures = {name: figure and inline_svg(figure, name, PICTURES[name]) for name, figure in drawn.items()}
+    page = render(found, pictures)
     with writing(folder):
         for name in kept:
             if (figure := drawn[name]) is not None:
@@ -60,12 +62,6 @@ def _write(folder: Path, found: dict[str, Any], kept: Iterable[str]) -> Path:
         replace_file(folder / PAGE, page.encode())
     write_json(folder / NUMBERS, found)
     return folder / PAGE
-
-
-def inline(figure: Any, name: str, label: str) -> Any:
-    from cadre.train.figures import inline_svg
-
-    return None if figure is None else inline_svg(figure, name, label)
 
 
 def render(found: dict[str, Any], pictures: dict[str, Any]) -> str:
