@@ -215,7 +215,8 @@ def test_a_grammar_is_compiled_once_and_the_latest_are_kept(tokenizer, monkeypat
     compiled = []
     real = module._compile
     monkeypatch.setattr(module, "_compile", lambda *given: compiled.append(given[1:]) or real(*given))
-    constraints = Constraints(tokenizer, 300, [EOS], keep=2)
+    monkeypatch.setattr(module, "_KEPT", 2)
+    constraints = Constraints(tokenizer, 300, [EOS])
     for regex in ("a", "b", "a", "a", "c", "a", "b"):
         constraints.start(Sampling(regex=regex))
     assert [text for _, text in compiled] == ["a", "b", "c", "b"]

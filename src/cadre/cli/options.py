@@ -22,14 +22,14 @@ def _number(text: str) -> Decimal | None:
     return Decimal(match[1]) * _UNITS[match[2]] if match else None
 
 
-def counts(least: int = 1, most: int = _MOST) -> Callable[[str], int]:
-    """Reads an option that is a whole number, written as it is or as 4k or 1.5M, within these bounds."""
+def counts(least: int = 1) -> Callable[[str], int]:
+    """Reads an option that is a whole number, written as it is or as 4k or 1.5M, of at least so much."""
 
     def count(text: str) -> int:
         number = _number(str(text))
-        if number is None or number != int(number) or not least <= number <= most:
-            bounds = f"at least {least}" if most == _MOST else f"from {least} to {most}"
-            raise typer.BadParameter(f"{shorten(str(text))}: must be a whole number such as 4096, 4k or 1.5M, {bounds}")
+        if number is None or number != int(number) or not least <= number <= _MOST:
+            wanted = f"must be a whole number such as 4096, 4k or 1.5M, at least {least}"
+            raise typer.BadParameter(f"{shorten(str(text))}: {wanted}")
         return int(number)
 
     return count

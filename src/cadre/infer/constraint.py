@@ -39,6 +39,8 @@ _LIMITS: dict[str, Any] = dict(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
+# Compiled grammars that are kept.
+_KEPT = 32
 # What the library says when a limit is reached.
 _TOO_MUCH = ("too many", "Too many", "too big", "too large", "fuel exhausted", "Current row has", "precomputation failed")
 # Between JSON's parts a blank or one indented line: a model that may write blanks without end sometimes does.
@@ -51,11 +53,10 @@ class Constraints:
     `vocab_size` is the model's, which may exceed the tokenizer's; `end_ids` are the tokens that end a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_ids: Collection[int], keep: int = 32) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_ids: Collection[int]) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.end_ids = sorted(end_ids)
-        self.keep = keep
         self._lock = Lock()
         self._vocabulary: LLTokenizer | None = None
         # A compiled grammar, or why there is none: what is refused once is not worked on again.
@@ -86,7 +87,7 @@ class Constraints:
                 found = str(error)
             with self._lock:
                 self._compiled[kind, text] = found
-                while len(self._compiled) > self.keep:
+                while len(self._compiled) > _KEPT:
                     self._compiled.popitem(last=False)
         if isinstance(found, str):
             raise UsageError(found)

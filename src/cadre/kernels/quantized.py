@@ -29,10 +29,6 @@ class QuantizedMatrix:
     data: Tensor
     scale: Tensor
 
-    @property
-    def bytes(self) -> int:
-        return self.data.nbytes + self.scale.nbytes
-
 
 @cache
 def levels() -> Tensor:
