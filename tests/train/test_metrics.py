@@ -23,7 +23,7 @@ def training(step: int) -> dict:
     }  # fmt: skip
 
 
-def run_steps(run_dir: Path, first: int, last: int, resume_step: int | None = None) -> None:
+def run_steps(run_dir: Path, first: int, last: int, resume_step: int = -1) -> None:
     log = MetricsLog(run_dir, resume_step=resume_step)
     for step in range(first, last + 1):
         log.write(training(step))

@@ -72,8 +72,8 @@ LAYER_TAGS = {
 class MetricsLog:
     """Appends records to `run_dir/metrics.jsonl` and mirrors them to `run_dir/tensorboard/`.
 
-    `resume_step` is the step training continues from: lines of later steps, which the resumed run writes again, are
-    dropped first, so that N + N steps leave the records of 2N. A torn last line (`kill -9`, full disk) is always
+    `resume_step` is the step training continues from, -1 of one that begins: lines of later steps, which the resumed run writes
+    again, are dropped first, so that N + N steps leave the records of 2N. A torn last line (`kill -9`, full disk) is always
     dropped. The caller writes a step's records before it saves that step's checkpoint, but for those that `again` knows: of
     `resume_step` itself, what the resumed run writes again.
 
@@ -81,18 +81,16 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, *, resume_step: int | None = None, again: Callable[[dict[str, Any]], bool] | None = None
+        self, run_dir: Path, *, resume_step: int = -1, again: Callable[[dict[str, Any]], bool] = lambda record: False
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / FILE_NAME
         with _disk(self.path):
             run_dir.mkdir(parents=True, exist_ok=True)
-            _trim(self.path, resume_step, again or (lambda record: False))
+            _trim(self.path, resume_step, again)
             self._file = self.path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(
-                str(run_dir / TENSORBOARD_FOLDER), purge_step=None if resume_step is None else resume_step + 1
-            )
+            self._board = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=resume_step + 1)
         self._load: NDArray[np.float64] | None = None
         self._hook = threading.excepthook
         threading.excepthook = self._unless_boards
@@ -222,9 +220,9 @@ def _disk(path: Path) -> Iterator[None]:
         raise write_error(f"{path}: cannot be written", error) from error
 
 
-def _trim(path: Path, resume_step: int | None, again: Callable[[dict[str, Any]], bool]) -> None:
+def _trim(path: Path, resume_step: int, again: Callable[[dict[str, Any]], bool]) -> None:
     def stays(record: dict[str, Any]) -> bool:
-        return resume_step is None or record["step"] < resume_step or (record["step"] == resume_step and not again(record))
+        return record["step"] < resume_step or (record["step"] == resume_step and not again(record))
 
     records, torn = _parse(path)
     kept = [line for record, line in records if stays(record)]
