@@ -175,22 +175,19 @@ class Ranks(Parallel):
         self.data_mesh, self.expert_mesh = meshes[self.rank // self.layout.data]
         self.shared = open_shared_memory(model, self.data_mesh.get_group("shard"), device, self.wait)
         self.shared_by_all = self.shared if self.data_mesh.get_group("shard").size() == self.size else None
-        if self.layout.pipeline == 1:
-            self.parts = shard(
-                model, values, self.data_mesh, self.expert_mesh, device, self.wait, (), self.layout.fp8_rows, self.shared
-            )
-            return model
-        self.pipeline = Pipeline(model, self.layout, self.rank, device, self.wait)
-        stages = list(self.pipeline.stages.values())
+        if self.layout.pipeline > 1:
+            self.pipeline = Pipeline(model, self.layout, self.rank, device, self.wait)
+        stages = [] if self.pipeline is None else list(self.pipeline.stages.values())
         self.parts = shard(
             model, values, self.data_mesh, self.expert_mesh, device, self.wait, stages, self.layout.fp8_rows, self.shared
         )
-        self.pipeline.bind(self.parts)
-        self.elsewhere = {
-            name: remote_part(name, shape, *meshes[self.pipeline.place_of(name)])
-            for name, shape in shapes.items()
-            if name not in self.parts
-        }
+        if self.pipeline is not None:
+            self.pipeline.bind(self.parts)
+            self.elsewhere = {
+                name: remote_part(name, shape, *meshes[self.pipeline.place_of(name)])
+                for name, shape in shapes.items()
+                if name not in self.parts
+            }
         return model
 
     # ------------------------------------------------------------------------------------------------- a step
