@@ -32,8 +32,6 @@ from cadre.model.transformer import Transformer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["load", "load_config", "read_values"]
-
 _FP8 = "F8_E4M3"
 # What a stored dtype becomes in memory.
 _DTYPES = {

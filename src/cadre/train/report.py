@@ -21,8 +21,6 @@ from cadre.train.figures import Record, curve_figure, load_figure, series
 from cadre.train.metrics import load_colours, read_metrics, well_formed
 from cadre.units import duration, short, si, size
 
-__all__ = ["curve_figure", "load_figure", "write_report"]
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
