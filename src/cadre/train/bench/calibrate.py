@@ -43,7 +43,7 @@ from cadre.plan.count import count
 from cadre.plan.here import HEAP_GAPS, Calibration, Forecast, Kind, forecast, kinds
 from cadre.plan.memory import Stage, largest_block, loss_bytes, optimizer_bytes, state_bytes, update_bytes
 from cadre.plan.shape import Shape
-from cadre.train.bench.step import CLIP, TrainingStep
+from cadre.train.bench.step import CLIP, TrainingStep, changed
 from cadre.train.figures import import_drawing
 from cadre.train.optimizer import Optimizer
 from cadre.train.recipe import OptimizerSection, Recipe
@@ -113,7 +113,7 @@ def fewest_blocks(config: ModelConfig) -> ModelConfig:
         changes["first_k_dense_replace"] = 1 if "dense" in there else 0
         if not config.has_experts:
             changes["first_k_dense_replace"] = len(there) + config.num_nextn_predict_layers
-    return ModelConfig.from_dict({**config.model_dump(exclude_none=True), **changes})
+    return changed(config, **changes)
 
 
 def calibrate(
