@@ -114,8 +114,7 @@ def is_plain(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
         return False
     kinds = (torch.Tensor, torch.nn.Parameter)  # a distributed tensor, for one, holds its elements elsewhere
     dtype = dtype or torch.float32
-    fit = all(x.device.type == "cpu" and x.dtype == dtype and type(x) in kinds for x in tensors)
-    return fit and all(x.layout == torch.strided and not x.is_neg() for x in tensors)
+    return all(x.dtype == dtype and type(x) in kinds and x.layout == torch.strided and not x.is_neg() for x in tensors)
 
 
 # Elements below which more than one thread costs more than it brings.
