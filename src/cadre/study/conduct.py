@@ -17,14 +17,20 @@ from typing import Any, Protocol
 import torch
 
 from cadre import units
+from cadre.data.prepare import prepare
 from cadre.errors import RunError, UsageError, writing
 from cadre.files import replace_file
+from cadre.kernels.limits import default_device, dtype_name, training_dtype
+from cadre.plan.hardware import hardware
+from cadre.study import decoding, turns
 from cadre.study.jobs import AFTER_SECONDS, Job, amount_for, evaluating, plan_jobs, recipe_of, seconds_of
 from cadre.study.match import Matched, match
+from cadre.study.report import write_report
 from cadre.study.spec import Study
 from cadre.study.state import State, open_state, write_json
 from cadre.study.worker import STOPPED
 from cadre.train.checkpoint import checkpoints, step_of
+from cadre.train.parallel.layout import compose
 
 Note = Callable[[str], None]
 
@@ -49,10 +55,6 @@ def begin(
     """Resolve a study in an empty directory: matched arms, step times, runs. `cpu`: the processor's name, for the
     record. `source`: text in place of the study's. `processes`: how many train every run. Raises `UsageError` for arms that
     cannot be matched, a budget too small, and a directory that holds anything else."""
-    from cadre.data.prepare import prepare
-    from cadre.kernels.limits import default_device, dtype_name, training_dtype
-    from cadre.study.turns import step_seconds
-
     try:
         if path.exists() and (not path.is_dir() or any(p.name != ".turns" for p in path.iterdir())):
             raise UsageError(f"--out {path}: holds other files: choose an empty folder, or one of a study to continue it")
@@ -81,7 +83,7 @@ def begin(
     path.mkdir(parents=True, exist_ok=True)
     probe = {a.name: recipe_of(Job("run", a.name, study.seeds[0], 1000, 1.0), a.recipe, 1.0, 10, dtype) for a in arms}
     watch.note(f"timing a step of each of {len(arms)} arms, in turn")
-    seconds = step_seconds(probe, path / ".turns", _ROUNDS_BEFORE, processes=processes, note=watch.moving)
+    seconds = turns.step_seconds(probe, path / ".turns", _ROUNDS_BEFORE, processes=processes, note=watch.moving)
     amount = study.budget.amount
     if minutes is not None:
         amount = amount_for(study, arms, seconds, hourly, minutes * 60, held_out_tokens)
@@ -97,8 +99,6 @@ def begin(
 def conduct(state: State, watch: Watch) -> None:
     """Everything that is left to do, then the report. Raises `KeyboardInterrupt` once the run at work has saved, `RunError`
     if a run fails."""
-    from cadre.study.report import write_report
-
     clock = Clock(state)
     runs = [job for job in state.jobs if job.kind == "run"]
     for number, job in enumerate(state.jobs, start=1):
@@ -112,19 +112,15 @@ def conduct(state: State, watch: Watch) -> None:
         watch.note("timing steps of the trained arms, in turn")
         write_json(state.path / "turns.json", _turns(state, watch))
     if not (state.path / "decode.json").exists():
-        from cadre.study.decoding import decode_rates
-
         watch.note("timing decoding, in turn")
         configs, dtype = {n: a.config for n, a in state.arms.items()}, getattr(torch, state.dtype)  # as the runs' models lie
-        rates = decode_rates(configs, state.study.decode, dtype, watch.moving)
+        rates = decoding.decode_rates(configs, state.study.decode, dtype, watch.moving)
         write_json(state.path / "decode.json", rates)
     watch.note(f"report: {write_report(state)}")
 
 
 def _check_layout(arm: Matched, processes: int) -> None:
     """Refuse an arm that so many processes cannot train together. Raises `UsageError`."""
-    from cadre.train.parallel.layout import compose
-
     if processes > 1:
         try:
             compose(arm.recipe, arm.config, processes)
@@ -171,9 +167,6 @@ def _saved_step(run: Path) -> int:
 
 def rent_of(study: Study, rent: float | None) -> tuple[float, str]:
     """US dollars an hour of this machine, and where the figure comes from."""
-    from cadre.kernels.limits import default_device
-    from cadre.plan.hardware import hardware
-
     if rent is not None:
         return rent, "--rent"
     if study.rent is not None:
@@ -184,10 +177,6 @@ def rent_of(study: Study, rent: float | None) -> tuple[float, str]:
 
 def machine(cpu: str) -> dict[str, Any]:
     """What the study runs on."""
-    import torch
-
-    from cadre.kernels.limits import default_device
-
     device = default_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -270,8 +259,6 @@ def _ending(process: subprocess.Popen[str], watch: Watch) -> Iterator[None]:
 
 def _turns(state: State, watch: Watch) -> dict[str, Any]:
     """Step times of the trained arms, by arm. An arm whose runs all diverged has no weights to go on from and starts anew."""
-    from cadre.study.turns import step_seconds
-
     recipes, models = {}, {}
     for job in state.jobs:
         if job.kind == "run" and job.seed == state.study.seeds[0]:
@@ -281,7 +268,7 @@ def _turns(state: State, watch: Watch) -> dict[str, Any]:
             if model.is_dir():
                 models[job.arm] = model
     began = time.strftime("%Y-%m-%d %H:%M")
-    seconds = step_seconds(
+    seconds = turns.step_seconds(
         recipes, state.path / ".turns", _ROUNDS_AFTER, models=models, processes=state.processes, note=watch.moving
     )
     return {"step_seconds": seconds, "rounds": _ROUNDS_AFTER, "measured": began}

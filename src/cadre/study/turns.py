@@ -12,16 +12,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from cadre.files import replace_file
+from cadre.kernels.allocator import keep_freed_memory
 from cadre.train.bench.worker import Team, Worker, take_turns
-from cadre.train.recipe import Recipe
-
-if TYPE_CHECKING:
-    import torch
-
-    from cadre.train.parallel.group import Parallel
+from cadre.train.metrics import NoMetrics
+from cadre.train.parallel.group import Parallel
+from cadre.train.parallel.launch import joined
+from cadre.train.recipe import Recipe, read_recipe
+from cadre.train.run import start
+from cadre.train.trainer import Silent, Trainer
 
 
 def step_seconds(
@@ -57,10 +60,6 @@ class Stepper:
     group: AbstractContextManager[Any]
 
     def __init__(self, recipe: Recipe, out: Path, weights: Path | None, parallel: Parallel, device: torch.device) -> None:
-        from cadre.train.metrics import NoMetrics
-        from cadre.train.run import start
-        from cadre.train.trainer import Silent, Trainer
-
         silent = Silent()
         if weights is not None:
             recipe = recipe.model_copy(update={"model": {"from": str(weights)}})
@@ -76,12 +75,6 @@ class Stepper:
 
 
 def _build(recipe_file: Path, out: Path, weights: Path | None, rank: int, processes: int, port: int) -> Stepper:
-    import torch
-
-    from cadre.kernels.allocator import keep_freed_memory
-    from cadre.train.parallel.launch import joined
-    from cadre.train.recipe import read_recipe
-
     keep_freed_memory()
     recipe = read_recipe(str(recipe_file))
     if processes > 1:

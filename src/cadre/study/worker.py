@@ -21,8 +21,14 @@ from typing import Any
 from cadre.errors import DivergedError, RunError, UsageError, writing
 from cadre.files import replace_file
 from cadre.hub.load import load
+from cadre.kernels.allocator import keep_freed_memory
 from cadre.study.drafting import acceptance, drafting_rates
 from cadre.train.metrics import read_metrics
+from cadre.train.parallel.launch import joined, launch, started
+from cadre.train.recipe import read_recipe
+from cadre.train.report import write_report
+from cadre.train.resume import resume
+from cadre.train.run import only_writer, start
 from cadre.train.trainer import Result, Silent, Trainer
 
 RESULT = "result.json"
@@ -59,12 +65,6 @@ class Speaker:
 def train(recipe_file: Path, out: Path, kind: str) -> None:
     """Train the recipe in `out`, from where it stands, with all processes there are; what is left there is `RESULT`, unless a
     signal has ended it before."""
-    from cadre.kernels.allocator import keep_freed_memory
-    from cadre.train.parallel.launch import joined
-    from cadre.train.recipe import read_recipe
-    from cadre.train.resume import resume
-    from cadre.train.run import start
-
     keep_freed_memory()
     recipe = read_recipe(str(recipe_file))
     with joined(recipe.parallel.timeout) as (parallel, device):
@@ -108,8 +108,6 @@ def _finish(trainer: Trainer, ended: Result, kind: str) -> None:
             whole = run.model if run.parallel.size == 1 else load(out / "model")[0]
             result["acceptance"] = acceptance(whole, held_out, length)
             result["drafting"] = drafting_rates(out / "model", held_out, length)
-        from cadre.train.report import write_report
-
         write_report(out, {"name": run.recipe.name, "config": run.config.to_hf(), "result": asdict(ended)})
     _write(out / RESULT, json.dumps(result))
 
@@ -122,8 +120,6 @@ def read_curve(run_dir: Path) -> list[tuple[int, float]]:
 
 def _wait_for(out: Path) -> None:
     """Until no other process trains in `out`: an interrupted study's may be saving still."""
-    from cadre.train.run import only_writer
-
     until = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -142,8 +138,6 @@ def _write(path: Path, text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 75 stopped by a signal, 1 and 2 as `cadre`."""
-    from cadre.train.parallel.launch import launch, started
-
     recipe, out, kind, processes = Path(arguments[0]), Path(arguments[1]), arguments[2], int(arguments[3])
     try:
         if started():
