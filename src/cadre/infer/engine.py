@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cadre.errors import UsageError
 from cadre.infer.constraint import Constraints
-from cadre.infer.pages import PagePool, bytes_for, cache_dtype
+from cadre.infer.pages import PAGE_SIZE, PagePool, bytes_for, cache_dtype
 from cadre.infer.request import EngineStats, Output, Request, check
 from cadre.infer.runner import Batch, Runner, batch_of
 from cadre.infer.sampling import Sampler, TokenOut, choose_batch, token_logprobs
@@ -87,7 +87,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         cache_bytes: int | None = None,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         max_batch: int = 64,
         chunk: int | None = None,
         prefix_sharing: bool = True,

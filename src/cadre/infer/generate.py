@@ -21,7 +21,6 @@ from cadre.model.transformer import Transformer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_PAGE_SIZE = 16
 # Of many prompts so many run at once, and as many more wait in the engine: none of its steps looks at all of them.
 _AT_ONCE, _AHEAD = 64, 64
 
@@ -157,15 +156,14 @@ def engine_for(model: Transformer, tokenizer: Tokenizer | None, requests: Sequen
     config, dtype = model.config, cache_dtype(model)
     layers = config.num_hidden_layers + min(speculate, len(model.mtp))
     longest = sorted((len(each.prompt_ids) + each.max_new_tokens + speculate for each in requests), reverse=True)[:_AT_ONCE]
-    each = [bytes_for(config, min(n, config.max_position_embeddings), dtype, _PAGE_SIZE, layers) for n in longest]
+    each = [bytes_for(config, min(n, config.max_position_embeddings), dtype, layers=layers) for n in longest]
     room = sum(each)
     if len(each) > 1:
         room = max(each[0], min(room, int(CACHE_SHARE * free_bytes(model.embed_tokens.weight.device))))
     return Engine(
         model,
         tokenizer,
-        cache_bytes=room or bytes_for(config, 1, dtype, _PAGE_SIZE, layers),
-        page_size=_PAGE_SIZE,
+        cache_bytes=room or bytes_for(config, 1, dtype, layers=layers),
         max_batch=max(1, len(each)),
         prefix_sharing=len(each) > 1,
         speculate=speculate,

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from cadre.model.transformer import Transformer
 
 
+# Positions that a page holds.
+PAGE_SIZE = 16
+
+
 class PagePool:
     """Every layer's pages as two tensors allocated once, and the book of who holds which page.
 
@@ -38,7 +42,7 @@ class PagePool:
         config: ModelConfig,
         *,
         pages: int,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         layers: int | None = None,
@@ -66,7 +70,7 @@ class PagePool:
         config: ModelConfig,
         budget: int,
         *,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         layers: int | None = None,
@@ -180,7 +184,9 @@ def cache_dtype(model: Transformer) -> torch.dtype:
     return weight if weight == torch.bfloat16 else model.compute_dtype or weight
 
 
-def bytes_for(config: ModelConfig, positions: int, dtype: torch.dtype, page_size: int = 16, layers: int | None = None) -> int:
+def bytes_for(
+    config: ModelConfig, positions: int, dtype: torch.dtype, page_size: int = PAGE_SIZE, layers: int | None = None
+) -> int:
     """Bytes of the pages that one sequence of so many positions needs."""
     return -(-positions // page_size) * page_size * bytes_per_position(config, dtype, layers)
 

@@ -13,7 +13,7 @@ import torch
 from cadre.errors import UsageError
 from cadre.infer.bench.peer import PeerDecoder
 from cadre.infer.engine import Engine
-from cadre.infer.pages import bytes_for
+from cadre.infer.pages import PAGE_SIZE, bytes_for
 from cadre.infer.quantize import QuantizedLinear, quantize_model
 from cadre.infer.request import Request
 from cadre.infer.sampling import Sampling
@@ -27,7 +27,6 @@ from cadre.plan.count import count
 
 Note = Callable[[str], None]
 
-PAGE = 16
 WARM_UP = 3
 ROUNDS = 4
 CONTEXTS = (128, 512, 2048, 8192, 32768)
@@ -43,13 +42,13 @@ class Decoding:
         if context + steps > limit:
             raise UsageError(f"--context {context}: with {steps} measured steps it exceeds the model's context of {limit:,}")
         self.context, self.batch = context, batch
-        room = batch * bytes_for(model.config, context + steps + PAGE, model.embed_tokens.weight.dtype, PAGE)
+        room = batch * bytes_for(model.config, context + steps + PAGE_SIZE, model.embed_tokens.weight.dtype)
         device = model.embed_tokens.weight.device
         free = free_bytes(device)
         if device.type == "cpu" and room > 0.9 * free:  # an accelerator's allocator holds on to what is free
             raise UsageError(f"the cache of {batch} x {context:,} tokens takes {room / 2**30:,.1f} GiB, "
                              f"{free / 2**30:,.1f} GiB are free: lower --context or --batch")  # fmt: skip
-        self.engine = Engine(model, cache_bytes=room, page_size=PAGE, max_batch=batch, prefix_sharing=False)
+        self.engine = Engine(model, cache_bytes=room, max_batch=batch, prefix_sharing=False)
         self.engine.pool.first.fill_(0.1)
         self.engine.pool.second.fill_(0.1)
         words = model.config.vocab_size
@@ -257,9 +256,8 @@ def twins(config: ModelConfig) -> dict[str, ModelConfig]:
 
 def _prefill_seconds(model: Transformer, context: int) -> float:
     """The least of two readings of a prompt: the first one warms up."""
-    dtype = model.embed_tokens.weight.dtype
-    room = bytes_for(model.config, context + PAGE, dtype, PAGE)
-    engine = Engine(model, cache_bytes=room, page_size=PAGE, prefix_sharing=False)
+    room = bytes_for(model.config, context + PAGE_SIZE, model.embed_tokens.weight.dtype)
+    engine = Engine(model, cache_bytes=room, prefix_sharing=False)
     seconds = []
     for number in range(2):
         ids = torch.randint(model.config.vocab_size, (context,)).tolist()
