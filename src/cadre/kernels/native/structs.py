@@ -217,46 +217,40 @@ def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes the functions' arguments. Raises `RuntimeError` if a structure here is not as it is in C++."""
     for structure in Filled.__subclasses__():
         compare_layout(library, structure)
-    library.cadre_latent_attention.argtypes = (POINTER(LatentLayer), POINTER(Cache), POINTER(Step))
-    library.cadre_grouped_attention.argtypes = (POINTER(GroupedLayer), POINTER(Cache), POINTER(Step))
-    library.cadre_causal_attention.argtypes = (POINTER(CausalAttention),)
-    library.cadre_causal_attention_gradient.argtypes = (POINTER(CausalAttention), POINTER(CausalGradient))
-    library.cadre_dense.argtypes = (POINTER(DenseLayer), POINTER(Step))
-    library.cadre_experts.argtypes = (POINTER(ExpertsLayer), POINTER(Step), c_void_p, c_void_p)
-    library.cadre_norm.argtypes = (c_void_p, c_float, POINTER(Step), c_void_p)
-    library.cadre_narrow.argtypes = (POINTER(Matrix), c_int32, c_void_p)
-    library.cadre_linear.argtypes = (POINTER(Matrix), c_void_p, c_int64, c_int32, c_void_p)
-    library.cadre_use_sgemm.argtypes = (c_void_p,)
-    library.cadre_product.argtypes = (
-        *(c_void_p, c_int64, c_int32) * 2, c_int32, *(c_int64,) * 3, c_float, c_int32, c_int32, c_void_p, c_int64,
+
+    def function(name: str, *arguments: Any, result: Any = None) -> None:
+        found = getattr(library, f"cadre_{name}")
+        found.argtypes, found.restype = arguments, result
+
+    function("latent_attention", POINTER(LatentLayer), POINTER(Cache), POINTER(Step))
+    function("grouped_attention", POINTER(GroupedLayer), POINTER(Cache), POINTER(Step))
+    function("causal_attention", POINTER(CausalAttention))
+    function("causal_attention_gradient", POINTER(CausalAttention), POINTER(CausalGradient))
+    function("dense", POINTER(DenseLayer), POINTER(Step))
+    function("experts", POINTER(ExpertsLayer), POINTER(Step), c_void_p, c_void_p)
+    function("norm", c_void_p, c_float, POINTER(Step), c_void_p)
+    function("narrow", POINTER(Matrix), c_int32, c_void_p)
+    function("linear", POINTER(Matrix), c_void_p, c_int64, c_int32, c_void_p)
+    function("use_sgemm", c_void_p)
+    function(
+        "product", *(c_void_p, c_int64, c_int32) * 2, c_int32, *(c_int64,) * 3, c_float, c_int32, c_int32, c_void_p, c_int64,
     )  # fmt: skip
-    library.cadre_sort_choices.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
-    library.cadre_routing.argtypes = (POINTER(Routing),)
-    library.cadre_routing_gradient.argtypes = (POINTER(Routing), POINTER(RoutingGradient))
-    library.cadre_top_experts.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p)
-    library.cadre_balance_terms.argtypes = (*(c_void_p,) * 2, *(c_int64,) * 3, c_int32, *(c_void_p,) * 2)
-    library.cadre_balance_terms_gradient.argtypes = (*(c_void_p,) * 4, *(c_int64,) * 3, c_int32, c_void_p)
-    library.cadre_cross_entropy.argtypes = (*(c_void_p,) * 3, c_int64, c_int64, c_int32, c_int32, c_void_p)
+    function("sort_choices", c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
+    function("routing", POINTER(Routing))
+    function("routing_gradient", POINTER(Routing), POINTER(RoutingGradient))
+    function("top_experts", c_void_p, *(c_int64,) * 3, c_int32, c_void_p)
+    function("balance_terms", *(c_void_p,) * 2, *(c_int64,) * 3, c_int32, *(c_void_p,) * 2)
+    function("balance_terms_gradient", *(c_void_p,) * 4, *(c_int64,) * 3, c_int32, c_void_p)
+    function("cross_entropy", *(c_void_p,) * 3, c_int64, c_int64, c_int32, c_int32, c_void_p)
     sizes = (c_int64, c_int64, c_int32, c_void_p, c_void_p)
-    library.cadre_norm_training.argtypes = (c_void_p, c_int64, c_void_p, c_float, *sizes)
-    library.cadre_norm_training_gradient.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, *sizes)
-    library.cadre_rotary.argtypes = (c_void_p, c_int64, c_void_p, c_int64, c_int64, *(c_int32,) * 5, c_void_p)
-    library.cadre_experts_training.argtypes = (POINTER(ExpertsTraining),)
-    library.cadre_experts_training_gradient.argtypes = (POINTER(ExpertsTraining), POINTER(ExpertsGradient))
-    library.cadre_orthogonalize.argtypes = (c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_int32, c_void_p)
-    library.cadre_muon.argtypes = (POINTER(MuonStep), c_int64, c_void_p, c_int32, c_int32)
-    library.cadre_adamw.argtypes = (POINTER(AdamWStep), c_int64, c_int32)
-    library.cadre_total_norm.argtypes, library.cadre_total_norm.restype = (POINTER(Span), c_int64, c_int32), c_double
-    library.cadre_meet.argtypes = (c_void_p, POINTER(c_void_p), c_int64, c_int64, c_double, c_double)
-    library.cadre_meet.restype = c_int32
-    library.cadre_multiplies.argtypes, library.cadre_multiplies.restype = (c_int32,), c_int32
-    for name in (
-        *("latent_attention", "grouped_attention", "causal_attention", "causal_attention_gradient"),
-        *("dense", "experts", "norm", "linear", "narrow", "use_sgemm", "sort_choices"),
-        *("product",),
-        *("experts_training", "experts_training_gradient", "norm_training", "norm_training_gradient", "routing"),
-        *("rotary",),
-        *("routing_gradient", "top_experts", "balance_terms", "balance_terms_gradient"),
-        *("cross_entropy", "orthogonalize", "muon", "adamw"),
-    ):
-        getattr(library, f"cadre_{name}").restype = None
+    function("norm_training", c_void_p, c_int64, c_void_p, c_float, *sizes)
+    function("norm_training_gradient", c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, *sizes)
+    function("rotary", c_void_p, c_int64, c_void_p, c_int64, c_int64, *(c_int32,) * 5, c_void_p)
+    function("experts_training", POINTER(ExpertsTraining))
+    function("experts_training_gradient", POINTER(ExpertsTraining), POINTER(ExpertsGradient))
+    function("orthogonalize", c_void_p, *(c_int64,) * 3, c_int32, c_void_p, c_int32, c_int32, c_void_p)
+    function("muon", POINTER(MuonStep), c_int64, c_void_p, c_int32, c_int32)
+    function("adamw", POINTER(AdamWStep), c_int64, c_int32)
+    function("total_norm", POINTER(Span), c_int64, c_int32, result=c_double)
+    function("meet", c_void_p, POINTER(c_void_p), c_int64, c_int64, c_double, c_double, result=c_int32)
+    function("multiplies", c_int32, result=c_int32)
