@@ -10,23 +10,13 @@ import torch
 
 from cadre.errors import UsageError
 from cadre.hub.directory import model_directory, recover
-from cadre.hub.tokenizer import check_vocabulary
 from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
-from cadre.train.checks import check_fp8, check_memory, check_samples, say_slow
+from cadre.train.checks import say_slow
 from cadre.train.metrics import read_metrics
-from cadre.train.parallel.auto import device_here, settle
+from cadre.train.parallel.auto import device_here
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import Recipe, TrainSection, read_recipe
-from cadre.train.run import (
-    BEGUN_WITH,
-    Run,
-    batches_of,
-    computing_in,
-    dtype_of,
-    only_writer,
-    prepare_data,
-    write_recipe,
-)
+from cadre.train.run import BEGUN_WITH, Run, computing_in, dtype_of, only_writer, prepare_data, ready, write_recipe
 
 
 class FinishedError(UsageError):
@@ -77,14 +67,7 @@ def resume(
         recipe = wanted.model_copy(update={"model": held.model, "data": data_section, "name": held.name})
         data = prepare_data(recipe.data, recipe.model["vocab_size"], note, parallel)
         config = recipe.config(recipe.model["vocab_size"])
-        check_vocabulary(data.tokenizer, config.vocab_size)
-        recipe = settle(recipe, config, parallel.size, here, note)
-        parallel.check(recipe, config)
-        if recipe.train.fp8_experts:
-            check_fp8(config, device)
-        check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
-        check_samples(recipe, config, data)
-        batches = batches_of(recipe, config, data, parallel)
+        recipe, batches = ready(recipe, config, data, device, here, note, parallel)
     source = _source(path) if newest is None else None
     say_slow(config, dtype, device, note)
     model = parallel.build(config, device, None if newest else train.seed, source)

@@ -37,6 +37,7 @@ from cadre.hub.tokenizer import check_vocabulary, load_tokenizer, special_ids, t
 from cadre.kernels.limits import dtype_name, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
+from cadre.plan.hardware import Device
 from cadre.train.checks import advise, check_fp8, check_memory, check_samples, say_slow
 from cadre.train.metrics import folder_gone
 from cadre.train.parallel.auto import device_here, settle
@@ -132,21 +133,13 @@ def start(
         if source is not None:
             _check_tokenizer(source, data.tokenizer)
             _check_template(source, data)
-        config = begun or _config(recipe, data)
-        check_vocabulary(data.tokenizer, config.vocab_size)
-        config = ending_at(config, data.answer_ends)
+        config = ending_at(begun or _config(recipe, data), data.answer_ends)
         check_expressible(config)
         asked = recipe.parallel
-        recipe = settle(recipe, config, parallel.size, here, note)
-        parallel.check(recipe, config)
-        if recipe.train.fp8_experts:
-            check_fp8(config, device)
-            if device.type == "cpu":
-                note("no processor multiplies FP8: experts compute the same in float32, which takes several times as long")
-        check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
-        check_samples(recipe, config, data)
+        recipe, batches = ready(recipe, config, data, device, here, note, parallel)
+        if recipe.train.fp8_experts and device.type == "cpu":
+            note("no processor multiplies FP8: experts compute the same in float32, which takes several times as long")
         advise(recipe, config, note)
-        batches = batches_of(recipe, config, data, parallel)
     say_slow(config, dtype, device, note)
     model = parallel.build(config, device, recipe.train.seed, source)
     resolved = recipe.model_copy(update={"data": data_section, "model": config.model_dump(exclude_none=True)})
@@ -249,10 +242,21 @@ def dtype_of(choice: str, device: torch.device, parallel: Parallel) -> torch.dty
     return torch.bfloat16 if narrow else torch.float32
 
 
-def batches_of(recipe: Recipe, config: ModelConfig, data: TokenData, parallel: Parallel) -> Batches:
-    """This process's part of the batches, from the first on. Raises `UsageError` if the text is too short for one."""
+def ready(
+    recipe: Recipe, config: ModelConfig, data: TokenData, device: torch.device, here: Device, note: Callable[[str], None],
+    parallel: Parallel,
+) -> tuple[Recipe, Batches]:  # fmt: skip
+    """The recipe with its layout settled, and this process's part of the batches, from the first on. Raises `UsageError` for
+    what cannot be trained, whether the run is new or goes on."""
+    check_vocabulary(data.tokenizer, config.vocab_size)
+    recipe = settle(recipe, config, parallel.size, here, note)
+    parallel.check(recipe, config)
+    if recipe.train.fp8_experts:
+        check_fp8(config, device)
+    check_memory(config, device, recipe.optimizer.name, parallel.size, parallel.layout.replicas)
+    check_samples(recipe, config, data)
     weights = recipe.data.weights
-    return Batches(
+    batches = Batches(
         *([data.train] if weights is None else data.train_of_each()),
         weights=weights,
         batch=recipe.train.batch,
@@ -262,6 +266,7 @@ def batches_of(recipe: Recipe, config: ModelConfig, data: TokenData, parallel: P
         separate_documents=recipe.data.separate_documents,
         part=parallel.part,
     )
+    return recipe, batches
 
 
 @contextmanager
