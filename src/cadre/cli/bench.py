@@ -9,11 +9,5 @@ from cadre.cli.bench_train import bench_train
 
 bench_app = typer.Typer(help="Measure this machine with real work.", no_args_is_help=True)
 
-
-@bench_app.callback()
-def _bench() -> None:
-    """Measure this machine with real work."""
-
-
 bench_app.command("train")(bench_train)
 bench_app.command("decode")(bench_decode)
