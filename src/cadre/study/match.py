@@ -150,9 +150,4 @@ def counted(where: str, name: str, recipe: Recipe, vocab_size: int, solved: dict
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
     cost = count(config, context=recipe.data.seq_len)
-    return Matched(name, recipe, config, cost, flops_per_token(recipe, cost), solved)
-
-
-def flops_per_token(recipe: Recipe, cost: Count) -> float:
-    """Training FLOPs a token, as the trainer counts them: modules of multi-token prediction by their share of sequences."""
-    return cost.training_flops(recipe.train.trained_share)
+    return Matched(name, recipe, config, cost, cost.training_flops(recipe.train.trained_share), solved)
