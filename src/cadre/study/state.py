@@ -23,7 +23,9 @@ from cadre.train.recipe import parse_recipe
 
 FILE = "study.json"
 _FORMAT = 2
-
+# Fields of a `State` that are JSON as they are.
+_PLAIN = ("text_hash", "quick", "minutes", "step_seconds", "amount", "rent", "rent_source", "dtype", "held_out_tokens",
+          "train_tokens", "machine")  # fmt: skip
 
 # Short runs whose final losses differ by less than half a percent are level.
 _LEVEL = 1.005
@@ -86,11 +88,8 @@ class State:
             for name, arm in self.arms.items()
         }
         write_json(self.path / FILE, {
-            "format": _FORMAT, "text_hash": self.text_hash, "quick": self.quick, "minutes": self.minutes,
-            "study": self.study.model_dump(exclude_none=True), "arms": arms, "jobs": [asdict(job) for job in self.jobs],
-            "step_seconds": self.step_seconds, "amount": self.amount, "rent": self.rent, "rent_source": self.rent_source,
-            "dtype": self.dtype, "held_out_tokens": self.held_out_tokens,
-            "train_tokens": self.train_tokens, "machine": self.machine,
+            "format": _FORMAT, "study": self.study.model_dump(exclude_none=True), "arms": arms,
+            "jobs": [asdict(job) for job in self.jobs], **{name: getattr(self, name) for name in _PLAIN},
         })  # fmt: skip
 
 
@@ -101,13 +100,11 @@ def open_state(path: Path) -> State | None:
         return None
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise UsageError(f"{path / FILE}: was written by another version of Cadre: choose another --out")
-    rest = ("text_hash", "quick", "minutes", "step_seconds", "amount", "rent", "rent_source", "dtype", "held_out_tokens",
-            "train_tokens", "machine")  # fmt: skip
     try:
         study = Study(**values["study"])
         arms = {name: _arm(path, name, arm) for name, arm in values["arms"].items()}
         jobs = [Job(**job) for job in values["jobs"]]
-        return State(path=path, study=study, arms=arms, jobs=jobs, **{key: values[key] for key in rest})
+        return State(path=path, study=study, arms=arms, jobs=jobs, **{name: values[name] for name in _PLAIN})
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
