@@ -115,19 +115,15 @@ class LatentAttention(_Watched):
     def cached(self, q_BTHN: Tensor, q_BTHR: Tensor, sequences: Iterator[tuple[slice, Tensor, Tensor]]) -> Tensor:
         """Each sequence the cheaper way. [1, T, H, V]."""
         parts = [(rows, latent_SC[None], k_SR[None]) for rows, latent_SC, k_SR in sequences]
-        if not any(self.expanding_pays(rows.stop - rows.start, latent.shape[1]) for rows, latent, _ in parts):
+        pays = [self.expanding_pays(rows.stop - rows.start, latent.shape[1]) for rows, latent, _ in parts]
+        if not any(pays):
             # Folding for all sequences at once reads the weight once.
             q_BTHC = self.fold(q_BTHN)
             out_BTHC = [self.attend(q_BTHC[:, rows], q_BTHR[:, rows], latent, k) for rows, latent, k in parts]
             return self.unfold(torch.cat(out_BTHC, dim=1))
-        ways = [
-            self.expanded if self.expanding_pays(rows.stop - rows.start, latent.shape[1]) else self.absorbed
-            for rows, latent, _ in parts
-        ]
-        return torch.cat(
-            [way(q_BTHN[:, rows], q_BTHR[:, rows], latent, k) for way, (rows, latent, k) in zip(ways, parts, strict=True)],
-            dim=1,
-        )
+        ways = (self.expanded if expand else self.absorbed for expand in pays)
+        out_BTHV = [way(q_BTHN[:, own], q_BTHR[:, own], latent, k) for way, (own, latent, k) in zip(ways, parts, strict=True)]
+        return torch.cat(out_BTHV, dim=1)
 
     def expanding_pays(self, new: int, seen: int) -> bool:
         """Whether to expand what was seen rather than absorb into what is new: by multiply-adds of a head, and always for
