@@ -77,7 +77,7 @@ def save(
                 shutil.rmtree(leftover)
         new.mkdir()
         try:
-            _write(model, new, tokenizer, dtype, max_shard_bytes, fetch or _Held(model).fetch)
+            _write(model, new, tokenizer, dtype, max_shard_bytes, fetch or _held(model))
             if like is not None:
                 _keep(like, new)
             if chat_template is not None:
@@ -187,17 +187,10 @@ class Fetch(Protocol):
     def __call__(self, name: str, index: tuple[int | slice, ...]) -> Tensor: ...
 
 
-@dataclass
-class _Held:
-    """A model that is whole here."""
-
-    model: Transformer
-
-    def __post_init__(self) -> None:
-        self.state = self.model.state_dict()
-
-    def fetch(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
-        return self.state[name][index]
+def _held(model: Transformer) -> Fetch:
+    """Of a model that is whole here."""
+    state = model.state_dict()
+    return lambda name, index: state[name][index]
 
 
 @dataclass(frozen=True)
