@@ -138,19 +138,13 @@ def _shared_out(train: dict[str, int], processes: int) -> dict[str, int]:
     return {"batch": share * processes, "micro_batch": micro}
 
 
-def _step_flops(recipe: Recipe, vocab_size: int) -> float:
-    """Training FLOPs of an optimizer step."""
-    from cadre.plan.count import count
-
-    config = _config(recipe, vocab_size)
-    train, seq_len = recipe.train, recipe.data.seq_len
-    counted = count(config, context=seq_len)
-    return train.batch * seq_len * counted.training_flops(train.trained_share)
-
-
 def steps_within(recipe: Recipe, flops: float, vocab_size: int, text: str) -> int:
     """The most steps whose training FLOPs stay within `flops`. Raises `UsageError` if that is not one."""
-    step = _step_flops(recipe, vocab_size)
+    from cadre.plan.count import count
+
+    train, seq_len = recipe.train, recipe.data.seq_len
+    counted = count(_config(recipe, vocab_size), context=seq_len)
+    step = train.batch * seq_len * counted.training_flops(train.trained_share)
     if flops < step:
         raise UsageError(f"--budget {text}: less than one step of {recipe.name}, which takes {step:.2g} FLOPs; give more")
     return int(flops / step)
@@ -197,7 +191,6 @@ def _flops(budget: Budget, device: Device | None, rate: float) -> float:
 
 def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
     """Rungs around the width that `flops` call for, and the FLOP/s of the upper one."""
-
     from cadre.kernels.limits import default_device, training_dtype
     from cadre.kernels.memory import total_bytes
     from cadre.plan.budget import Candidate, Machine, Rung, rates, sequence_length, shape, width_for
