@@ -181,24 +181,29 @@ class Trainer:
                     if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
                         self.save()
                 stopped = (stop.signal or OTHERS) if progress.step < progress.total_steps else None
-                if stopped:
-                    self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
-                    self._event("stopped", f"by {stopped} after step {progress.step}")
-                elif self.parallel.anyone(self.ends_as_it_began()):
-                    self.evaluate(final=False)  # of the same text as those before; the checkpoint knows of it
-                if not self.save() and not stopped:
-                    raise DivergedError(f"{self.run.path}: the weights are not finite after the last step; {self.remedy()}")
-                self.saver.wait()
-                if not stopped:
-                    if self.whole:
-                        self.evaluate(final=True)
-                    self._event("finished", f"{progress.step} steps")
+                self._end(stopped)
             except BaseException:
                 self.saver.wait()  # what is being written is sound
                 raise
             finally:
                 self.metrics.close()
         return self._result(stopped)
+
+    def _end(self, stopped: str | None) -> None:
+        """The last checkpoint and what is said beside it. `stopped`: by what, if the run is not done."""
+        step = self.progress.step
+        if stopped:
+            self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
+            self._event("stopped", f"by {stopped} after step {step}")
+        elif self.parallel.anyone(self.ends_as_it_began()):
+            self.evaluate(final=False)  # of the same text as those before; the checkpoint knows of it
+        if not self.save() and not stopped:
+            raise DivergedError(f"{self.run.path}: the weights are not finite after the last step; {self.remedy()}")
+        self.saver.wait()
+        if not stopped:
+            if self.whole:
+                self.evaluate(final=True)
+            self._event("finished", f"{step} steps")
 
     def _metrics(self, resumed: int | None) -> MetricsLog:
         """The log of a run that goes on from step `resumed`, or begins: without what it will write again."""
