@@ -74,7 +74,7 @@ def test_latent_attention(written, q_lora_rank):
     attention, config = model.layers[0].self_attn, model.config
     heads, nope, rope, rank = 4, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
     x = torch.randn(1, 10, config.hidden_size)
-    rotation = RotaryTable(config)(0, 10, x.device)
+    rotation = RotaryTable(config)(10, x.device)
 
     def norm(value, weight):
         return (
@@ -330,7 +330,7 @@ def test_llama3_scaling(build, tmp_path):
     write_gguf(tmp_path / "model", tmp_path / "model.gguf")
     keys, tensors, _ = read(tmp_path / "model.gguf")
     unscaled = model.config.model_copy(update={"rope_parameters": RopeParameters(rope_theta=5000.0)})
-    plain = RotaryTable(unscaled)(1, 2, torch.device("cpu"))
-    scaled = RotaryTable(model.config)(1, 2, torch.device("cpu"))
+    plain = RotaryTable(unscaled)(2, torch.device("cpu"))[1:]
+    scaled = RotaryTable(model.config)(2, torch.device("cpu"))[1:]
     assert torch.allclose(plain.angle() / tensors["rope_freqs.weight"], scaled.angle(), atol=1e-6)
     assert keys["llama.rope.scaling.type"] == "none"

@@ -58,7 +58,7 @@ def attention(config: ModelConfig, seed: int = 0) -> LatentAttention | GroupedQu
 
 
 def run(module: torch.nn.Module, config: ModelConfig, x_BTD: Tensor, **rest) -> Tensor:
-    return module(x_BTD, RotaryTable(config)(0, x_BTD.shape[1], CPU), **rest)
+    return module(x_BTD, RotaryTable(config)(x_BTD.shape[1], CPU), **rest)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -69,7 +69,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_absorbed_equals_expanded(config: ModelConfig, seen, new, seed):
     new = min(new, seen)
     module, x = attention(config, seed), random(2, seen, config.hidden_size, seed=seed)
-    turn = RotaryTable(config)(0, seen, CPU)
+    turn = RotaryTable(config)(seen, CPU)
     latent, k = module.compress(x)
     q_nope, q_rotary = module.queries(x).split((module.nope, module.rotary), dim=-1)
     q_rotary, k_rotary = module.rotate(q_rotary, turn), module.rotate(k[:, :, None], turn)[:, :, 0]

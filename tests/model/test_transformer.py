@@ -100,7 +100,7 @@ def test_prediction_module_is_the_report_s_equation():
         module.hnorm.weight.uniform_(0.5, 2)
         module.norm.weight.uniform_(0.5, 2)
     joined = torch.cat((module.enorm(model.embed_tokens.weight[ids]), module.hnorm(hidden)), dim=-1)
-    turn = model.rotary(0, 7, ids.device)
+    turn = model.rotary(7, ids.device)
     want = module.norm(module.block(joined @ module.eh_proj.weight.T, turn, None, None))
     assert_close(model.mtp_hidden(hidden, ids, 0), want)
 

@@ -127,7 +127,7 @@ class NativeModel:
     def _run(self, x_TD: Tensor, batch: Batch, blocks: list[list[Part]]) -> None:
         sequences = len(batch.count_B)
         self._make_room(len(x_TD))
-        turn_TR = self.model.rotary(0, int(batch.position_T.max()) + 1, x_TD.device)
+        turn_TR = self.model.rotary(int(batch.position_T.max()) + 1, x_TD.device)
         numbers = ctypes.c_int32 * sequences
         count, start = numbers(*batch.count_B), numbers(*batch.start_B)
         step = Step(

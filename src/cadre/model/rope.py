@@ -79,8 +79,8 @@ class RotaryTable:
         self.config = config
         self._turn_TR: Tensor | None = None
 
-    def __call__(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Unit rotations times the magnitude for positions start..stop-1: complex64 [stop-start, R/2]."""
+    def __call__(self, stop: int, device: torch.device) -> Tensor:
+        """Unit rotations times the magnitude for positions below `stop`: complex64 [stop, R/2]."""
         table = self._turn_TR
         if table is None or table.device != device or len(table) < stop:
             length = max(stop, 2 * len(table) if table is not None else 128)
@@ -90,8 +90,8 @@ class RotaryTable:
                 angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
                 table = torch.polar(torch.full_like(angle, magnitude), angle).to(device)
             self._turn_TR = table
-        return table[start:stop]
+        return table[:stop]
 
     def at(self, position_T: Tensor, stop: int) -> Tensor:
-        """The same for any positions below `stop`, in any order: complex64 [T, R/2]."""
-        return self(0, stop, position_T.device)[position_T]
+        """The same for any of them, in any order: complex64 [T, R/2]."""
+        return self(stop, position_T.device)[position_T]

@@ -160,7 +160,7 @@ class Transformer(nn.Module):
 
     def _turn(self, ids_BT: Tensor, cache: Cache | None) -> Tensor:
         if cache is None:
-            return self.rotary(0, ids_BT.shape[1], ids_BT.device)
+            return self.rotary(ids_BT.shape[1], ids_BT.device)
         return self.rotary.at(cache.position_T, cache.stop)
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ def tokens(config: ModelConfig, length: int, seed: int) -> Tensor:
 
 def rest(config: ModelConfig, length: int, documents: bool, seed: int) -> tuple[Tensor, None, Tensor | None]:
     begins = torch.rand(BATCH, length, generator=torch.Generator().manual_seed(seed)) < 0.2
-    return RotaryTable(config)(0, length, torch.device("cpu")), None, begins.cumsum(dim=1) if documents else None
+    return RotaryTable(config)(length, torch.device("cpu")), None, begins.cumsum(dim=1) if documents else None
 
 
 def run(layer: torch.nn.Module, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -269,7 +269,7 @@ class _Alone(nn.Module):
         super().__init__()
         self.block = block
         self.embed_tokens, self.lm_head = nn.Embedding(1, 1), nn.Linear(1, 1, bias=False)
-        self.turn = trained.model.rotary(0, trained.seq_len, trained.device)
+        self.turn = trained.model.rotary(trained.seq_len, trained.device)
         shape = (trained.batch, trained.seq_len, trained.model.config.hidden_size)
         dtype = trained.model.compute_dtype  # of what flows between blocks
         self.x = torch.randn(shape, device=trained.device, dtype=dtype, requires_grad=True)

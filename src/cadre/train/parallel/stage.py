@@ -54,7 +54,7 @@ class Stage(Transformer):
         return self._pass(ids_BT, document_BT)
 
     def _pass(self, x: Tensor, document_BT: Tensor | None) -> Tensor:
-        turn_TR = self.rotary(0, x.shape[1], x.device)
+        turn_TR = self.rotary(x.shape[1], x.device)
         if self.first:
             x = self.embed(x)
         for block in self.layers:
