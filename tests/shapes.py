@@ -36,7 +36,7 @@ _SMALL: dict[str, dict[str, Any]] = {
 
 def small(model_type: str, /, **changes: Any) -> ModelConfig:
     """A small valid model of a family, with changes."""
-    return ModelConfig.from_dict({"model_type": model_type, **_SMALL[model_type], **changes})
+    return ModelConfig(**{"model_type": model_type, **_SMALL[model_type], **changes})
 
 
 @st.composite
@@ -77,7 +77,7 @@ def configs(draw: DrawFn, families: tuple[str, ...] = FAMILIES) -> ModelConfig:
     if family.qk_norm == "switch":
         values.update(use_qk_norm=maybe())
     values["rope_parameters"] = _rope(draw, kind)
-    return ModelConfig.from_dict(values)
+    return ModelConfig(**values)
 
 
 def _divisors(number: int) -> list[int]:

@@ -60,7 +60,7 @@ def stir():
 @pytest.fixture(scope="session")
 def config():
     """config(kind, **changes) -> ModelConfig of a tiny model."""
-    return lambda kind="deepseek_v3", **changes: ModelConfig.from_dict({"model_type": kind, **KINDS[kind], **changes})
+    return lambda kind="deepseek_v3", **changes: ModelConfig(model_type=kind, **{**KINDS[kind], **changes})
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,7 @@ def test_theirs_here(kind, number, stir, tmp_path):
 @pytest.mark.parametrize(("kind", "number"), CASES)
 def test_ours_there(kind, number, stir, tmp_path):
     shape = shape_of(kind, number)
-    config = ModelConfig.from_dict({"model_type": kind, **shape})
+    config = ModelConfig(model_type=kind, **shape)
     ours = stir(Transformer(config).initialize(number), number + 100)
     save(ours, tmp_path)
     theirs, report = read_theirs(tmp_path)
@@ -320,7 +320,7 @@ def test_modules_announced_but_not_stored(kind, stir, tmp_path):
 def test_multi_token_prediction(kind, changes, stir, tmp_path):
     """transformers' own loader and layers read our modules. It looks for the published models' layer numbers only, so
     the test tells it ours. It numbers positions from 1 there, which rotary embedding cannot see."""
-    config = ModelConfig.from_dict({"model_type": kind, **shape_of(kind, 0), **changes})
+    config = ModelConfig(model_type=kind, **{**shape_of(kind, 0), **changes})
     ours = stir(Transformer(config).initialize(0), 7)
     save(ours, tmp_path / "model")
     main, report = read_theirs(tmp_path / "model")
@@ -351,7 +351,7 @@ def test_multi_token_prediction(kind, changes, stir, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mixtral", "olmoe"])
 def test_dense_layers_where_transformers_builds_none_are_refused(kind, tmp_path):
-    config = ModelConfig.from_dict({"model_type": kind, **FAMILIES[kind], "first_k_dense_replace": 1, "intermediate_size": 20})
+    config = ModelConfig(model_type=kind, **{**FAMILIES[kind], "first_k_dense_replace": 1, "intermediate_size": 20})
     with pytest.raises(UsageError, match=r"^first_k_dense_replace is 1; the layers of a .* on disk are all sparse"):
         save(Transformer(config), tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -362,7 +362,7 @@ def test_hidden_size_refused_as_transformers_does(kind, tmp_path):
     shape = {**FAMILIES[kind], "hidden_size": 50, **({} if kind == "deepseek_v2" else {"head_dim": 12})}
     with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
         AutoConfig.for_model(kind, **shape)
-    config = ModelConfig.from_dict({"model_type": kind, **shape})
+    config = ModelConfig(model_type=kind, **shape)
     with pytest.raises(UsageError, match=r"^hidden_size is 50; .* multiple of num_attention_heads"):
         save(Transformer(config), tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -371,7 +371,7 @@ def test_hidden_size_refused_as_transformers_does(kind, tmp_path):
 def test_modules_of_deepseek_v2_refused(tmp_path):
     with pytest.raises(ValueError, match="num_mtp_layers"):
         AutoConfig.for_model("deepseek_v2", **FAMILIES["deepseek_v2"]).get_mtp_config()
-    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **FAMILIES["deepseek_v2"], "num_nextn_predict_layers": 1})
+    config = ModelConfig(model_type="deepseek_v2", **FAMILIES["deepseek_v2"], num_nextn_predict_layers=1)
     with pytest.raises(UsageError, match=r"^num_nextn_predict_layers is 1; a deepseek_v2 model"):
         save(Transformer(config), tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -379,7 +379,7 @@ def test_modules_of_deepseek_v2_refused(tmp_path):
 
 def test_dense_modules_refused(stir, tmp_path, monkeypatch):
     shape = {**FAMILIES["deepseek_v3"], "first_k_dense_replace": 4, "num_nextn_predict_layers": 1}
-    ours = stir(Transformer(ModelConfig.from_dict({"model_type": "deepseek_v3", **shape})), 0)
+    ours = stir(Transformer(ModelConfig(model_type="deepseek_v3", **shape)), 0)
     with pytest.raises(UsageError, match=r"^first_k_dense_replace is 4; on disk it is at most num_hidden_layers"):
         save(ours, tmp_path / "model")
     monkeypatch.setattr("cadre.hub.save.check_expressible", lambda config: None)
@@ -419,7 +419,7 @@ YARN_BESIDE = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings"
 def test_what_somebody_has_changed_in_a_config_means_what_it_means_to_transformers(stir, tmp_path, family, changes):
     """As model cards say how: a scaling added beside the newer spelling, which is there; nulls; fields without effect."""
     rope = {} if family == "deepseek_v3" else {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    save(stir(Transformer(ModelConfig.from_dict({"model_type": family, **FAMILIES[family], **rope})), 0), tmp_path / "model")
+    save(stir(Transformer(ModelConfig(model_type=family, **{**FAMILIES[family], **rope})), 0), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     ours, (theirs, _) = load(tmp_path / "model")[0], read_theirs(tmp_path / "model")
@@ -430,7 +430,7 @@ def test_what_somebody_has_changed_in_a_config_means_what_it_means_to_transforme
 
 def test_a_tied_head_may_be_stored_too(stir, tmp_path):
     shape = {"model_type": "llama", **FAMILIES["llama"], "tie_word_embeddings": True}
-    ours = stir(Transformer(ModelConfig.from_dict(shape)), 0)
+    ours = stir(Transformer(ModelConfig(**shape)), 0)
     save(ours, tmp_path / "model")
     file, tensors = tmp_path / "model" / "model.safetensors", stored(tmp_path / "model")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"})

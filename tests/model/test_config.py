@@ -190,7 +190,6 @@ def test_unknown_fields_are_named_with_the_nearest_known_one():
 
 
 def test_the_class_itself_refuses_in_one_line():
-    """In a notebook nobody thinks of from_dict."""
     values = small("llama").model_dump(exclude_none=True)
     for changes, message in (
         ({"hiden_size": 3}, "hiden_size is not a field of a model; did you mean hidden_size?"),
@@ -205,7 +204,7 @@ def test_the_class_itself_refuses_in_one_line():
 
 def test_missing_fields_are_named():
     with pytest.raises(UsageError, match=r"^vocab_size is missing$"):
-        ModelConfig.from_dict({"model_type": "llama"})
+        ModelConfig(model_type="llama")
 
 
 @given(configs())
@@ -378,7 +377,7 @@ def test_the_number_of_experts_has_three_names(family, spelling):
 def test_a_recipe_may_spell_a_model_as_its_family_does():
     olmoe = dict(model_type="olmoe", vocab_size=31, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_experts=6,
                  num_experts_per_tok=2, intermediate_size=7, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
-    assert ModelConfig.from_dict(olmoe) == small("olmoe")
+    assert ModelConfig(**olmoe) == small("olmoe")
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def converted(tmp_path, tokenizer, config, dtype=None, seed=0):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits(tmp_path, tokenizer, name):
-    model, path = converted(tmp_path, tokenizer, ModelConfig.from_dict(BASE | MODELS[name]))
+    model, path = converted(tmp_path, tokenizer, ModelConfig(**(BASE | MODELS[name])))
     ids = torch.randint(4, VOCABULARY, (100,), generator=torch.Generator().manual_seed(1))
     theirs = reader(path, **EXACT)
     theirs.eval(ids.tolist())
@@ -113,7 +113,7 @@ def test_logits(tmp_path, tokenizer, name):
 
 @pytest.mark.parametrize("dtype, bound", [("f32", 1e-3), ("f16", 0.01), ("bf16", 0.08), ("q8_0", 0.2)])
 def test_dtypes(tmp_path, tokenizer, dtype, bound):
-    model, path = converted(tmp_path, tokenizer, ModelConfig.from_dict(BASE | MODELS["v3-query-rank"]), dtype)
+    model, path = converted(tmp_path, tokenizer, ModelConfig(**(BASE | MODELS["v3-query-rank"])), dtype)
     ids = torch.randint(4, VOCABULARY, (60,), generator=torch.Generator().manual_seed(1))
     theirs = reader(path, **EXACT)
     theirs.eval(ids.tolist())
@@ -162,7 +162,7 @@ def test_tokens(tmp_path, texts, kind):
     tokenizer = byte_level(texts, patterns, ignore, own=kind == "gpt-2")
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    config = ModelConfig.from_dict(BASE | LLAMA | dict(vocab_size=1500))
+    config = ModelConfig(**(BASE | LLAMA | dict(vocab_size=1500)))
     _, path = converted(tmp_path, tokenizer, config)
     theirs = reader(path, vocab_only=True)
     assert theirs.metadata["tokenizer.ggml.pre"] == kind
@@ -186,7 +186,7 @@ def test_text(tmp_path, tokenizer):
     """Words in, words out: greedy text of both programs."""
     from cadre import generate, load
 
-    config = ModelConfig.from_dict(BASE | MODELS["v3-query-rank"])
+    config = ModelConfig(**(BASE | MODELS["v3-query-rank"]))
     _, path = converted(tmp_path, tokenizer, config, "f32")
     model, own = load(tmp_path / "model")
     ours = generate(model, own, "Fellow citizens", max_new_tokens=20, temperature=0.0)

@@ -216,7 +216,7 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
             "routed_scaling_factor": float(key("expert_weights_scale", 1.0)) or 1.0,
             "norm_topk_prob": bool(key("expert_weights_norm", False)),
         }
-    return ModelConfig.from_dict(values)
+    return ModelConfig(**values)
 
 
 def _token_ids(keys: dict[str, Any]) -> dict[str, Any]:

@@ -361,11 +361,6 @@ class ModelConfig(BaseModel):
                 raise UsageError(explain(error.errors()[0])) from None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build from plain values (a recipe's `[model]`). Raises `UsageError` naming the first field that is wrong."""
-        return cls(**values)
-
-    @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Build from the content of a Hugging Face `config.json`, of either spelling of the rotary fields.
 
@@ -374,7 +369,7 @@ class ModelConfig(BaseModel):
         """
         fields = fields_from_hf(values, where, cls.model_fields)
         try:
-            return cls.from_dict(fields)
+            return cls(**fields)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
 

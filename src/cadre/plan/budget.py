@@ -195,13 +195,13 @@ def expert_width(hidden: int, top_k: int) -> int:
 def shape(hidden: int, experts: int, top_k: int, vocab_size: int, seq_len: int) -> ModelConfig:
     """The family of shapes, in the anchor's proportions: a block for every 32 of width, heads of 64, one latent of 3/8, one
     dense block, and half as many shared experts as routed ones a token."""
-    return ModelConfig.from_dict(dict(
+    return ModelConfig(
         model_type="deepseek_v3", vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=max(3, round(hidden / 32)),
         num_attention_heads=max(1, hidden // 64), kv_lora_rank=3 * hidden // 8, qk_nope_head_dim=48, qk_rope_head_dim=16,
         v_head_dim=64, intermediate_size=3 * hidden, first_k_dense_replace=1, n_routed_experts=experts,
         n_shared_experts=top_k // 2, num_experts_per_tok=top_k, moe_intermediate_size=expert_width(hidden, top_k),
         max_position_embeddings=seq_len,
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
 def candidates(vocab_size: int, seq_len: int) -> Iterator[Candidate]:

@@ -288,7 +288,7 @@ class Recipe(Section):
         values = {"vocab_size": vocab_size, **{k: v for k, v in tokens.items() if v is not None}, **self.model}
         values.setdefault("max_position_embeddings", self.data.seq_len)
         try:
-            return ModelConfig.from_dict(values)
+            return ModelConfig(**values)
         except UsageError as error:
             raise ValueError(f"model.{error}") from None
 

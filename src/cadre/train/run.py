@@ -199,7 +199,7 @@ def continued(recipe: Recipe) -> ModelConfig:
         if isinstance(rope, dict):
             changed["rope_parameters"] = {**held.get("rope_parameters", {}), **rope}
         try:
-            config = ModelConfig.from_dict({**held, **changed})
+            config = ModelConfig(**{**held, **changed})
         except UsageError as error:
             raise UsageError(f"model.{error}") from None
         if config.rotary_dim != stored.rotary_dim:

@@ -387,7 +387,7 @@ def _main() -> None:
     keep_freed_memory()
     device = default_device()
     step = Step(**{**asked["step"], "optimizer": OptimizerSection(**asked["step"]["optimizer"])})
-    few, dtype = ModelConfig.from_dict(asked["config"]), getattr(torch, asked["dtype"])
+    few, dtype = ModelConfig(**asked["config"]), getattr(torch, asked["dtype"])
     try:
         measured = measure(few, step, dtype, device, Effort(**asked["effort"]), asked["most_rows"])
     except UsageError as error:

@@ -111,7 +111,7 @@ def check_length(config: ModelConfig, seq_len: int) -> None:
 
 def changed(config: ModelConfig, **values: Any) -> ModelConfig:
     """The config with some fields changed, checked again. Raises `UsageError` for a shape that cannot be."""
-    return ModelConfig.from_dict({**config.model_dump(exclude_none=True), **values})
+    return ModelConfig(**{**config.model_dump(exclude_none=True), **values})
 
 
 def speed(config: ModelConfig, *, batch: int, seq_len: int, seconds: list[float]) -> dict[str, Any]:
