@@ -130,7 +130,7 @@ def bench_decode(
                   for new, old in zip(*pair, strict=True))  # fmt: skip
     for turn in range(ROUNDS):
         note(f"decoding, turn {turn + 1} of {ROUNDS}")
-        seconds += [decoding.step() for _ in range(steps // ROUNDS)]
+        seconds += [decoding.step() for _ in range(steps * turn // ROUNDS, steps * (turn + 1) // ROUNDS)]
         for other, took in zip(others, theirs, strict=True):
             took += [other.step() for _ in range(max(1, steps // ROUNDS // 2))]
     median = statistics.median(seconds)
