@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Images set it, and then every process that the tests start compiles torch's modules again: four seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-browser test-slow check clean
 
 setup: $(VENV)/.installed
