@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -12,11 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cadre.data import pace, tokenising
+from cadre.data import prepare as preparing
 from cadre.data.pace import Pace
 from cadre.data.prepare import prepare
 from cadre.data.sources import Document
+from cadre.data.split import TextChangedError
 from cadre.data.tokenising import unfinished
-from cadre.errors import UsageError
+from cadre.errors import RunError, UsageError
 
 TEXTS = [f"Document {i} says that {i * i} is the square of {i}.\n\nAnd {'so ' * i}on." for i in range(20)]
 CHAT = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Seven."}]
@@ -45,14 +50,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 class Interrupts:
-    """Interrupts after as many documents as it is told, counted from where the work goes on."""
+    """Interrupts after as many pieces as it is told, counted from where the work goes on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.after, self.written = 10**9, 0
         encode = tokenising._Encoder.add
 
-        def add(encoder, part, document) -> None:
-            encode(encoder, part, document)
+        def add(*given) -> None:
+            encode(*given)
             self.written += 1
             if self.written >= self.after:
                 raise KeyboardInterrupt
@@ -62,25 +67,25 @@ class Interrupts:
 
 @pytest.mark.parametrize("chats", [False, True])
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(places=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+@given(places=st.lists(st.integers(2, 30), min_size=1, max_size=4))
 def test_who_is_interrupted_goes_on_and_ends_the_same(tmp_path_factory, chats, places):
     folder = tmp_path_factory.mktemp("text")
     source = corpus(folder, chats=chats)
-    whole = content(prepare(source, vocab_size=270, held_out=0.2, out=folder / "whole").path)
     said: list[str] = []
     choices = {"vocab_size": 270, "held_out": 0.2, "out": folder / "out", "progress": said.append}
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupts = Interrupts(monkeypatch)
+        whole = content(prepare(source, vocab_size=270, held_out=0.2, out=folder / "whole").path)
+        pieces = interrupts.written
         for place in places:
             interrupts.after, interrupts.written = place, 0
-            try:
+            with pytest.raises(KeyboardInterrupt):
                 prepare(source, **choices)
-            except KeyboardInterrupt:
-                assert "interrupted" in said[-1]
+            assert f"what is tokenised stays in {folder / '.out.partial'}" in said[-1]
         interrupts.after, interrupts.written = 10**9, 0
         assert content(prepare(source, **choices).path) == whole
-        # The document at which it was interrupted is made again, none before it; and no tokenizer is trained again.
-        assert interrupts.written == max(0, len(TEXTS) + 2 * chats - sum(place - 1 for place in places))
+        # The piece at which it was interrupted is made again, none before it; and no tokenizer is trained again.
+        assert interrupts.written == pieces - sum(place - 1 for place in places) > 0
     assert sum("training a tokenizer" in line for line in said) == 1
     assert sorted(path.name for path in folder.iterdir()) == ["a.jsonl", "b.jsonl", "out", "whole"]
 
@@ -91,7 +96,7 @@ def interrupted(tmp_path, monkeypatch) -> tuple[list[str], Path, dict[str, bytes
     source = corpus(tmp_path, chats=True)
     whole = content(prepare(source, vocab_size=270, out=tmp_path / "whole").path)
     with monkeypatch.context() as context:
-        Interrupts(context).after = 15
+        Interrupts(context).after = 60
         with pytest.raises(KeyboardInterrupt):
             prepare(source, vocab_size=270, out=tmp_path / "out")
     return source, tmp_path / ".out.partial", whole
@@ -116,16 +121,50 @@ def test_what_was_begun_of_other_text_or_by_other_code_is_not_gone_on_with(inter
     assert content(prepare(source, vocab_size=270, out=tmp_path / "out").path) == whole
 
 
-def test_a_failure_leaves_nothing_of_what_was_written_down(interrupted, tmp_path, monkeypatch):
-    source, left, _ = interrupted
+@pytest.mark.parametrize("error, kept", [
+    (UsageError("no"), True), (OSError(errno.EIO, "I/O error"), True), (OSError(errno.ENOSPC, "No space"), False),
+    (TextChangedError("no"), False),
+])  # fmt: skip
+def test_what_is_written_down_outlives_all_but_a_full_disk_and_other_text(interrupted, tmp_path, monkeypatch, error, kept):
+    source, left, whole = interrupted
 
-    def add(*_) -> None:
-        raise UsageError("no")
+    def fail(*_) -> None:
+        raise error
 
-    monkeypatch.setattr(tokenising._Encoder, "add", add)
-    with pytest.raises(UsageError, match="no"):
-        prepare(source, vocab_size=270, out=tmp_path / "out")
-    assert not left.exists() and not (tmp_path / "out").exists()
+    with monkeypatch.context() as context:
+        context.setattr(tokenising._Encoder, "add", fail)
+        with pytest.raises((UsageError, RunError)):
+            prepare(source, vocab_size=270, out=tmp_path / "out")
+    assert (left.exists(), (tmp_path / "out").exists()) == (kept, False)
+    assert content(prepare(source, vocab_size=270, out=tmp_path / "out").path) == whole
+
+
+def test_killed_as_it_is_written_down_or_just_before_it_is_done_nothing_is_lost(interrupted, tmp_path, monkeypatch):
+    source, left, whole = interrupted
+    (left / ".state.json.123.partial").write_text("{")
+    interrupts = Interrupts(monkeypatch)
+    with monkeypatch.context() as context:
+        context.setattr(preparing, "_publish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, vocab_size=270, out=tmp_path / "out")
+    interrupts.written = 0
+    assert content(prepare(source, vocab_size=270, out=tmp_path / "out").path) == whole
+    assert interrupts.written == 0
+
+
+def test_a_file_system_without_locks_is_used_without_them(tmp_path, monkeypatch):
+    source = corpus(tmp_path, chats=False)
+
+    def flock(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(tokenising.fcntl, "flock", flock)
+    assert prepare(source, vocab_size=270, out=tmp_path / "out").path == tmp_path / "out"
+    Interrupts(monkeypatch).after = 9
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, vocab_size=280, out=tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["a.jsonl", "b.jsonl", "out"]
+    assert not list(tmp_path.glob(".*.*/*"))
 
 
 def test_one_at_a_time_and_who_waited_finds_what_the_other_made(tmp_path):

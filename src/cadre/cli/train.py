@@ -124,9 +124,10 @@ def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | No
     from cadre.train.parallel.launch import launch
 
     try:
+        before = read_metrics(path)[-1:]
         stopped = launch(processes, arguments, restarts, logs)
         last = read_metrics(path)[-1:]
-        said = bool(last) and last[0].get("event") == "stopped"  # by the main process
+        said = bool(last) and last != before and last[0].get("event") == "stopped"  # by the main process
         if stopped is None and said:  # one of them had a signal
             raise typer.Exit(1)
         if stopped is not None and not said:  # before anything was trained

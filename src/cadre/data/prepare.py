@@ -21,7 +21,7 @@ from cadre.data.pace import Pace
 from cadre.data.shards import FORMAT, TokenData, read_manifest
 from cadre.data.sources import MANIFEST, SUFFIXES, Document, fingerprint, passed_over, read_documents, token_data
 from cadre.data.split import Split, split_documents
-from cadre.data.tokenising import Tokenising, separator, unfinished
+from cadre.data.tokenising import STATE, Tokenising, separator, unfinished
 from cadre.data.tokenizer import check_size, sampled, train_tokenizer
 from cadre.errors import UsageError, write_error
 from cadre.files import kind_of, read_json_object, replace_file, require_local, sync
@@ -175,6 +175,8 @@ def _publish(temporary: Path, folder: Path, inputs: dict[str, Any]) -> None:
         # Another process may have been first with the same text.
         if _find(folder, inputs, cached=False) is None:
             raise
+    else:
+        (folder / STATE).unlink(missing_ok=True)
     sync(folder.parent)
 
 

@@ -24,6 +24,10 @@ _MOST_TIMES = 3
 _LEAST_TO_CUT = 1000
 
 
+class TextChangedError(RunError):
+    """The corpus is not the one that was split."""
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """A corpus divided into training and held-out text. Arrays, for a corpus may have a hundred million documents.
@@ -48,12 +52,12 @@ class Split:
         return hashlib.sha256(self.digests.view(np.uint8).data).hexdigest()
 
     def divide(self, documents: Iterable[Document]) -> Iterator[tuple[bool, Document]]:
-        """(is held out, document), reading the corpus anew. Raises RunError if it is not the one that was split."""
+        """(is held out, document), reading the corpus anew. Raises `TextChangedError` if it is not the one that was split."""
         count = 0
         for count, document in enumerate(documents, start=1):
             digest = _digest(document)
             if count > len(self.digests) or digest != self.digests[count - 1].tobytes():
-                raise RunError(f"{document.name}: the text changed while it was being prepared; run it again")
+                raise TextChangedError(f"{document.name}: the text changed while it was being prepared; run it again")
             if digest in self.cut:
                 cut = _cut(document, self.tail)
                 yield False, document.part(0, cut)
@@ -61,7 +65,7 @@ class Split:
             else:
                 yield bool(self.held_out[count - 1]), document
         if count != len(self.digests):
-            raise RunError("the text changed while it was being prepared; run it again")
+            raise TextChangedError("the text changed while it was being prepared; run it again")
 
 
 def split_documents(documents: Iterable[Document], held_out: float) -> Split:

@@ -3,11 +3,13 @@ on where they were."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -20,7 +22,7 @@ from tokenizers import Tokenizer
 from cadre.data.pace import Pace
 from cadre.data.shards import PARTS
 from cadre.data.sources import HELD_OUT_TEXT, MANIFEST, Document
-from cadre.data.split import Split, pieces
+from cadre.data.split import Split, TextChangedError, pieces
 from cadre.errors import UsageError, encodable
 from cadre.files import read_json_object, replace_file, stamp, sync
 from cadre.hub.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
@@ -30,38 +32,44 @@ SHARD_TOKENS = 64 * 2**20
 CHUNK = 2 * 2**20
 # How far the work has come is written down so often.
 SAVE_SECONDS = 30.0
-_STATE = "state.json"
+STATE = "state.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def unfinished(folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """A folder beside `folder`, in which its content grows until it is renamed: of one process at a time, another waits. It may
-    hold what an earlier process left. Afterwards it is gone, except when an interrupt ends work that has written down how far
-    it came. Raises OSError."""
-    path = folder.parent / f".{folder.name}.partial"
-    handle = _held(path, say)
+    hold what an earlier process left. Afterwards it is gone, except when work ends early that has written down how far it came.
+    Raises OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.parent / f".{folder.name}.lock"
+    handle = _locked(lock, say)
+    # Where a file system knows no locks each process has a folder of its own, to which nobody comes back.
+    path = folder.parent / f".{folder.name}.{uuid.uuid4().hex if handle is None else 'partial'}"
     kept = False
     try:
+        path.mkdir(exist_ok=handle is not None)
         yield path
-    except KeyboardInterrupt:
-        kept = (path / _STATE).exists()
+    except BaseException as error:
+        hopeless = isinstance(error, TextChangedError) or (isinstance(error, OSError) and error.errno in _FULL)
+        kept = handle is not None and not hopeless and (path / STATE).exists()
         if kept:
-            say("interrupted; the same command goes on with what is tokenised")
+            say(f"what is tokenised stays in {path}: the same command goes on with it")
         raise
     finally:
-        if not kept and _is_at(path, handle):  # another's, if this one has been renamed
+        if not kept:
             shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+        if handle is not None:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
 
 
-def _held(path: Path, say: Callable[[str], None]) -> int:
+def _locked(lock: Path, say: Callable[[str], None]) -> int | None:
+    """An open handle of the file, locked: for other machines, too, where a network file system takes locks, since it is opened
+    for writing. None where there are no locks."""
     told = False
     while True:
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # whoever had it is done
-            continue
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,8 +78,13 @@ def _held(path: Path, say: Callable[[str], None]) -> int:
                     say("another process is preparing this text: waiting for it")
                     told = True
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_at(path, handle):
+            if _is_at(lock, handle):  # whoever had it deletes it
                 return handle
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                return None
+            raise
         except BaseException:
             os.close(handle)
             raise
@@ -92,7 +105,7 @@ class _Part:
         """state: as `state` gave it, for the files of the folder, which may hold more by now; empty for a new part. Raises
         OSError, or ValueError if they hold less."""
         self._folder, self._name, self._dtype, self._masked = folder, name, dtype, masked
-        self._entry, self._entries = 0, list(state.get("entries", [0] * entries))
+        self._entries = list(state.get("entries", [0] * entries))
         self.documents, self.tokens, self.bytes, self.shards, self.learned, self.learned_bytes = (
             state.get(count, 0) for count in ("documents", "tokens", "bytes", "shards", "learned", "learned_bytes")
         )
@@ -112,15 +125,15 @@ class _Part:
     def start_document(self, document: Document) -> None:
         self._starts.write(np.int64(self.tokens).tobytes())
         self.documents += 1
-        self._entry = document.entry
         self.bytes += len(document.text.encode("utf-8"))
         self.learned_bytes += document.learned_bytes if self._masked else 0
 
-    def add(self, ids: list[int], learned: bool | list[bool] = True) -> None:
+    def add(self, ids: list[int], entry: int, learned: bool | list[bool] = True) -> None:
+        """Append tokens of a document of the source's entry with this number."""
         array = np.array(ids, dtype=self._dtype)
         mask = np.broadcast_to(np.array(learned, dtype=bool), len(array))
         self.learned += int(mask.sum())
-        self._entries[self._entry] += len(array)
+        self._entries[entry] += len(array)
         while len(array):
             room = -self.tokens % SHARD_TOKENS
             if room == 0:
@@ -183,34 +196,35 @@ class _Encoder:
         decoder = tokenizer.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in decoder.items() if token.special}
         self.answer_ends = set(answer_ends)
-        self._waiting: list[tuple[_Part, Document | None, bool, str]] = []
+        self._waiting: list[tuple[_Part, Document, int, str]] = []
         self._characters = 0
 
-    def add(self, part: _Part, document: Document) -> None:
+    def pieces(self, document: Document) -> Iterator[str]:
+        """What `add` takes, one after the other: a document's text in parts, a conversation as it is."""
+        return pieces(document.text, CHUNK) if document.answers is None else iter([document.text])
+
+    def add(self, part: _Part, document: Document, start: int, piece: str) -> None:
+        """Add the piece of a document that begins at the letter `start`."""
         if document.answers is not None:
             self.flush()
             self._add_conversation(part, document)
             return
-        start = 0
-        for piece in pieces(document.text, CHUNK):
-            start += len(piece)
-            first, last = start == len(piece), start == len(document.text)
-            self._waiting.append((part, document if first else None, last, piece))
-            self._characters += len(piece)
-            if self._characters >= CHUNK:
-                self.flush()
+        self._waiting.append((part, document, start, piece))
+        self._characters += len(piece)
+        if self._characters >= CHUNK:
+            self.flush()
 
     def flush(self) -> None:
         """Write what waits to be encoded together."""
         with encodable("the text"):
-            encoded = self._plain.encode_batch_fast([text for *_, text in self._waiting], add_special_tokens=False)
-        for (part, starting, last, _), encoding in zip(self._waiting, encoded, strict=True):
-            if starting is not None:
-                part.start_document(starting)
-                part.add(self._before)
-            part.add(encoding.ids)
-            if last:
-                part.add(self._after)
+            encoded = self._plain.encode_batch_fast([piece for *_, piece in self._waiting], add_special_tokens=False)
+        for (part, document, start, piece), encoding in zip(self._waiting, encoded, strict=True):
+            if start == 0:
+                part.start_document(document)
+                part.add(self._before, document.entry)
+            part.add(encoding.ids, document.entry)
+            if start + len(piece) == len(document.text):
+                part.add(self._after, document.entry)
         self._waiting.clear()
         self._characters = 0
 
@@ -220,9 +234,9 @@ class _Encoder:
         ids, before, after = encoding.ids, self._before, self._after
         part.start_document(document)
         if ids[: len(before)] != before:
-            part.add(before, False)
+            part.add(before, document.entry, False)
         learned = document.learned(encoding.offsets)
-        part.add(ids, learned)
+        part.add(ids, document.entry, learned)
         end = None
         for first, last in document.answers or ():
             said = document.text[first:last].rstrip()
@@ -230,7 +244,7 @@ class _Encoder:
             self.answer_ends.update(() if end is None else (end,))
         if ids[len(ids) - len(after) :] != after:
             # By it a model learns to stop whose template has no token for that.
-            part.add(after, end is None and learned[-1:] == [True])
+            part.add(after, document.entry, end is None and learned[-1:] == [True])
 
 
 class Tokenising:
@@ -241,12 +255,13 @@ class Tokenising:
         self.folder, self.version = folder, version
         self._saved_at = time.monotonic()
         try:
-            state = read_json_object(folder / _STATE)
+            state = read_json_object(folder / STATE)
         except UsageError:  # there is none
             state = {}
         self._state = state if state.get("version") == version else {}
-        if not self._state:
-            _empty(folder)
+        # All of another version, and what a killed process was just about to put in place.
+        for path in folder.glob(".*.partial") if self._state else folder.iterdir():
+            path.unlink()
 
     def tokenizer(self) -> Tokenizer | None:
         """The one that the work was begun with, if it was."""
@@ -263,21 +278,28 @@ class Tokenising:
         parts, held_out_text = self._open(dtype, entries, split.conversations)
         train, held_out = parts
         encoder = _Encoder(tokenizer, self._state.get("answer_ends", ()))
-        done, characters = self._state.get("done", 0), self._state.get("characters", 0)
+        # Documents that are done, letters of the next one, and letters of all.
+        done, within, characters = (self._state.get(count, 0) for count in ("done", "within", "characters"))
         pace = Pace(say, "tokenising", split.characters, characters)
         try:
             for is_held_out, document in islice(split.divide(documents), done, None):
-                if time.monotonic() - self._saved_at > SAVE_SECONDS:
-                    encoder.flush()
-                    self._save(done, characters, parts, held_out_text, encoder.answer_ends)
-                if is_held_out:
+                if is_held_out and not within:
                     record: dict[str, Any] = {"name": document.name, "text": document.text}
                     if document.answers is not None:
                         record["answers"] = document.answers
                     held_out_text.write(json.dumps(record, ensure_ascii=False) + "\n")
-                encoder.add(held_out if is_held_out else train, document)
-                done, characters = done + 1, characters + len(document.text)
-                pace.add(len(document.text))
+                start = 0
+                for piece in encoder.pieces(document):
+                    if start >= within:
+                        encoder.add(held_out if is_held_out else train, document, start, piece)
+                        within, characters = start + len(piece), characters + len(piece)
+                        pace.add(len(piece))
+                        if time.monotonic() - self._saved_at > SAVE_SECONDS:
+                            encoder.flush()
+                            place = {"done": done, "within": within, "characters": characters}
+                            self._save(place, parts, held_out_text, encoder.answer_ends)
+                    start += len(piece)
+                done, within = done + 1, 0
             encoder.flush()
         finally:
             for file in (*parts, held_out_text):
@@ -293,9 +315,8 @@ class Tokenising:
         }
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Add the manifest, last, with all of it on the disk."""
-        (self.folder / _STATE).unlink(missing_ok=True)
-        files = sorted(self.folder.iterdir())
+        """Add the manifest, with all of it on the disk. How far the work came stays there until the folder has its name."""
+        files = sorted(path for path in self.folder.iterdir() if path.name not in (STATE, MANIFEST))
         for file in files:
             sync(file)
         manifest = {**manifest, "files": {file.name: stamp(file) for file in files}}
@@ -312,6 +333,8 @@ class Tokenising:
             if self._state:
                 _shorten(self.folder / HELD_OUT_TEXT, self._state["held_out_text"])
         except (FileNotFoundError, ValueError):  # a machine that lost power
+            if not self._state:
+                raise
             self._state = {}
             return self._open(dtype, entries, masked)
         # The name of a file need not be Unicode; what stands for its other bytes is written as JSON's escapes are.
@@ -320,9 +343,7 @@ class Tokenising:
         )
         return (train, held), text
 
-    def _save(
-        self, done: int, characters: int, parts: tuple[_Part, _Part], held_out_text: IO[str], answer_ends: set[int]
-    ) -> None:
+    def _save(self, place: dict[str, int], parts: tuple[_Part, _Part], held_out_text: IO[str], answer_ends: set[int]) -> None:
         for part in parts:
             part.sync()
         held_out_text.flush()
@@ -330,21 +351,12 @@ class Tokenising:
         self._saved_at = time.monotonic()
         state = {
             "version": self.version,
-            "done": done,
-            "characters": characters,
+            **place,
             "parts": {name: part.state() for name, part in zip(PARTS, parts, strict=True)},
             "held_out_text": os.fstat(held_out_text.fileno()).st_size,
             "answer_ends": sorted(answer_ends),
         }
-        replace_file(self.folder / _STATE, json.dumps(state).encode())
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        replace_file(self.folder / STATE, json.dumps(state).encode())
 
 
 def separator(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

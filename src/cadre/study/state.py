@@ -22,7 +22,7 @@ from cadre.study.worker import RESULT, read_curve
 from cadre.train.recipe import parse_recipe
 
 FILE = "study.json"
-_FORMAT = 2
+_FORMAT = 3
 # Fields of a `State` that are JSON as they are.
 _PLAIN = ("text_hash", "quick", "minutes", "step_seconds", "amount", "rent", "rent_source", "dtype", "held_out_tokens",
           "train_tokens", "machine")  # fmt: skip

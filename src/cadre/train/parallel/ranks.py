@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from cadre.train.optimizer import Optimizer
     from cadre.train.recipe import Recipe
 
-# What a recipe may say otherwise on each machine: its name, and where text and tokenizer lie, which are compared themselves.
-_PLACES: Any = {"name": True, "data": {"source", "tokenizer"}}
+# What a recipe may say otherwise on each machine: its name, and where files lie. (Text and tokenizer are compared themselves.)
+_PLACES: Any = {"name": True, "data": {"source", "tokenizer"}, "model": {"from"}}
 
 
 class Ranks(Parallel):
