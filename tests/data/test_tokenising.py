@@ -34,6 +34,7 @@ def small(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tokenising, "SHARD_TOKENS", 37)
     monkeypatch.setattr(tokenising, "CHUNK", 23)
     monkeypatch.setattr(tokenising, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # nobody pulls the plug
 
 
 def corpus(folder: Path, *, chats: bool) -> list[str]:
