@@ -155,7 +155,7 @@ class Balance:
             "load_entropy": evenness(window_LE).round(4).tolist(),
             "dead_experts": dead_experts(window_LE).tolist(),
             "bias_range": [None if bias is None else round(float(bias.max() - bias.min()), 6) for bias in biases],
-            "logit_scale": scale_L.round(4).tolist(),
+            "logit_scale": scale_L.round(6).tolist(),
         }
 
     def close_window(self) -> None:
