@@ -274,6 +274,12 @@ def test_the_documented_examples_are_what_is_printed(monkeypatch, capsys, comman
     assert len(wanted) > 8 and set(wanted) <= set(shown)
 
 
+def test_what_goes_to_a_file_is_not_wrapped(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert plan(monkeypatch, "deepseek-v3") == 0
+    assert "(deepseek_v3; https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/config.json)\n" in capsys.readouterr().out
+
+
 def test_the_documentation_names_every_model_and_device():
     assert all(f"`{name}`" in DOCS for name in catalogue.names())
     devices = next(line for line in DOCS.splitlines() if line.startswith("| `--hardware`"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +22,15 @@ _SCHEDULES = {"none": "no pipeline", "1f1b": "1F1B", "interleaved": "interleaved
               "zbv": "ZB-V", "dualpipev": "DualPipeV"}  # fmt: skip
 
 
+# Columns of what goes to a file or another program, where rich would wrap at 80: addresses and tables stay whole.
+_UNWRAPPED = 1000
+
+
 def show(plan: dict[str, Any], explain: bool = False, console: Console | None = None) -> None:
     """Print a plan of `cadre.plan.planner.make_plan`; with `explain`, every term of the step and the next best layouts."""
     out = console or Console(highlight=False, markup=False, emoji=False)
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = _UNWRAPPED
     out.print(Text(f"{plan['model']}  ({plan['model_type']}; {plan['source']})", style="bold"))
     for note in plan["notes"]:
         out.print(f"note: {note}")
