@@ -8,27 +8,27 @@ from collections.abc import Callable, Iterable, Iterator
 from cadre.data.sources import Document
 from cadre.units import clock, compact
 
-# Seconds until the first word, and between two at least.
-_FIRST = 10.0
-_MORE = 0.1
+# Between two lines: so many seconds at least, and this share of the time that has gone by.
+_LEAST = 10.0
+_SHARE = 0.1
 
 
 class Pace:
-    """Says how far work has come: after ten seconds, then whenever another ten and a tenth more time have gone by, so that
-    hours take some dozens of lines. `total` and `done`: its characters, if they are known, and those done before."""
+    """Says how far work has come: every ten seconds, and less often the longer it takes, so that hours take dozens of lines.
+    `total` and `done`: its characters, if they are known, and those done before."""
 
     def __init__(self, say: Callable[[str], None], work: str, total: int | None = None, done: int = 0) -> None:
         self._say, self._work, self._total = say, work, total
         self._done = self._before = done
         self._began = time.monotonic()
-        self._next = _FIRST
+        self._next = _LEAST
 
     def add(self, characters: int) -> None:
         self._done += characters
         elapsed = time.monotonic() - self._began
         if elapsed < self._next:
             return
-        self._next = elapsed + max(_FIRST, _MORE * elapsed)
+        self._next = elapsed + max(_LEAST, _SHARE * elapsed)
         rate = (self._done - self._before) / elapsed
         said = f"{self._work}: {compact(self._done)} characters, {compact(rate)}/s"
         if self._total:

@@ -67,7 +67,7 @@ def prepare(
     size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
     if given is None:
         check_size(size)
-    if given is not None:
+    else:
         separator(given)
     names = [source] if isinstance(source, str) else list(source)
     if out is None and (made := token_data(source)) is not None:

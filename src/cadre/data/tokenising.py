@@ -183,6 +183,11 @@ def _shorten(path: Path, size: int) -> None:
     os.truncate(path, size)
 
 
+def _pieces(document: Document) -> Iterator[str]:
+    """What is encoded at once: of a text parts, of a conversation all, for where its answers lie is told of the whole."""
+    return pieces(document.text, CHUNK) if document.answers is None else iter([document.text])
+
+
 class _Encoder:
     """Turns documents into tokens, many at a time, and appends these to parts. `answer_ends`: the special tokens that end what
     the assistant says, found so far."""
@@ -198,10 +203,6 @@ class _Encoder:
         self.answer_ends = set(answer_ends)
         self._waiting: list[tuple[_Part, Document, int, str]] = []
         self._characters = 0
-
-    def pieces(self, document: Document) -> Iterator[str]:
-        """What `add` takes, one after the other: a document's text in parts, a conversation as it is."""
-        return pieces(document.text, CHUNK) if document.answers is None else iter([document.text])
 
     def add(self, part: _Part, document: Document, start: int, piece: str) -> None:
         """Add the piece of a document that begins at the letter `start`."""
@@ -289,7 +290,7 @@ class Tokenising:
                         record["answers"] = document.answers
                     held_out_text.write(json.dumps(record, ensure_ascii=False) + "\n")
                 start = 0
-                for piece in encoder.pieces(document):
+                for piece in _pieces(document):
                     if start >= within:
                         encoder.add(held_out if is_held_out else train, document, start, piece)
                         within, characters = start + len(piece), characters + len(piece)
