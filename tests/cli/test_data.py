@@ -30,7 +30,7 @@ def test_json_is_one_object_on_standard_output(text, tmp_path):
     result = run(text, "--out", out, "--vocab-size", 280, "--held-out", 0.2, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert printed["path"] == str(out)
+    assert printed["path"] == str(out) and result.stderr == ""
     assert (printed["train"]["documents"], printed["held_out"]["documents"]) == (8, 2)
     assert printed["vocab_size"] == TokenData.open(out).vocab_size == 280
 
@@ -43,6 +43,8 @@ def test_summary_names_counts_and_folder(text, tmp_path):
     assert f"held out: 1 documents, {len(opened.held_out):,} tokens" in result.stdout
     assert f"{opened.manifest['bytes_per_token']:.2f} bytes per token" in result.stdout
     assert str(tmp_path / "out") in result.stdout
+    assert result.stdout.startswith("reading ") and "tokenising 2 documents\n" in result.stdout  # in a job's log, too
+    assert result.stderr == ""
 
 
 def test_a_given_tokenizer_is_used(text, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def data(
         vocab_size=vocab_size,
         out=out,
         held_out=held_out,
-        progress=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
+        progress=_on_terminal if sys.stderr.isatty() else None if json_output else _in_log(),
     )
     manifest = prepared.manifest
     if json_output:
@@ -56,3 +57,21 @@ def data(
     if (why := lossy(prepared.tokenizer, (document.text for document in prepared.read_held_out()))) is not None:
         typer.echo(why)
     typer.echo(f"written to {prepared.path}")
+
+
+def _on_terminal(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _in_log() -> Callable[[str], None]:
+    """Prints lines from the second on, with the first: by then the text can be read, so that bad input is one line alone."""
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            typer.echo(said[0])
+        if len(said) >= 2:
+            typer.echo(line)
+
+    return say
