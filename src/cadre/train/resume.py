@@ -10,6 +10,7 @@ import torch
 
 from cadre.errors import UsageError
 from cadre.hub.directory import model_directory, recover
+from cadre.train.boards import check_wandb
 from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
 from cadre.train.checks import say_slow
 from cadre.train.metrics import read_metrics
@@ -50,6 +51,7 @@ def resume(
     with parallel.in_turn():
         _refuse_difference(path, held, wanted)
         if parallel.main:
+            check_wandb(wanted.train.wandb)
             with only_writer(path):  # what another process trains must stay as it is
                 set_aside_damaged(path, note)
                 for folder in ("model", "best"):

@@ -5,7 +5,7 @@ from.txt         of a run that began with a model, where that lies
 model/           the model so far, in the Hugging Face layout
 best/            with checkpoint.best, the model whose held-out loss was lowest
 checkpoints/     what `--resume` continues from
-metrics.jsonl    one object per logged step; tensorboard/ has the same
+metrics.jsonl    one object per logged step; tensorboard/ has the same, and with train.wandb wandb/, whose id wandb.txt holds
 report.html      the run on one page
 """
 
@@ -38,6 +38,7 @@ from cadre.kernels.limits import dtype_name, training_dtype
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 from cadre.plan.hardware import Device
+from cadre.train.boards import check_wandb
 from cadre.train.checks import advise, check_fp8, check_memory, check_samples, say_slow
 from cadre.train.metrics import folder_gone
 from cadre.train.parallel.auto import device_here, settle
@@ -117,6 +118,7 @@ def start(
         if parallel.main:
             refuse_used(path)
             _require_folder(path)
+            check_wandb(recipe.train.wandb)
         words = recipe.model.get("vocab_size") or recipe.data.vocab_size
         if words is not None and "from" not in recipe.model:  # before text is prepared for what cannot be
             check_memory(recipe.config(words), device, recipe.optimizer.name, parallel.size)

@@ -22,6 +22,7 @@ from cadre.kernels.limits import gemm_flops_per_second, peak_memory_bytes, synch
 from cadre.kernels.total_norm import total_norm
 from cadre.plan.count import count
 from cadre.train.balance import Balance
+from cadre.train.boards import WeightsAndBiases
 from cadre.train.checkpoint import Tensors, checkpoints, read_state
 from cadre.train.collapse import CollapseAlarm
 from cadre.train.evaluation import Evaluation
@@ -215,7 +216,10 @@ class Trainer:
             at_last = record.get("final") or (both and "bits_per_byte" in record) or record.get("event") in _LAST_WORDS
             return ends_here and bool(at_last)
 
-        return MetricsLog(self.run.path, resume_step=-1 if resumed is None else resumed, again=again)
+        board, project = None, self.recipe.train.wandb
+        if project is not None:
+            board = WeightsAndBiases(self.run.path, project, self.recipe.model_dump(), self.observer.note)
+        return MetricsLog(self.run.path, resume_step=-1 if resumed is None else resumed, again=again, board=board)
 
     def ends_as_it_began(self) -> bool:
         """Whether the last step is also scored on the text that evaluations on the way read: to find the lowest of them, or
