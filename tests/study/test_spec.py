@@ -105,6 +105,18 @@ def test_a_recipe_that_is_no_recipe_is_refused_as_one():
         study.base_recipe()
 
 
+def test_a_base_is_looked_for_beside_the_study(tmp_path, monkeypatch):
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    text = study_text()
+    start, stop = text.index("[recipe.model]"), text.index("[arms.")
+    (folder / "mine.toml").write_text(text[start:stop].replace("[recipe.", "["))
+    (folder / "study.toml").write_text('base = "mine.toml"\n' + text[:start] + text[stop:])
+    monkeypatch.chdir(tmp_path)
+    study, _ = read_study("studies/study.toml")
+    assert study.base_recipe().model["intermediate_size"] == 48
+
+
 def test_a_recipe_is_told_from_a_study():
     with pytest.raises(UsageError, match=r"^mine: is a recipe: cadre train runs it; a study has \[arms\] to compare$"):
         parse_study("[model]\nhidden_size = 3\n", "mine")

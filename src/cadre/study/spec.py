@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 from cadre import sections
 from cadre.errors import UsageError
 from cadre.sections import Section
+from cadre.train import recipe
 from cadre.train.recipe import Recipe, dump_toml, parse_recipe, read_recipe
 
 Quantity = Literal["active_flops", "total_parameters", "cache_bytes"]
@@ -206,4 +208,7 @@ def parse_study(text: str, where: str, name: str = "study") -> Study:
         raise UsageError(f"{where}: is a recipe: cadre train runs it; a study has [arms] to compare")
     values.setdefault("name", name)
     values.setdefault("title", name)
+    base = values.get("base")
+    if isinstance(base, str) and base not in recipe.shipped():  # a file beside the study's
+        values["base"] = str(Path(where).parent / base)
     return sections.check(Study, values, where)
