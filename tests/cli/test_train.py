@@ -248,6 +248,14 @@ def test_a_time_of_weeks_is_what_was_asked_for(recipe, monkeypatch):
     assert weeks.train.minutes == 500 * 60 and weeks.train.steps is None
 
 
+@pytest.mark.parametrize(
+    "wrong, said", [("optimizer.nmae=adamw", "unknown key optimizer.nmae"), ("bogus.lr=1", "unknown key bogus")]
+)
+def test_a_slip_beside_a_budget_is_found_before_anything_is_measured(recipe, monkeypatch, capsys, wrong, said):
+    monkeypatch.setattr(choose, "measure_machine", lambda *_: pytest.fail("measured before it was refused"))
+    assert_refused(capsys, train(monkeypatch, "--budget", "90s", "--set", wrong), said)
+
+
 def test_where_no_run_may_begin_nothing_is_measured(recipe, monkeypatch, capsys):
     monkeypatch.setattr(choose, "measure_machine", lambda *_: pytest.fail("measured before it was refused"))
     Path("file").write_text("somebody's")

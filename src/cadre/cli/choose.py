@@ -104,13 +104,14 @@ def choose_recipe(
 
 
 def _data_section(overrides: list[str] | None) -> DataSection:
-    """The data that the overrides ask for."""
+    """The data that the overrides ask for. Raises `UsageError` for those of them that are wrong whatever is chosen, before time
+    goes into choosing."""
     from cadre.plan.budget import shape
     from cadre.train.recipe import dump_toml, parse_recipe
 
     model = shape(64, 8, 2, 4096, 16).model_dump(exclude_none=True, exclude_defaults=True)
     any_recipe = {"model": model, "data": {"seq_len": 16}, "train": {"steps": 1, "batch": 1}, "optimizer": {"lr": 1.0}}
-    ours = [one for one in overrides or [] if one.strip().startswith("data.") and not one.strip().startswith("data.seq_len")]
+    ours = [one for one in overrides or [] if not one.strip().startswith(("model.", "train.", "data.seq_len"))]
     return parse_recipe(dump_toml(any_recipe), "--set", ours).data
 
 
