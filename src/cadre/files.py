@@ -7,8 +7,10 @@ import re
 import stat
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from cadre.errors import UsageError, read_error
 
@@ -38,10 +40,17 @@ def require_regular(path: Path) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes `path` atomically: readers, and a crash, see the old file or the whole new one. Raises OSError."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write what `path` is to hold into, which takes its place when all is written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

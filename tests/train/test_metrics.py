@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cadre.errors import RunError, UsageError
-from cadre.train.metrics import LAYER_TAGS, MetricsLog, load_colours, read_metrics
+from cadre.train.metrics import LAYER_TAGS, MetricsLog, last_record, load_colours, read_metrics
 
 
 def training(step: int) -> dict:
@@ -118,6 +119,20 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(log, "_file", FullDisk())
     with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written: the disk is full"):
         log.write({"step": 1})
+
+
+def test_a_file_of_many_loads_is_trimmed_in_little_memory(tmp_path: Path) -> None:
+    record = training(0) | {"load": [[0.123456] * 500] * 4, "load_layers": [1, 2, 3, 4]}
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(record | {"step": step}) + "\n" for step in range(600))
+    MetricsLog(tmp_path / "elsewhere").close()  # which imports what it needs
+    tracemalloc.start()
+    log = MetricsLog(tmp_path, resume_step=300)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    log.close()
+    assert most < (tmp_path / "metrics.jsonl").stat().st_size / 4
+    assert last_record(tmp_path) == read_metrics(tmp_path)[-1] and read_metrics(tmp_path)[-1]["step"] == 300
 
 
 def test_tensorboard_shows_scalars_and_the_expert_map(tmp_path: Path) -> None:

@@ -120,14 +120,14 @@ def _train(
 
 def _launch(processes: int, arguments: list[str], restarts: int, logs: Path | None, path: Path) -> signal.Signals | None:
     from cadre.train.checkpoint import checkpoints
-    from cadre.train.metrics import read_metrics
+    from cadre.train.metrics import last_record
     from cadre.train.parallel.launch import launch
 
     try:
-        before = read_metrics(path)[-1:]
+        before = last_record(path)
         stopped = launch(processes, arguments, restarts, logs)
-        last = read_metrics(path)[-1:]
-        said = bool(last) and last != before and last[0].get("event") == "stopped"  # by the main process
+        last = last_record(path)
+        said = last is not None and last != before and last.get("event") == "stopped"  # by the main process
         if stopped is None and said:  # one of them had a signal
             raise typer.Exit(1)
         if stopped is not None and not said:  # before anything was trained

@@ -22,6 +22,7 @@ What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cadre.errors import RunError, UsageError, write_error
-from cadre.files import replace_file
+from cadre.files import replacing
 from cadre.train.boards import TensorBoard, WeightsAndBiases
 from cadre.train.loads import load_ratio
 
@@ -143,7 +144,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
     Raises UsageError if another line is not a record.
     """
-    return [record for record, _ in _parse(run_dir / FILE_NAME)[0]]
+    return list(_records(run_dir))
+
+
+def last_record(run_dir: Path) -> dict[str, Any] | None:
+    """The newest of the run's records, None if it has none yet. Raises as `read_metrics`."""
+    return next(iter(deque(_records(run_dir), maxlen=1)), None)
+
+
+def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
+    path = run_dir / FILE_NAME
+    if path.exists():
+        yield from (record for record, _ in _lines(path) if record is not None)
 
 
 def well_formed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -209,33 +221,32 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def _trim(path: Path, resume_step: int, again: Callable[[dict[str, Any]], bool]) -> None:
-    def stays(record: dict[str, Any]) -> bool:
+    """Line by line, twice if need be: the loads of many experts make a file of gigabytes."""
+
+    def stays(record: dict[str, Any] | None) -> bool:
+        if record is None:
+            return False
         return record["step"] < resume_step or (record["step"] == resume_step and not again(record))
 
-    records, torn = _parse(path)
-    kept = [line for record, line in records if stays(record)]
-    if torn or len(kept) < len(records):
-        replace_file(path, b"".join(line + b"\n" for line in kept))
+    if not path.exists() or all(stays(record) and line.endswith(b"\n") for record, line in _lines(path)):
+        return
+    with replacing(path) as file:
+        file.writelines(line.rstrip(b"\n") + b"\n" for record, line in _lines(path) if stays(record))
 
 
-def _parse(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], bool]:
-    """Each record with its line, and whether the file's end is torn (it does not end in a whole line)."""
-    if not path.exists():
-        return [], False
-    *lines, tail = path.read_bytes().split(b"\n")
-    lines += [tail] if tail else []
-    records: list[tuple[dict[str, Any], bytes]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError("no record")
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                return records, True
-            raise UsageError(f"{path}, line {number}: expected a JSON object with an integer 'step'") from error
-        records.append((record, line))
-    return records, bool(tail)
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
+    """Each line with its record; the last with None if it is torn: no whole line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise ValueError("no record")
+            except (ValueError, RecursionError) as error:
+                if file.read(1):
+                    raise UsageError(f"{path}, line {number}: expected a JSON object with an integer 'step'") from error
+                record = None
+            yield record, line
 
 
 def _finite(value: Any) -> Any:

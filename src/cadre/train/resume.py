@@ -13,7 +13,7 @@ from cadre.hub.directory import model_directory, recover
 from cadre.train.boards import check_wandb
 from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
 from cadre.train.checks import say_slow
-from cadre.train.metrics import read_metrics
+from cadre.train.metrics import last_record
 from cadre.train.parallel.auto import device_here
 from cadre.train.parallel.group import Parallel
 from cadre.train.recipe import Recipe, TrainSection, read_recipe
@@ -117,8 +117,8 @@ def _newest(path: Path, parallel: Parallel) -> Path | None:
 
 def _ended(path: Path) -> bool:
     """Whether a run's last words are written: a crash may fall between its last step and those."""
-    records = read_metrics(path)
-    return bool(records) and records[-1].get("event") == "finished" and (path / "report.html").is_file()
+    last = last_record(path)
+    return last is not None and last.get("event") == "finished" and (path / "report.html").is_file()
 
 
 def _refuse_difference(path: Path, held: Recipe, wanted: Recipe) -> None:
