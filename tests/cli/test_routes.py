@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import typer
@@ -70,6 +71,8 @@ def test_a_run_reads_its_held_out_text_and_its_report_links_to_the_page(run_dir)
     page = (run_dir / "routes.html").read_text(encoding="utf-8")
     assert "its held-out text" in page and "What the experts of run took up" in page
     assert (run_dir / "report.html").read_text().count('href="routes.html"') == 1
+    shutil.copytree(run_dir / "model", run_dir / "best")
+    assert json.loads(run(run_dir / "best", "--json").stdout)["model"] == "run"  # of the same text
 
 
 def test_a_page_elsewhere_is_no_part_of_the_run(run_dir, text, tmp_path):

@@ -53,13 +53,14 @@ def evaluate(
     from cadre.cli.progress import counting
     from cadre.data.conversations import template_of_model
     from cadre.data.sources import file_of, read_documents
+    from cadre.hub.directory import run_of
     from cadre.hub.tokenizer import lossy
     from cadre.kernels.limits import products_keep_up
     from cadre.model.scoring import Score, score_each
     from cadre.study.excerpts import held_out_text
 
     source = [*(data or []), *(more or [])]
-    run = next((folder for folder in (model, model.resolve().parent) if kind_of(folder / "recipe.toml") == "file"), None)
+    run = run_of(model)
     documents: Iterable[Document]
     if source:
         documents = read_documents(source, template_of_model(model))

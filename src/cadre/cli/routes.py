@@ -50,7 +50,7 @@ def routes(
     from cadre.cli.progress import counting
     from cadre.data.conversations import template_of_model
     from cadre.files import kind_of, replace_file, require_local
-    from cadre.hub.directory import display_name, load_config
+    from cadre.hub.directory import display_name, load_config, run_of
     from cadre.study.excerpts import held_out_text, read_text, sample
     from cadre.study.routes import LETTERS_PER_PLACE, LETTERS_PER_TOKEN, gather, sparse_layers, study
     from cadre.study.routes_page import render
@@ -60,7 +60,7 @@ def routes(
         require_local(out)
         if kind_of(out) == "folder":
             raise UsageError(f"--out {out}: is a folder; give a file, such as {out / ROUTES_PAGE}")
-    run = model if kind_of(model / "recipe.toml") == "file" else None
+    run = run_of(model)
     source = [*(data or []), *(more or [])]
     documents: Iterable[Document]
     if source:

@@ -51,11 +51,19 @@ def model_directory(path: str | Path) -> Path:
     raise UsageError(f"{path}: is no model directory: {'not a folder' if there else 'no such folder'}")
 
 
-def display_name(path: str | Path) -> str:
-    """What to call a model: its folder's name, a run's for the model in it."""
-    path = Path(path).resolve()
+def run_of(path: Path) -> Path | None:
+    """The run directory that a model's path means: itself or that whose `model/` or `best/` it is; None of another model."""
+    if kind_of(path / "recipe.toml") == "file":
+        return path
+    path = path.resolve()
     in_run = path.name in ("model", "best") and kind_of(path.parent / "recipe.toml") == "file"
-    return path.parent.name if in_run else path.name
+    return path.parent if in_run else None
+
+
+def display_name(path: str | Path) -> str:
+    """What to call a model: its run's name, else its folder's."""
+    path = Path(path)
+    return (run_of(path) or path).resolve().name
 
 
 def set_aside(folder: Path) -> Path:
