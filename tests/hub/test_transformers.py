@@ -234,6 +234,34 @@ def test_ours_there(kind, number, stir, tmp_path):
     assert_same_function(theirs, ours, shape["vocab_size"], seed=number)
 
 
+LITE = {**BASE, **MLA, **{k: v for k, v in MOE.items() if k != "first_k_dense_replace"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("glm4_moe_lite", LITE),
+        ("glm4_moe_lite", {**LITE, "q_lora_rank": 28, "mlp_layer_types": ["dense", "dense", "sparse"], "n_shared_experts": 2}),
+        ("glm4_moe_lite", {**LITE, "mlp_layer_types": ["sparse"] * 3, "n_group": 4, "topk_group": 2, "norm_topk_prob": False}),
+        ("glm4_moe_lite", {**LITE, "attention_bias": True, "rope_parameters": dict(**YARN, mscale=1.0, mscale_all_dim=0.6)}),
+        ("youtu", {**BASE, **MLA}),
+        ("youtu", {**BASE, **MLA, "q_lora_rank": 28, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    ],
+)
+def test_other_names_of_the_same_model(kind, shape, stir, tmp_path):
+    """Read as the family that computes the same, written as that, and there the same again."""
+    config = AutoConfig.for_model(kind, **shape)
+    theirs = stir(AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager"), 3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = load(tmp_path / "theirs")
+    assert ours.config.model_type == "deepseek_v3"
+    assert_same_function(theirs, ours, shape["vocab_size"], seed=5)
+    save(ours, tmp_path / "again")
+    again, report = read_theirs(tmp_path / "again")
+    assert not any(report.values()), report
+    assert_same_function(again, ours, shape["vocab_size"], seed=6)
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 def test_bfloat16_round_trip(kind, stir, tmp_path):
     their_model(kind, shape_of(kind, 1), stir, 5).save_pretrained(tmp_path / "wide")

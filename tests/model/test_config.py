@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from hypothesis import example, given
+from transformers import Glm4MoeLiteConfig, YoutuConfig
 
 from cadre.errors import UsageError
 from cadre.model.config import ModelConfig
@@ -340,6 +341,26 @@ def test_kimi_k2_is_a_deepseek_v3():
     kimi = ModelConfig.from_hf({**values, "model_type": "kimi_k2"})
     assert kimi == ModelConfig.from_hf(values)
     assert (kimi.model_type, kimi.rope_parameters.beta_fast, kimi.rope_parameters.beta_slow) == ("deepseek_v3", 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [("glm4_moe_lite", Glm4MoeLiteConfig()), ("youtu", YoutuConfig())])
+def test_what_other_names_leave_out_is_what_transformers_takes(kind, theirs):
+    ours = ModelConfig.from_hf({"model_type": kind})
+    assert ours.model_type == "deepseek_v3" and ours.has_experts == (kind == "glm4_moe_lite")
+    same = (ModelConfig.model_fields.keys() & theirs.to_dict().keys()) - {"model_type", "rope_parameters", "head_dim"}
+    assert {"kv_lora_rank", "eos_token_id", "tie_word_embeddings"} < same
+    if ours.has_experts:
+        assert {"n_routed_experts", "routed_scaling_factor"} < same
+        assert ours.first_k_dense_replace == theirs.mlp_layer_types.count("dense") == 1
+    for name in same - {"initializer_range"}:  # trained weights do not tell
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("types", [["sparse", "dense"], ["dense", "other"], "dense"])
+def test_dense_layers_of_glm4_moe_lite_come_first(types):
+    values = {"model_type": "glm4_moe_lite", "num_hidden_layers": 2, "mlp_layer_types": types}
+    with pytest.raises(UsageError, match=r"^config: mlp_layer_types is .*; the first layers must be dense, the others sparse$"):
+        ModelConfig.from_hf(values, "config")
 
 
 @pytest.mark.parametrize("name", ["_attn_implementation_autoset", "_commit_hash", "unsloth_fixed", "unsloth_version"])

@@ -33,6 +33,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_LATENT_PLAIN, **_LATENT, **_DEEPSEEK},
     "deepseek_v2": {**_LATENT_PLAIN, **_LATENT, **_DEEPSEEK},
     "glm4_moe": {**_PLAIN, **_DEEPSEEK},
+    "glm4_moe_lite": {
+        **_LATENT_PLAIN,
+        **_LATENT,
+        **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"},
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+    },
+    "youtu": {**_LATENT_PLAIN, **_LATENT, "intermediate_size": 20},
     "qwen3_moe": {**_PLAIN, "intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 7},
     "olmoe": {**_LATENT_PLAIN, "intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2},
     "mixtral": {**_PLAIN, "intermediate_size": 20, "num_local_experts": 6, "num_experts_per_tok": 2},
@@ -90,6 +97,9 @@ def test_random_shapes_count_as_transformers_builds_them(data):
     values["hidden_size"] = 4 * data.draw(st.integers(1, 9))
     values["vocab_size"] = data.draw(st.integers(8, 99))
     values["num_hidden_layers"] = data.draw(st.integers(1, 5))
+    if "mlp_layer_types" in values:
+        dense = data.draw(st.integers(0, values["num_hidden_layers"]))
+        values["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (values["num_hidden_layers"] - dense)
     if "head_dim" in values:
         values["head_dim"] = 2 * data.draw(st.integers(1, 9))
     if "intermediate_size" in values:
@@ -222,7 +232,7 @@ def test_what_is_not_understood_is_named():
 @pytest.mark.parametrize(
     ("kind", "changes", "line"),
     [
-        ("gpt2", {}, "x: model_type is 'gpt2'; cadre plan knows deepseek_v2, deepseek_v3, glm4_moe, kimi_k2, llama, mixtral, "),
+        ("gpt2", {}, "x: model_type is 'gpt2'; cadre plan knows deepseek_v2, deepseek_v3, glm4_moe, glm4_moe_lite, "),
         ("llama", {"hidden_size": None}, "x: hidden_size is missing; llama needs it: a whole number, at least 1"),
         ("llama", {"vocab_size": "many"}, 'x: vocab_size is "many"; it must be a whole number, at least 1'),
         ("llama", {"num_hidden_layers": 10**9}, "x: num_hidden_layers is 1000000000; it must be at most 10,000"),

@@ -31,6 +31,9 @@ def counted(name: str, context: int = 4096) -> Count:
 def test_every_model_of_the_catalogue_counts_as_transformers_builds_it(name):
     values = dict(catalogue._PUBLISHED[name][1])
     kind = values.pop("model_type")
+    if kind == "glm4_moe_lite":
+        dense = values["first_k_dense_replace"]
+        values["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (values["num_hidden_layers"] - dense)
     config = AutoConfig.for_model("deepseek_v3" if kind == "kimi_k2" else kind, **values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -64,6 +67,8 @@ OFFICIAL = {
     "kimi-k2": (1.0e12, 32e9, "github.com/moonshotai/Kimi-K2: 1T total, 32B activated"),
     "glm-4.5": (355e9, 32e9, "huggingface.co/docs/transformers/model_doc/glm4_moe: 355 billion total, 32 billion active"),
     "glm-4.5-air": (106e9, 12e9, "huggingface.co/docs/transformers/model_doc/glm4_moe: 106 billion total, 12 billion active"),
+    "glm-4.7-flash": (30e9, 3e9, "huggingface.co/zai-org/GLM-4.7-Flash: 30B-A3B"),
+    "youtu-llm-2b": (1.96e9, None, "huggingface.co/tencent/Youtu-LLM-2B: 1.96B"),
     "qwen3-235b-a22b": (235e9, 22e9, "huggingface.co/Qwen/Qwen3-235B-A22B: 235B in total and 22B activated"),
     "qwen3-30b-a3b": (30.5e9, 3.3e9, "huggingface.co/Qwen/Qwen3-30B-A3B-Instruct-2507: 30.5B in total and 3.3B activated"),
     "mixtral-8x7b": (46.7e9, 12.9e9, "arXiv 2401.04088 and huggingface.co/mistralai/Mixtral-8x7B-v0.1: 46.7B, 12.9B a token"),

@@ -15,8 +15,8 @@ saved model belongs to:
     qwen2         the same with biases on queries, keys and values
     qwen3         the same with queries and keys normed
 
-What else sets them apart is in families.py. Latent attention with dense feed-forward is `deepseek_v3` with every layer
-dense (`first_k_dense_replace` = all layers).
+What else sets them apart is in families.py, with the names under which others are the same as one of them. Latent attention
+with dense feed-forward is `deepseek_v3` with every layer dense (`first_k_dense_replace` = all layers).
 """
 
 from __future__ import annotations

@@ -129,3 +129,25 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
     ),
 }  # fmt: skip
+
+# Families that compute what one of those above does, and what transformers assumes of them where a config.json is silent.
+SAME: dict[str, tuple[ModelType, Mapping[str, Any]]] = {
+    "kimi_k2": ("deepseek_v3", {}),
+    "glm4_moe_lite": (
+        "deepseek_v3",
+        dict(
+            vocab_size=154880, hidden_size=2048, intermediate_size=10240, moe_intermediate_size=1536, num_hidden_layers=47,
+            num_attention_heads=20, num_key_value_heads=20, n_routed_experts=64, routed_scaling_factor=1.8, q_lora_rank=768,
+            v_head_dim=256, qk_nope_head_dim=192, n_group=1, topk_group=1, num_experts_per_tok=4, first_k_dense_replace=1,
+            max_position_embeddings=202752, rms_norm_eps=1e-5,
+        ),
+    ),
+    "youtu": (
+        "deepseek_v3",
+        dict(
+            vocab_size=128256, hidden_size=2048, intermediate_size=6144, num_hidden_layers=32, num_attention_heads=16,
+            num_key_value_heads=16, max_position_embeddings=131072, tie_word_embeddings=True, bos_token_id=128000,
+            eos_token_id=128001,
+        ),
+    ),
+}  # fmt: skip

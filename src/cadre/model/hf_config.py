@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cadre.errors import UsageError, explain
-from cadre.model.families import FAMILIES
+from cadre.model.families import FAMILIES, SAME
 from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ IRRELEVANT = frozenset((
     "seq_aux", "router_jitter_noise", "output_attentions", "output_hidden_states", "return_dict", "id2label",
     "label2id", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward", "tokenizer_class", "quantization_config",
     "keys_to_ignore_at_inference", "num_mtp_layers", "qk_head_dim", "mlp_layer_types",
-    "unsloth_fixed", "unsloth_version",
+    "unsloth_fixed", "unsloth_version", "embedding_initializer_range",
 ))  # fmt: skip
 
 # The shape of a mixture of experts.
@@ -55,12 +55,10 @@ def our_spelling(values: dict[str, Any]) -> dict[str, Any]:
 def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) -> dict[str, Any]:
     """The fields of a `ModelConfig`, whose names are `known`, from the content of a `config.json`. Raises `UsageError` for
     what Cadre cannot compute."""
-    values = dict(values)
-    if values.get("model_type") == "kimi_k2":
-        values["model_type"] = "deepseek_v3"  # the same model under another name
+    values = _by_known_name(values, where)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UsageError(f"{where}: model_type is {kind!r}; Cadre builds {', '.join(FAMILIES)}")
+        raise UsageError(f"{where}: model_type is {kind!r}; Cadre builds {', '.join((*FAMILIES, *SAME))}")
     family = FAMILIES[kind]
     rope = _rope_from_hf(values, kind, where)
     if values.pop("moe_layer_freq", 1) != 1:
@@ -99,6 +97,23 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
     if kind == "deepseek_v2" and isinstance(merged.get("n_group"), int) and merged.get("topk_method") == "greedy":
         merged["n_group"] = merged["topk_group"] = 1  # greedy never looks at groups
     return merged
+
+
+def _by_known_name(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields as those of the family that computes the same."""
+    name = values.get("model_type")
+    if not isinstance(name, str) or name not in SAME:
+        return dict(values)
+    kind, defaults = SAME[name]
+    values = {**defaults, **values, "model_type": kind}
+    if name == "youtu":
+        values["first_k_dense_replace"] = values["num_hidden_layers"]
+    if name == "glm4_moe_lite" and (types := values.pop("mlp_layer_types", None)) is not None:
+        dense = types.count("dense") if isinstance(types, list) else 0
+        if types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
+            raise UsageError(f"{where}: mlp_layer_types is {types}; the first layers must be dense, the others sparse")
+        values["first_k_dense_replace"] = dense
+    return values
 
 
 def _qwen(values: dict[str, Any], kind: str, where: str) -> None:

@@ -87,6 +87,19 @@ _PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=1408, n_group=1,
         topk_group=1, num_nextn_predict_layers=1,
     )),
+    "glm-4.7-flash": ("zai-org/GLM-4.7-Flash", dict(
+        model_type="glm4_moe_lite", vocab_size=154880, hidden_size=2048, num_hidden_layers=47,
+        max_position_embeddings=202752, num_attention_heads=20, num_key_value_heads=20, q_lora_rank=768,
+        kv_lora_rank=512, qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256, intermediate_size=10240,
+        first_k_dense_replace=1, n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=4,
+        moe_intermediate_size=1536, n_group=1, topk_group=1, num_nextn_predict_layers=1,
+    )),
+    "youtu-llm-2b": ("tencent/Youtu-LLM-2B", dict(
+        model_type="youtu", vocab_size=128256, hidden_size=2048, num_hidden_layers=32,
+        max_position_embeddings=131072, num_attention_heads=16, num_key_value_heads=16, q_lora_rank=1536,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, intermediate_size=6144,
+        tie_word_embeddings=True,
+    )),
     "qwen3-235b-a22b": ("Qwen/Qwen3-235B-A22B", dict(
         model_type="qwen3_moe", vocab_size=151936, hidden_size=4096, num_hidden_layers=94,
         max_position_embeddings=40960, num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128,

@@ -21,8 +21,8 @@ from cadre.plan.shape import Block, Experts, Grouped, Latent, Shape
 _IRRELEVANT = frozenset((
     "_attn_implementation_autoset", "_moe_implementation", "_name_or_path", "architectures", "attention_dropout",
     "attn_implementation", "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "clip_qkv",
-    "device_map", "dtype", "eos_token_id", "ep_size", "hidden_act", "id2label", "initializer_range",
-    "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "max_window_layers",
+    "device_map", "dtype", "embedding_initializer_range", "eos_token_id", "ep_size", "hidden_act", "id2label",
+    "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "max_window_layers",
     "model_type", "norm_topk_prob", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
     "partial_rotary_factor", "pretraining_tp", "problem_type", "return_dict", "rms_norm_eps",
     "rope_interleave", "rope_parameters", "rope_scaling", "rope_theta", "routed_scaling_factor", "router_aux_loss_coef",
@@ -252,6 +252,21 @@ def _deepseek(f: _Fields, kind: str, attention: Latent | Grouped | None = None) 
     )  # fmt: skip
 
 
+def _glm4_moe_lite(f: _Fields, kind: str) -> Shape:
+    """deepseek_v3 under another name; transformers writes which layers are dense, the publisher how many."""
+    types = f.get("mlp_layer_types")
+    if isinstance(types, list) and f.get("first_k_dense_replace") is None:
+        f.values = {**f.values, "first_k_dense_replace": types.count("dense")}
+    return _deepseek(f, kind)
+
+
+def _youtu(f: _Fields, kind: str) -> Shape:
+    """deepseek_v3's attention, dense throughout; embeddings are tied unless it says otherwise."""
+    f.values = {"tie_word_embeddings": True, **f.values}
+    blocks = [Block(False)] * f.layers()
+    return _shape(f, kind, _latent(f), blocks, intermediate_size=f.whole("intermediate_size"))
+
+
 def _experts(f: _Fields, kind: str) -> Experts:
     routed, top_k = f.whole("n_routed_experts"), f.whole("num_experts_per_tok")
     if kind == "deepseek_v2" and f.get("topk_method") in (None, "greedy"):
@@ -333,6 +348,7 @@ _READERS: dict[str, Callable[[_Fields, str], Shape]] = {
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,
     "glm4_moe": _glm4_moe,
+    "glm4_moe_lite": _glm4_moe_lite,
     "kimi_k2": _deepseek,
     "llama": _llama,
     "mixtral": _mixtral,
@@ -340,4 +356,5 @@ _READERS: dict[str, Callable[[_Fields, str], Shape]] = {
     "qwen2": _qwen,
     "qwen3": _qwen,
     "qwen3_moe": _qwen3_moe,
+    "youtu": _youtu,
 }
