@@ -89,6 +89,28 @@ def test_a_file_named_twice_is_read_once(tmp_path):
     assert len(list(read_documents([str(tmp_path), str(tmp_path / "a.txt")]))) == 1
 
 
+def test_a_file_is_read_once_by_whatever_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("once")
+    Path("b.txt").symlink_to("a.txt")
+    documents = list(read_documents(["a.txt", "b.txt", str(tmp_path), str(tmp_path / "a.txt")]))
+    assert [(document.name, document.entry) for document in documents] == [("a.txt", 0)]
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.txt"])
+def test_links_to_folders_are_followed_and_may_lead_back(tmp_path, pattern):
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (corpus / "b").mkdir(parents=True)
+    elsewhere.mkdir()
+    (corpus / "b" / "one.txt").write_text("one")
+    (elsewhere / "two.txt").write_text("two")
+    (elsewhere / "three.py").write_text("three")
+    (corpus / "link").symlink_to(elsewhere)
+    (corpus / "loop").symlink_to(corpus)
+    assert sorted(document.text for document in read_documents(f"{corpus}{pattern}")) == ["one", "two"]
+    assert passed_over(str(corpus)) == "1 .py"
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hi"}\n')

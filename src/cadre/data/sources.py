@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import glob
 import gzip
 import hashlib
@@ -92,14 +93,20 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All files of a folder, at any depth, but for hidden ones and those in hidden folders. Raises `UsageError` for a folder
-    that cannot be read: what it holds would be lost without a word."""
+    """All files of a folder, at any depth, links followed, but for hidden ones and those in hidden folders. Raises `UsageError`
+    for a folder that cannot be read: what it holds would be lost without a word."""
 
     def refuse(error: OSError) -> None:
         raise read_error(error.filename, error)
 
-    for where, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen: set[str] = set()  # by where they really are: a link may lead to a folder that it lies in
+    for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = (Path(where, name) for name in files if not name.startswith("."))
         yield from (path for path in inside if kind_of(path) == "file")
 
@@ -184,10 +191,15 @@ def _entries(source: str | list[str]) -> list[str]:
 def _files_of(entries: list[str]) -> dict[tuple[Path | Remote, str], int]:
     """(file, document name of a whole-file document) in the order of reading, and by which entry."""
     files: dict[tuple[Path | Remote, str], int] = {}
+    seen: set[Remote | str] = set()
     for number, entry in enumerate(entries):
-        for file in _files(entry):
-            # A file named twice is a slip of the command line (a folder and a file in it), not a wish for two epochs.
-            files.setdefault(file, number)
+        for file, name in _files(entry):
+            # A file named twice, or linked to, is a slip of the command line (a folder and a file in it), not a wish for two
+            # epochs.
+            real = file if isinstance(file, Remote) else os.path.realpath(file)
+            if real not in seen:
+                seen.add(real)
+                files[file, name] = number
     return files
 
 
@@ -236,7 +248,8 @@ def _matching(pattern: Path) -> list[Path]:
                 except NotADirectoryError:
                     pass
                 except OSError as error:
-                    raise read_error(folder, error) from None
+                    if error.errno != errno.ELOOP:  # where a link leads back, what is there has been found before
+                        raise read_error(folder, error) from None
     return [Path(name) for name in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207
 
 
