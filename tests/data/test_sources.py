@@ -262,6 +262,14 @@ def test_bad_parquet_is_refused(tmp_path):
     assert 'no column "text", "content" or "messages"; the file has words, id' in refusal(file)
     pq.write_table(pa.table({"text": [1, 2]}), file)
     assert "holds int64; wanted strings" in refusal(file)
+    pq.write_table(pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"]), file)
+    assert 'has 2 columns "text"; wanted one' in refusal(file)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_has_strings_of_several_kinds(tmp_path, kind):
+    pq.write_table(pa.table({"text": pa.array(["one", "two", "one"]).cast(kind)}), tmp_path / "a.parquet")
+    assert [document.text for document in read_documents(str(tmp_path))] == ["one", "two", "one"]
 
 
 def test_truncated_and_damaged_gzip_is_refused(tmp_path):

@@ -452,10 +452,12 @@ def _column(schema: pa.Schema, path: Path | Remote) -> str:
     if name not in schema.names:
         there = ", ".join(schema.names) or "no columns"
         raise UsageError(f'{path}: no column "text", "content" or "messages"; the file has {there}')
+    if schema.names.count(name) > 1:
+        raise UsageError(f'{path}: has {schema.names.count(name)} columns "{name}"; wanted one')
     kind = schema.field(name).type
     if name == MESSAGES:  # of which each row is looked at
         return name
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain)):
+    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)):
         raise UsageError(f'{path}: column "{name}" holds {kind}; wanted strings')
     return name
