@@ -140,6 +140,16 @@ def test_a_run_is_scored_on_what_it_held_out(tmp_path, monkeypatch):
         assert f"was trained on {part}: leave --data out to score what it held out" in own.stderr
 
 
+def test_a_run_whose_text_is_another_by_now_is_not_scored_on_what_it_was_trained_on(tmp_path):
+    made = start(read_recipe(str(write_recipe(tmp_path)), ["train.steps=1"]), tmp_path / "run", torch.device("cpu"), print)
+    Trainer(made, Silent()).train()
+    assert run(tmp_path / "run").exit_code == 0
+    (tmp_path / "corpus" / "more.txt").write_text("One more document.")
+    result = run(tmp_path / "run")
+    assert isinstance(result.exception, UsageError)
+    assert "its text is not the one that it was trained on" in str(result.exception)
+
+
 def test_a_tokenizer_that_drops_letters_is_named(tmp_path, files):
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "the": 2, "people": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -62,12 +62,17 @@ def read_text(source: list[str], template: Template | None = None) -> Iterator[D
 
 def held_out_text(run: Path) -> Iterator[Document]:
     """The held-out documents of a run, split off its text anew. Raises `UsageError` if nothing was held out, or the text is
-    no longer where it was."""
+    no longer where it was, or another by now: other documents would be held out of that, such as the run was trained on."""
+    from cadre.train.checkpoint import checkpoints, read_state
     from cadre.train.resume import held_recipe
 
     section = held_recipe(run).data
+    newest = checkpoints(run)[-1:]
+    trained_on = read_state(newest[0])["identity"]["corpus"] if newest else None
     if (made := token_data(section.source)) is not None:
-        return iter(TokenData.open(made).held_out_documents())
+        data = TokenData.open(made)
+        _refuse_other_text(run, data.manifest["inputs"]["text"], trained_on)
+        return data.read_held_out()
     if not section.held_out:
         raise UsageError(f"{run}: the run held no text out: say with --data what to read")
     try:
@@ -75,7 +80,17 @@ def held_out_text(run: Path) -> Iterator[Document]:
         split = split_documents(read_documents(section.source, template), section.held_out)
     except UsageError as error:
         raise UsageError(f"{run}: its text cannot be read ({error}): say with --data what to read") from None
+    _refuse_other_text(run, split.content, trained_on)
     return (document for held, document in split.divide(read_documents(section.source, template)) if held)
+
+
+def _refuse_other_text(run: Path, text: str, trained_on: str | None) -> None:
+    """`trained_on`: None of a run without a checkpoint, which does not say."""
+    if trained_on not in (None, text):
+        raise UsageError(
+            f"{run}: its text is not the one that it was trained on, so what it held out cannot be told: restore that, or say "
+            "with --data what to read"
+        )
 
 
 def sample(documents: Iterable[Document], letters: int, piece: int) -> Sample:
