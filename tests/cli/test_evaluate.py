@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import cadre
 from cadre.cli.evaluate import evaluate
+from cadre.data.prepare import prepare
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
 from cadre.kernels.native.library import own_products_faster
@@ -148,6 +149,14 @@ def test_a_run_whose_text_is_another_by_now_is_not_scored_on_what_it_was_trained
     result = run(tmp_path / "run")
     assert isinstance(result.exception, UsageError)
     assert "its text is not the one that it was trained on" in str(result.exception)
+
+
+def test_a_run_on_prepared_text_of_which_nothing_is_held_out_needs_data(tmp_path):
+    recipe = write_recipe(tmp_path)
+    prepare(str(tmp_path / "corpus"), vocab_size=300, out=tmp_path / "shards", held_out=0.0)
+    asked = [f"data.source={json.dumps(str(tmp_path / 'shards'))}", "train.steps=1"]
+    Trainer(start(read_recipe(str(recipe), asked), tmp_path / "run", torch.device("cpu"), print), Silent()).train()
+    assert "the run held no text out: say with --data what to read" in str(run(tmp_path / "run").exception)
 
 
 def test_a_tokenizer_that_drops_letters_is_named(tmp_path, files):

@@ -72,8 +72,9 @@ def held_out_text(run: Path) -> Iterator[Document]:
     if (made := token_data(section.source)) is not None:
         data = TokenData.open(made)
         _refuse_other_text(run, data.manifest["inputs"]["text"], trained_on)
-        return data.read_held_out()
-    if not section.held_out:
+        if data.manifest["held_out"]["documents"]:
+            return data.read_held_out()
+    if made is not None or not section.held_out:
         raise UsageError(f"{run}: the run held no text out: say with --data what to read")
     try:
         template = template_of(section.tokenizer)
