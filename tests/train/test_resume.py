@@ -67,6 +67,21 @@ def test_how_training_goes_on_may_change_and_is_kept(lab):
     assert lab.resume("run").recipe == run.recipe
 
 
+@pytest.mark.parametrize("options, said", [
+    (["schedule.kind=constant"], None),
+    (["schedule.kind=cosine"], "what remains of its cosine schedule"),
+    (["schedule.kind=constant", "train.mtp_weight_final=0.1"], "where train.mtp_weight_final begins"),
+    (["train.mtp_weight_final=0.1"], "what remains of its decay schedule and where train.mtp_weight_final begins"),
+])  # fmt: skip
+def test_another_length_says_what_it_changes(lab, options, said):
+    lab.train(lab.start("run", "train.steps=2", *options))
+    notes = []
+    path = lab.folder / "run"
+    resume(path, read_recipe(str(path / "recipe.toml"), ["train.steps=4"]), torch.device("cpu"), notes.append)
+    changed = [note for note in notes if "length has changed" in note]
+    assert changed == ([] if said is None else [f"the run's length has changed, and with it {said}"])
+
+
 @pytest.fixture
 def stopped(lab):
     """A run of 4 steps that has made them all; its report is the command line's part and not there."""

@@ -76,8 +76,11 @@ def resume(
     run = Run(path, recipe, config, data, batches, model, dtype, newest, total_steps, parallel, source)
     if state is not None:
         _refuse_other_identity(path, run.identity(), state["identity"])
-    if other_length and recipe.schedule.kind != "constant":
-        note(f"the run's length has changed, and with it what remains of its {recipe.schedule.kind} schedule")
+    by_length = [f"what remains of its {recipe.schedule.kind} schedule"] if recipe.schedule.kind != "constant" else []
+    if config.num_nextn_predict_layers and train.mtp_weight_final is not None:
+        by_length.append("where train.mtp_weight_final begins")
+    if other_length and by_length:
+        note(f"the run's length has changed, and with it {' and '.join(by_length)}")
     if parallel.main:
         with only_writer(path):
             write_recipe(path, recipe, wanted.parallel)
