@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from cadre import __version__
 from cadre.cli import main as module
@@ -54,6 +55,13 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, status,
     monkeypatch.setattr("cadre.cli.train._train", failing)
     assert call(monkeypatch, "train") == status
     assert capsys.readouterr() == ("", line)
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("cadre.cli.train._train", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    assert call(monkeypatch, "train") == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("cadre: this machine has not enough memory") and shown.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", ["generate", "eval", "routes", "plan", "convert", "data", "train"])

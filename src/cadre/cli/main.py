@@ -132,7 +132,9 @@ def _end_of_usage(error: Exception) -> None:
 
 
 def _end_of_memory(error: Exception) -> None:
-    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+    """Python's own, and what torch calls it: on a CPU, on a card."""
+    said = str(error)
+    if isinstance(error, MemoryError) or any(f"{what} memory" in said for what in ("can't allocate", "not enough", "out of")):
         _end("this machine has not enough memory for that: use a smaller model, batch or sequence", 1)
 
 
