@@ -57,6 +57,12 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, status,
     assert capsys.readouterr() == ("", line)
 
 
+def test_a_word_that_is_no_choice_is_refused_in_plain_words(monkeypatch, capsys):
+    assert call(monkeypatch, "bench", "train", "--config", "x", "--peer", "foo") == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("cadre: Invalid value for '--peer': 'foo' is not")
+
+
 def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("cadre.cli.train._train", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     assert call(monkeypatch, "train") == 1

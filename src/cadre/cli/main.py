@@ -128,7 +128,8 @@ def _end_of_usage(error: Exception) -> None:
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
     if hasattr(error, "format_message"):
-        _end(f"{error.format_message()} (see cadre --help)", 2)
+        said = error.format_message().replace("Value error, ", "", 1)  # pydantic's, through which typer reads values
+        _end(f"{said} (see cadre --help)", 2)
 
 
 def _end_of_memory(error: Exception) -> None:
