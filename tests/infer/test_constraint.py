@@ -248,6 +248,9 @@ def test_a_grammar_is_compiled_once_and_the_latest_are_kept(tokenizer, monkeypat
         ({"json_schema": '{"type": "array", "uniqueItems": true, "x-guidance": {"lenient": true}}'}, "uniqueItems"),
         ({"json_schema": '{"type": "string", "pattern": "(?=a)b"}'}, "json_schema cannot be used: look-around"),
         ({"json_schema": '{"title": "\\ud800"}'}, "json_schema cannot be used"),
+        ({"json_schema": json.dumps({"pattern": ".*" * 1_001})}, "json_schema cannot be used: an expression with 1,001 groups"),
+        ({"json_schema": json.dumps({"patternProperties": {"(a|)" * 1_001: {}}})}, "with 1,001 groups and repetitions"),
+        ({"regex": r"\w{0,3}" * 1_001}, "regex cannot be used: an expression with 1,001 groups and repetitions is too complex"),
         ({"regex": "["}, "regex cannot be used: unclosed character class"),
         ({"regex": r"(a)\1"}, "regex cannot be used: backreferences are not supported"),
         ({"regex": r"\bfoo"}, "regex cannot be used: lookarounds not supported"),
@@ -300,6 +303,7 @@ HOSTILE_REGEXES = [
     "(a{1000}){1000}", "(.{1,1000}){1,1000}", "(a|b)*a(a|b){25}", "(x+x+)+y", "(" * 5_000 + "a" + ")" * 5_000, "a{0,100000}",
     r"[\p{L}]{1,5000}", "(?:(?:.*a){50}.*)", "|".join(f"w{n}x.*y" for n in range(3_000)), "a" * 1_000_000,
     "(([a-z]{1,50}[0-9]{1,50}){1,50}){1,50}", ".*" * 200 + "x", "((a?){200}){200}", r"(\w+\s){1,500}\p{Lu}{3}",
+    r"\w*" * 1_000, r"\w*" * 20_000, r"(\w|)" * 1_000, r"\w{0,3}" * 9_000,
 ]  # fmt: skip
 
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # A schema comes from anyone. Within these a grammar takes at most about a second and 100 MB to compile and some ten
 # milliseconds a token; beyond them it is refused, or the answer ends with an error. Measured by tests/infer/test_constraint.py.
 _LONGEST = 65_536
+# Groups and repetitions of one expression: what the library does with a row of them that may all be empty grows with the
+# square of their number, and none of its own limits stops it.
+_MOST_PARTS = 1_000
 _GREATEST_MULTIPLE = 10_000
 _LIMITS: dict[str, Any] = dict(
     initial_lexer_fuel=200_000,
@@ -152,6 +155,8 @@ def _compile(vocabulary: LLTokenizer, kind: str, text: str) -> LLMatcher:
     if len(text) > _LONGEST:
         raise UsageError(f"{kind} has {len(text):,} characters; it may have up to {_LONGEST:,}")
     schema = _read_schema(text) if kind == "json_schema" else None
+    if kind == "regex":
+        _check_parts(kind, text)
     try:
         if kind == "json_schema":
             # Written anew, since the library pastes the text into a larger one.
@@ -184,7 +189,7 @@ def _read_schema(text: str) -> Any:
     if not isinstance(schema, dict):
         raise UsageError("json_schema must be a JSON object")
     schema.pop("x-guidance", None)  # the library's own options, which could ask for text that is no JSON
-    # The library bounds the work of all else. Conditions on one number combine to their common multiple.
+    # The library bounds the work of most else. Conditions on one number combine to their common multiple.
     multiple, parts = 1, [schema]
     while parts:
         part = parts.pop()
@@ -195,11 +200,24 @@ def _read_schema(text: str) -> Any:
             value = part.get("multipleOf")
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 multiple = math.lcm(multiple, _digits(value))
+            expressions = part.get("patternProperties")
+            for expression in (part.get("pattern"), *(expressions if isinstance(expressions, dict) else ())):
+                if isinstance(expression, str):
+                    _check_parts("json_schema", expression)
     if multiple > _GREATEST_MULTIPLE:
         raise UsageError(
             f"json_schema cannot be used: its values of multipleOf have no common multiple up to {_GREATEST_MULTIPLE:,}"
         )
     return schema
+
+
+def _check_parts(kind: str, expression: str) -> None:
+    parts = sum(map(expression.count, "(*?{"))
+    if parts > _MOST_PARTS:
+        raise UsageError(
+            f"{kind} cannot be used: an expression with {parts:,} groups and repetitions is too complex;"
+            f" {_MOST_PARTS:,} are the most"
+        )
 
 
 def _refuse_constant(name: str) -> None:
