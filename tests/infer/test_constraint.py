@@ -227,6 +227,15 @@ def test_a_grammar_is_compiled_once_and_the_latest_are_kept(tokenizer, monkeypat
     assert len(compiled) == 6
 
 
+def asked_together(count):
+    """Expressions that one text must match, each joined by another keyword to the next."""
+    schema = {"type": "string"}
+    for number in range(count):
+        pattern = {"pattern": f".*{chr(97 + number)}.*"}
+        schema = ({"allOf": [pattern, schema]}, {**pattern, "anyOf": [schema]}, {**pattern, "oneOf": [schema]})[number % 3]
+    return schema
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -250,6 +259,7 @@ def test_a_grammar_is_compiled_once_and_the_latest_are_kept(tokenizer, monkeypat
         ({"json_schema": '{"title": "\\ud800"}'}, "json_schema cannot be used"),
         ({"json_schema": json.dumps({"pattern": ".*" * 1_001})}, "json_schema cannot be used: an expression with 1,001 groups"),
         ({"json_schema": json.dumps({"patternProperties": {"(a|)" * 1_001: {}}})}, "with 1,001 groups and repetitions"),
+        ({"json_schema": json.dumps(asked_together(16))}, "it has 16 expressions"),
         ({"regex": r"\w{0,3}" * 1_001}, "regex cannot be used: an expression with 1,001 groups and repetitions is too complex"),
         ({"regex": "["}, "regex cannot be used: unclosed character class"),
         ({"regex": r"(a)\1"}, "regex cannot be used: backreferences are not supported"),
@@ -263,6 +273,18 @@ def test_what_cannot_be_held_to_is_refused_in_one_line(constraints, settings, me
         constraints.start(Sampling(**settings))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_a_schema_may_have_many_expressions_for_different_texts(constraints):
+    texts = {f"p{number}": {"type": "string", "pattern": f"^a{{{number}}}$"} for number in range(30)}
+    optional = {"anyOf": [{"type": "string", "pattern": "b+"}, {"type": "null"}], "title": "Optional", "default": None}
+    schema = {
+        "type": "object",
+        "properties": texts | {"q": optional, "r": {"$ref": "#/$defs/code"}},
+        "$defs": {"code": texts["p3"]},
+    }
+    constraint = constraints.start(Sampling(json_schema=json.dumps(schema)))
+    assert constraint.error is None
 
 
 def nested(depth):
@@ -299,6 +321,7 @@ HOSTILE = {
         "$ref": "#/$defs/n0",
     },
 }
+HOSTILE |= {f"{count} at once": asked_together(count) for count in (15, 26)}
 HOSTILE_REGEXES = [
     "(a{1000}){1000}", "(.{1,1000}){1,1000}", "(a|b)*a(a|b){25}", "(x+x+)+y", "(" * 5_000 + "a" + ")" * 5_000, "a{0,100000}",
     r"[\p{L}]{1,5000}", "(?:(?:.*a){50}.*)", "|".join(f"w{n}x.*y" for n in range(3_000)), "a" * 1_000_000,

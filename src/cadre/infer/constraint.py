@@ -32,6 +32,10 @@ _LONGEST = 65_536
 # Groups and repetitions of one expression: what the library does with a row of them that may all be empty grows with the
 # square of their number, and none of its own limits stops it.
 _MOST_PARTS = 1_000
+# Expressions of a schema that may all be asked of one text: with each more the library takes twice as long.
+_MOST_JOINED = 15
+# Beside these a reference or a choice stands alone: it joins nothing to the schema that holds it.
+_SAY_NOTHING = {"title", "description", "default", "examples", "type", "$schema", "$id", "$defs", "definitions", "$comment"}
 _GREATEST_MULTIPLE = 10_000
 _LIMITS: dict[str, Any] = dict(
     initial_lexer_fuel=200_000,
@@ -189,8 +193,11 @@ def _read_schema(text: str) -> Any:
     if not isinstance(schema, dict):
         raise UsageError("json_schema must be a JSON object")
     schema.pop("x-guidance", None)  # the library's own options, which could ask for text that is no JSON
-    # The library bounds the work of most else. Conditions on one number combine to their common multiple.
+    # The library bounds the work of most else. Conditions on one number combine to their common multiple, expressions of one
+    # text to all that they can have matched together.
     multiple, parts = 1, [schema]
+    expressions: set[str] = set()
+    joined = False
     while parts:
         part = parts.pop()
         if isinstance(part, list):
@@ -200,10 +207,20 @@ def _read_schema(text: str) -> Any:
             value = part.get("multipleOf")
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 multiple = math.lcm(multiple, _digits(value))
-            expressions = part.get("patternProperties")
-            for expression in (part.get("pattern"), *(expressions if isinstance(expressions, dict) else ())):
+            names = part.get("patternProperties")
+            for name in names if isinstance(names, dict) else ():
+                _check_parts("json_schema", name)
+            for expression in (part.get("pattern"), part.get("format")):
                 if isinstance(expression, str):
                     _check_parts("json_schema", expression)
+                    expressions.add(expression)
+            beside = len(part.keys() - _SAY_NOTHING) > 1 and bool(part.keys() & {"$ref", "anyOf", "oneOf"})
+            joined = joined or beside or "allOf" in part
+    if joined and len(expressions) > _MOST_JOINED:
+        raise UsageError(
+            f"json_schema cannot be used: it has {len(expressions):,} expressions (pattern, format) and ways to ask"
+            f" several of one text (such as allOf); {_MOST_JOINED} are the most then"
+        )
     if multiple > _GREATEST_MULTIPLE:
         raise UsageError(
             f"json_schema cannot be used: its values of multipleOf have no common multiple up to {_GREATEST_MULTIPLE:,}"
