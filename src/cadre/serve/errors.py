@@ -23,6 +23,10 @@ _BRANCH = re.compile(r"(constrained-)?(str|list|dict|function-after)($|\[)")
 
 # FastAPI's own refusals, in our words.
 _SAID = {
+    400: (
+        "the body cannot be read as JSON: it is not UTF-8, is nested too deeply, or has a number of thousands of digits",
+        "invalid_json",
+    ),
     404: ("there is nothing at this address: the API is under /v1", "not_found"),
     405: ("this address does not take this method", "method_not_allowed"),
 }
