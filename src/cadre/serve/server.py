@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import resource
 import socket
 from types import FrameType
@@ -40,7 +41,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UsageError(f"--port {port}: another program listens on it; choose another port") from None
-        raise UsageError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+        why = os.strerror(error.errno or 0)  # the error's own words repeat the address
+        raise UsageError(f"cannot listen on {host}, port {port}: {why}") from None
 
 
 def run(app: FastAPI, listener: socket.socket, *, grace: float) -> None:
