@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cadre.cli import main as module
+from cadre.hub.save import save
+from cadre.model.transformer import Transformer
 from cadre.plan import catalogue
 from cadre.plan.count import count
 from cadre.plan.hardware import hardware_names
@@ -94,6 +96,19 @@ def test_multi_token_prediction_on_demand(planned, config_file):
     assert made["total_parameters"] == whole == count(published.DEEPSEEK_V3).total_parameters
     assert made["total_parameters_without_multi_token_prediction"] == main_model
     assert made["ignored"] == ["quantization_config"]
+
+
+def test_modules_that_a_directory_announces_and_does_not_hold_are_left_out(planned, tmp_path):
+    """transformers writes num_nextn_predict_layers and saves no module."""
+    model = Transformer(small("deepseek_v3", vocab_size=50)).initialize(0)
+    save(model, tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}
+    file.write_text(json.dumps(values))
+    made, announced, alone = planned(tmp_path), planned(tmp_path, "--mtp"), planned(file)
+    assert made["total_parameters"] == count(model.config).total_parameters < announced["total_parameters"]
+    assert any("none of its weights are stored" in note for note in made["notes"])
+    assert announced["total_parameters"] == alone["total_parameters"]  # a file is taken at its word
 
 
 def test_a_model_directory_and_its_file_are_one(planned, config_file):

@@ -167,6 +167,7 @@ def _unfit(request: Request, devices: int) -> str | None:
 
 def _read(model: str, mtp: bool | None, overrides: list[str] | None) -> dict[str, Any]:
     """What `model` names: its shape and where that comes from, and the recipe if it is one or a run of one."""
+    from cadre.hub.directory import lacks_modules
     from cadre.plan import catalogue
     from cadre.plan.families import read_config, read_shape
     from cadre.train.recipe import shipped
@@ -176,11 +177,11 @@ def _read(model: str, mtp: bool | None, overrides: list[str] | None) -> dict[str
     path = Path(model)
     entry = catalogue.lookup(model)
     if entry is not None:
-        notes = []
+        notes: tuple[str, ...] = ()
         if entry.shape.extra and mtp is None:
-            notes.append("multi-token prediction is left out, as in the published totals; --mtp counts it")
+            notes = ("multi-token prediction is left out, as in the published totals; --mtp counts it",)
         shape = entry.shape if mtp else entry.shape.without_extra()
-        return _found(entry.name, entry.source, shape, notes=tuple(notes))
+        return _found(entry.name, entry.source, shape, notes=notes)
     if model in shipped() or path.suffix == ".toml":
         return _of_recipe(model, model, mtp, overrides)
     if path.is_dir():
@@ -194,8 +195,11 @@ def _read(model: str, mtp: bool | None, overrides: list[str] | None) -> dict[str
         raise UsageError(_unknown(model, [*catalogue.names(), *shipped()]))
     values, where = read_config(path)
     reading = read_shape(values, where)
-    shape = reading.shape if mtp is not False else reading.shape.without_extra()
-    return _found(path.name or where, where, shape, reading.ignored, reading.notes)
+    shape, notes = reading.shape if mtp is not False else reading.shape.without_extra(), reading.notes
+    if shape.extra and mtp is None and lacks_modules(path, len(shape.blocks)):
+        shape = shape.without_extra()
+        notes += ("multi-token prediction is announced, but none of its weights are stored: left out; --mtp counts it",)
+    return _found(path.name or where, where, shape, reading.ignored, notes)
 
 
 def _found(

@@ -140,18 +140,26 @@ def _as_list(value: Any) -> list[Any]:
 def without_absent_modules(config: ModelConfig, stored: dict[str, Stored]) -> ModelConfig:
     """The config without multi-token prediction where no module's tensor is stored: transformers announces the modules
     (one by default) but never saves them."""
-    if not config.num_nextn_predict_layers or modules_stored(config, stored):
+    if not config.num_nextn_predict_layers or modules_stored(config.num_hidden_layers, stored):
         return config
     dense = min(config.first_k_dense_replace, config.num_hidden_layers)
     return config.model_copy(update={"num_nextn_predict_layers": 0, "first_k_dense_replace": dense})
 
 
-def modules_stored(config: ModelConfig, stored: dict[str, Stored]) -> list[int]:
+def lacks_modules(path: Path, num_hidden_layers: int) -> bool:
+    """Whether a path is a model directory with weights of the layers alone, and of no module of multi-token prediction."""
+    if kind_of(path) != "folder":
+        return False
+    directory = model_directory(path)
+    return bool(_named(directory, ".safetensors")) and not modules_stored(num_hidden_layers, stored_tensors(directory))
+
+
+def modules_stored(num_hidden_layers: int, stored: dict[str, Stored]) -> list[int]:
     """The layer numbers beyond `num_hidden_layers` under which tensors are stored, in order."""
     parts = (name.split(".") for name in stored if name.startswith("model.layers."))
     # A number of more digits is no layer of any model; Python would not read thousands of them.
     layers = {int(part[2]) for part in parts if part[2].isdecimal() and len(part[2]) < 10}
-    return sorted(layer for layer in layers if layer >= config.num_hidden_layers)
+    return sorted(layer for layer in layers if layer >= num_hidden_layers)
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:

@@ -125,7 +125,7 @@ def _plan(directory: Path, config: ModelConfig, model: Transformer, stored: dict
 
 def _check_modules(directory: Path, config: ModelConfig, stored: dict[str, Stored], wanted: dict[str, Piece]) -> None:
     """Refuse a number of multi-token prediction modules that differs from the config's."""
-    count, found = config.num_nextn_predict_layers, modules_stored(config, stored)
+    count, found = config.num_nextn_predict_layers, modules_stored(config.num_hidden_layers, stored)
     beyond = [layer for layer in found if layer >= config.total_layers]
     if beyond:
         raise UsageError(

@@ -68,7 +68,8 @@ class Count:
 
 
 def count(config: ModelConfig | Shape | dict[str, Any] | str | Path, *, context: int = 4096, cache_bytes: int = 2) -> Count:
-    """Count a model given as a config, a shape, the content of a `config.json`, its path, or the directory that holds it.
+    """Count a model given as a config, a shape, the content of a `config.json`, its path, or the directory that holds it
+    (by what that announces: of the weights beside it `cadre plan` sees whether multi-token prediction is among them).
 
     context: tokens of a sequence, for the attention's FLOPs. cache_bytes: bytes of one cached element, 2 for bfloat16.
     Raises `UsageError` for a config that is missing, unreadable or impossible; a family that Cadre builds is checked as
