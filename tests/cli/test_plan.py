@@ -252,7 +252,7 @@ def test_bad_input_ends_in_one_line(monkeypatch, capsys, tmp_path, arguments, li
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; cadre plan knows deepseek_v2, deepseek_v3, glm4_moe, kimi_k2, llama, "),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; cadre plan knows deepseek_v2, deepseek_v3, glm4_moe, glm4_moe_lite, "),
         ({"model_type": None}, "model_type is missing; cadre plan knows deepseek_v2, "),
         ({"hidden_size": None}, "hidden_size is missing; deepseek_v3 needs it"),
         ({"n_group": 7}, "n_group is 7; it must be a divisor of n_routed_experts (256)"),
