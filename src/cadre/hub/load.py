@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from cadre.errors import UsageError
 from cadre.files import kind_of, read_json_object
@@ -45,14 +45,19 @@ _CORRECTION_BIAS = "e_score_correction_bias"
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    each: Callable[[nn.Module], nn.Module] | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """Read a model directory of a family in `cadre.model.families`, or the model of a run directory, in eval mode.
 
     `dtype` defaults to the stored one (of a mixture, the one config.json names or the commonest by bytes; FP8 blocks
     become bfloat16); the router's correction bias is float32 whatever it says. Tensors go from the files straight into
-    the parameters, so beside the model there is never more than one of them. The tokenizer is None where the directory
-    has no tokenizer.json.
+    the parameters, so beside the model there is never more than one of them. `each`: what takes the place of a module once it
+    has its weights, before those of the next are read (`cadre.infer.quantize.rounding`). The tokenizer is None where the
+    directory has no tokenizer.json.
 
     Raises `UsageError`, before any weight is read where headers tell: no model directory, pickle files, damaged or
     missing files, tensors that are missing, unexpected or of the wrong shape, a quantization Cadre cannot undo, and a
@@ -68,10 +73,7 @@ def load(
     model = skeleton(config)
     plan = _plan(directory, config, model, stored)
     model.to(dtype or _dtype_of(stored, raw))
-    give_storage(model, device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    _fill(config, model, stored, plan)
+    _fill(config, model, stored, plan, device, each)
     return model.eval(), tokenizer
 
 
@@ -169,9 +171,7 @@ def read_values(path: str | Path, dtype: torch.dtype) -> Iterator[tuple[str, Ten
     model = skeleton(config)
     plan = _plan(directory, config, model, stored)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    order = {name: place for place, name in enumerate(shapes)}
-    ordered = dict(sorted(plan.items(), key=lambda item: order[item[1].state]))
-    for name, parts in groupby(_read(config, stored, ordered, dtype), key=lambda part: part[0].state):
+    for name, parts in groupby(_read(config, stored, _in_order(plan, model), dtype), key=lambda part: part[0].state):
         whole = torch.empty(shapes[name], dtype=torch.float32 if name.endswith(_CORRECTION_BIAS) else dtype)
         for piece, part in parts:
             whole[piece.index].copy_(part)
@@ -179,10 +179,29 @@ def read_values(path: str | Path, dtype: torch.dtype) -> Iterator[tuple[str, Ten
 
 
 @torch.no_grad()
-def _fill(config: ModelConfig, model: Transformer, stored: dict[str, Stored], plan: dict[str, Piece]) -> None:
-    state = model.state_dict()
-    for piece, part in _read(config, stored, plan, model.embed_tokens.weight.dtype):
-        state[piece.state][piece.index].copy_(part)
+def _fill(
+    config: ModelConfig, model: Transformer, stored: dict[str, Stored], plan: dict[str, Piece], device: str | torch.device,
+    each: Callable[[nn.Module], nn.Module] | None,
+) -> None:  # fmt: skip
+    """Module by module: storage, values, and what `each` makes of it."""
+    parts = _read(config, stored, _in_order(plan, model), model.embed_tokens.weight.dtype)
+    for owner, own in groupby(parts, key=lambda part: part[0].state.rpartition(".")[0]):
+        module = give_storage(model.get_submodule(owner), device)
+        state = module.state_dict()
+        for piece, part in own:
+            state[piece.state.rpartition(".")[2]][piece.index].copy_(part)
+        if each is not None:
+            model.set_submodule(owner, each(module))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+        if each is not None:
+            model.set_submodule("lm_head", each(model.lm_head))
+
+
+def _in_order(plan: dict[str, Piece], model: Transformer) -> dict[str, Piece]:
+    """The plan in the order of the model's tensors, so that the parts of each are together."""
+    order = {name: place for place, name in enumerate(model.state_dict())}
+    return dict(sorted(plan.items(), key=lambda item: order[item[1].state]))
 
 
 def _read(

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 
 Shape = tuple[int, ...]
+_Module = TypeVar("_Module", bound=nn.Module)
 
 _EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _MODULE = re.compile(r"mtp\.(\d+)\.(block\.)?(norm\.)?(.*)")
@@ -36,10 +39,10 @@ def skeleton(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-def give_storage(model: Transformer, device: str | torch.device) -> Transformer:
-    """A skeleton's tensors on a device, of whatever values its memory has. `to_empty` is the same by way of a module of torch's
-    that takes over half a second to import."""
-    return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+def give_storage(module: _Module, device: str | torch.device) -> _Module:
+    """The tensors of a skeleton, or a part of it, on a device, of whatever values its memory has. `to_empty` is the same by way
+    of a module of torch's that takes over half a second to import."""
+    return module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
 def pieces(config: ModelConfig, model: Transformer) -> list[Piece]:

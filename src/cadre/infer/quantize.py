@@ -3,6 +3,7 @@ keep their precision; everything that multiplies, the head included, is rounded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -80,22 +81,37 @@ class QuantizedExperts(nn.Module):
         return routed_swiglu_quantized(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, *matrices)
 
 
-def quantize_model(model: Transformer, kind: str) -> Transformer:
-    """Round a model's weights in place, for inference only. kind: "int8" or "int4". A tied head is rounded, the embedding
-    it came from is not. Raises `UsageError` for another kind or a model already rounded."""
+def rounding(kind: str) -> Callable[[nn.Module], nn.Module]:
+    """What makes of a module that multiplies the same in 8 or 4 bits, and leaves any other. Given to `cadre.load` as `each`,
+    so that a model is never in memory as it is stored; then `for_inference`. kind: "int8" or "int4". Raises `UsageError` for
+    another."""
     if kind not in BITS:
         raise UsageError(f"quantization is {kind!r}; it must be one of {', '.join(BITS)}")
+
+    def rounded(module: nn.Module) -> nn.Module:
+        if isinstance(module, Linear):
+            return QuantizedLinear(module, BITS[kind])
+        return QuantizedExperts(module, BITS[kind]) if isinstance(module, Experts) else module
+
+    return rounded
+
+
+def for_inference(model: Transformer) -> Transformer:
+    """A model with rounded modules, such that what widens their weights again computes in the dtype that the model had."""
+    model.compute_dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    return model.requires_grad_(False)
+
+
+def quantize_model(model: Transformer, kind: str) -> Transformer:
+    """Round a model's weights in place, for inference only. A tied head is rounded, the embedding it came from is not. Raises
+    `UsageError` for an unknown kind (see `rounding`) or a model already rounded."""
+    rounded = rounding(kind)
     if any(isinstance(module, _Kept) for module in model.modules()):
         raise UsageError("the model's weights are quantized already")
-    # So that what widens the weights again computes in the dtype that the model had.
-    model.compute_dtype = model.compute_dtype or model.embed_tokens.weight.dtype
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Linear):
-                setattr(parent, name, QuantizedLinear(child, BITS[kind]))
-            elif isinstance(child, Experts):
-                setattr(parent, name, QuantizedExperts(child, BITS[kind]))
-    return model.requires_grad_(False)
+            setattr(parent, name, rounded(child))
+    return for_inference(model)
 
 
 def weight_of(module: nn.Module) -> Tensor | QuantizedMatrix:

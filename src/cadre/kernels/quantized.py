@@ -16,6 +16,8 @@ from torch import Tensor
 
 GROUP = 32
 HALF = GROUP // 2
+# Elements rounded at once.
+_AT_ONCE = 2**20
 
 
 @dataclass
@@ -46,18 +48,24 @@ def levels() -> Tensor:
 def quantize(weight: Tensor, bits: int) -> QuantizedMatrix:
     """Round a float matrix [rows, cols] to 8 or 4 bits."""
     rows, cols = weight.shape
+    # Some rows at a time: on the way a weight takes 17 bytes, and the experts of a layer are many.
+    parts = [_rounded(part, bits) for part in weight.split(max(1, _AT_ONCE // cols))]
+    data, scale = (torch.cat(each) for each in zip(*parts, strict=True))
+    return QuantizedMatrix(bits, rows, cols, data, scale)
+
+
+def _rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`QuantizedMatrix.data` and `.scale`."""
     if bits == 8:
         wide = weight.float()
         scale = wide.abs().amax(dim=1) / 127
-        data = (wide / scale.clamp(min=1e-30)[:, None]).round_().to(torch.int8)
-        return QuantizedMatrix(8, rows, cols, data, scale)
-    wide = F.pad(weight.float(), (0, -cols % GROUP)).unflatten(1, (-1, GROUP))
+        return (wide / scale.clamp(min=1e-30)[:, None]).round_().to(torch.int8), scale
+    wide = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     scale = wide.abs().amax(dim=2).to(torch.bfloat16)
     level = levels().to(weight.device)
     middle = (level[1:] + level[:-1]) / 2
     code = torch.bucketize(wide / scale.float().clamp(min=1e-30)[:, :, None], middle).to(torch.uint8)
-    data = (code[:, :, :HALF] | code[:, :, HALF:] << 4).flatten(1)
-    return QuantizedMatrix(4, rows, cols, data, scale)
+    return (code[:, :, :HALF] | code[:, :, HALF:] << 4).flatten(1), scale
 
 
 def dequantize(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
