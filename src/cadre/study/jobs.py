@@ -130,7 +130,14 @@ def recipe_of(job: Job, recipe: Recipe, factor: float, evaluations: int, dtype: 
     if recipe.optimizer.adamw_lr is not None:
         rates["adamw_lr"] = recipe.optimizer.adamw_lr * factor
     warmup = min(recipe.schedule.warmup_steps, max(1, steps // 10))
-    train = {"steps": steps, "minutes": None, "seed": job.seed, "dtype": dtype, "log_every": max(1, steps // 100)}
+    train = {
+        "steps": steps,
+        "minutes": None,
+        "seed": job.seed,
+        "dtype": dtype,
+        "log_every": max(1, steps // 100),
+        "wandb": None,
+    }
     # Of a sweep only the end counts.
     every = steps if job.kind == "sweep" else max(1, math.ceil(steps / evaluations))
     return recipe.model_copy(update={

@@ -22,9 +22,8 @@ What they mean: cadre/train/loads.py, cadre/train/collapse.py.
 
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,9 @@ from cadre.train.boards import TensorBoard, WeightsAndBiases
 from cadre.train.loads import load_ratio
 
 FILE_NAME = "metrics.jsonl"
+
+# More than any record: with the loads of 61 layers of 256 experts one has some 140 KB.
+_LAST_BYTES = 2**22
 
 # An assignment's share to 6 decimals is finer than any batch resolves, and 61 layers x 256 experts stay near 140 KB.
 LOAD_DECIMALS = 6
@@ -70,7 +72,7 @@ LAYER_TAGS = {
 
 
 class MetricsLog:
-    """Appends records to `run_dir/metrics.jsonl` and mirrors them to `run_dir/tensorboard/`, and to `board` if there is one.
+    """Appends records to `run_dir/metrics.jsonl` and mirrors them to `run_dir/tensorboard/` and whatever else is in `boards`.
 
     `resume_step` is the step training continues from, -1 of one that begins: lines of later steps, which the resumed run writes
     again, are dropped first, so that N + N steps leave the records of 2N. A torn last line (`kill -9`, full disk) is always
@@ -81,17 +83,14 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, *, resume_step: int = -1, again: Callable[[dict[str, Any]], bool] = lambda record: False,
-        board: WeightsAndBiases | None = None,
-    ) -> None:  # fmt: skip
+        self, run_dir: Path, *, resume_step: int = -1, again: Callable[[dict[str, Any]], bool] = lambda record: False
+    ) -> None:
         self.path = run_dir / FILE_NAME
         with _disk(self.path):
             run_dir.mkdir(parents=True, exist_ok=True)
             _trim(self.path, resume_step, again)
             self._file = self.path.open("a", encoding="utf-8")
-            self._boards: list[TensorBoard | WeightsAndBiases] = [TensorBoard(run_dir, resume_step + 1)]
-        if board is not None:
-            self._boards.append(board)
+            self.boards: list[TensorBoard | WeightsAndBiases] = [TensorBoard(run_dir, resume_step + 1)]
         self._load: NDArray[np.float64] | None = None
 
     def write(self, record: dict[str, Any]) -> None:
@@ -107,10 +106,9 @@ class MetricsLog:
             self._mirror(record)
 
     def close(self) -> None:
-        with _disk(self.path):
-            self._file.close()
-            for board in self._boards:
-                board.close()
+        with _disk(self.path), ExitStack() as every:  # one that fails keeps none of the others
+            for closing in (*self.boards, self._file):
+                every.callback(closing.close)
 
     def _mirror(self, record: dict[str, Any]) -> None:
         scalars = {tag: record.get(key) for key, tag in TAGS.items()}
@@ -127,7 +125,7 @@ class MetricsLog:
         if "bits_per_byte" in record and self._load is not None:
             pixels = max(1, 512 // self._load.shape[1])
             image = np.kron(load_colours(load_ratio(self._load)), np.ones((pixels, pixels, 1)))
-        for board in self._boards:
+        for board in self.boards:
             board.write(record["step"], {tag: value for tag, value in scalars.items() if value is not None}, event, image)
 
 
@@ -148,8 +146,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def last_record(run_dir: Path) -> dict[str, Any] | None:
-    """The newest of the run's records, None if it has none yet. Raises as `read_metrics`."""
-    return next(iter(deque(_records(run_dir), maxlen=1)), None)
+    """The newest of the run's records, None if it has none yet. Reads the end of the file alone: the rest may be gigabytes."""
+    path = run_dir / FILE_NAME
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        lines = file.read().split(b"\n")
+    return next((record for line in reversed(lines) if (record := _record(line)) is not None), None)
 
 
 def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -238,15 +242,19 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
     """Each line with its record; the last with None if it is torn: no whole line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                    raise ValueError("no record")
-            except (ValueError, RecursionError) as error:
-                if file.read(1):
-                    raise UsageError(f"{path}, line {number}: expected a JSON object with an integer 'step'") from error
-                record = None
+            record = _record(line)
+            if record is None and file.read(1):
+                raise UsageError(f"{path}, line {number}: expected a JSON object with an integer 'step'")
             yield record, line
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """None for a line that holds no record."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _finite(value: Any) -> Any:

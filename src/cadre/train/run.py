@@ -5,7 +5,8 @@ from.txt         of a run that began with a model, where that lies
 model/           the model so far, in the Hugging Face layout
 best/            with checkpoint.best, the model whose held-out loss was lowest
 checkpoints/     what `--resume` continues from
-metrics.jsonl    one object per logged step; tensorboard/ has the same, and with train.wandb wandb/, whose id wandb.txt holds
+metrics.jsonl    one object per logged step; tensorboard/ has the same
+wandb.txt        with train.wandb, the run's id there; wandb/ keeps what is not sent yet
 report.html      the run on one page
 """
 

@@ -216,10 +216,11 @@ class Trainer:
             at_last = record.get("final") or (both and "bits_per_byte" in record) or record.get("event") in _LAST_WORDS
             return ends_here and bool(at_last)
 
-        board, project = None, self.recipe.train.wandb
-        if project is not None:
-            board = WeightsAndBiases(self.run.path, project, self.recipe.model_dump(), self.observer.note)
-        return MetricsLog(self.run.path, resume_step=-1 if resumed is None else resumed, again=again, board=board)
+        log = MetricsLog(self.run.path, resume_step=-1 if resumed is None else resumed, again=again)
+        if self.recipe.train.wandb:
+            settings = self.recipe.model_dump()
+            log.boards.append(WeightsAndBiases(self.run.path, self.recipe.train.wandb, settings, self.observer.note))
+        return log
 
     def ends_as_it_began(self) -> bool:
         """Whether the last step is also scored on the text that evaluations on the way read: to find the lowest of them, or
