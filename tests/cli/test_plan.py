@@ -98,17 +98,33 @@ def test_multi_token_prediction_on_demand(planned, config_file):
     assert made["ignored"] == ["quantization_config"]
 
 
-def test_modules_that_a_directory_announces_and_does_not_hold_are_left_out(planned, tmp_path):
-    """transformers writes num_nextn_predict_layers and saves no module."""
-    model = Transformer(small("deepseek_v3", vocab_size=50)).initialize(0)
-    save(model, tmp_path)
-    file = tmp_path / "config.json"
+def announce(folder: Path) -> dict:
+    """What a config.json says, with a module of multi-token prediction, as transformers writes it and saves none."""
+    file = folder / "config.json"
     values = json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}
     file.write_text(json.dumps(values))
-    made, announced, alone = planned(tmp_path), planned(tmp_path, "--mtp"), planned(file)
+    return values
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_modules_that_a_directory_announces_and_does_not_hold_are_left_out(planned, tmp_path, shard_bytes):
+    model = Transformer(small("deepseek_v3", vocab_size=50)).initialize(0)
+    save(model, tmp_path, max_shard_bytes=shard_bytes)
+    announce(tmp_path)
+    made, announced, alone = planned(tmp_path), planned(tmp_path, "--mtp"), planned(tmp_path / "config.json")
     assert made["total_parameters"] == count(model.config).total_parameters < announced["total_parameters"]
     assert any("none of its weights are stored" in note for note in made["notes"])
     assert announced["total_parameters"] == alone["total_parameters"]  # a file is taken at its word
+
+
+def test_a_directory_that_holds_its_modules_or_not_yet_all_of_its_files_is_taken_at_its_word(planned, tmp_path):
+    whole, partial = tmp_path / "whole", tmp_path / "partial"
+    save(Transformer(small("deepseek_v3", vocab_size=50, num_nextn_predict_layers=1)).initialize(0), whole)
+    save(Transformer(small("deepseek_v3", vocab_size=50)).initialize(0), partial)
+    announce(partial)
+    (partial / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for folder in (whole, partial):
+        assert planned(folder)["total_parameters"] == planned(folder / "config.json")["total_parameters"]
 
 
 def test_a_model_directory_and_its_file_are_one(planned, config_file):

@@ -5,6 +5,7 @@ No torch here: `cadre plan` reads models on machines that could not hold them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,19 +148,29 @@ def without_absent_modules(config: ModelConfig, stored: dict[str, Stored]) -> Mo
 
 
 def lacks_modules(path: Path, num_hidden_layers: int) -> bool:
-    """Whether a path is a model directory with weights of the layers alone, and of no module of multi-token prediction."""
+    """Whether a path is a model directory with weights of the layers alone, and of no module of multi-token prediction; False
+    where that cannot be told, as of files that are still to be fetched."""
     if kind_of(path) != "folder":
         return False
-    directory = model_directory(path)
-    return bool(_named(directory, ".safetensors")) and not modules_stored(num_hidden_layers, stored_tensors(directory))
+    try:
+        directory = model_directory(path)
+        indexed = kind_of(directory / WEIGHTS) is None and kind_of(directory / INDEX) is not None
+        names = read_json_object(directory / INDEX).get("weight_map") if indexed else stored_tensors(directory)
+    except UsageError:
+        return False
+    layers = _layers(names if isinstance(names, dict) else {})
+    return 0 in layers and max(layers) < num_hidden_layers
 
 
 def modules_stored(num_hidden_layers: int, stored: dict[str, Stored]) -> list[int]:
     """The layer numbers beyond `num_hidden_layers` under which tensors are stored, in order."""
-    parts = (name.split(".") for name in stored if name.startswith("model.layers."))
+    return sorted(layer for layer in _layers(stored) if layer >= num_hidden_layers)
+
+
+def _layers(names: Iterable[str]) -> set[int]:
+    parts = (name.split(".") for name in names if name.startswith("model.layers."))
     # A number of more digits is no layer of any model; Python would not read thousands of them.
-    layers = {int(part[2]) for part in parts if part[2].isdecimal() and len(part[2]) < 10}
-    return sorted(layer for layer in layers if layer >= num_hidden_layers)
+    return {int(part[2]) for part in parts if part[2].isdecimal() and len(part[2]) < 10}
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
