@@ -227,6 +227,20 @@ def test_a_grammar_is_compiled_once_and_the_latest_are_kept(tokenizer, monkeypat
     assert len(compiled) == 6
 
 
+def test_a_schema_of_many_expressions_is_taken_where_none_are_joined(constraints):
+    """As classes of settings come out, each field with a pattern of its own."""
+    fields = {f"f{n}": {"type": "string", "pattern": f"^[a-z]{{{n + 1}}}$"} for n in range(20)}
+    named = {"$ref": "#/$defs/Inner", "nullable": True, "description": "what it is"}
+    single = {"allOf": [{"$ref": "#/$defs/Inner"}], "default": None, "title": "Inner"}
+    data = {"enum": [{"pattern": str(n)} for n in range(20)]}
+    schema = {
+        "type": "object", "additionalProperties": False,
+        "properties": {**fields, "allOf": {"type": "string"}, "inner": named, "other": single, "data": data},
+        "$defs": {"Inner": {"type": "object", "properties": {}, "additionalProperties": False}},
+    }  # fmt: skip
+    constraints.start(Sampling(json_schema=json.dumps(schema)))
+
+
 def asked_together(count):
     """Expressions that one text must match, each joined by another keyword to the next."""
     schema = {"type": "string"}
@@ -260,6 +274,14 @@ def asked_together(count):
         ({"json_schema": json.dumps({"pattern": ".*" * 1_001})}, "json_schema cannot be used: an expression with 1,001 groups"),
         ({"json_schema": json.dumps({"patternProperties": {"(a|)" * 1_001: {}}})}, "with 1,001 groups and repetitions"),
         ({"json_schema": json.dumps(asked_together(16))}, "it has 16 expressions"),
+        *(
+            ({"json_schema": json.dumps({**hidden, "$ref": reference})}, "it has 16 expressions")
+            for hidden, reference in (
+                ({"$defs": asked_together(16)}, "#/$defs"),
+                ({"enum": [asked_together(16)]}, "#/enum/0"),
+                ({"$defs": {"a": {"const": asked_together(16)}}}, "#/$defs/a%2fconst"),
+            )
+        ),
         ({"regex": r"\w{0,3}" * 1_001}, "regex cannot be used: an expression with 1,001 groups and repetitions is too complex"),
         ({"regex": "["}, "regex cannot be used: unclosed character class"),
         ({"regex": r"(a)\1"}, "regex cannot be used: backreferences are not supported"),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from decimal import Decimal
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,14 @@ _LONGEST = 65_536
 _MOST_PARTS = 1_000
 # Expressions of a schema that may all be asked of one text: with each more the library takes twice as long.
 _MOST_JOINED = 15
-# Beside these a reference or a choice stands alone: it joins nothing to the schema that holds it.
-_SAY_NOTHING = {"title", "description", "default", "examples", "type", "$schema", "$id", "$defs", "definitions", "$comment"}
+# Beside these what joins has nothing to join: a reference or a choice stands alone, and so does one condition of `allOf`.
+_SAY_NOTHING = {"title", "description", "default", "examples", "type", "nullable", "$schema", "$id", "$defs", "definitions",
+                "$comment"}  # fmt: skip
+_JOINING = {"$ref", "anyOf", "oneOf", "allOf"}
+# Keys whose objects hold schemas by names, and those whose values are no schemas.
+_NAMING, _DATA = {"properties", "$defs", "definitions"}, {"enum", "const", "default", "examples"}
+_REFERENCE = re.compile(r'"\$ref": "((?:[^"\\]|\\.)*)"')
+_DEFINITION = re.compile(r"#|#/(\$defs|definitions)/[^/%~]+")
 _GREATEST_MULTIPLE = 10_000
 _LIMITS: dict[str, Any] = dict(
     initial_lexer_fuel=200_000,
@@ -195,27 +202,23 @@ def _read_schema(text: str) -> Any:
     schema.pop("x-guidance", None)  # the library's own options, which could ask for text that is no JSON
     # The library bounds the work of most else. Conditions on one number combine to their common multiple, expressions of one
     # text to all that they can have matched together.
-    multiple, parts = 1, [schema]
+    multiple = 1
     expressions: set[str] = set()
     joined = False
-    while parts:
-        part = parts.pop()
-        if isinstance(part, list):
-            parts += part
-        elif isinstance(part, dict):
-            parts += part.values()
-            value = part.get("multipleOf")
-            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-                multiple = math.lcm(multiple, _digits(value))
-            names = part.get("patternProperties")
-            for name in names if isinstance(names, dict) else ():
-                _check_parts("json_schema", name)
-            for expression in (part.get("pattern"), part.get("format")):
-                if isinstance(expression, str):
-                    _check_parts("json_schema", expression)
-                    expressions.add(expression)
-            beside = len(part.keys() - _SAY_NOTHING) > 1 and bool(part.keys() & {"$ref", "anyOf", "oneOf"})
-            joined = joined or beside or "allOf" in part
+    for part in _schemas_in(schema):
+        value = part.get("multipleOf")
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            multiple = math.lcm(multiple, _digits(value))
+        names = part.get("patternProperties")
+        for name in names if isinstance(names, dict) else ():
+            _check_parts("json_schema", name)
+        for expression in (part.get("pattern"), part.get("format")):
+            if isinstance(expression, str):
+                _check_parts("json_schema", expression)
+                expressions.add(expression)
+        told, all_of = part.keys() - _SAY_NOTHING, part.get("allOf")
+        several = isinstance(all_of, list) and len(all_of) > 1
+        joined = joined or several or (len(told) > 1 and not told.isdisjoint(_JOINING))
     if joined and len(expressions) > _MOST_JOINED:
         raise UsageError(
             f"json_schema cannot be used: it has {len(expressions):,} expressions (pattern, format) and ways to ask"
@@ -226,6 +229,23 @@ def _read_schema(text: str) -> Any:
             f"json_schema cannot be used: its values of multipleOf have no common multiple up to {_GREATEST_MULTIPLE:,}"
         )
     return schema
+
+
+def _schemas_in(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every schema within a schema. Where a reference names another place than a definition, everything may be one."""
+    usual = all(_DEFINITION.fullmatch(reference) for reference in _REFERENCE.findall(json.dumps(schema)))
+    parts: list[Any] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            yield part
+            for key, value in part.items():
+                if usual and key in _NAMING and isinstance(value, dict):
+                    parts += value.values()
+                elif not usual or key not in _DATA:
+                    parts.append(value)
 
 
 def _check_parts(kind: str, expression: str) -> None:
