@@ -356,11 +356,20 @@ def test_what_other_names_leave_out_is_what_transformers_takes(kind, theirs):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-@pytest.mark.parametrize("types", [["sparse", "dense"], ["dense", "other"], "dense"])
+@pytest.mark.parametrize("types", [["sparse", "dense"], ["dense", "other"], "dense", 5, [], ["dense"] * 3])
 def test_dense_layers_of_glm4_moe_lite_come_first(types):
     values = {"model_type": "glm4_moe_lite", "num_hidden_layers": 2, "mlp_layer_types": types}
-    with pytest.raises(UsageError, match=r"^config: mlp_layer_types is .*; the first layers must be dense, the others sparse$"):
+    with pytest.raises(
+        UsageError, match=r"^config: mlp_layer_types is .*; it must be 2 in all, dense ones first"
+    ):
         ModelConfig.from_hf(values, "config")
+
+
+def test_glm4_moe_lite_is_read_in_the_spellings_of_deepseek_v3():
+    values = {"model_type": "glm4_moe_lite", "num_hidden_layers": 2, "num_local_experts": 8, "first_k_dense_replace": 1}
+    assert ModelConfig.from_hf(values).n_routed_experts == 8
+    with pytest.raises(UsageError, match=r"first_k_dense_replace is 2; without mlp_layer_types it must be 1"):
+        ModelConfig.from_hf({**values, "first_k_dense_replace": 2})
 
 
 @pytest.mark.parametrize("name", ["_attn_implementation_autoset", "_commit_hash", "unsloth_fixed", "unsloth_version"])

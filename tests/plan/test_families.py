@@ -233,6 +233,8 @@ def test_what_is_not_understood_is_named():
     ("kind", "changes", "line"),
     [
         ("gpt2", {}, "x: model_type is 'gpt2'; cadre plan knows deepseek_v2, deepseek_v3, glm4_moe, glm4_moe_lite, "),
+        ("glm4_moe_lite", {"mlp_layer_types": "dense"}, 'mlp_layer_types is "dense"; it must be 4 times dense or sparse'),
+        ("glm4_moe_lite", {"mlp_layer_types": None}, "mlp_layer_types is missing, and first_k_dense_replace"),
         ("llama", {"hidden_size": None}, "x: hidden_size is missing; llama needs it: a whole number, at least 1"),
         ("llama", {"vocab_size": "many"}, 'x: vocab_size is "many"; it must be a whole number, at least 1'),
         ("llama", {"num_hidden_layers": 10**9}, "x: num_hidden_layers is 1000000000; it must be at most 10,000"),

@@ -55,11 +55,19 @@ def our_spelling(values: dict[str, Any]) -> dict[str, Any]:
 def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) -> dict[str, Any]:
     """The fields of a `ModelConfig`, whose names are `known`, from the content of a `config.json`. Raises `UsageError` for
     what Cadre cannot compute."""
-    values = _by_known_name(values, where)
-    kind = values.get("model_type")
+    name = values.get("model_type")
+    kind, defaults = SAME.get(str(name), (name, {}))
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UsageError(f"{where}: model_type is {kind!r}; Cadre builds {', '.join((*FAMILIES, *SAME))}")
+        raise UsageError(f"{where}: model_type is {name!r}; Cadre builds {', '.join((*FAMILIES, *SAME))}")
     family = FAMILIES[kind]
+    try:
+        values = {**defaults, **our_spelling({**values, "model_type": kind})}
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    if name == "youtu":
+        values["first_k_dense_replace"] = values["num_hidden_layers"]
+    if name == "glm4_moe_lite":
+        values["first_k_dense_replace"] = _first_dense(values, where)
     rope = _rope_from_hf(values, kind, where)
     if values.pop("moe_layer_freq", 1) != 1:
         raise UsageError(f"{where}: moe_layer_freq must be 1: experts in every layer after first_k_dense_replace")
@@ -67,10 +75,6 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
         raise UsageError(f"{where}: mlp_bias is true; Cadre's feed-forward layers have no bias")
     if "num_nextn_predict_layers" not in values and "num_mtp_layers" in values:
         values["num_nextn_predict_layers"] = values["num_mtp_layers"]
-    try:
-        values = our_spelling(values)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
     if family.latent:
         values.pop("head_dim", None)  # transformers stores qk_rope_head_dim under this name
     if kind == "deepseek_v2":
@@ -99,21 +103,18 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
     return merged
 
 
-def _by_known_name(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields as those of the family that computes the same."""
-    name = values.get("model_type")
-    if not isinstance(name, str) or name not in SAME:
-        return dict(values)
-    kind, defaults = SAME[name]
-    values = {**defaults, **values, "model_type": kind}
-    if name == "youtu":
-        values["first_k_dense_replace"] = values["num_hidden_layers"]
-    if name == "glm4_moe_lite" and (types := values.pop("mlp_layer_types", None)) is not None:
-        dense = types.count("dense") if isinstance(types, list) else 0
-        if types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
-            raise UsageError(f"{where}: mlp_layer_types is {types}; the first layers must be dense, the others sparse")
-        values["first_k_dense_replace"] = dense
-    return values
+def _first_dense(values: dict[str, Any], where: str) -> Any:
+    """How many of the first layers of a glm4_moe_lite are dense, by the field that transformers reads or, in its absence, the
+    publisher's, of which transformers knows one value."""
+    types, dense = values.get("mlp_layer_types"), values.get("first_k_dense_replace")
+    if types is None:
+        if dense != 1:
+            raise UsageError(f"{where}: first_k_dense_replace is {dense!r}; without mlp_layer_types it must be 1")
+        return dense
+    layers, first = values.get("num_hidden_layers"), types.count("dense") if isinstance(types, list) else 0
+    if not isinstance(types, list) or types != ["dense"] * first + ["sparse"] * (len(types) - first) or len(types) != layers:
+        raise UsageError(f"{where}: mlp_layer_types is {types!r}; it must be {layers} in all, dense ones first, then sparse")
+    return first
 
 
 def _qwen(values: dict[str, Any], kind: str, where: str) -> None:

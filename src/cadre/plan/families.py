@@ -232,7 +232,8 @@ def _windows(f: _Fields, kind: str) -> list[int | None]:
 
 
 def _deepseek(f: _Fields, kind: str, attention: Latent | Grouped | None = None) -> Shape:
-    """deepseek_v3, kimi_k2 (the same shape), deepseek_v2 (no correction bias), and glm4_moe with its own attention."""
+    """deepseek_v3, kimi_k2 and glm4_moe_lite (the same shape), deepseek_v2 (no correction bias), and glm4_moe with its own
+    attention."""
     if f.get("moe_layer_freq") not in (None, 1):
         f.refuse("moe_layer_freq", f.get("moe_layer_freq"), "1: experts in every layer after first_k_dense_replace")
     layers, extra = f.layers(), f.maybe("num_nextn_predict_layers", 0) or 0
@@ -254,8 +255,12 @@ def _deepseek(f: _Fields, kind: str, attention: Latent | Grouped | None = None) 
 
 def _glm4_moe_lite(f: _Fields, kind: str) -> Shape:
     """deepseek_v3 under another name; transformers writes which layers are dense, the publisher how many."""
-    types = f.get("mlp_layer_types")
-    if isinstance(types, list) and f.get("first_k_dense_replace") is None:
+    types, layers = f.get("mlp_layer_types"), f.layers()
+    if types is not None and (not isinstance(types, list) or len(types) != layers):
+        f.refuse("mlp_layer_types", types, f"{layers} times dense or sparse")
+    if types is None and f.get("first_k_dense_replace") is None:
+        raise UsageError(f"{f.where}: mlp_layer_types is missing, and first_k_dense_replace: {kind} needs one of them")
+    if types is not None:
         f.values = {**f.values, "first_k_dense_replace": types.count("dense")}
     return _deepseek(f, kind)
 
