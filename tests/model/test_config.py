@@ -359,9 +359,7 @@ def test_what_other_names_leave_out_is_what_transformers_takes(kind, theirs):
 @pytest.mark.parametrize("types", [["sparse", "dense"], ["dense", "other"], "dense", 5, [], ["dense"] * 3])
 def test_dense_layers_of_glm4_moe_lite_come_first(types):
     values = {"model_type": "glm4_moe_lite", "num_hidden_layers": 2, "mlp_layer_types": types}
-    with pytest.raises(
-        UsageError, match=r"^config: mlp_layer_types is .*; it must be 2 in all, dense ones first"
-    ):
+    with pytest.raises(UsageError, match=r"^config: mlp_layer_types is .*; it must be 2 in all, dense ones first"):
         ModelConfig.from_hf(values, "config")
 
 

@@ -115,6 +115,11 @@ def test_a_base_is_looked_for_beside_the_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study, _ = read_study("studies/study.toml")
     assert study.base_recipe().model["intermediate_size"] == 48
+    (folder / "mine.toml").rename(folder / "pocket")  # as a recipe that ships, but for the ./
+    (folder / "study.toml").write_text('base = "./pocket"\n' + text[:start] + text[stop:])
+    for here, name in ((tmp_path, "studies/study.toml"), (folder, "study.toml")):
+        monkeypatch.chdir(here)
+        assert read_study(name)[0].base_recipe().model["intermediate_size"] == 48
 
 
 def test_a_recipe_is_told_from_a_study():

@@ -67,7 +67,7 @@ def choose_recipe(
             f"--budget {budget.text}: choosing a shape takes a calibration of up to {CALIBRATION_SECONDS:.0f} s; give at least "
             f"{2 * CALIBRATION_SECONDS:.0f} s, or name a recipe"
         )
-    data = _data_section(overrides)
+    data = _asked(overrides)
     text = prepare(data.source, tokenizer=data.tokenizer, vocab_size=data.vocab_size, held_out=data.held_out, progress=note)
     note("measuring this machine")
     machine, rate = _together(*measure_machine(_guess_flops(budget, device), text.vocab_size), processes)
@@ -103,16 +103,23 @@ def choose_recipe(
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=length)})
 
 
-def _data_section(overrides: list[str] | None) -> DataSection:
+# What is chosen, or depends on it.
+_CHOSEN = ("model.", "data.seq_len", "train.steps", "train.minutes", "train.batch", "train.micro_batch")
+
+
+def _asked(overrides: list[str] | None) -> DataSection:
     """The data that the overrides ask for. Raises `UsageError` for those of them that are wrong whatever is chosen, before time
     goes into choosing."""
     from cadre.plan.budget import shape
+    from cadre.train.boards import check_wandb
     from cadre.train.recipe import dump_toml, parse_recipe
 
     model = shape(64, 8, 2, 4096, 16).model_dump(exclude_none=True, exclude_defaults=True)
     any_recipe = {"model": model, "data": {"seq_len": 16}, "train": {"steps": 1, "batch": 1}, "optimizer": {"lr": 1.0}}
-    ours = [one for one in overrides or [] if not one.strip().startswith(("model.", "train.", "data.seq_len"))]
-    return parse_recipe(dump_toml(any_recipe), "--set", ours).data
+    ours = [one for one in overrides or [] if not one.strip().startswith(_CHOSEN)]
+    recipe = parse_recipe(dump_toml(any_recipe), "--set", ours)
+    check_wandb(recipe.train.wandb)
+    return recipe.data
 
 
 def _together(machine: Machine, rate: float, processes: int) -> tuple[Machine, float]:

@@ -61,6 +61,7 @@ def routes(
         if kind_of(out) == "folder":
             raise UsageError(f"--out {out}: is a folder; give a file, such as {out / ROUTES_PAGE}")
     run = run_of(model)
+    home = model if run == model else None  # whose page it is: not that of another of the run's models
     source = [*(data or []), *(more or [])]
     documents: Iterable[Document]
     if source:
@@ -96,11 +97,11 @@ def routes(
         typer.echo(json.dumps(found, ensure_ascii=False))
     if json_output and out is None:
         return
-    path = out or (run or Path()) / ROUTES_PAGE
+    path = out or (home or Path()) / ROUTES_PAGE
     with writing(path):
         replace_file(path, render(found).encode("utf-8", errors="replace"))
-    if run is not None and path.resolve() == (run / ROUTES_PAGE).resolve():
-        link_routes(run)
+    if home is not None and path.resolve() == (home / ROUTES_PAGE).resolve():
+        link_routes(home)
     if not json_output:
         sizes = f"{len(found['layers'])} x {len(found['layers'][0]['experts'])} experts"
         typer.echo(f"{path}: {sizes} on {found['tokens']:,} tokens, documents: {found['documents']:,}")

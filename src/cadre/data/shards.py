@@ -155,12 +155,8 @@ class TokenData:
         train, held_out = (_open_tokens(path, part, manifest, ended) for part in PARTS)
         return cls(path, manifest, tokenizer, train, held_out)
 
-    def held_out_documents(self) -> list[Document]:
-        """The held-out documents' raw text; none if nothing was held out."""
-        return list(self.read_held_out())
-
     def read_held_out(self) -> Iterator[Document]:
-        """The same, one after the other."""
+        """The held-out documents' raw text, one after the other; none if nothing was held out."""
         with (self.path / HELD_OUT_TEXT).open("rb") as file:
             yield from map(held_out_document, file)
 

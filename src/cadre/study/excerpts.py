@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -52,9 +53,11 @@ class Sample:
 def read_text(source: list[str], template: Template | None = None) -> Iterator[Document]:
     """As `read_documents`, but a large text file comes in blocks, each a document of the file's name. Raises `UsageError`
     at once for what cannot be read."""
-    files = dict.fromkeys(file for entry in source for file in _files(entry))
+    files: dict[str, str] = {}  # each once, by whatever name comes first
+    for file in (file for entry in source for file in _files(entry)):
+        files.setdefault(str(Path(file).resolve()) if Path(file).is_file() else file, file)
     streams: list[Iterator[Document]] = []
-    for large, some in groupby(files, _is_large):
+    for large, some in groupby(files.values(), _is_large):
         together = list(some)
         streams += [_blocks(Path(file)) for file in together] if large else [read_documents(together, template)]
     return chain.from_iterable(streams)
@@ -63,12 +66,9 @@ def read_text(source: list[str], template: Template | None = None) -> Iterator[D
 def held_out_text(run: Path) -> Iterator[Document]:
     """The held-out documents of a run, split off its text anew. Raises `UsageError` if nothing was held out, or the text is
     no longer where it was, or another by now: other documents would be held out of that, such as the run was trained on."""
-    from cadre.train.checkpoint import checkpoints, read_state
     from cadre.train.resume import held_recipe
 
-    section = held_recipe(run).data
-    newest = checkpoints(run)[-1:]
-    trained_on = read_state(newest[0])["identity"]["corpus"] if newest else None
+    section, trained_on = held_recipe(run).data, _trained_on(run)
     if (made := token_data(section.source)) is not None:
         data = TokenData.open(made)
         _refuse_other_text(run, data.manifest["inputs"]["text"], trained_on)
@@ -85,8 +85,18 @@ def held_out_text(run: Path) -> Iterator[Document]:
     return (document for held, document in split.divide(read_documents(section.source, template)) if held)
 
 
+def _trained_on(run: Path) -> str | None:
+    """The text that the run was trained on, by the newest of its checkpoints that can be read; None if none can."""
+    from cadre.train.checkpoint import DamagedError, checkpoints, read_state
+
+    for checkpoint in reversed(checkpoints(run)):
+        with suppress(DamagedError):  # or gone meanwhile
+            return read_state(checkpoint)["identity"]["corpus"]
+    return None
+
+
 def _refuse_other_text(run: Path, text: str, trained_on: str | None) -> None:
-    """`trained_on`: None of a run without a checkpoint, which does not say."""
+    """`trained_on`: None where nothing says it."""
     if trained_on not in (None, text):
         raise UsageError(
             f"{run}: its text is not the one that it was trained on, so what it held out cannot be told: restore that, or say "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -209,6 +210,6 @@ def parse_study(text: str, where: str, name: str = "study") -> Study:
     values.setdefault("name", name)
     values.setdefault("title", name)
     base = values.get("base")
-    if isinstance(base, str) and base not in recipe.shipped():  # a file beside the study's
-        values["base"] = str(Path(where).parent / base)
+    if isinstance(base, str) and base and base not in recipe.shipped():  # a file beside the study's
+        values["base"] = os.path.join(Path(where).parent, base)  # noqa: PTH118, which keeps a ./ before a shipped name
     return sections.check(Study, values, where)
