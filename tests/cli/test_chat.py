@@ -12,6 +12,7 @@ from cadre.cli.chat import chat
 from cadre.errors import Terminated, UsageError
 from cadre.hub.template import CHAT_TEMPLATE, CONVERSED_TEMPLATE, ChatTemplate
 from cadre.infer.chat import Conversation
+from cadre.infer.quantize import quantize_model
 from cadre.infer.sampling import Sampling
 
 APP = typer.Typer()
@@ -22,9 +23,12 @@ def run(model_dir, text, *options):
     return CliRunner().invoke(APP, [str(model_dir), "--seed", "5", "--max-tokens", "8", *options], input=text)
 
 
-def answers(model_dir, *turns):
+def answers(model_dir, *turns, kind=None):
     """What the library says, turn by turn; None resets."""
-    talk = Conversation(*cadre.load(model_dir), Sampling(0.8, 0.95), 8, seed=5)
+    model, tokenizer = cadre.load(model_dir)
+    if kind is not None:
+        quantize_model(model, kind)
+    talk = Conversation(model, tokenizer, Sampling(0.8, 0.95), 8, seed=5)
     said = ""
     for turn in turns:
         if turn is None:
@@ -38,6 +42,11 @@ def test_lines_from_a_pipe_are_answered_line_by_line(model_dir):
     result = run(model_dir, "Who are you?\n\nAnd then?\r\n")
     assert result.exit_code == 0, result.output
     assert result.stdout == answers(model_dir, "Who are you?", "And then?")
+
+
+def test_a_model_may_be_rounded(model_dir):
+    result = run(model_dir, "Who are you?\n", "--quantize", "int4")
+    assert result.stdout == answers(model_dir, "Who are you?", kind="int4") != answers(model_dir, "Who are you?")
 
 
 def test_reset_and_quit(model_dir):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cadre.cli.models import load_with_tokenizer
-from cadre.cli.options import MaxTokens, Model, Seed, Temperature, TopK, TopP
+from cadre.cli.options import MaxTokens, Model, Quantize, Seed, Temperature, TopK, TopP
 from cadre.cli.progress import from_standard_input, shown
 from cadre.errors import Terminated, UsageError, printable
 
@@ -25,6 +25,7 @@ def chat(
     top_p: TopP = 0.95,
     top_k: TopK = 0,
     seed: Seed = None,
+    quantize: Quantize = None,
 ) -> None:
     """Talk to a model: by its chat template; one that never saw conversations continues a transcript."""
     from rich.console import Console
@@ -35,7 +36,7 @@ def chat(
     from cadre.infer.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k)
-    loaded, tokenizer = load_with_tokenizer(model)
+    loaded, tokenizer = load_with_tokenizer(model, quantize)
     template = chat_template(model_directory(model))
     render = None if template is None or template.untrained else template.render
     conversation = Conversation(loaded, tokenizer, sampling, max_tokens, seed, render)
