@@ -82,7 +82,8 @@ print(memory("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak since a moment")
 def test_a_model_is_never_in_memory_as_it_is_stored(tmp_path):
-    """What a model of 151 MB takes at its most when four bits are asked for: these, one layer's experts, and some room."""
+    """In four bits, one layer's experts, and what the first use of libraries takes beside them (40 to 70 MB): less than the
+    153 MB that are stored. Rounded afterwards it took 230."""
     config = ModelConfig(
         vocab_size=64, hidden_size=256, num_hidden_layers=12, num_attention_heads=2, kv_lora_rank=32, qk_nope_head_dim=16,
         qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=32, num_experts_per_tok=2, moe_intermediate_size=128,
@@ -90,4 +91,4 @@ def test_a_model_is_never_in_memory_as_it_is_stored(tmp_path):
     save(Transformer(config).initialize(0), tmp_path)
     stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     ran = subprocess.run([sys.executable, "-c", _PEAK, str(tmp_path), "int4"], capture_output=True, text=True, check=True)
-    assert int(ran.stdout) < 0.6 * stored
+    assert int(ran.stdout) < stored
