@@ -217,7 +217,8 @@ def test_two_machines_start_again_when_a_process_of_one_is_killed(tmp_path, reci
     machines.until(12)
     machines.worker(victim).kill()
     assert machines.end() == [0, 0], machines.said()
-    assert [record["event"] for record in read_metrics(machines.out) if "event" in record] == ["resumed", "finished"]
+    events = [record["event"] for record in read_metrics(machines.out) if "event" in record]
+    assert [event for event in events if event != "risen"] == ["resumed", "finished"]  # so small a text is soon known by heart
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "evicted"])

@@ -411,6 +411,21 @@ def test_an_absurd_weight_decay_ends_the_run(lab):
     assert not (lab.folder / "run" / "model").exists() and checkpoints(lab.folder / "run") == []
 
 
+def test_what_ends_a_run_is_told_not_what_its_saver_met_of_the_same(lab, monkeypatch):
+    trainer = Trainer(lab.start("run"), Watcher())
+
+    def failing(message):
+        def fail(*_):
+            raise RuntimeError(message)
+
+        return fail
+
+    monkeypatch.setattr(trainer, "step", failing("the others are gone"))
+    monkeypatch.setattr(trainer.saver, "wait", failing("pair closure"))
+    with pytest.raises(RuntimeError, match="the others are gone"):
+        trainer.train()
+
+
 def test_a_full_disk_ends_the_run_and_keeps_what_is_there(lab, monkeypatch):
     lab.train(lab.start("whole", "checkpoint.every=3"))
     real, calls = checkpoint_module.save_file, []

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from types import FrameType
@@ -184,7 +184,8 @@ class Trainer:
                 stopped = (stop.signal or OTHERS) if progress.step < progress.total_steps else None
                 self._end(stopped)
             except BaseException:
-                self.saver.wait()  # what is being written is sound
+                with suppress(Exception):  # a process that is lost to this loop is lost to the saver too, which may say less
+                    self.saver.wait()  # what is being written is sound
                 raise
             finally:
                 self.metrics.close()

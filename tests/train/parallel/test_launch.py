@@ -31,6 +31,19 @@ def test_what_a_process_knows_of_its_launch(monkeypatch):
     assert launch_module.may_resume_existing()
 
 
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("[/src/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:40000"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("pair closure"), False),
+    ],
+)
+def test_the_end_of_the_others_is_told_from_a_fault_of_ones_own(error, lost):
+    assert launch_module._lost(error) == lost
+
+
 def test_machines_that_could_not_start_again_together_say_so(monkeypatch):
     several = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in several.items():

@@ -230,4 +230,6 @@ def without_restarts() -> str | None:
 def _lost(error: Exception) -> bool:
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    said = str(error).lower()
+    # Most of gloo's messages begin with a place in its source; this one comes bare.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in said or "pair closure" in said))
