@@ -131,7 +131,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 # Families that compute what one of those above does, and what transformers assumes of them where a config.json is silent.
-SAME: dict[str, tuple[ModelType, Mapping[str, Any]]] = {
+OTHER_NAMES: dict[str, tuple[ModelType, Mapping[str, Any]]] = {
     "kimi_k2": ("deepseek_v3", {}),
     "glm4_moe_lite": (
         "deepseek_v3",

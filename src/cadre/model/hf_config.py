@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cadre.errors import UsageError, explain
-from cadre.model.families import FAMILIES, SAME
+from cadre.model.families import FAMILIES, OTHER_NAMES
 from cadre.model.rope_parameters import ROPE_READS, RopeParameters
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def fields_from_hf(values: dict[str, Any], where: str, known: Container[str]) ->
     """The fields of a `ModelConfig`, whose names are `known`, from the content of a `config.json`. Raises `UsageError` for
     what Cadre cannot compute."""
     name = values.get("model_type")
-    kind, defaults = SAME.get(str(name), (name, {}))
+    kind, defaults = OTHER_NAMES.get(str(name), (name, {}))
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UsageError(f"{where}: model_type is {name!r}; Cadre builds {', '.join((*FAMILIES, *SAME))}")
+        raise UsageError(f"{where}: model_type is {name!r}; Cadre builds {', '.join((*FAMILIES, *OTHER_NAMES))}")
     family = FAMILIES[kind]
     try:
         values = {**defaults, **our_spelling({**values, "model_type": kind})}
