@@ -258,6 +258,22 @@ def test_an_out_folder_with_something_else_is_refused_by_name(corpus, tmp_path):
         prepare(corpus, vocab_size=300, out=full / "thesis.doc" / "below")
 
 
+def test_a_cache_that_cannot_be_is_refused_with_what_to_do(corpus, monkeypatch):
+    """As for users of containers that nobody knows there: without a home folder, or with / for one."""
+    monkeypatch.setenv("CADRE_CACHE", str(Path(corpus) / "below"))
+    with pytest.raises(UsageError, match=r"cannot be written \(.*\); set CADRE_CACHE to a folder of yours"):
+        prepare(corpus, vocab_size=300)
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("CADRE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(UsageError, match="no home folder to keep tokens in: set CADRE_CACHE to a folder of yours"):
+        prepare(corpus, vocab_size=300)
+
+
 def test_a_folder_that_was_prepared_is_a_source(corpus, tmp_path, monkeypatch):
     made = prepare(corpus, vocab_size=300, out=tmp_path / "shards", held_out=0.2)
     Path(corpus).unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shlex
@@ -78,6 +79,18 @@ def test_a_folder_of_another_user_is_not_written(place: Place, monkeypatch: pyte
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert "belongs to another user" in (library.why_missing() or "")
     assert place.calls == 0
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_where_nothing_may_be_written_it_says_what_to_do(place: Place, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As for a user of a container whose home is /."""
+
+    def refused(folder: Path, **_: object) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    reason = f"{place.libraries}: {os.strerror(number)}: set XDG_CACHE_HOME to a folder of yours"
+    assert library.why_missing() == reason
 
 
 def test_others_may_not_write_there(place: Place) -> None:

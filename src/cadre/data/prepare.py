@@ -118,7 +118,8 @@ def prepare(
         return data
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UsageError(f"{folder}: cannot be written ({error.strerror}); give another folder") from error
+            instead = "set CADRE_CACHE to a folder of yours" if out is None else "give another folder"
+            raise UsageError(f"{folder}: cannot be written ({error.strerror}); {instead}") from error
         raise write_error(f"{folder}: cannot be written", error) from error
 
 
@@ -229,7 +230,10 @@ def _remember(record: Path | None, found: dict[str, Any]) -> None:
 
 def _cache() -> Path:
     root = os.environ.get("CADRE_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache").resolve() / "cadre" / "data"
+    try:
+        return (Path(root) if root else Path.home() / ".cache").resolve() / "cadre" / "data"
+    except RuntimeError:  # an unknown user, as in a container
+        raise UsageError("there is no home folder to keep tokens in: set CADRE_CACHE to a folder of yours") from None
 
 
 def _find(folder: Path, inputs: dict[str, Any], *, cached: bool) -> TokenData | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -164,7 +165,11 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(_built()))
         declare(library)
         return library
-    except (_MissingError, OSError) as error:
+    except _MissingError as error:
+        return str(error)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{error.filename}: {error.strerror}: set XDG_CACHE_HOME to a folder of yours"
         return str(error)
 
 
