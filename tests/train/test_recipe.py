@@ -203,6 +203,15 @@ def test_the_example_in_the_docs_is_a_recipe():
     assert recipe.config(4096).is_sparse(1) and not recipe.config(4096).is_sparse(0)
 
 
+def test_the_conversation_in_the_docs_suits_the_model_that_it_goes_on_with():
+    """`runs/first` is a run of `pocket` (README.md)."""
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    start = text.index('    [model]\n    from = "runs/first/model"')
+    lines = text[start : text.index("\nThen `cadre chat RUN`")].splitlines()
+    recipe = parse_recipe("\n".join(line.removeprefix("    ") for line in lines), "docs/recipes.md")
+    assert recipe.data.seq_len <= read_recipe("pocket").config(4096).max_position_embeddings
+
+
 def test_top_k_above_what_the_groups_allow_is_refused():
     with pytest.raises(UsageError, match="num_experts_per_tok is 3; it must be 1 to 2: topk_group"):
         parse_recipe(TEXT, "here", ["model.n_group=2", "model.topk_group=1", "model.num_experts_per_tok=3"])
