@@ -30,6 +30,10 @@ def test_every_model_is_readable_at_eighty_columns(name):
         assert heading in text
 
 
+def test_names_in_somebodys_config_are_no_commands_to_a_terminal():
+    assert r"ignored: \x1b[31mred, [b]" in shown("deepseek-v2", ignored=("\x1b[31mred", "[b]"))
+
+
 def test_the_numbers_stand_there():
     shape = catalogue.lookup("deepseek-v3").shape.without_extra()
     text = shown("deepseek-v3", devices=2048, tokens=14.8e12, mfu=0.39, shape=shape)

@@ -318,6 +318,13 @@ def test_a_prompt_near_the_end_of_the_context_still_gives_a_sample(recipe, monke
     assert "> The people" in capsys.readouterr().out
 
 
+def test_a_prompt_reaches_the_terminal_without_control_characters(recipe, monkeypatch, capsys):
+    """It may be the first words of a held-out document."""
+    assert train(monkeypatch, recipe, "--out", "run", "--steps", 1, "--set", r'eval.prompts=["\u001b[31mThe"]') == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and r"cadre generate run '\x1b[31mThe'" in said
+
+
 # ------------------------------------------------------------------------------------------------- stopped and killed
 
 LONG = {"train": {"steps": 60, "log_every": 1}, "checkpoint": {"every": 3}, "eval": {"every": 25, "tokens": 200, "prompts": []}}

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cadre.errors import printable
 from cadre.plan.memory import RESERVE
 from cadre.units import compact, gigabytes
 
@@ -35,7 +36,7 @@ def show(plan: dict[str, Any], explain: bool = False, console: Console | None = 
     for note in plan["notes"]:
         out.print(f"note: {note}")
     if plan["ignored"]:
-        out.print(f"ignored: {', '.join(plan['ignored'])}")
+        out.print(printable(f"ignored: {', '.join(plan['ignored'])}"))
     _parameters(out, plan)
     _compute(out, plan)
     _training(out, plan, explain)

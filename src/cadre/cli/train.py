@@ -349,7 +349,8 @@ def _finish(run: Run, result: Result, remedy: str) -> None:
     if run.data.chat_template is not None:
         print(f"try it           cadre chat {here}")
         return
-    print(f"try it           cadre generate {here} {shlex.quote(max(run.prompts(), key=len, default='The'))}")
+    prompt = printable(max(run.prompts(), key=len, default="The"))
+    print(f"try it           cadre generate {here} {shlex.quote(prompt)}")
 
 
 def _sample(model: Transformer, tokenizer: Tokenizer, prompt: str, template: ChatTemplate | None, seed: int) -> str:
