@@ -28,9 +28,10 @@ _UNWRAPPED = 1000
 
 
 def show(plan: dict[str, Any], explain: bool = False, console: Console | None = None) -> None:
-    """Print a plan of `cadre.plan.planner.make_plan`; with `explain`, every term of the step and the next best layouts."""
+    """Print a plan of `cadre.plan.planner.make_plan`; with `explain`, every term of the step and the next best layouts.
+    `console`: standard output unless given; a given one has its own width."""
     out = console or Console(highlight=False, markup=False, emoji=False)
-    if not out.is_terminal and "COLUMNS" not in os.environ:
+    if console is None and not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = _UNWRAPPED
     out.print(Text(f"{plan['model']}  ({plan['model_type']}; {plan['source']})", style="bold"))
     for note in plan["notes"]:
