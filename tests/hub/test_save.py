@@ -85,6 +85,23 @@ def test_dtype_casts_all_but_the_correction_bias(build, tmp_path):
     assert model.embed_tokens.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype, large, wanted", [
+    (torch.int8, 0.1, "dtype is torch.int8; weights are saved in float64, float32, bfloat16, float16"),
+    (torch.float8_e4m3fn, 0.1, "dtype is torch.float8_e4m3fn"),
+    (torch.float16, 1e6, "norm.weight holds numbers too large for float16; take bfloat16 or float32"),
+])  # fmt: skip
+def test_a_dtype_that_would_lose_the_weights_leaves_the_model_that_is_there(build, tmp_path, dtype, large, wanted):
+    model = build()
+    save(model, tmp_path / "model")
+    before = model.norm.weight[0].item()
+    with torch.no_grad():
+        model.norm.weight[0] = large
+    with pytest.raises(UsageError, match=wanted):
+        save(model, tmp_path / "model", dtype=dtype)
+    assert files(tmp_path) == ["model"]
+    assert load(tmp_path / "model")[0].norm.weight[0].item() == before
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_modules_carry_copies_of_embedding_and_head(build, tmp_path, tied):
     model = build(num_nextn_predict_layers=1, tie_word_embeddings=tied)

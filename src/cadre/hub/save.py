@@ -36,6 +36,9 @@ _REPLACEABLE = (
 # Of them, what says how the weights lie.
 _MADE = ("config.json", INDEX)
 
+# Others would be rounded to nothing: what quantizes has scales, too.
+_KEPT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def save(
     model: Transformer,
@@ -62,10 +65,13 @@ def save(
     the new one in place. A crash leaves the old model or the new one; between the renames, a moment, the old one is at
     `.NAME.old`, where `load` looks too and from where `recover` fetches it: the next `save` does, and a run that goes on.
 
-    Raises `UsageError`, before anything is written, for what the format cannot express and for a `path` that holds
-    other files; `RunError` when writing fails (a full disk), with nothing left of the attempt.
+    Raises `UsageError` for what the format cannot express, for a `dtype` that weights are not kept in, or whose range a weight
+    exceeds, and for a `path` that holds other files; `RunError` when writing fails (a full disk). Nothing is left of the
+    attempt then.
     """
     check_expressible(model.config)
+    if dtype not in (None, *_KEPT):
+        raise UsageError(f"dtype is {dtype}; weights are saved in {', '.join(map(dtype_name, _KEPT))}")
     target = Path(path).resolve()
     new, old = in_making(target), set_aside(target)
     _check_replaceable(target)
@@ -212,6 +218,8 @@ class _Pending:
             return torch.empty(self.shape, dtype=self.dtype)
         source = fetch(*self.source)
         made = source.to(device="cpu", dtype=self.dtype).contiguous()
+        if self.dtype == torch.float16 and not made.isfinite().all() and source.isfinite().all():
+            raise UsageError(f"{self.name} holds numbers too large for float16; take bfloat16 or float32")
         # safetensors refuses two names for one storage.
         return made.clone() if self.copy and made.data_ptr() == source.data_ptr() else made
 
