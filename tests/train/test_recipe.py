@@ -171,6 +171,25 @@ def test_a_tokenizer_takes_the_place_of_the_recipes_vocabulary_but_not_of_one_as
             parse_recipe(TEXT, "here", overrides)
 
 
+def test_a_single_source_takes_the_place_of_several_with_weights(tmp_path):
+    mixed = RECIPE.format(source='["a", "b"]\nweights = [3, 1]')
+    assert parse_recipe(mixed, "here").data.weights == [3, 1]
+    for one in ("data.source=c", 'data.source=["c"]'):
+        data = parse_recipe(mixed, "here", [one]).data
+        assert data.sources == ["c"] and data.weights is None
+    (tmp_path / "mixed.toml").write_text(mixed)
+    based = 'base = "mixed.toml"\n[data]\nsource = "c"\n'
+    (tmp_path / "based.toml").write_text(based)
+    assert read_recipe(str(tmp_path / "based.toml")).data.weights is None
+    for others in ('data.source=["c", "d", "e"]', 'data.source=["c"]'):
+        with pytest.raises(UsageError, match="weights has 2 numbers"):
+            parse_recipe(mixed, "here", [others, "data.weights=[3, 1]"])
+    with pytest.raises(UsageError, match="weights has 2 numbers"):
+        parse_recipe(mixed, "here", ['data.source=["c", "d", "e"]'])
+    with pytest.raises(UsageError, match="source"):
+        parse_recipe(mixed, "here", ["data.source=3"])
+
+
 def test_a_model_to_go_on_with_takes_the_place_of_the_recipes():
     recipe = parse_recipe(TEXT, "here", ["model.from=there", "model.max_position_embeddings=128"])
     assert recipe.model == {"from": "there", "max_position_embeddings": 128} and recipe.data.vocab_size is None

@@ -354,16 +354,19 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None, name
 
 def make_way(values: dict[str, Any], asked: set[str]) -> None:
     """Drop what a recipe says where it would clash with the keys that were asked for, or overrule them: a model and its
-    vocabulary beside the directory of another; a vocabulary's size beside a tokenizer; without Muon, the rate for what Muon
-    leaves to AdamW beside a rate."""
+    vocabulary beside the directory of another; a vocabulary's size beside a tokenizer; the weights of several sources beside a
+    single one; without Muon, the rate for what Muon leaves to AdamW beside a rate."""
     model, data, optimizer = values.get("model"), values.get("data"), values.get("optimizer")
-    clash = set()
+    clash: set[str] = set()
     if "model.from" in asked:
         clash = {"data.vocab_size", "data.tokenizer"}
         if isinstance(model, dict):
             clash |= {f"model.{key}" for key in model}
     elif "data.tokenizer" in asked:
         clash = {"data.vocab_size"}
+    source = data.get("source") if isinstance(data, dict) and "data.source" in asked else None
+    if isinstance(source, str) or (isinstance(source, list) and len(source) == 1):
+        clash |= {"data.weights"}
     for section, held in (("model", model), ("data", data)):
         if isinstance(held, dict):
             values[section] = {key: value for key, value in held.items() if f"{section}.{key}" not in clash - asked}
