@@ -33,7 +33,7 @@ def text_of(kind: str, package: str, name_or_path: str, folder: Path = Path()) -
         return (resources.files(package) / f"{name}.toml").read_text(encoding="utf-8"), name
     path = folder / name
     try:
-        return path.read_text(encoding="utf-8"), path.stem
+        return path.read_text(encoding="utf-8-sig"), path.stem  # Windows' editors begin a file with a byte order mark
     except FileNotFoundError:
         hint = f"{did_you_mean(name, known)} ({', '.join(known)})"
         raise UsageError(f"{kind} {name!r} is neither a file nor a shipped {kind}{hint}") from None

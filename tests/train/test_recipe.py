@@ -259,6 +259,12 @@ def test_unknown_recipes_are_refused(tmp_path):
             read_recipe(name)
 
 
+def test_a_file_may_be_of_windows(tmp_path):
+    """With a byte order mark, and lines that end as they do there."""
+    (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
+    assert read_recipe(str(tmp_path / "mine.toml")) == parse_recipe(TEXT, "here", name="mine")
+
+
 def test_a_file_is_read_by_its_path_and_named_after_it(tmp_path):
     (tmp_path / "mine.toml").write_text(TEXT, encoding="utf-8")
     recipe = read_recipe(str(tmp_path / "mine.toml"), ["train.steps=3"])
