@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from cadre.errors import UsageError
 from cadre.model.config import ModelConfig
-from cadre.plan.layout import stage_blocks
+from cadre.plan.layout import TWO_STAGES, V_SHAPED, stage_blocks, wanted_micro_batches
 from cadre.plan.shape import Shape
 from cadre.train.recipe import Recipe
 
@@ -74,7 +74,7 @@ class Layout:
     def v_shaped(self) -> bool:
         """Whether the stages go through the places of the pipeline in order and then back, so that the first place holds the
         first and the last stage."""
-        return self.pipeline > 1 and self.schedule in _V_SHAPED
+        return self.pipeline > 1 and self.schedule in V_SHAPED
 
     @property
     def places(self) -> list[int]:
@@ -143,11 +143,6 @@ def compose(recipe: Recipe, config: ModelConfig, processes: int) -> Layout:
     return Layout(data, expert, replicas, context, pipeline, section.schedule, stages, section.rows == "fp8")
 
 
-# Schedules with two stages at every place, and of these the ones whose stages are placed in a V: in order and then back.
-_TWO_STAGES = ("interleaved", "zbv", "dualpipev")
-_V_SHAPED = ("zbv", "dualpipev")
-
-
 def v_schedules() -> bool:
     """Whether this version of torch runs the V-shaped schedules. In 2.11 a rank sends itself messages, which gloo refuses, and
     gradients of functions written in Python cannot be computed later."""
@@ -158,7 +153,7 @@ def _stages(recipe: Recipe, config: ModelConfig, micro_batches: int) -> tuple[ra
     """The blocks of each stage of a pipeline."""
     section, blocks = recipe.parallel, config.num_hidden_layers
     pipeline, schedule = section.pipeline, section.schedule
-    stages = 2 * pipeline if schedule in _TWO_STAGES else pipeline
+    stages = 2 * pipeline if schedule in TWO_STAGES else pipeline
     if section.context > 1:
         raise UsageError("parallel.pipeline and parallel.context cannot be combined: set one of them to 1")
     if stages > blocks:
@@ -166,9 +161,7 @@ def _stages(recipe: Recipe, config: ModelConfig, micro_batches: int) -> tuple[ra
             f'parallel.pipeline is {pipeline}, with schedule "{schedule}" {stages} stages, but the model has only {blocks} '
             "blocks: choose fewer"
         )
-    least = stages if schedule == "dualpipev" else pipeline
-    if micro_batches < least or (schedule == "interleaved" and micro_batches % pipeline):
-        wanted = f"a multiple of {pipeline}" if schedule == "interleaved" else f"at least {least}"
+    if wanted := wanted_micro_batches(schedule, pipeline, micro_batches):
         raise UsageError(
             f'parallel.pipeline is {pipeline}, with schedule "{schedule}" for {wanted} micro-batches of a process, but '
             f"train.batch and train.micro_batch make {micro_batches}: choose a smaller micro_batch"
