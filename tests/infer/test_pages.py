@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +5,6 @@ from hypothesis import strategies as st
 
 from cadre.errors import UsageError
 from cadre.infer.pages import PagePool, bytes_for, cache_dtype, chain_key
-from cadre.kernels.memory import free_bytes
 from cadre.model.transformer import Transformer
 from cadre.plan.count import count
 from tests.shapes import FAMILIES, small
@@ -182,33 +179,3 @@ def test_the_cache_is_as_narrow_as_weights_or_arithmetic(weights, compute, kept)
     model = Transformer(small("llama")).to(weights)
     model.compute_dtype = compute
     assert cache_dtype(model) == kept
-
-
-def test_free_memory_is_some_and_not_more_than_there_is():
-    import psutil
-
-    assert 0 < free_bytes(torch.device("cpu")) < psutil.virtual_memory().total
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"memory.max": "70000000", "memory.current": "50000000", "memory.stat": "anon 1\ninactive_file 20000000"}, 40_000_000),
-        ({"memory.max": "max", "memory.current": "50000000", "memory.stat": "inactive_file 0"}, None),
-        ({"memory/memory.limit_in_bytes": "70000000", "memory/memory.usage_in_bytes": "60000000",
-          "memory/memory.stat": "cache 7\ntotal_inactive_file 1"}, 10_000_001),
-        ({"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "6",
-          "memory/memory.stat": "total_inactive_file 1"}, None),
-        ({}, None),
-    ],
-)  # fmt: skip
-def test_a_containers_limit_counts(files, expected, tmp_path, monkeypatch):
-    """Of control groups version 2 and 1."""
-    import psutil
-
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    monkeypatch.setattr("cadre.kernels.memory._CGROUP", tmp_path)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
-    assert free_bytes(torch.device("cpu")) == (expected or 10**9)

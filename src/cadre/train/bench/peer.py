@@ -156,7 +156,7 @@ def _probe(config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], 
     probes: list[dict[str, Any]] = []
     for mode in modes(config):
         note(f"probing transformers: {mode}")
-        held, free = selected_bytes(config, mode, batch * seq_len), _free_bytes()
+        held, free = selected_bytes(config, mode, batch * seq_len), free_bytes(default_device())
         if held > free:
             reason = f"copies {held / 2**30:,.0f} GiB of weights, {free / 2**30:,.0f} GiB are free"
             probes.append({**asdict(mode), "reason": reason})
@@ -178,7 +178,3 @@ def _probe(config: ModelConfig, batch: int, seq_len: int, note: Callable[[str], 
     if best is None:
         raise RunError(f"no mode of transformers ran this shape; the last one: {probes[-1]['reason']}")
     return best, probes
-
-
-def _free_bytes() -> int:
-    return free_bytes(default_device())
