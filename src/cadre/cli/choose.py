@@ -201,7 +201,7 @@ def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
     """Rungs around the width that `flops` call for, and the FLOP/s of the upper one."""
     from cadre.kernels.limits import default_device, training_dtype
     from cadre.kernels.memory import total_bytes
-    from cadre.plan.budget import Candidate, Machine, Rung, rates, sequence_length, shape, width_for
+    from cadre.plan.budget import Machine, Rung, rates, sequence_length, shape, width_for
     from cadre.plan.count import count
     from cadre.plan.here import forecast
     from cadre.plan.shape import Shape
@@ -218,7 +218,7 @@ def measure_machine(flops: float, vocab_size: int) -> tuple[Machine, float]:
     for hidden in sorted(around):
         config = shape(hidden, 16, 2, vocab_size, seq_len)
         measured = calibrate(config, step, dtype=dtype, effort=QUICK)
-        counted = Candidate(config, count(Shape.from_config(config), context=seq_len)).counted
+        counted = count(config, context=seq_len)
         predicted = forecast(Shape.from_config(config), measured)
         update = predicted.terms["clipping, balance and optimizer"]
         passes = predicted.seconds_per_step - update

@@ -151,11 +151,9 @@ class Stage:
 
 def left_to_adamw(optimizer: str, precision: str, parameters: float) -> float:
     """Bytes that Muon's run keeps beyond `optimizer_bytes` for parameters that are no matrices inside blocks."""
-    return (
-        0.0
-        if optimizer != "muon"
-        else (optimizer_bytes("adamw", precision) - optimizer_bytes(optimizer, precision)) * parameters
-    )
+    if optimizer != "muon":
+        return 0.0
+    return (optimizer_bytes("adamw", precision) - optimizer_bytes("muon", precision)) * parameters
 
 
 def state_bytes(shape: Shape, optimizer: str) -> int:

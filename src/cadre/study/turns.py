@@ -18,6 +18,7 @@ import torch
 
 from cadre.files import replace_file
 from cadre.kernels.allocator import keep_freed_memory
+from cadre.train.bench.step import WARM_UP
 from cadre.train.bench.worker import Team, Worker, take_turns
 from cadre.train.metrics import NoMetrics
 from cadre.train.parallel.group import Parallel
@@ -48,7 +49,7 @@ def step_seconds(
                     worker = Worker(f"arm {name}", partial(build, rank, processes, port))
                     team.append(stack.enter_context(worker))
                 teams.append(Team(team))
-            taken = take_turns(teams, rounds, lambda turn: note(f"step times, turn {turn} of {rounds + 2}"))
+            taken = take_turns(teams, rounds, lambda turn: note(f"step times, turn {turn} of {WARM_UP + rounds}"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return {name: statistics.median(seconds) for name, seconds in zip(recipes, taken, strict=True)}

@@ -142,7 +142,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
     Raises UsageError if another line is not a record.
     """
-    return list(_records(run_dir))
+    path = run_dir / FILE_NAME
+    return [record for record, _ in _lines(path) if record is not None] if path.exists() else []
 
 
 def last_record(run_dir: Path) -> dict[str, Any] | None:
@@ -154,12 +155,6 @@ def last_record(run_dir: Path) -> dict[str, Any] | None:
         file.seek(max(0, path.stat().st_size - _LAST_BYTES))
         lines = file.read().split(b"\n")
     return next((record for line in reversed(lines) if (record := _record(line)) is not None), None)
-
-
-def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
-    path = run_dir / FILE_NAME
-    if path.exists():
-        yield from (record for record, _ in _lines(path) if record is not None)
 
 
 def well_formed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, name: str, build: Build) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self.connection, theirs = context.Pipe()  # readable when there is something to receive
         arguments = (theirs, name, build, torch.get_num_threads())
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._theirs = theirs
@@ -57,7 +57,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
+        self.connection.close()
         self._process.terminate()
         self._process.join()
 
@@ -67,7 +67,7 @@ class Worker:
         self.send("step")
         if within < math.inf:
             with self._alive():
-                if not self._connection.poll(within):
+                if not self.connection.poll(within):
                     raise RunError(f"{self.name}: not done with a step within {within:,.1f} s")
         return self.receive()
 
@@ -77,11 +77,11 @@ class Worker:
 
     def send(self, what: str) -> None:
         with self._alive():
-            self._connection.send(what)
+            self.connection.send(what)
 
     def receive(self) -> Any:
         with self._alive():
-            answer = self._connection.recv()
+            answer = self.connection.recv()
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -96,11 +96,6 @@ class Worker:
                 f"{self.name}: its process died (exit status {self._process.exitcode}), most likely for want of memory: "
                 "use a smaller model, batch or sequence"
             ) from None
-
-    @property
-    def connection(self) -> Connection:
-        """What becomes readable when there is something to receive."""
-        return self._connection
 
 
 class Team:
