@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cadre.errors import UsageError
-from cadre.train.figures import curve_figure, inline_svg, load_figure, load_history, series, svg, tick
+from cadre.train.figures import curve_figure, inline_svg, load_colours, load_figure, load_history, series, svg, tick
 
 
 def loss_records(values: list[float]) -> list[dict]:
@@ -98,3 +98,11 @@ def test_inline_svg_takes_the_page_width_and_escapes_its_label() -> None:
 )
 def test_tick(value: float, text: str) -> None:
     assert tick(value) == text
+
+
+def test_load_colours_are_blank_at_balance_and_opposite_beside_it() -> None:
+    starved, balanced, double, more, unknown = load_colours([0, 1, 2, 5, np.nan])
+    assert balanced[3] == unknown[3] == 0
+    assert starved[3] == double[3] == 1
+    assert starved[2] > starved[0] and double[0] > double[2]
+    assert (double == more).all()

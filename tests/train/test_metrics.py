@@ -5,14 +5,13 @@ import math
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cadre.errors import RunError, UsageError
-from cadre.train.metrics import LAYER_TAGS, MetricsLog, last_record, load_colours, read_metrics
+from cadre.train.metrics import LAYER_TAGS, MetricsLog, last_record, read_metrics
 
 
 def training(step: int) -> dict:
@@ -146,11 +145,3 @@ def test_tensorboard_shows_scalars_and_the_expert_map(tmp_path: Path) -> None:
     assert "speed/mfu" not in tags and "router/bias_range/layer_2" not in tags  # null is no number
     for key, tag in LAYER_TAGS.items():
         assert scalars(tmp_path, f"{tag}/layer_1") == [(step, training(step)[key][0]) for step in range(1, 5)]
-
-
-def test_load_colours_are_blank_at_balance_and_opposite_beside_it() -> None:
-    starved, balanced, double, more, unknown = load_colours([0, 1, 2, 5, np.nan])
-    assert balanced[3] == unknown[3] == 0
-    assert starved[3] == double[3] == 1
-    assert starved[2] > starved[0] and double[0] > double[2]
-    assert (double == more).all()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from cadre.train.metrics import load_colours
+from cadre.train.figures import load_colours, load_scale
 
 # A picture's letters are this wide and a column of it at least this wide, in units of its viewBox.
 _LETTER, _LEAST = 5.4, 9.0
@@ -61,7 +61,7 @@ def render(study: Study) -> str:
         ],
         spark=lambda expert: sparkline(expert["groups"], names),
         path_scale=_PATH_SCALE,
-        scale=[f"rgb({r:.0%} {g:.0%} {b:.0%} / {a:.0%})" for r, g, b, a in load_colours([0, 0.5, 1, 1.5, 2])],
+        scale=load_scale(),
     )  # fmt: skip
 
 

@@ -13,11 +13,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cadre.errors import UsageError
 from cadre.train.loads import load_ratio
-from cadre.train.metrics import load_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -243,6 +242,22 @@ def draw_load(axes: "Axes", history: LoadHistory, index: int) -> None:
     axes.grid(False)
     axes.set_yticks(sorted({0, experts // 2, experts - 1}))
     step_axis(axes, ticks=3)
+
+
+def load_colours(ratio: ArrayLike) -> Floats:
+    """Colours [..., 4] (RGBA in 0..1) of loads relative to their mean: blue starved, orange twice the mean or more.
+
+    Balance (1) is transparent, so that one picture suits light and dark pages.
+    """
+    excess = np.nan_to_num(np.clip(np.asarray(ratio, dtype=float) - 1, -1, 1))
+    blue, orange = (0.16, 0.47, 0.84), (0.93, 0.42, 0.13)
+    colours = np.where(excess[..., None] < 0, blue, orange)
+    return np.concatenate([colours, np.abs(excess)[..., None] ** 0.8], axis=-1)
+
+
+def load_scale() -> list[str]:
+    """The CSS colours of a legend beside such maps: no load, half the mean, the mean, half as much again, twice the mean."""
+    return [f"rgb({r:.0%} {g:.0%} {b:.0%} / {a:.0%})" for r, g, b, a in load_colours([0, 0.5, 1, 1.5, 2])]
 
 
 def step_axis(axes: "Axes", ticks: int = 6) -> None:

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cadre.errors import RunError, UsageError, write_error
 from cadre.files import replacing
 from cadre.train.boards import TensorBoard, WeightsAndBiases
+from cadre.train.figures import load_colours
 from cadre.train.loads import load_ratio
 
 FILE_NAME = "metrics.jsonl"
@@ -191,17 +192,6 @@ def _well_formed(record: dict[str, Any]) -> dict[str, Any]:
         if layers is not None and key in kept and len(kept[key]) != len(layers):
             del kept[key]
     return kept
-
-
-def load_colours(ratio: ArrayLike) -> NDArray[np.float64]:
-    """Colours [..., 4] (RGBA in 0..1) of loads relative to their mean: blue starved, orange twice the mean or more.
-
-    Balance (1) is transparent, so that one picture suits light and dark pages.
-    """
-    excess = np.nan_to_num(np.clip(np.asarray(ratio, dtype=float) - 1, -1, 1))
-    blue, orange = (0.16, 0.47, 0.84), (0.93, 0.42, 0.13)
-    colours = np.where(excess[..., None] < 0, blue, orange)
-    return np.concatenate([colours, np.abs(excess)[..., None] ** 0.8], axis=-1)
 
 
 def folder_gone(run_dir: Path) -> RunError:

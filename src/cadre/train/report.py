@@ -18,7 +18,7 @@ from cadre.errors import RunError, UsageError, writing
 from cadre.files import replace_file
 from cadre.train import figures
 from cadre.train.figures import Record, curve_figure, load_figure, series
-from cadre.train.metrics import load_colours, read_metrics, well_formed
+from cadre.train.metrics import read_metrics, well_formed
 from cadre.units import duration, short, si, size
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _load(records: Sequence[Record]) -> dict[str, Any] | None:
         "least": f"{late.min():.2f}",
         "most": f"{late.max():.2f}",
         "experts": history.ratio.shape[2],
-        "scale": [f"rgb({r:.0%} {g:.0%} {b:.0%} / {a:.0%})" for r, g, b, a in load_colours([0, 0.5, 1, 1.5, 2])],
+        "scale": figures.load_scale(),
     }
 
 
