@@ -152,7 +152,7 @@ def steps_within(recipe: Recipe, flops: float, vocab_size: int, text: str) -> in
 
     train, seq_len = recipe.train, recipe.data.seq_len
     counted = count(_config(recipe, vocab_size), context=seq_len)
-    step = train.batch * seq_len * counted.training_flops(train.trained_share)
+    step = train.batch * seq_len * counted.training_flops(train.mtp_rows_share)
     if flops < step:
         raise UsageError(f"--budget {text}: less than one step of {recipe.name}, which takes {step:.2g} FLOPs; give more")
     return int(flops / step)

@@ -91,7 +91,7 @@ def plan(
         batch=_first(batch, recipe.train.batch if recipe else None),
         micro_batch=recipe.train.micro_batch if recipe else None,
         degrees=recipe.parallel.degrees() if recipe else None,
-        mtp_share=recipe.train.trained_share if recipe else 1.0,
+        mtp_share=recipe.train.mtp_rows_share if recipe else 1.0,
         optimizer=_first(optimizer, recipe.optimizer.name if recipe else None, "adamw"),
         tokens=_recipe_tokens(recipe) if tokens is None else token_count(tokens),
         mfu=mfu,
@@ -235,7 +235,7 @@ def _of_recipe(source: str, name: str, mtp: bool | None, overrides: list[str] | 
     if mtp is False:
         shape = shape.without_extra()
     if shape.extra and recipe.train.mtp_share < 1:
-        notes.append(f"multi-token prediction is trained on {recipe.train.trained_share:.0%} of the sequences")
+        notes.append(f"multi-token prediction is trained on {recipe.train.mtp_rows_share:.0%} of the sequences")
     if recipe.train.fp8_experts:
         notes.append("train.fp8_experts is not counted: experts are planned in the precision of all else")
     return _found(name, f"recipe {recipe.name}", shape, ignored, tuple(notes), recipe)

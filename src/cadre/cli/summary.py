@@ -33,7 +33,7 @@ def summarize(run: Run, result: Result, samples: list[dict[str, str]], command: 
         "command": command,
         "config": run.config.to_hf(),
         "recipe": run.recipe.model_dump(exclude_none=True, exclude={"name": True, "model": True, "data": {"source"}}),
-        "counts": count(run.config, context=seq_len, cache_bytes=run.dtype.itemsize).trained(train.trained_share).as_dict(),
+        "counts": count(run.config, context=seq_len, cache_bytes=run.dtype.itemsize).trained(train.mtp_rows_share).as_dict(),
         "data": {
             "source": " ".join(run.recipe.data.sources),
             "vocab_size": run.config.vocab_size,

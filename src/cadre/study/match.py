@@ -150,4 +150,4 @@ def counted(where: str, name: str, recipe: Recipe, vocab_size: int, solved: dict
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
     cost = count(config, context=recipe.data.seq_len)
-    return Matched(name, recipe, config, cost, cost.training_flops(recipe.train.trained_share), solved)
+    return Matched(name, recipe, config, cost, cost.training_flops(recipe.train.mtp_rows_share), solved)

@@ -83,12 +83,12 @@ class TrainSection(Section):
 
     @property
     def mtp_rows(self) -> int:
-        """Of a batch, the sequences that train multi-token prediction."""
+        """How many sequences of a batch train multi-token prediction."""
         return max(1, round(self.batch * self.mtp_share))
 
     @property
-    def trained_share(self) -> float:
-        """`mtp_share` in whole sequences."""
+    def mtp_rows_share(self) -> float:
+        """`mtp_share`, rounded to whole sequences."""
         return self.mtp_rows / self.batch
 
     @model_validator(mode="after")

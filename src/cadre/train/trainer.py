@@ -43,7 +43,7 @@ _RISEN = 1.01
 # Events that follow the checkpoint of a run's last step.
 _LAST_WORDS = ("in part", "finished")
 
-# `Result.stopped` of a run that no signal of its own stopped.
+# `Result.stopped` of a process that got no signal itself: another process of the run did, or has ended.
 OTHERS = "the end of another process"
 
 
@@ -69,10 +69,13 @@ class Silent:
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it is in every checkpoint. `wall_seconds`, `cpu_seconds`: of its optimizer steps alone, by the
-    clock, and of the processors of all processes. `window` gathers the losses since the last logged step: main, multi-token,
-    and the balance losses that `columns` names. `balance` and `alarm` are filled in to be saved. `lowest`: the lowest held-out
-    bits per byte of evaluations on the way and its step; `risen`: why it has been said to be higher."""
+    """Where a run stands; every checkpoint holds all of it.
+
+    `seconds`: of the run so far by the clock, evaluations and saves included; `wall_seconds`, `cpu_seconds`: of its optimizer
+    steps alone, by the clock and by the processors of all processes. `window`: for each step since the last logged one its
+    losses: the main head's, one of each multi-token prediction module, and the balance losses that `columns` names. `balance`,
+    `alarm`: the state of both, filled in when a checkpoint is saved. `lowest`: the lowest held-out bits per byte of an
+    evaluation on the way, and its step. `risen`: the causes to which a rise above that has been put down so far."""
 
     step: int = 0
     total_steps: int = 0
@@ -92,8 +95,9 @@ class Progress:
 
 @dataclass
 class Result:
-    """How a run ended. `stopped` is the signal's name if one ended it early, else None; `read_share`, of the held-out text how
-    much the last evaluation has read; `best_step`, where the model lies that was kept as the best, if one was."""
+    """How a run ended. `stopped`: None after its last step, else the name of the signal that ended it early, or `OTHERS`.
+    `read_share`: the share of the held-out text that the last evaluation has read. `best_step`: the step of the model that was
+    kept as the best, if the recipe asks for one."""
 
     steps: int
     tokens: int
@@ -113,8 +117,9 @@ class Result:
 class Trainer:
     """Trains a `Run` to its last step, or until SIGINT, SIGTERM or SIGHUP, and leaves checkpoint and model on disk.
 
-    `compared`: a run of a study ends with an evaluation like those on the way, where its curve ends, and waits while it saves,
-    which must not be in the seconds of its steps. `whole`: whether it ends with an evaluation of all held-out text."""
+    `compared`: whether it is a run of a study. Then its last step is scored like those on the way, as the end of its curve, and
+    training waits for every save, so that writing takes no time from the steps. `whole`: whether a run ends with an evaluation
+    of all held-out text."""
 
     def __init__(self, run: Run, observer: Observer, *, compared: bool = False, whole: bool = True) -> None:
         self.run, self.observer, self.parallel = run, observer, run.parallel
@@ -133,7 +138,7 @@ class Trainer:
         mine = self.recipe.train.batch // self.parallel.layout.readers
         self.micro_batch = min(self.recipe.train.micro_batch or mine, mine)
         cost = count(run.config, context=seq_len)
-        self.mtp_rows, self.mtp_share = self.recipe.train.mtp_rows, self.recipe.train.trained_share
+        self.mtp_rows, self.mtp_share = self.recipe.train.mtp_rows, self.recipe.train.mtp_rows_share
         self.flops_per_token = cost.training_flops(self.mtp_share)
         columns = [loss.key for loss in self.balance.losses]
         self.progress = Progress(total_steps=run.total_steps, columns=columns)
@@ -197,7 +202,7 @@ class Trainer:
         if stopped:
             self.saver.wait()  # what it was stopped for, if a checkpoint could not be written
             self._event("stopped", f"by {stopped} after step {step}")
-        elif self.parallel.anyone(self.ends_as_it_began()):
+        elif self.parallel.anyone(self.scores_excerpts_last()):
             self.evaluate(final=False)  # of the same text as those before; the checkpoint knows of it
         if not self.save() and not stopped:
             raise DivergedError(f"{self.run.path}: the weights are not finite after the last step; {self.remedy()}")
@@ -210,10 +215,10 @@ class Trainer:
     def _metrics(self, resumed: int | None) -> MetricsLog:
         """The log of a run that goes on from step `resumed`, or begins: without what it will write again."""
         ends_here = self.progress.step >= self.progress.total_steps
-        both = self.ends_as_it_began()
+        both = self.scores_excerpts_last()
 
         def again(record: dict[str, Any]) -> bool:
-            # All else of a step is written before its checkpoint, and not again.
+            # Everything else about the step of a checkpoint was written before it, and will not be written again.
             at_last = record.get("final") or (both and "bits_per_byte" in record) or record.get("event") in _LAST_WORDS
             return ends_here and bool(at_last)
 
@@ -223,7 +228,7 @@ class Trainer:
             log.boards.append(WeightsAndBiases(self.run.path, self.recipe.train.wandb, settings, self.observer.note))
         return log
 
-    def ends_as_it_began(self) -> bool:
+    def scores_excerpts_last(self) -> bool:
         """Whether the last step is also scored on the text that evaluations on the way read: to find the lowest of them, or
         to show what training has made of the model that the run began with, or how it compares. (The score of all held-out text
         shows none of these: beginnings of documents are harder.)"""
@@ -323,7 +328,7 @@ class Trainer:
 
     def _gemm_rate(self) -> float:
         """Of all processes, measured at once, for they may share a machine."""
-        self.parallel.anyone(False)
+        self.parallel.anyone(False)  # a barrier
         return self._summed(gemm_flops_per_second(self.run.dtype, self.device))
 
     def _summed(self, value: float) -> float:
