@@ -33,12 +33,14 @@ def is_loopback(name: str) -> bool:
 
 
 class Gate:
-    """Wraps the application. `open_paths` need no key. `hosts`: names that proxies give this server. `local`: whether it
-    listens on this machine's own address alone, and so goes by no other name than these and its own; elsewhere a page's
-    requests must call it by an address, by the machine's name or by one of these.
+    """Wraps the application, and refuses what must not reach it.
 
-    Browsers send a page's origin along: a page of another site may not use the server of whoever visits it. A name that
-    is not the server's own means that a foreign name was pointed at this address (DNS rebinding).
+    A browser says which site's page sends a request (Origin) and by which name it calls the server (Host). A page of another
+    site may not use the server of whoever visits that site. And a page may have pointed a name of its own at this address (DNS
+    rebinding): so, unless a key is asked for, requests from pages must call the server by an address, by the machine's name or
+    by one of `hosts`, the names that proxies give it. `local`: the server listens on a loopback address alone; then every
+    request must call it by such an address, by `localhost` or by one of `hosts`. `open_paths` need no key; `known_paths` are
+    counted by name.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Gate:
             return ApiError(403, "pages of other sites may not use this server", code="foreign_origin")
         # A page of another site has no key. A name that was pointed here is no address, and not the machine's own. Behind a
         # proxy only the origin may be the name that the browser used.
-        named = origin is None or self.key is not None or own or self._hosts_hold(origin)
+        named = origin is None or self.key is not None or own or urlsplit(origin).hostname in self.hosts
         if not (named or _is_address(_name(host)) or _name(host) in self.machine):
             return ApiError(403, stranger, code="unknown_host")
         length = headers.get("content-length", "")
@@ -115,10 +117,8 @@ class Gate:
             message = "the API key is wrong"
         return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
-    def _hosts_hold(self, origin: str) -> bool:
-        return urlsplit(origin).hostname in self.hosts
-
     def _same(self, origin: str, host: str) -> bool:
+        """Whether a page of this origin is the server's own."""
         try:
             parts = urlsplit(origin)
         except ValueError:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cadre.errors import UsageError
 from cadre.serve.errors import ApiError, bad_request, server_error
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Stream:
     """What the engine makes of one client's sequences, in order, until all have finished.
 
-    What a slow reader leaves unread is never more than an answer that is not streamed; one that stands still is for its
-    connection to give up, which alone knows.
+    What a slow client has not read yet is kept: never more than its whole answer, which one that is not streamed takes anyway.
+    A client that stops reading is given up by its connection (`cadre.serve.server.Connection`), which alone can tell.
     """
 
     def __init__(self, requests: Sequence[Request], arrived: float) -> None:
@@ -76,7 +76,8 @@ class EngineLoop:
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
         self.seconds = 1.0  # for which a sequence has its place, smoothed
-        self.commands: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # for the thread; None ends it
+        self._running: set[str] = set()  # the engine's sequences: the thread's own
 
     # ------------------------------------------------------------------------------------------------- for the web server
 
@@ -103,7 +104,7 @@ class EngineLoop:
             raise self.ended()
         stream = Stream(requests, arrived)
         self.live |= dict.fromkeys(stream.running, stream)
-        self.commands.put(("add", tuple(requests), stream))
+        self.commands.put(partial(self._add, tuple(requests), stream))
         return stream
 
     def cancel(self, stream: Stream, reason: str, only: str | None = None) -> None:
@@ -116,7 +117,7 @@ class EngineLoop:
         stream.running -= ids
         stream.news.set()
         if ids:
-            self.commands.put(("abort", ids))
+            self.commands.put(partial(self._abort, ids))
 
     def _refuse(self, stream: Stream, error: ApiError) -> None:
         self.cancel(stream, "abort")
@@ -165,34 +166,32 @@ class EngineLoop:
     # ------------------------------------------------------------------------------------------------- the engine's thread
 
     def _work(self) -> None:
-        running: set[str] = set()
         try:
             while True:
                 for command in self._take():
                     if command is None:
                         return
-                    self._obey(command, running)
+                    command()
                 if self.engine.busy:
                     outputs = self.engine.step()
-                    running -= {output.id for output in outputs if output.finish is not None}
+                    self._running -= {output.id for output in outputs if output.finish is not None}
                     self.asyncio.call_soon_threadsafe(self._deliver, outputs)
         except BaseException as error:
             self.asyncio.call_soon_threadsafe(self._break_down, error)
 
-    def _take(self) -> Iterable[tuple[Any, ...] | None]:
+    def _take(self) -> Iterable[Callable[[], None] | None]:
         """The commands there are; waits for one if there is nothing else to do."""
         if not self.engine.busy:
             yield self.commands.get()
         while not self.commands.empty():
             yield self.commands.get()
 
-    def _obey(self, command: tuple[Any, ...], running: set[str]) -> None:
-        if command[0] == "abort":
-            for sequence in command[1] & running:
-                self.engine.abort(sequence)
-            running -= command[1]
-            return
-        _, requests, stream = command
+    def _abort(self, ids: set[str]) -> None:
+        for sequence in ids & self._running:
+            self.engine.abort(sequence)
+        self._running -= ids
+
+    def _add(self, requests: Sequence[Request], stream: Stream) -> None:
         added = []
         try:
             for request in requests:
@@ -203,7 +202,7 @@ class EngineLoop:
                 self.engine.abort(sequence)
             self.asyncio.call_soon_threadsafe(self._refuse, stream, bad_request(str(error)))
         else:
-            running.update(added)
+            self._running.update(added)
 
 
 def _failed(status: int) -> ApiError:
