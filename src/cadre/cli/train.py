@@ -6,8 +6,9 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -227,7 +228,7 @@ def _write_chosen(chosen: Recipe, out: Path, spent: float) -> Path:
 _LEAST_STEPS, _LEAST_MINUTES = 100, 1.0
 
 
-def _predict(run: Run, note: Any) -> None:
+def _predict(run: Run, note: Callable[[str], None]) -> None:
     """Predict what the run will take, and keep it for the report; a failure to is no failure of the run."""
     from cadre.train.bench.calibrate import predict_run
 
@@ -273,7 +274,7 @@ def _with_length(recipe: Recipe, steps: int | None, tokens: str | None, budget: 
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=length)})
 
 
-def _announce(run: Run, note: Any) -> None:
+def _announce(run: Run, note: Callable[[str], None]) -> None:
     from cadre.data.batches import MANY_PASSES
     from cadre.hub.tokenizer import lossy
     from cadre.plan.count import count

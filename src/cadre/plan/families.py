@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cadre.errors import UsageError
 from cadre.files import read_json_object
@@ -42,6 +42,8 @@ _ALIASES = {
 
 # No number of a config is larger but by a slip of the pen.
 _MOST = 10**9
+
+_Norm = Literal["head", "all"] | None
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def _latent(f: _Fields) -> Latent:
     )  # fmt: skip
 
 
-def _grouped(f: _Fields, *, bias: bool, output_bias: bool, qk_norm: Any = None, head_dim: int | None = None) -> Grouped:
+def _grouped(f: _Fields, *, bias: bool, output_bias: bool, qk_norm: _Norm = None, head_dim: int | None = None) -> Grouped:
     """`head_dim`: what the family takes where the config is silent; None for hidden size by heads."""
     heads, hidden = f.whole("num_attention_heads"), f.whole("hidden_size")
     # Where these two are silent each head has its own; the others' silence would mean 4, 8 or 32.
@@ -290,7 +292,7 @@ def _experts(f: _Fields, kind: str) -> Experts:
 
 
 def _glm4_moe(f: _Fields, kind: str) -> Shape:
-    norm = "head" if f.flag("use_qk_norm") else None
+    norm: _Norm = "head" if f.flag("use_qk_norm") else None
     return _deepseek(f, kind, _grouped(f, bias=f.flag("attention_bias"), output_bias=False, qk_norm=norm))
 
 

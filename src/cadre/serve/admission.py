@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cadre.serve.errors import ApiError, bad_request, server_error, too_late
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from cadre.infer.engine import Request as Sequenced
     from cadre.serve.loop import EngineLoop, Stream
+
+_Made = TypeVar("_Made")
 
 
 class Place:
@@ -106,7 +108,7 @@ class Admission:
             place.leave()
         return response
 
-    async def in_thread(self, threads: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def in_thread(self, threads: ThreadPoolExecutor, function: Callable[..., _Made], *arguments: Any) -> _Made:
         """What a function returns that takes long. Cancelled while it waits for its turn, it never runs."""
         return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
 

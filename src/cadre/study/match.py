@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,7 @@ def _solve(
     return best[1]
 
 
-def _nearest(study: Study, name: str, field: str, off: Any) -> int:
+def _nearest(study: Study, name: str, field: str, off: Callable[[int], float]) -> int:
     best: tuple[float, int] | None = None
     refusal: UsageError | None = None
     possible = 0

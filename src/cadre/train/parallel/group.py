@@ -25,6 +25,8 @@ from cadre.train.parallel.layout import compose, v_schedules
 from cadre.train.recipe import Recipe
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from cadre.train.objective import Step
     from cadre.train.optimizer import Optimizer
 
@@ -159,7 +161,7 @@ class Parallel:
         load_checkpoint(path, model, optimizer)
 
     def save_model(
-        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
+        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Tokenizer, dtype: torch.dtype,
         like: Path | None = None, chat_template: ChatTemplate | None = None,
     ) -> None:  # fmt: skip
         """`cadre.save` of a model with these `weights`, of which this process has its part. All processes must call it;
@@ -176,6 +178,6 @@ class Parallel:
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
-    def score(self, model: Transformer, tokenizer: Any, documents: Iterable[Text], *, context: int, stride: int) -> Score:
+    def score(self, model: Transformer, tokenizer: Tokenizer, documents: Iterable[Text], *, context: int, stride: int) -> Score:
         """`score_documents`, of which each process scores its share."""
         return score_documents(model, tokenizer, documents, context=context, stride=stride)

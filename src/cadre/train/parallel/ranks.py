@@ -41,6 +41,8 @@ from cadre.train.parallel.shared_memory import SharedMemory
 from cadre.train.parallel.turns import Turns
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from cadre.train.objective import Step
     from cadre.train.optimizer import Optimizer
     from cadre.train.recipe import Recipe
@@ -288,7 +290,7 @@ class Ranks(Parallel):
         load_parts(path, self._weights(model), optimizer, self._part, self.disk_group, self.elsewhere.keys())
 
     def save_model(
-        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Any, dtype: torch.dtype,
+        self, model: Transformer, weights: dict[str, Tensor], path: Path, tokenizer: Tokenizer, dtype: torch.dtype,
         like: Path | None = None, chat_template: ChatTemplate | None = None,
     ) -> None:  # fmt: skip
         parts = {name: replace(part, local=weights[name]) for name, part in self.parts.items()}
@@ -313,7 +315,7 @@ class Ranks(Parallel):
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
-    def score(self, model: Transformer, tokenizer: Any, documents: Iterable[Text], *, context: int, stride: int) -> Score:
+    def score(self, model: Transformer, tokenizer: Tokenizer, documents: Iterable[Text], *, context: int, stride: int) -> Score:
         """Processes may have different numbers of passes to make, but every forward pass needs all of them: those that have
         finished make empty passes until all have."""
         total = Score(0.0, 0, 0)
