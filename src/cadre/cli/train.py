@@ -299,34 +299,46 @@ def _announce(run: Run, note: Callable[[str], None]) -> None:
 def _finish(run: Run, result: Result, remedy: str) -> None:
     """Samples, report, and the lines that say what to do with the model. `remedy`: what to do if it turns out to be no use, for
     which `DivergedError` is raised."""
-    from cadre.cli.summary import load_line, summarize
-    from cadre.hub.load import load
-    from cadre.hub.template import chat_template
+    from cadre.cli.summary import summarize
     from cadre.train.report import write_report
 
-    samples: list[dict[str, str]] = []
-    unsound: RunError | None = None
-    alone = run.parallel.size == 1
-    if result.stopped is None and not alone and not _has_room(run.path / "model"):
-        print("no samples: this machine's memory has no room for the whole model")
-    elif result.stopped is None:
-        # Of several processes none has the model whole, but what they have saved is.
-        model = run.model.eval() if alone else load(run.path / "model")[0]
-        template = None if run.data.chat_template is None else chat_template(run.path / "model")
-        for number, prompt in enumerate(run.prompts()):
-            try:
-                text = _sample(model, run.data.tokenizer, prompt, template, number)
-            except UsageError as error:  # a template that refuses a conversation of one message
-                print(f"no samples: {error}")
-                break
-            except RunError as error:
-                unsound = error
-                break
-            samples.append({"prompt": prompt, "text": text if template is None else f"\n{text}"})
-            print(f"\n> {printable(prompt + samples[-1]['text'])}")
+    samples, unsound = _samples(run) if result.stopped is None else ([], None)
     report = write_report(run.path, summarize(run, result, samples, _command()))
     if unsound is not None:
         raise DivergedError(f"{run.path}: {unsound}; {remedy}")
+    _print_results(run, result, report)
+
+
+def _samples(run: Run) -> tuple[list[dict[str, str]], RunError | None]:
+    """The run's prompts with the text that its finished model continues them by, printed on the way; and why there are no more,
+    if the model turns out to be no use."""
+    from cadre.hub.load import load
+    from cadre.hub.template import chat_template
+
+    samples: list[dict[str, str]] = []
+    alone = run.parallel.size == 1
+    if not alone and not _has_room(run.path / "model"):
+        print("no samples: this machine's memory has no room for the whole model")
+        return samples, None
+    # Of several processes none has the model whole, but what they have saved is.
+    model = run.model.eval() if alone else load(run.path / "model")[0]
+    template = None if run.data.chat_template is None else chat_template(run.path / "model")
+    for number, prompt in enumerate(run.prompts()):
+        try:
+            text = _sample(model, run.data.tokenizer, prompt, template, number)
+        except UsageError as error:  # a template that refuses a conversation of one message
+            print(f"no samples: {error}")
+            break
+        except RunError as error:
+            return samples, error
+        samples.append({"prompt": prompt, "text": text if template is None else f"\n{text}"})
+        print(f"\n> {printable(prompt + samples[-1]['text'])}")
+    return samples, None
+
+
+def _print_results(run: Run, result: Result, report: Path) -> None:
+    from cadre.cli.summary import load_line
+
     print()
     here = shlex.quote(str(run.path))
     if result.stopped:
