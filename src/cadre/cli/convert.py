@@ -42,7 +42,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Write over a model that is there.")] = False,
 ) -> None:
     """Write a model as GGUF, which llama.cpp reads, or as a Hugging Face directory: of another dtype, or of a GGUF file."""
-    from cadre.hub.directory import model_directory, recover
+    from cadre.hub.directory import recover
 
     require_local(target)
     recover(target)
@@ -50,37 +50,46 @@ def convert(
     if not force and there is not None and (there != "folder" or any(target.iterdir())):
         raise UsageError(f"{target}: is there already: choose another name, or give --force to write over it")
     if (to or (Format.gguf if target.suffix == ".gguf" else Format.hf)) == Format.gguf:
-        from cadre.hub.gguf import write_gguf
-
-        if kind_of(source) == "file":
-            raise UsageError(f"{source}: is a file; GGUF is written of a model directory")
-        if there == "folder":
-            raise UsageError(f"{target}: is a folder; a GGUF model is a file, such as {target / 'model.gguf'}")
-        write_gguf(source, target, dtype.value if dtype else None, _progress if sys.stderr.isatty() else lambda *_: None)
+        _to_gguf(source, target, dtype)
     else:
-        import torch
-
-        from cadre.hub.gguf_read import read_gguf, tokenizer_files
-        from cadre.hub.load import load
-        from cadre.hub.save import save
-
-        if dtype == Dtype.q8_0:
-            raise UsageError("--dtype q8_0 is for GGUF; a Hugging Face directory takes f32, f16 or bf16")
-        kinds = {Dtype.f32: torch.float32, Dtype.f16: torch.float16, Dtype.bf16: torch.bfloat16}
-        wanted = kinds[dtype] if dtype else None
-        with ExitStack() as stack:
-            if kind_of(source) == "file":
-                read = read_gguf(source, wanted)
-                model, tokenizer, like = read.model, read.tokenizer, stack.enter_context(tokenizer_files(read))
-            else:
-                model, tokenizer = load(source, dtype=wanted)
-                like = model_directory(source)
-            large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-            if large:
-                raise UsageError(f"{source}: {large[0]} holds numbers too large for {dtype}; take bf16 or f32")
-            save(model, target, tokenizer, like=like)
+        _to_directory(source, target, dtype)
     size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
     typer.echo(f"written to {target}: {size / 2**20:,.1f} MiB")
+
+
+def _to_gguf(source: Path, target: Path, dtype: Dtype | None) -> None:
+    from cadre.hub.gguf import write_gguf
+
+    if kind_of(source) == "file":
+        raise UsageError(f"{source}: is a file; GGUF is written of a model directory")
+    if kind_of(target) == "folder":
+        raise UsageError(f"{target}: is a folder; a GGUF model is a file, such as {target / 'model.gguf'}")
+    write_gguf(source, target, dtype.value if dtype else None, _progress if sys.stderr.isatty() else lambda *_: None)
+
+
+def _to_directory(source: Path, target: Path, dtype: Dtype | None) -> None:
+    import torch
+
+    from cadre.hub.directory import model_directory
+    from cadre.hub.gguf_read import read_gguf, tokenizer_files
+    from cadre.hub.load import load
+    from cadre.hub.save import save
+
+    if dtype == Dtype.q8_0:
+        raise UsageError("--dtype q8_0 is for GGUF; a Hugging Face directory takes f32, f16 or bf16")
+    kinds = {Dtype.f32: torch.float32, Dtype.f16: torch.float16, Dtype.bf16: torch.bfloat16}
+    wanted = kinds[dtype] if dtype else None
+    with ExitStack() as stack:
+        if kind_of(source) == "file":
+            read = read_gguf(source, wanted)
+            model, tokenizer, like = read.model, read.tokenizer, stack.enter_context(tokenizer_files(read))
+        else:
+            model, tokenizer = load(source, dtype=wanted)
+            like = model_directory(source)
+        large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+        if large:
+            raise UsageError(f"{source}: {large[0]} holds numbers too large for {dtype}; take bf16 or f32")
+        save(model, target, tokenizer, like=like)
 
 
 def _progress(done: int, total: int) -> None:
