@@ -11,7 +11,7 @@ from hypothesis import given
 from typer.testing import CliRunner
 
 from cadre.cli.bench import bench_app
-from cadre.errors import UsageError
+from cadre.errors import RunError, UsageError
 from cadre.infer.bench import peer
 from cadre.infer.bench.decode import Decoding, bench_decode, random_model, sweep, twins, weight_bytes
 from cadre.model.config import ModelConfig
@@ -67,6 +67,15 @@ def test_the_peers_times_end_when_its_work_does(monkeypatch) -> None:
     decoder.step()
     decoder._read(1, 4)
     assert waits == [decoder.device] * 4  # before and after each
+
+
+def test_a_peer_that_takes_the_shape_in_no_way_says_why(monkeypatch) -> None:
+    def refuse(*_: object) -> float:
+        raise RuntimeError("widths must be\nmultiples of 16")
+
+    monkeypatch.setattr(peer.PeerDecoder, "_read", refuse)
+    with pytest.raises(RunError, match="transformers runs this shape in none of its ways: widths must be multiples of 16"):
+        peer.PeerDecoder(CONFIG, torch.float32, 10, 1, lambda line: None)
 
 
 def test_the_peer_runs_in_float32_too() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from cadre.errors import UsageError
+from cadre.errors import RunError, UsageError
 from cadre.kernels.limits import default_device, dtype_name, synchronize
 from cadre.model.config import ModelConfig
 
@@ -24,7 +24,7 @@ class PeerDecoder:
 
     Tries every implementation of experts on two steps and keeps the fastest; the prompt is read in two of them, twice in each.
     description: what runs. prefill_seconds: reading one prompt of `context` tokens, the best of all. Raises `UsageError`
-    without transformers.
+    without transformers, `RunError` if no implementation runs.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, context: int, batch: int, note: Callable[[str], None]) -> None:
@@ -42,7 +42,7 @@ class PeerDecoder:
         self.words, self.device = config.vocab_size, default_device()
         self.prefill_seconds = float("inf")
         self.cache: Any = None
-        ways = tuple(way for way in (_EXPERTS if config.has_experts else (None,)) if self._runs(way))
+        ways = self._running(_EXPERTS if config.has_experts else (None,))
         for way in ways[:1] + ways[-1:]:
             note(f"transformers reads a prompt of {context:,} tokens ({way or 'dense'})")
             self._use(way)
@@ -82,14 +82,20 @@ class PeerDecoder:
         synchronize(self.device)
         return time.perf_counter() - start
 
-    def _runs(self, way: str | None) -> bool:
-        """Whether an implementation of experts takes this shape at all: `grouped_mm` wants certain widths."""
-        self._use(way)
-        try:
-            self._read(1, 2)
-        except RuntimeError:
-            return False
-        return True
+    def _running(self, ways: Sequence[str | None]) -> list[str | None]:
+        """The implementations of experts that take this shape at all: `grouped_mm` wants certain widths."""
+        running: list[str | None] = []
+        refusal = ""
+        for way in ways:
+            self._use(way)
+            try:
+                self._read(1, 2)
+                running.append(way)
+            except RuntimeError as error:
+                refusal = " ".join(str(error).split())
+        if not running:
+            raise RunError(f"transformers runs this shape in none of its ways: {refusal[:300]}")
+        return running
 
     def _use(self, way: str | None) -> None:
         if way is not None:
