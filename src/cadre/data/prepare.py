@@ -61,14 +61,7 @@ def prepare(
     say = progress or (lambda line: None)
     if out is not None:
         require_local(Path(out))
-    given = None if tokenizer is None else load_tokenizer(tokenizer)
-    if given is not None and vocab_size is not None:
-        raise UsageError("a tokenizer brings its own vocabulary: give tokenizer or vocab_size, not both")
-    size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
-    if given is None:
-        check_size(size)
-    else:
-        separator(given)
+    given, size = _asked_tokenizer(tokenizer, vocab_size)
     names = [source] if isinstance(source, str) else list(source)
     if out is None and (made := token_data(source)) is not None:
         return _made(made, given, vocab_size)
@@ -105,22 +98,22 @@ def prepare(
     if written_by is not None:
         manifest |= {"chat_template": written_by.source, "template_tokens": written_by.special}
     corpus = _Corpus(partial(read_documents, source, template), split, len(names), given, size)
-    try:
-        data = _find(folder, inputs, cached=out is None)
-        if data is None:
-            with unfinished(folder, say) as path:
-                data = _find(folder, inputs, cached=out is None)  # another process was first
-                if data is None:
-                    corpus.write(path, manifest, say)
-                    _publish(path, folder, inputs)
-                    data = TokenData.open(folder)
-        _remember(record, found)
-        return data
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            instead = "set CADRE_CACHE to a folder of yours" if out is None else "give another folder"
-            raise UsageError(f"{folder}: cannot be written ({error.strerror}); {instead}") from error
-        raise write_error(f"{folder}: cannot be written", error) from error
+    data = _found_or_written(corpus, folder, manifest, say, cached=out is None)
+    _remember(record, found)
+    return data
+
+
+def _asked_tokenizer(tokenizer: str | Path | None, vocab_size: int | None) -> tuple[Tokenizer | None, int]:
+    """The tokenizer that is given, or None and the size of the one to train. Raises `UsageError` for what cannot be used."""
+    size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
+    if tokenizer is None:
+        check_size(size)
+        return None, size
+    given = load_tokenizer(tokenizer)
+    if vocab_size is not None:
+        raise UsageError("a tokenizer brings its own vocabulary: give tokenizer or vocab_size, not both")
+    separator(given)
+    return given, size
 
 
 @dataclass(frozen=True)
@@ -143,6 +136,29 @@ class _Corpus:
             tokenizer = train_tokenizer(sampled(map(_without_special, train), self.split.characters), self.vocab_size)
         say(f"tokenising {len(self.split.digests):,} documents")
         work.finish(manifest | work.write(tokenizer, self.split, self.documents(), self.entries, say))
+
+
+def _found_or_written(
+    corpus: _Corpus, folder: Path, manifest: dict[str, Any], say: Callable[[str], None], *, cached: bool
+) -> TokenData:
+    """The token data that the manifest describes: the folder's, or what is written there now. Raises `UsageError` for a folder
+    that cannot be written to, `RunError` if the disk is full."""
+    inputs = manifest["inputs"]
+    try:
+        data = _find(folder, inputs, cached=cached)
+        if data is None:
+            with unfinished(folder, say) as path:
+                data = _find(folder, inputs, cached=cached)  # another process was first
+                if data is None:
+                    corpus.write(path, manifest, say)
+                    _publish(path, folder, inputs)
+                    data = TokenData.open(folder)
+        return data
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            instead = "set CADRE_CACHE to a folder of yours" if cached else "give another folder"
+            raise UsageError(f"{folder}: cannot be written ({error.strerror}); {instead}") from error
+        raise write_error(f"{folder}: cannot be written", error) from error
 
 
 def _without_special(document: Document) -> str:

@@ -31,14 +31,14 @@ def check_memory(
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     held = total_bytes(device) * (processes // sharing)
     need = state_bytes(Shape.from_config(config), optimizer) * replicas
-    times = "" if replicas == 1 else f" of {replicas} replicas"
+    of = "" if replicas == 1 else f" of {replicas} replicas"
     if beside is not None:
         need += state_bytes(Shape.from_config(beside), optimizer)
-        times = f", and of the model of {count(beside).total_parameters:,} parameters beside it"
+        of = f", and of the model of {count(beside).total_parameters:,} parameters beside it"
     if need > held:
         raise UsageError(
             f"the model has {parameters:,} parameters: training takes {need / 2**30:,.0f} GiB for weights, "
-            f"gradients and moments{times}, but there are {held / 2**30:,.0f} GiB; choose a smaller model"
+            f"gradients and moments{of}, but there are {held / 2**30:,.0f} GiB; choose a smaller model"
         )
 
 

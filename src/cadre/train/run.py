@@ -120,13 +120,7 @@ def start(
             refuse_used(path)
             _require_folder(path)
             check_wandb(recipe.train.wandb)
-        words = recipe.model.get("vocab_size") or recipe.data.vocab_size
-        if words is not None and "from" not in recipe.model:  # before text is prepared for what cannot be
-            check_memory(recipe.config(words), device, recipe.optimizer.name, parallel.size)
-            if not recipe.parallel.open:
-                parallel.check(recipe, recipe.config(words))
-            if recipe.train.fp8_experts:
-                check_fp8(recipe.config(words), device)
+        _check_before_text(recipe, device, parallel)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         begun = None if source is None else _begun(recipe, source)
         data_section = recipe.data
@@ -149,6 +143,19 @@ def start(
     if parallel.main:
         _begin(path, resolved, asked, source)
     return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel, source)
+
+
+def _check_before_text(recipe: Recipe, device: torch.device, parallel: Parallel) -> None:
+    """Refuse a new model that cannot be trained here before text is prepared for it, if the recipe says its vocabulary."""
+    words = recipe.model.get("vocab_size") or recipe.data.vocab_size
+    if words is None or "from" in recipe.model:
+        return
+    config = recipe.config(words)
+    check_memory(config, device, recipe.optimizer.name, parallel.size)
+    if not recipe.parallel.open:
+        parallel.check(recipe, config)
+    if recipe.train.fp8_experts:
+        check_fp8(config, device)
 
 
 def _check_tokenizer(source: Path, tokenizer: Tokenizer) -> None:
@@ -233,7 +240,7 @@ def _config(recipe: Recipe, data: TokenData) -> ModelConfig:
 
 
 def computing_in(recipe: Recipe, dtype: torch.dtype) -> Recipe:
-    """The recipe with its "auto" resolved."""
+    """The recipe with this dtype in `train`, in the place of "auto"."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": dtype_name(dtype)})})
 
 
