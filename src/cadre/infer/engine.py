@@ -305,21 +305,21 @@ class Engine:
     ) -> None:
         """Draft for whoever goes on, if at all; the modules read what the model has read, or miss it."""
         readings: list[Reading] = []
-        begin = 0
+        end = 0
         for (sequence, count), start in zip(work, start_B, strict=True):
-            end, read = begin + count, sequence.cached - start
+            begin, end = end, end + count
             if sequence.request.id not in self._live:
-                pass
-            elif not drafting or not is_ready(sequence):
+                continue
+            read = sequence.cached - start
+            if not drafting or not is_ready(sequence):
                 sequence.missed += read
                 sequence.carried.clear()
-            else:
-                wanted = 0
-                if sequence.unread == 1:
-                    most = min(self.speculate, sequence.limit - len(sequence.ids) - 1)
-                    wanted = self.scheduler.reserve(sequence, most)
-                readings.append(Reading(sequence, start, hidden_TD[begin : begin + read], wanted))
-            begin = end
+                continue
+            wanted = 0
+            if sequence.unread == 1:
+                most = min(self.speculate, sequence.limit - len(sequence.ids) - 1)
+                wanted = self.scheduler.reserve(sequence, most)
+            readings.append(Reading(sequence, start, hidden_TD[begin : begin + read], wanted))
         if readings:
             for reading, drafts in zip(readings, drafter.draft(readings), strict=True):
                 reading.sequence.drafts = drafts

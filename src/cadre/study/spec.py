@@ -127,32 +127,48 @@ class Study(Section):
     arms: dict[str, Arm] = Field(min_length=2)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _named(self) -> Self:
         for name in self.arms:
             if not name[:1].isalnum() or set(name) - _LETTERS:
                 raise ValueError(
                     f"arms.{name}: an arm's name may have a-z, 0-9, - _ and ., and begins with one of the first two"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _held_by_the_budget(self) -> Self:
         wanted = {"seconds": "seconds", "price": "usd"}.get(self.held)
         if wanted and self.budget.unit != wanted:
             raise ValueError(f"held is {self.held!r}; then the budget must be in {wanted}, not {self.budget.unit}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_base(self) -> Self:
         if self.base is not None and self.recipe is not None:
             raise ValueError("give base or [recipe], not both")
         if self.base is None and self.recipe is None:
             raise ValueError("needs base (a recipe's name or file) or [recipe]")
+        return self
+
+    @model_validator(mode="after")
+    def _quick_is_part_of_it(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds) or len(set(self.quick.seeds)) < len(self.quick.seeds):
             raise ValueError("seeds must differ from each other")
         for name, given in (("factors", self.quick.factors), ("arms", self.quick.arms or [])):
             if len(set(given)) < len(given):
                 raise ValueError(f"quick.{name} are {given}; they must differ")
-        first = next(iter(self.arms))
         for name in self.quick.arms or []:
             if name not in self.arms:
                 raise ValueError(f"quick.arms: {name!r} is not an arm; arms are {', '.join(self.arms)}")
-        if self.quick.arms is not None and (len(self.quick.arms) < 2 or first not in self.quick.arms):
-            raise ValueError(f"quick.arms: needs at least two arms, {first!r} (the first) among them")
-        if self.arms[first].solve or self.arms[first].held is not None or self.arms[first].to:
-            raise ValueError(f"arms.{first}: is the first, which the others are matched to: leave out its held, solve and to")
+        if self.quick.arms is not None and (len(self.quick.arms) < 2 or self.first not in self.quick.arms):
+            raise ValueError(f"quick.arms: needs at least two arms, {self.first!r} (the first) among them")
+        return self
+
+    @model_validator(mode="after")
+    def _matched(self) -> Self:
+        name, first = self.first, self.arms[self.first]
+        if first.solve or first.held is not None or first.to:
+            raise ValueError(f"arms.{name}: is the first, which the others are matched to: leave out its held, solve and to")
         names = list(self.arms)
         for place, (name, arm) in enumerate(self.arms.items()):
             if arm.to is not None and arm.to not in names[:place]:
