@@ -41,10 +41,10 @@ class Batches:
     its inputs, as targets (1, and one more for each multi-token prediction module). Of several streams each goes through
     epochs of its own, and the windows of any run of batches are shared out among them by weight, to within one or two each.
 
-    streams: the streams. weights: how often each is drawn from, relative to the others (as often, if None); one of weight 0
-    rests. batch: windows in a batch. seq_len: inputs in a window. seed: with the streams and the sizes it
-    decides every batch. separate_documents: give each token's document. part: (which, of how many) processes share out
-    every batch; only this one's windows are read, every so many-th, so that any first few of a batch fall on all alike.
+    streams: the streams. weights: how often each is drawn from, relative to the others (equally often, if None); one of weight
+    0 rests. batch: windows in a batch. seq_len: inputs in a window. seed: with streams and sizes it decides every batch.
+    separate_documents: give each token's document. part: (i, n), where n processes share every batch and only the windows i,
+    i + n, i + 2n, ... are read: so the first k windows of a batch, for any k, are shared as evenly as can be.
 
     Raises UsageError if a size is out of range, the streams are shorter than one batch or one of them than a window.
     """

@@ -93,10 +93,12 @@ def table_of(sequences: list[Sequence]) -> Tensor:
 
 class Runner:
     """Runs a model over batches whose past lies in the pool's pages: a sequence's new tokens through the C++ kernels where
-    there are any and the tokens are few, else through torch. Their arithmetic differs in the last bits, in bfloat16 in more:
-    which one it is depends on the sequence's own tokens alone, and each gives a token the same bits in any company (on a card,
-    where products are cut up by how many rows there are, and attention goes sequence by sequence beside a prompt's chunk, about
-    the same). Puts the model in eval mode. Any number of threads may each have a runner of one model."""
+    there are any and the tokens are few, else through torch.
+
+    The two differ in the last bits, in bfloat16 in more. Which one computes a token depends on its own sequence alone, and each
+    gives it the same bits whatever else is in the batch. (On a card only about the same: there products are cut up by how many
+    rows there are, and beside a prompt's chunk attention goes sequence by sequence.) Puts the model in eval mode. Any number of
+    threads may each have a runner of one model."""
 
     def __init__(self, model: Transformer, pool: PagePool) -> None:
         self.model, self.pool = model.eval(), pool

@@ -4,8 +4,8 @@ Fairness. Sequences are admitted in the order of their arrival. The oldest admit
 least at every second step, by a piece of its prompt or by one token: so every request becomes the oldest and finishes within
 a number of steps that depends on the requests before it alone.
 
-Company. A prompt is read in whole pieces, whose lengths depend on the prompt and on what of it the cache holds: on what
-arithmetic a position gets, and so on its last bits, it makes no difference who else is served.
+Independence. A prompt is read in whole pieces, whose lengths depend on the prompt and on what of it the cache holds. So whoever
+else is served makes no difference to the arithmetic by which a position is computed, nor to its last bits.
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to train. seconds: expected here for the steps alone. score: bits per byte expected of
-    text like the default corpus."""
+    """What to train. seconds: expected here for the steps alone. score: bits per byte expected of text like the default
+    corpus."""
 
     config: ModelConfig
     seq_len: int

@@ -75,11 +75,12 @@ def _cover(work: Workload, compute: float) -> float:
 def _v_shaped(layout: Layout, chunk: float, weights: float, micro_batches: int, at_once: bool) -> tuple[float, float]:
     """Seconds of bubble, and of backward passes made twice, of the two schedules that put off the gradients of weights.
 
-    chunk: seconds of one stage's forward pass of a micro-batch, and of its backward pass to the inputs; weights: to the
-    weights. at_once: kernels give both gradients at once, so that each of the two passes takes the time of both. What is here
-    is what torch 2.13's own schedules (`ScheduleZBVZeroBubble`, `ScheduleDualPipeV`) take when their lists of operations, for
-    2, 4 and 8 places, are laid out on a clock with such times. zbv puts off all
-    gradients, dualpipev those of 2 (PP - 1) chunks.
+    chunk: seconds of one stage's forward pass of a micro-batch, and as many of its backward pass to the inputs; weights:
+    seconds of its backward pass to the weights. at_once: the kernels give both gradients at once, so that each of the two
+    backward passes takes the time of both. zbv puts off the gradients of all weights, dualpipev those of 2 (PP - 1) chunks.
+
+    These are the times that torch 2.13's own schedules (`ScheduleZBVZeroBubble`, `ScheduleDualPipeV`) take when their lists of
+    operations, for 2, 4 and 8 places, are laid out on a clock with such seconds.
     """
     places = layout.pipeline
     if layout.schedule == "zbv":

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Mid-tones that read on white and on near-black, told apart with the order in mind: the first arm is grey-blue.
+# Of the arms in order. Mid-tones, legible on white and on near-black, of which neighbours are easily told apart.
 COLOURS = ("#3b82d6", "#e0782f", "#2a9d7f", "#c9548a", "#8a6fd1", "#b39222", "#4aa3b8", "#9a5b3c")
 _WIDTH = 440
 # What an arm's line or bar in the legend takes with the gaps beside it, and at most a letter of its name.

@@ -14,8 +14,8 @@ from cadre.train.recipe import Recipe, dump_toml, make_way, parse_recipe
 
 # Widths are multiples of the first of these that comes within the tolerance: round widths compute faster.
 _STEPS = (32, 16, 8, 4, 2, 1)
-# Free fields that are widths, in which every quantity grows steadily; any other field is tried value by value, beyond the first
-# so many by fours: of so wide a model that is within half a percent.
+# Free fields that are widths: every quantity grows steadily in them, so they are found by bisection up to _WIDEST. Of any other
+# field values are tried one by one up to _ONE_BY_ONE, then every fourth, which is near enough there, up to _LARGEST.
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank")
 _WIDEST = 1 << 18
 _ONE_BY_ONE, _LARGEST = 512, 1 << 13

@@ -94,12 +94,12 @@ def risen(arm: dict[str, Any]) -> float:
 
 
 def by_heart(results: dict[str, Any]) -> list[str]:
-    """The arms that did so: their text was read often enough, and their loss ends higher than it was."""
+    """The arms that learned the text by heart: they read it often enough, and their held-out loss ends above its lowest."""
     return [name for name, arm in results["arms"].items() if risen(arm) > NEAR and _passes(arm) > REPEATED]
 
 
 def too_small(results: dict[str, Any], outcomes: dict[str, str]) -> list[str]:
-    """Why the budget is too small to tell, if it is: one reason each."""
+    """The reasons why the budget is too small to tell, none if it is not."""
     reasons = []
     shortest = min(results["arms"].values(), key=lambda arm: arm["steps"])
     if shortest["steps"] < FEW_STEPS:

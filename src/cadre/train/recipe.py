@@ -200,13 +200,15 @@ class EvalSection(Section):
 
 
 class ParallelSection(Section):
-    """How a run is spread over the processes it is started with (`cadre.train.parallel.layout`). `data`: those that share
-    every batch, "auto" for all there are; `replicas`: in how many groups of these each holds everything; `expert`: of a group,
-    how many share one copy of the experts; these two "auto" for what `cadre.train.parallel.auto` predicts to be fastest;
-    `rows`: the precision in which tokens go to experts of other processes (`cadre.train.parallel.dispatch`);
-    `context`: how many share every sequence, each computing a part of its positions; `pipeline`: in how many stages the
-    model's blocks are cut, each held by as many processes as `data` says, and `schedule` in what order those compute;
-    `timeout`: minutes that a process waits for the others before the run ends."""
+    """How a run is spread over the processes it is started with (`cadre.train.parallel.layout`).
+
+    data: how many processes share every batch; "auto": all there are, divided by `pipeline`.
+    replicas: into how many groups these are divided, each of which holds all weights. expert: how many processes of a group
+        share one copy of the experts. Either may be "auto": what `cadre.train.parallel.auto` predicts to be fastest.
+    rows: the precision in which tokens go to experts of other processes (`cadre.train.parallel.dispatch`).
+    context: how many processes share every sequence, each computing a part of its positions.
+    pipeline: into how many parts the model's blocks are cut, each held by `data` processes. schedule: their order of work.
+    timeout: minutes that a process waits for the others before the run ends."""
 
     data: Literal["auto"] | int = "auto"
     replicas: Literal["auto"] | int = 1

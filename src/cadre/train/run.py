@@ -274,7 +274,7 @@ def ready(
         extra=1 + config.num_nextn_predict_layers,
         seed=recipe.train.seed,
         separate_documents=recipe.data.separate_documents,
-        part=parallel.part,
+        part=parallel.batch_part,
     )
     return recipe, batches
 

@@ -280,7 +280,7 @@ class Trainer:
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """On the device; the multi-token prediction modules are joined where they train any process's sequences."""
-        micro, (reader, readers) = self.micro_batch, self.parallel.part
+        micro, (reader, readers) = self.micro_batch, self.parallel.batch_part
         weights = self._weights(batch)
         dealt = [len(range(one, self.mtp_rows, readers)) for one in (reader, 0)]  # the first has as many as any
         for first in range(0, len(batch.ids), micro):

@@ -69,9 +69,9 @@ _MEMORY_USED = 0.8
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: at least `repeats` times, and on until `seconds` are over or `most` times are; sequences are left
-    out where one pass would take more than `pass_seconds`. What has not ended after `deadline` seconds never will in time: the
-    process is ended."""
+    """How long to measure: at least `repeats` times, then on until `seconds` have passed or it has been `most` times. Where a
+    pass over all sequences would take more than `pass_seconds`, fewer are measured. After `deadline` seconds the process that
+    measures is ended."""
 
     repeats: int
     most: int
@@ -80,8 +80,8 @@ class Effort:
     deadline: float = 90.0
 
 
-# `cadre plan --here`, with products, memory rate and decoding beside it, within 30 seconds; what a run may spend; and what each
-# width does that is measured to choose between.
+# THOROUGH: `cadre plan --here`, which within 30 seconds also measures products, the memory's rate and decoding. BRIEF: before a
+# run. QUICK: each of the widths between which `cadre train --budget` chooses.
 THOROUGH = Effort(repeats=3, most=12, seconds=10.0, pass_seconds=3.0)
 BRIEF = Effort(repeats=2, most=5, seconds=1.5, pass_seconds=2.0)
 QUICK = Effort(repeats=2, most=4, seconds=0.5, pass_seconds=0.5)

@@ -1,5 +1,5 @@
-"""Processes that each hold one model and step when told: models measured in turn do not disturb each other's memory, and
-each one's peak is its own."""
+"""Timing models in turn, each in a process of its own that makes a step when told: so they do not disturb each other's memory,
+and each one's peak can be told."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Parallel:
     # ------------------------------------------------------------------------------------------------- a step
 
     @property
-    def part(self) -> tuple[int, int]:
+    def batch_part(self) -> tuple[int, int]:
         """Which part of each batch's sequences this process reads, and how many parts there are."""
         return self.rank % self.layout.data // self.layout.context, self.layout.readers
 
