@@ -64,7 +64,7 @@ def read_error(what: object, error: OSError) -> UsageError:
 
 def write_error(what: str, error: Exception) -> RunError:
     """The error to raise when writing failed: `what` says which file or folder and what became of it."""
-    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    reason = one_line(getattr(error, "strerror", None) or error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:
         return DiskFullError(f"{what}: the disk is full")
@@ -80,6 +80,16 @@ def writing(what: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise write_error(f"{what}: cannot be written", error) from None
+
+
+def one_line(said: object) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(said).split())
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or what it is if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def shorten(text: str, most: int = _LONGEST) -> str:
@@ -108,7 +118,7 @@ def encodable(what: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise UsageError(f"the tokenizer cannot encode {what} ({' '.join(str(error).split())})") from None
+        raise UsageError(f"the tokenizer cannot encode {what} ({one_line(error)})") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cadre.errors import RunError, Terminated, UsageError, printable, shorten, write_error
+from cadre.errors import RunError, Terminated, UsageError, one_line, printable, shorten, write_error
 
 
 class _Verbs(TyperGroup):
@@ -146,7 +146,7 @@ def _end_of_file(error: Exception) -> None:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    print("cadre: " + shorten(printable(" ".join(message.split())), _LONGEST), file=sys.stderr)
+    print("cadre: " + shorten(printable(one_line(message)), _LONGEST), file=sys.stderr)
     sys.exit(status)
 
 

@@ -8,7 +8,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import IO, Any
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, first_line
 
 # Letters and "://": a drive letter of another system is no protocol. Chains such as simplecache::s3:// are fsspec's own.
 _ADDRESS = re.compile(r"(\w+::)*[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -63,7 +63,7 @@ class Remote:
         except UsageError:
             raise
         except Exception as error:
-            raise error if isinstance(error, OSError) else OSError(_first_line(error)) from error
+            raise error if isinstance(error, OSError) else OSError(first_line(error)) from error
 
 
 def list_remote(entry: str) -> list[Remote]:
@@ -79,7 +79,7 @@ def list_remote(entry: str) -> list[Remote]:
     except UsageError:
         raise
     except Exception as error:  # a store's own: no access, no such bucket, no network
-        raise UsageError(f"{entry}: cannot be read ({_first_line(error)})") from error
+        raise UsageError(f"{entry}: cannot be read ({first_line(error)})") from error
     root = re.split(r"[*?[]", path)[0]
     shown = [name for name in sorted(found) if not any(part.startswith(".") for part in name[len(root) :].split("/"))]
     if not shown:
@@ -103,8 +103,4 @@ def _store(address: str) -> tuple[Any, str]:
         protocol = address.rpartition("::")[2].partition("://")[0]
         if protocol in _PACKAGES and isinstance(error, ImportError):
             raise UsageError(f"{address}: reading {protocol}:// needs a package: pip install {_PACKAGES[protocol]}") from error
-        raise UsageError(f"{address}: cannot be read ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{address}: cannot be read ({first_line(error)})") from error

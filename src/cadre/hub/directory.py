@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cadre.errors import UsageError, read_error, write_error
+from cadre.errors import UsageError, one_line, read_error, write_error
 from cadre.files import kind_of, read_json_object, require_regular
 from cadre.model.config import ModelConfig
 
@@ -247,7 +247,3 @@ def _header(file: Path) -> dict[str, Stored]:
             return {name: Stored(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file}: truncated, damaged or no safetensors file ({one_line(error)})") from None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, one_line
 from cadre.hub.gguf import ARCHITECTURES, gguf_library, named_tensors
 from cadre.hub.gguf_tokenizer import tokenizer_of
 from cadre.hub.names import give_storage, skeleton
@@ -50,7 +50,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None = None) -> FromGguf:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # the library raises whatever a damaged file leads it to
-        raise UsageError(f"{path}: is no whole GGUF file ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{path}: is no whole GGUF file ({one_line(error)})") from None
     try:
         config = _config(keys, stored.keys())
         tokenizer = tokenizer_of(keys)
@@ -60,7 +60,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None = None) -> FromGguf:
     except KeyError as error:
         raise UsageError(f"{path}: has no {error.args[0]}") from None
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise UsageError(f"{path}: its keys contradict each other ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{path}: its keys contradict each other ({one_line(error)})") from None
     kinds = {"F32": torch.float32, "F16": torch.float16}
     dtype = dtype or kinds.get(embedding.tensor_type.name, torch.bfloat16)
     model = give_storage(skeleton(config).to(dtype), "cpu")

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from cadre.errors import UsageError
+from cadre.errors import UsageError, one_line
 
 # A message may quote the request, which may be megabytes.
 _LONGEST = 600
@@ -63,7 +63,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        message = " ".join(str(self).split())
+        message = one_line(self)
         if len(message) > _LONGEST:
             message = message[:_LONGEST] + "..."
         return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}

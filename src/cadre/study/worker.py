@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cadre.errors import DivergedError, RunError, UsageError, writing
+from cadre.errors import DivergedError, RunError, UsageError, one_line, writing
 from cadre.files import replace_file
 from cadre.hub.load import load
 from cadre.kernels.allocator import keep_freed_memory
@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> int:
                 train(recipe, out, kind)
         return 0 if (out / RESULT).is_file() else STOPPED
     except (UsageError, RunError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return error.status
 
 

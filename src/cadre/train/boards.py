@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cadre.errors import RunError, UsageError, shorten
+from cadre.errors import RunError, UsageError, first_line, shorten
 from cadre.files import replace_file
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -81,7 +81,7 @@ class WeightsAndBiases:
         try:
             self._run = wandb.init(**how, resume="allow" if again and _mode() == "online" else None)
         except wandb.errors.Error as error:
-            said = _first_line(error)
+            said = first_line(error)
             refused = isinstance(error, wandb.errors.AuthenticationError) or "403" in said or "permission" in said
             if refused or not isinstance(error, wandb.errors.CommError):
                 raise RunError(f"train.wandb: wandb refuses: {said}") from None
@@ -114,7 +114,7 @@ class WeightsAndBiases:
             tell()
         except Exception as error:  # of its own making, and of sockets
             self._gone = True
-            self._note(f"wandb: {_first_line(error)}: it shows no more of this run")
+            self._note(f"wandb: {first_line(error)}: it shows no more of this run")
 
 
 def check_wandb(project: str | None) -> None:
@@ -136,7 +136,7 @@ def check_wandb(project: str | None) -> None:
         if _mode() == "online":
             wandb.login(verify=False)
     except wandb.errors.Error as error:
-        raise UsageError(f"train.wandb: {_first_line(error)} Or set WANDB_MODE=offline.") from None
+        raise UsageError(f"train.wandb: {first_line(error)} Or set WANDB_MODE=offline.") from None
 
 
 def _mode() -> str:
@@ -147,7 +147,3 @@ def _mode() -> str:
         return str(wandb.setup().settings.mode)
     except ValueError:
         raise UsageError(f"WANDB_MODE is {os.environ.get('WANDB_MODE')!r}; wandb knows online, offline and disabled") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

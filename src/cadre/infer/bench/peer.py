@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import RunError, UsageError, one_line
 from cadre.kernels.limits import default_device, dtype_name, synchronize
 from cadre.model.config import ModelConfig
 
@@ -92,7 +92,7 @@ class PeerDecoder:
                 self._read(1, 2)
                 running.append(way)
             except RuntimeError as error:
-                refusal = " ".join(str(error).split())
+                refusal = one_line(error)
         if not running:
             raise RunError(f"transformers runs this shape in none of its ways: {refusal[:300]}")
         return running

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import RunError, UsageError, one_line
 from cadre.kernels.allocator import keep_freed_memory
 from cadre.kernels.limits import default_device, peak_memory_bytes
 from cadre.model.config import ModelConfig
@@ -183,7 +183,7 @@ def _serve(connection: Connection, name: str, build: Build, threads: int) -> Non
         except (UsageError, RunError) as error:
             answer = error
         except Exception as error:
-            answer = RunError(f"{name}: " + " ".join(f"{type(error).__name__}: {error}".split())[:300])
+            answer = RunError(f"{name}: " + one_line(f"{type(error).__name__}: {error}")[:300])
         connection.send(answer)
 
 

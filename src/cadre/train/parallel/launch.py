@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cadre.errors import RunError, UsageError
+from cadre.errors import RunError, UsageError, one_line
 from cadre.kernels.limits import default_device
 from cadre.train.parallel.group import Parallel
 
@@ -195,11 +195,11 @@ def joined(timeout: float) -> Iterator[tuple[Parallel, torch.device]]:
     except Exception as error:
         if _lost(error):
             # gloo's messages contain a place in its source, and end in hints for its developers: neither is wanted here.
-            reason = re.sub(r"\[[^\]]*\.cc:\d+\] |[.:] *(This|GLHF|https?:).*", "", " ".join(str(error).split()))
+            reason = re.sub(r"\[[^\]]*\.cc:\d+\] |[.:] *(This|GLHF|https?:).*", "", one_line(error))
             message = f"rank {os.environ['RANK']} lost the other processes: {reason[:300]}"
             _tell(message, _LOST)
             raise RunError(message) from None
-        _tell(f"rank {os.environ['RANK']} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", None)
+        _tell(f"rank {os.environ['RANK']} failed: {type(error).__name__}: {one_line(error)[:300]}", None)
         raise
     ranks.close()
 
