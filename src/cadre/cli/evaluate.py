@@ -51,27 +51,12 @@ def evaluate(
     import torch
 
     from cadre.cli.progress import counting
-    from cadre.data.conversations import template_of_model
-    from cadre.data.sources import file_of, read_documents
-    from cadre.hub.directory import run_of
+    from cadre.data.sources import file_of
     from cadre.hub.tokenizer import lossy
     from cadre.kernels.limits import products_keep_up
     from cadre.model.scoring import Score, score_each
-    from cadre.study.excerpts import held_out_text
 
-    source = [*(data or []), *(more or [])]
-    run = run_of(model)
-    documents: Iterable[Document]
-    if source:
-        documents = read_documents(source, template_of_model(model))
-        if run is not None and (trained := _trained_on(run, source)) is not None:
-            typer.echo(f"note: {run} was trained on {trained}: leave --data out to score what it held out", err=True)
-    elif run is not None:
-        documents = held_out_text(run)
-    elif kind_of(model) is not None:
-        raise UsageError(f"{model}: is no run with text held out: say with --data what to read")
-    else:
-        raise UsageError(f"{model}: no such file or folder")
+    documents = _documents(model, [*(data or []), *(more or [])])
     loaded, tokenizer = load_with_tokenizer(model, quantize, exact=True)
     weight = loaded.embed_tokens.weight
     if quantize is None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and products_keep_up():
@@ -106,6 +91,26 @@ def evaluate(
         typer.echo(f"{score.bits_per_byte:.4f} bits per byte  {score.bytes:>12,} bytes  {score.tokens:>12,} tokens  {path}")
     if len(files) > 1:
         typer.echo(f"{total.bits_per_byte:.4f} bits per byte  {total.bytes:>12,} bytes  {total.tokens:>12,} tokens  overall")
+
+
+def _documents(model: Path, source: list[str]) -> Iterable[Document]:
+    """What is to be scored: the text that is named, or what the model's run held out. Raises `UsageError` if there is none."""
+    from cadre.data.conversations import template_of_model
+    from cadre.data.sources import read_documents
+    from cadre.hub.directory import run_of
+    from cadre.study.excerpts import held_out_text
+
+    run = run_of(model)
+    if source:
+        documents = read_documents(source, template_of_model(model))
+        if run is not None and (trained := _trained_on(run, source)) is not None:
+            typer.echo(f"note: {run} was trained on {trained}: leave --data out to score what it held out", err=True)
+        return documents
+    if run is not None:
+        return held_out_text(run)
+    if kind_of(model) is not None:
+        raise UsageError(f"{model}: is no run with text held out: say with --data what to read")
+    raise UsageError(f"{model}: no such file or folder")
 
 
 def _trained_on(run: Path, source: list[str]) -> str | None:

@@ -10,6 +10,7 @@ import torch
 
 from cadre.errors import UsageError
 from cadre.hub.directory import model_directory, recover
+from cadre.model.config import ModelConfig
 from cadre.train.boards import check_wandb
 from cadre.train.checkpoint import checkpoints, name_of, read_state, set_aside_damaged, step_of
 from cadre.train.checks import say_slow
@@ -76,10 +77,7 @@ def resume(
     run = Run(path, recipe, config, data, batches, model, dtype, newest, total_steps, parallel, source)
     if state is not None:
         _refuse_other_identity(path, run.identity(), state["identity"])
-    by_length = [f"what remains of its {recipe.schedule.kind} schedule"] if recipe.schedule.kind != "constant" else []
-    if config.num_nextn_predict_layers and train.mtp_weight_final is not None:
-        by_length.append("where train.mtp_weight_final begins")
-    if other_length and by_length:
+    if other_length and (by_length := _by_length(recipe, config)):
         note(f"the run's length has changed, and with it {' and '.join(by_length)}")
     if parallel.main:
         with only_writer(path):
@@ -109,6 +107,14 @@ def _expected_steps(path: Path, state: dict[str, Any], train: TrainSection) -> i
             f"--resume {path}: has taken {spent / 60:.1f} minutes already, and {train.minutes:.1f} are given in all: give more"
         )
     return min(train.most_steps, max(state["step"] + 1, int(state["step"] * given / spent)))
+
+
+def _by_length(recipe: Recipe, config: ModelConfig) -> list[str]:
+    """What of a run depends on how long it is."""
+    found = [f"what remains of its {recipe.schedule.kind} schedule"] if recipe.schedule.kind != "constant" else []
+    if config.num_nextn_predict_layers and recipe.train.mtp_weight_final is not None:
+        found.append("where train.mtp_weight_final begins")
+    return found
 
 
 def _newest(path: Path, parallel: Parallel) -> Path | None:
