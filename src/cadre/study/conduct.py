@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 
 from cadre import units
-from cadre.data.prepare import prepare
 from cadre.errors import RunError, UsageError, writing
 from cadre.files import replace_file
 from cadre.kernels.limits import default_device, dtype_name, training_dtype
@@ -30,7 +29,9 @@ from cadre.study.spec import Study
 from cadre.study.state import State, open_state, write_json
 from cadre.study.worker import STOPPED
 from cadre.train.checkpoint import checkpoints, step_of
+from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.layout import compose
+from cadre.train.run import prepare_data
 
 Note = Callable[[str], None]
 
@@ -55,11 +56,7 @@ def begin(
     """Resolve a study in an empty directory: matched arms, step times, runs. `cpu`: the processor's name, for the
     record. `source`: text in place of the study's. `processes`: how many train every run. Raises `UsageError` for arms that
     cannot be matched, a budget too small, and a directory that holds anything else."""
-    try:
-        if path.exists() and (not path.is_dir() or any(p.name != ".turns" for p in path.iterdir())):
-            raise UsageError(f"--out {path}: holds other files: choose an empty folder, or one of a study to continue it")
-    except OSError as error:
-        raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
+    _refuse_used(path)
     base = study.base_recipe()
     if source:
         base = base.model_copy(update={"data": base.data.model_copy(update={"source": source, "weights": None})})
@@ -67,14 +64,11 @@ def begin(
     # unless the text is too small for it.
     for arm in match(study, base, base.model.get("vocab_size") or base.data.vocab_size or 4096):
         _check_layout(arm, processes)
-    section = base.data
-    vocab_size = section.vocab_size or (None if section.tokenizer else base.model.get("vocab_size"))
-    data = prepare(
-        section.source, tokenizer=section.tokenizer, vocab_size=vocab_size, held_out=section.held_out, progress=watch.note
-    )
+    data = prepare_data(base.data, base.model.get("vocab_size"), watch.note, Parallel())
     held_out_tokens = int(data.manifest["held_out"]["tokens"])
     if not held_out_tokens:
-        raise UsageError(f"study {study.name}: data.held_out is {section.held_out} and leaves nothing to compare by: raise it")
+        share = base.data.held_out
+        raise UsageError(f"study {study.name}: data.held_out is {share} and leaves nothing to compare by: raise it")
     arms = match(study, base, data.vocab_size)
     dtype: str = base.train.dtype
     if dtype == "auto":  # once for all: each run would measure anew, and might choose differently
@@ -117,6 +111,15 @@ def conduct(state: State, watch: Watch) -> None:
         rates = decoding.decode_rates(configs, state.study.decode, dtype, watch.moving)
         write_json(state.path / "decode.json", rates)
     watch.note(f"report: {write_report(state)}")
+
+
+def _refuse_used(path: Path) -> None:
+    """Raise `UsageError` for a folder that holds anything but what timing has left there."""
+    try:
+        if path.exists() and (not path.is_dir() or any(p.name != ".turns" for p in path.iterdir())):
+            raise UsageError(f"--out {path}: holds other files: choose an empty folder, or one of a study to continue it")
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot be used ({error.strerror}): choose another folder") from None
 
 
 def _check_layout(arm: Matched, processes: int) -> None:
