@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,14 +76,18 @@ def plan(
     if here:
         _refuse_with_here(hardware=hardware, devices=devices, mfu=mfu, rent=rent)
     read = _read(model, mtp, set_)
-    recipe: Recipe | None = read.pop("recipe")
+    recipe, notes = read.recipe, read.notes
     if set_ and recipe is None:
         raise UsageError(f"--set changes a recipe, and {model} is none: give a recipe or a run")
-    if mtp and not read["shape"].extra:
-        read["notes"] += ("--mtp changes nothing: this model has no modules of multi-token prediction",)
+    if mtp and not read.shape.extra:
+        notes += ("--mtp changes nothing: this model has no modules of multi-token prediction",)
     own = _PRECISIONS.get(recipe.train.dtype) if recipe else None
     request = Request(
-        **read,
+        name=read.name,
+        source=read.source,
+        shape=read.shape,
+        ignored=read.ignored,
+        notes=notes,
         device=device(_first(hardware, _FOR_RECIPES[0] if recipe else _CARD)),
         context=_first(context, recipe.data.seq_len if recipe else None, 4096),
         devices=_first(devices, 1 if recipe and hardware is None else None),
@@ -98,12 +102,8 @@ def plan(
         rent=rent,
     )
     check(request)
-    if recipe and hardware is None and not here and (why := _unfit(request, devices or 1)):
-        small = [replace(request, device=device(name)) for name in _FOR_RECIPES[1:-1]]
-        card = replace(request, device=device(_CARD), devices=devices)
-        found = next((other for other in small if not _unfit(other, devices or 1)), card)
-        said = f"{devices or 1} x {request.device.name} {why}: planned for {found.device.name} instead"
-        request = replace(found, notes=(*request.notes, said))
+    if recipe and hardware is None and not here:
+        request = _where_it_fits(request, devices)
     rates = request.device.flops
     if recipe and precision is None and own is not None and own not in rates and not here:
         said = f"train.dtype is {recipe.train.dtype}, for which {request.device.name} has no rate"
@@ -156,6 +156,20 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _where_it_fits(request: Request, devices: int | None) -> Request:
+    """A request for the first of `_FOR_RECIPES`, or for the first of the others that suits it; a note then says why."""
+    from cadre.plan.hardware import hardware
+
+    why = _unfit(request, devices or 1)
+    if why is None:
+        return request
+    small = [replace(request, device=hardware(name)) for name in _FOR_RECIPES[1:-1]]
+    card = replace(request, device=hardware(_CARD), devices=devices)
+    found = next((other for other in small if not _unfit(other, devices or 1)), card)
+    said = f"{devices or 1} x {request.device.name} {why}: planned for {found.device.name} instead"
+    return replace(found, notes=(*request.notes, said))
+
+
 def _unfit(request: Request, devices: int) -> str | None:
     """Why so many of the device are not for this training, if they are not: the precision that is asked for, or memory."""
     from cadre.plan.planner import exceeds
@@ -165,8 +179,20 @@ def _unfit(request: Request, devices: int) -> str | None:
     return "cannot hold this recipe's training" if exceeds(request, devices) else None
 
 
-def _read(model: str, mtp: bool | None, overrides: list[str] | None) -> dict[str, Any]:
-    """What `model` names: its shape and where that comes from, and the recipe if it is one or a run of one."""
+@dataclass(frozen=True)
+class _Read:
+    """What MODEL names: its shape and where that comes from, and the recipe if it is one or a run of one."""
+
+    name: str
+    source: str
+    shape: Shape
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+
+
+def _read(model: str, mtp: bool | None, overrides: list[str] | None) -> _Read:
+    """What is known by the name `model`. Raises `UsageError` if nothing is."""
     from cadre.hub.directory import lacks_modules
     from cadre.plan import catalogue
     from cadre.plan.families import read_config, read_shape
@@ -181,7 +207,7 @@ def _read(model: str, mtp: bool | None, overrides: list[str] | None) -> dict[str
         if entry.shape.extra and mtp is None:
             notes = ("multi-token prediction is left out, as in the published totals; --mtp counts it",)
         shape = entry.shape if mtp else entry.shape.without_extra()
-        return _found(entry.name, entry.source, shape, notes=notes)
+        return _Read(entry.name, entry.source, shape, notes=notes)
     if model in shipped() or path.suffix == ".toml":
         return _of_recipe(model, model, mtp, overrides)
     if path.is_dir():
@@ -199,14 +225,7 @@ def _read(model: str, mtp: bool | None, overrides: list[str] | None) -> dict[str
     if shape.extra and mtp is None and lacks_modules(path, len(shape.blocks)):
         shape = shape.without_extra()
         notes += ("multi-token prediction is announced, but none of its weights are stored: left out; --mtp counts it",)
-    return _found(path.name or where, where, shape, reading.ignored, notes)
-
-
-def _found(
-    name: str, source: str, shape: Shape, ignored: tuple[str, ...] = (), notes: tuple[str, ...] = (),
-    recipe: Recipe | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    return {"name": name, "source": source, "shape": shape, "ignored": ignored, "notes": notes, "recipe": recipe}
+    return _Read(path.name or where, where, shape, reading.ignored, notes)
 
 
 def _unknown(model: str, names: list[str]) -> str:
@@ -216,7 +235,7 @@ def _unknown(model: str, names: list[str]) -> str:
     return f"{model}: not in the catalogue, no recipe, file or directory; {hint}"
 
 
-def _of_recipe(source: str, name: str, mtp: bool | None, overrides: list[str] | None) -> dict[str, Any]:
+def _of_recipe(source: str, name: str, mtp: bool | None, overrides: list[str] | None) -> _Read:
     """A recipe's model, with the vocabulary that its data section asks for."""
     from cadre.plan.families import read_config, read_shape
     from cadre.plan.shape import Shape
@@ -238,7 +257,7 @@ def _of_recipe(source: str, name: str, mtp: bool | None, overrides: list[str] | 
         notes.append(f"multi-token prediction is trained on {recipe.train.mtp_rows_share:.0%} of the sequences")
     if recipe.train.fp8_experts:
         notes.append("train.fp8_experts is not counted: experts are planned in the precision of all else")
-    return _found(name, f"recipe {recipe.name}", shape, ignored, tuple(notes), recipe)
+    return _Read(name, f"recipe {recipe.name}", shape, ignored, tuple(notes), recipe)
 
 
 def _recipe_tokens(recipe: Recipe | None) -> float | None:
