@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cadre.errors import UsageError
-from cadre.infer.engine import Engine, Request, end_ids
+from cadre.infer.engine import Engine, Request
 from cadre.infer.pages import bytes_for
 from cadre.infer.sampling import Sampler, Sampling, choose_batch, token_logprobs
 from cadre.model.transformer import Transformer
@@ -30,7 +30,7 @@ def alone(model, request):
     limit = min(len(ids) + request.max_new_tokens, model.config.max_position_embeddings)
     while len(ids) < limit:
         token = sampler.choose(plain_logits(model, ids)[-1]).id
-        if token in end_ids(model.config) and not request.ignore_eos:
+        if token in model.config.end_tokens and not request.ignore_eos:
             return ids[len(request.prompt_ids) :], "stop"
         sampler.accept(token)
         ids.append(token)

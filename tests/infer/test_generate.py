@@ -7,7 +7,7 @@ import cadre
 from cadre.data.tokenizer import train_tokenizer
 from cadre.errors import RunError, UsageError
 from cadre.infer import generate as module
-from cadre.infer.engine import Engine, end_ids
+from cadre.infer.engine import Engine
 from cadre.infer.generate import encode_prompt, generate, generate_ids, stream
 from cadre.model.transformer import Transformer
 from tests.shapes import FAMILIES, small
@@ -18,7 +18,7 @@ PROMPT = "The people of"
 @torch.inference_mode()
 def greedy_without_cache(model, ids, count):
     ids = list(ids)
-    ends = end_ids(model.config)
+    ends = model.config.end_tokens
     for _ in range(count):
         token = int(model(torch.tensor([ids]))[0, -1].argmax())
         if token in ends:

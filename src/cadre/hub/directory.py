@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -120,7 +119,8 @@ def config_with_eos(directory: Path) -> ModelConfig:
     if kind_of(file) is None:
         return config
     values = read_json_object(file)
-    named = _as_list(values.get("eos_token_id"))
+    stored = values.get("eos_token_id")
+    named = stored if isinstance(stored, list) else [] if stored is None else [stored]
     for token in named:
         if type(token) is not int or not 0 <= token < config.vocab_size:
             raise UsageError(f"{file}: eos_token_id is {token!r}; it must be a token id from 0 to {config.vocab_size - 1}")
@@ -129,13 +129,8 @@ def config_with_eos(directory: Path) -> ModelConfig:
 
 def ending_at(config: ModelConfig, tokens: list[int]) -> ModelConfig:
     """The config with these tokens too among those that end a text."""
-    known = _as_list(config.eos_token_id)
-    further = [token for token in tokens if token not in known]
-    return config.model_copy(update={"eos_token_id": known + further}) if further else config
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    further = [token for token in tokens if token not in config.end_tokens]
+    return config.model_copy(update={"eos_token_id": config.end_tokens + further}) if further else config
 
 
 def without_absent_modules(config: ModelConfig, stored: dict[str, Stored]) -> ModelConfig:

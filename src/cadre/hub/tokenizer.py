@@ -17,6 +17,28 @@ from cadre.hub.template import CHAT_TEMPLATE
 
 SPECIAL_TOKENS = BOS, EOS, *_ = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 
+# What models call them, our own name first.
+_BOS_NAMES = (
+    BOS,
+    "<s>",
+    "<bos>",
+    "[BOS]",
+    "<|begin_of_text|>",
+    "<\uff5cbegin▁of▁sentence\uff5c>",
+    "<|begin▁of▁sentence|>",
+    "<|startoftext|>",
+)
+_EOS_NAMES = (
+    EOS,
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<\uff5cend▁of▁sentence\uff5c>",
+    "<|end▁of▁sentence|>",
+    "<|endoftext|>",
+)
+
 # How Llama 3 splits text, and our own tokenizers; GGUF readers know it by name ("llama-bpe"): contractions, words with one
 # character in front, up to three digits, punctuation, line ends, other white space.
 LLAMA3_SPLIT = (
@@ -45,28 +67,6 @@ def lossy(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
     if back > 0.999 or not text:
         return None
     return f"the tokenizer gives back {back:.1%} of the text's letters: its bits per byte compare with no other tokenizer's"
-
-
-_BOS_NAMES = (
-    BOS,
-    "<s>",
-    "<bos>",
-    "[BOS]",
-    "<|begin_of_text|>",
-    "<\uff5cbegin▁of▁sentence\uff5c>",
-    "<|begin▁of▁sentence|>",
-    "<|startoftext|>",
-)
-_EOS_NAMES = (
-    EOS,
-    "</s>",
-    "<eos>",
-    "[EOS]",
-    "<|end_of_text|>",
-    "<\uff5cend▁of▁sentence\uff5c>",
-    "<|end▁of▁sentence|>",
-    "<|endoftext|>",
-)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

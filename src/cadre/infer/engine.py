@@ -27,14 +27,13 @@ from cadre.infer.scheduler import Scheduler, Sequence
 from cadre.infer.speculate import Drafter, Payoff, Reading, is_ready
 from cadre.infer.text import Detokenizer, StopStrings
 from cadre.kernels.memory import free_bytes
-from cadre.model.config import ModelConfig
 from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-__all__ = ["Engine", "EngineStats", "Output", "Request", "end_ids"]
+__all__ = ["Engine", "EngineStats", "Output", "Request"]
 
 # The cache's share of the memory that is free once the model is loaded; the rest is for activations and other programs.
 CACHE_SHARE = 0.5
@@ -119,7 +118,7 @@ class Engine:
         self._payoff = payoff or Payoff()
         self._proposed = self._accepted = 0
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, chunk=chunk, prefix_sharing=prefix_sharing)
-        self._ends = end_ids(config)
+        self._ends = frozenset(config.end_tokens)
         self.constraints = Constraints(tokenizer, config.vocab_size, self._ends)
         self._live: dict[str, _Live] = {}
         self._outputs: list[Output] = []
@@ -393,12 +392,6 @@ class Engine:
             deadline = live.sequence.request.deadline
             if deadline is not None and deadline <= now:
                 self._finish(live, "deadline")
-
-
-def end_ids(config: ModelConfig) -> frozenset[int]:
-    """The ids that end a text."""
-    ends = config.eos_token_id
-    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
 def _with_experts(sequence: Sequence, token: TokenOut | None, row: int, batch: Batch) -> TokenOut | None:

@@ -153,6 +153,12 @@ class ModelConfig(BaseModel):
     def has_experts(self) -> bool:
         return self.is_sparse(self.total_layers - 1)
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a text, each of them by itself."""
+        ends = self.eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else ends
+
     # ------------------------------------------------------------------------------------------------- what is allowed
 
     @model_validator(mode="before")
@@ -270,10 +276,13 @@ class ModelConfig(BaseModel):
                     f"0 to {self.total_layers}, the number of blocks")  # fmt: skip
         if self.first_k_dense_replace > 0:
             _needed(self, "intermediate_size")
-        if not self.has_experts:
-            return
-        _needed(self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
-        _at_least(self, 1, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
+        if self.has_experts:
+            _needed(self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+            _at_least(self, 1, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
+            self._check_groups()
+            self._check_router()
+
+    def _check_groups(self) -> None:
         experts, top_k = _given(self.n_routed_experts), _given(self.num_experts_per_tok)
         if experts % self.n_group:
             divisors = ", ".join(str(d) for d in range(1, min(experts, 4096) + 1) if experts % d == 0)
@@ -285,6 +294,9 @@ class ModelConfig(BaseModel):
         if top_k > reachable:
             _refuse("num_experts_per_tok", top_k,
                     f"1 to {reachable}: topk_group ({self.topk_group}) groups of {per_group} experts each")  # fmt: skip
+
+    def _check_router(self) -> None:
+        kind, family, experts = self.model_type, self.family, _given(self.n_routed_experts)
         if self.scoring_func != family.scoring:
             _refuse("scoring_func", self.scoring_func, f"{family.scoring} in {kind}")
         if family.normed is not None and self.norm_topk_prob != family.normed:
@@ -301,7 +313,7 @@ class ModelConfig(BaseModel):
             if self.topk_method != "noaux_tc":
                 _refuse("topk_method", self.topk_method, f"noaux_tc in {kind}")
             two = "a group is scored by its two best experts"
-            if per_group < 2 and experts > 1:
+            if experts // self.n_group < 2 <= experts:
                 _refuse("n_group", self.n_group, f"at most {experts // 2}: {two}, so it needs two")
             if experts < 2:
                 _refuse("n_routed_experts", experts, f"at least 2 in {kind}: {two}")

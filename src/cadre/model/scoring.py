@@ -140,8 +140,7 @@ def document_start(config: ModelConfig, tokenizer: Tokenizer) -> int:
     own = tokenizer.encode("").ids
     if own:
         return own[0]
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    start = config.bos_token_id if end is None else end
+    start = config.end_tokens[0] if config.end_tokens else config.bos_token_id
     if start is None:
         raise UsageError("the model names no eos_token_id or bos_token_id, and a document needs one to start from")
     return start

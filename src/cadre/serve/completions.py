@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from cadre.infer.engine import end_ids
 from cadre.serve.answer import AnswerFormat, Choice, answer, choices_of
 from cadre.serve.schema import CompletionRequest
 from cadre.serve.service import Service, check_logprobs
@@ -42,7 +41,7 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
         choices = choices_of(service, requests, prompts, keep=not body.stream)
         if dropped:
             for choice in choices:
-                choice.ends = end_ids(service.card.config)
+                choice.ends = frozenset(service.card.config.end_tokens)
         return await answer(place, choices, requests, form, bool(body.stream))
 
     return await service.admission.serve(request, len(many) * (body.n or 1), work)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cadre.train.optimizer import Optimizer
 
 _NAME = re.compile(r"step-(\d{8})")
+_OWN = "checksum"  # in state.json: that of all else in it
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,6 @@ def read_state(path: Path) -> dict[str, Any]:
         return state
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(path, error) from None
-
-
-_OWN = "checksum"
 
 
 def _own_checksum(state: dict[str, Any]) -> str:
