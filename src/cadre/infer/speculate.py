@@ -37,10 +37,16 @@ class Reading:
 class Drafter:
     """Keeps the modules' caches in step with the model's, and drafts.
 
-    Module k (from 0) joins the hidden state of stage k at position p with token p + k + 1 and predicts token p + k + 2. At
-    the end of the text that token is a draft: what a module wrote there is written anew once the truth is known. For that
-    the sequence carries one hidden state a stage, that of the first position to be done again. Drafts beyond the modules
-    come from the last one fed with its own output, a position further each time.
+    Module k (from 0) joins the hidden state of stage k (0: the model's own; k: of module k - 1) at position p with token
+    p + k + 1, and predicts token p + k + 2. Where token p + k + 1 is itself a draft, what the module writes to its cache at p
+    holds only if that draft is accepted: the next reading writes it anew. For that the sequence carries, for each stage but
+    the first, the hidden state of the first position that is to be done again.
+
+    An example with two modules: the model has read positions up to 2, and token 3 is known. Module 0 joins position 2 with
+    token 3 and drafts token 4. Module 1 joins position 1 with token 3, which is final, and position 2 with the draft of
+    token 4, and drafts token 5: position 2 of stage 1 is carried, and done again when token 4 is known.
+
+    Drafts beyond the modules come from the last one fed with its own output, a position further each time.
     """
 
     def __init__(self, runner: Runner, drafts: int) -> None:
@@ -50,6 +56,12 @@ class Drafter:
     def draft(self, readings: list[Reading]) -> list[list[int]]:
         """The drafts of each reading, at most as many as it wants; writes the modules' caches."""
         drafts: list[list[int]] = [[] for _ in readings]
+        self._draft_further(readings, drafts, self._draft_by_modules(readings, drafts))
+        return drafts
+
+    def _draft_by_modules(self, readings: list[Reading], drafts: list[list[int]]) -> list[tuple[int, Tensor]]:
+        """Each module over what was read and what is carried, and a draft of each. Returns the last module's last position in
+        each reading, and its output there."""
         inputs = [(reading.start, reading.hidden_TD) for reading in readings]
         carried = [dict(reading.sequence.carried) for reading in readings]
         for module in range(self.modules):
@@ -67,7 +79,10 @@ class Drafter:
                     reading.sequence.carried.pop(module + 1, None)
             self._choose(readings, drafts, [out_TD[-1:] for out_TD in outputs], module)
             inputs = [(start, out_TD) for (start, _), out_TD in zip(inputs, outputs, strict=True)]
-        rows = [(start + len(out_TD) - 1, out_TD[-1:]) for start, out_TD in inputs]
+        return [(start + len(out_TD) - 1, out_TD[-1:]) for start, out_TD in inputs]
+
+    def _draft_further(self, readings: list[Reading], drafts: list[list[int]], rows: list[tuple[int, Tensor]]) -> None:
+        """Drafts beyond one a module: the last module goes on from `rows`, its last positions and outputs."""
         for number in range(self.modules, max((reading.wanted for reading in readings), default=0)):
             going = [place for place, reading in enumerate(readings) if reading.wanted > number]
             some = [readings[place] for place in going]
@@ -76,12 +91,13 @@ class Drafter:
             for place, step, out_TD in zip(going, steps, outputs, strict=True):
                 rows[place] = (step[0], out_TD)
             self._choose(some, [drafts[place] for place in going], outputs, number)
-        return drafts
 
     def _pass(
         self, module: int, readings: list[Reading], inputs: list[tuple[int, Tensor]], drafts: list[list[int]], ahead: int
     ) -> list[Tensor]:
-        """One module over positions `start`.. of each reading, with the tokens `ahead` of them."""
+        """The outputs of one module for `inputs`, of each reading the first position and the hidden states from there on. Each
+        is joined with the token `ahead` positions further: known, a draft, or, past the drafts of a reading that wants no
+        more, a stand-in: no draft is made of it, and its position is done again."""
         ids: list[int] = []
         positions: list[int] = []
         for reading, (start, hidden_TD), guessed in zip(readings, inputs, drafts, strict=True):
@@ -102,6 +118,7 @@ class Drafter:
         return list(self.runner.draft_hidden(module, hidden_TD, batch).split(counts))
 
     def _choose(self, readings: list[Reading], drafts: list[list[int]], rows: list[Tensor], number: int) -> None:
+        """Append draft `number` (from 0), the likeliest token after `rows`, for the readings that want it."""
         wanting = [place for place, reading in enumerate(readings) if reading.wanted > number]
         if wanting:
             logits = self.runner.logits(torch.cat([rows[place] for place in wanting]))

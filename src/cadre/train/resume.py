@@ -57,14 +57,10 @@ def resume(
                 set_aside_damaged(path, note)
                 for folder in ("model", "best"):
                     recover(path / folder)
-    newest, train = _newest(path, parallel), wanted.train
+    newest = _newest(path, parallel)
     state = None if newest is None else read_state(newest)
-    total_steps, other_length = train.most_steps, False
-    if state is not None:  # before any text is read for a run that has ended
-        other_length = state["length"] != [train.steps, train.minutes]
-        total_steps = _expected_steps(path, state, train) if other_length else state["total_steps"]
-        if state["step"] >= total_steps and _ended(path):
-            raise FinishedError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
+    # Before any text is read for a run that has ended.
+    total_steps, other_length = (wanted.train.most_steps, False) if state is None else _length(path, state, wanted.train)
     with parallel.in_turn():
         data_section = held.data.model_copy(update={"weights": wanted.data.weights or held.data.weights})
         recipe = wanted.model_copy(update={"model": held.model, "data": data_section, "name": held.name})
@@ -73,7 +69,7 @@ def resume(
         recipe, batches = ready(recipe, config, data, device, here, note, parallel)
     source = _source(path) if newest is None else None
     say_slow(config, dtype, device, note)
-    model = parallel.build(config, device, None if newest else train.seed, source)
+    model = parallel.build(config, device, None if newest else wanted.train.seed, source)
     run = Run(path, recipe, config, data, batches, model, dtype, newest, total_steps, parallel, source)
     if state is not None:
         _refuse_other_identity(path, run.identity(), state["identity"])
@@ -94,6 +90,16 @@ def _source(path: Path) -> Path | None:
         return model_directory(file.read_text(encoding="utf-8").rstrip("\n"))
     except (OSError, UnicodeDecodeError, UsageError) as error:
         raise UsageError(f"--resume {path}: ended before its first checkpoint, and began with a model: {error}") from None
+
+
+def _length(path: Path, state: dict[str, Any], train: TrainSection) -> tuple[int, bool]:
+    """The step that a run ends with, and whether its length is another than when the checkpoint was written. Raises
+    `FinishedError` if it has ended."""
+    other = state["length"] != [train.steps, train.minutes]
+    total_steps = _expected_steps(path, state, train) if other else state["total_steps"]
+    if state["step"] >= total_steps and _ended(path):
+        raise FinishedError(f"--resume {path}: has already finished its {state['step']} steps: give more with --steps")
+    return total_steps, other
 
 
 def _expected_steps(path: Path, state: dict[str, Any], train: TrainSection) -> int:
