@@ -68,7 +68,6 @@ def stepped(parallel: Parallel, recipe: Path, out: Path, size: int, degrees: dic
         *(f"parallel.{name}={degree}" for name, degree in degrees.items()),
     ]
     trainer = Trainer(start(read_recipe(str(recipe), settings), out, torch.device("cpu"), print, parallel), Nobody())
-    trainer.began = 0.0
     trainer.step(next(trainer.run.batches))
     held = parallel.held(trainer.model)
     parts = {"weights": list(held.values()), "gradients": [tensor.grad for tensor in held.values()]}

@@ -121,11 +121,13 @@ def draw_filtered(logits_BW: Tensor, rules: Sequence[Rule]) -> list[int]:
         logits_W = _host(logits_BW[row])
         id_BN[row, :kept] = _lowest(logits_W, value_BN[row, kept - 1], kept)
         value_BN[row, :kept] = logits_W[id_BN[row, :kept]]
+    # In the order of ids, those left out last.
     id_BN[np.arange(few) >= kept_B1] = words
     order_BN = np.argsort(id_BN, axis=1)
     id_BN = np.take_along_axis(id_BN, order_BN, axis=1)
     value_BN = np.where(id_BN < words, np.take_along_axis(value_BN, order_BN, axis=1), -np.inf)
     ids = np.take_along_axis(id_BN, columns.place(value_BN), axis=1)[:, 0].tolist()
+    # Where the few are not enough to tell what the filters keep.
     rest = np.flatnonzero(~certain_B1 & ~broken_B1).tolist()
     for row, id in zip(rest, _sorted_in_parts(logits_BW[rest], [rules[row] for row in rest]), strict=True):
         ids[row] = id

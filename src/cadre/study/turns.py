@@ -20,7 +20,6 @@ from cadre.files import replace_file
 from cadre.kernels.allocator import keep_freed_memory
 from cadre.train.bench.step import WARM_UP
 from cadre.train.bench.worker import Team, Worker, take_turns
-from cadre.train.metrics import NoMetrics
 from cadre.train.parallel.group import Parallel
 from cadre.train.parallel.launch import joined
 from cadre.train.recipe import Recipe, read_recipe
@@ -66,7 +65,6 @@ class Stepper:
             recipe = recipe.model_copy(update={"model": {"from": str(weights)}})
         self.run = start(recipe, out, device, silent.note, parallel)
         self.trainer = Trainer(self.run, silent)
-        self.trainer.metrics, self.trainer.began = NoMetrics(), time.perf_counter()
 
     def __call__(self) -> float:
         batch = next(self.run.batches)

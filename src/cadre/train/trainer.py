@@ -142,6 +142,8 @@ class Trainer:
         self.flops_per_token = cost.training_flops(self.mtp_share)
         columns = [loss.key for loss in self.balance.losses]
         self.progress = Progress(total_steps=run.total_steps, columns=columns)
+        self.metrics: MetricsLog | NoMetrics = NoMetrics()  # until `train` opens the log of the run
+        self.began = time.perf_counter()  # the clock when `progress.seconds` was 0
         self.step_seconds: deque[float] = deque(maxlen=50)
         self.cpu_seconds = 0.0  # this process's, of the steps since the last save
         self.last_loss: float | None = None
@@ -161,7 +163,8 @@ class Trainer:
         resumed = progress.step if self.run.checkpoint is not None else None
         # Of several processes of a run the main one alone keeps others away.
         with only_writer(self.run.path) if self.parallel.main else nullcontext(), _StopSignals() as stop:
-            self.metrics = self._metrics(resumed) if self.parallel.main else NoMetrics()
+            if self.parallel.main:
+                self.metrics = self._metrics(resumed)
             try:
                 self.gemm_rate = self._gemm_rate()
                 if resumed is not None:
@@ -171,21 +174,7 @@ class Trainer:
                     progress.lowest = []  # of a model that nobody kept
                 if resumed is None and self.run.source is not None:
                     self.evaluate(final=False)  # what training finds
-                while progress.step < progress.total_steps and not self._stopping(stop):
-                    record = self.step(next(self.run.batches))
-                    if progress.step == (resumed or 0) + 1:  # the optimizer has its state now
-                        self.saver.prepare(self.parallel.tensors(self.model, self.optimizer))
-                    progress.batches = self.run.batches.state()
-                    self._fit_the_minutes()
-                    if progress.step % recipe.train.log_every == 0 or progress.step >= progress.total_steps:
-                        self._log(record)
-                    if progress.step >= progress.total_steps:
-                        break
-                    if progress.step % recipe.eval.every == 0:
-                        self.evaluate(final=False)
-                    # Only the newest checkpoints are kept: weights that give no finite loss must not push out those that did.
-                    if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
-                        self.save()
+                self._step_on(stop)
                 stopped = (stop.signal or OTHERS) if progress.step < progress.total_steps else None
                 self._end(stopped)
             except BaseException:
@@ -195,6 +184,25 @@ class Trainer:
             finally:
                 self.metrics.close()
         return self._result(stopped)
+
+    def _step_on(self, stop: _StopSignals) -> None:
+        """Steps, and after each what is due: to the last one, or until a signal."""
+        recipe, progress, first = self.recipe, self.progress, self.progress.step + 1
+        while progress.step < progress.total_steps and not self._stopping(stop):
+            record = self.step(next(self.run.batches))
+            if progress.step == first:  # the optimizer has its state now
+                self.saver.prepare(self.parallel.tensors(self.model, self.optimizer))
+            progress.batches = self.run.batches.state()
+            self._fit_the_minutes()
+            if progress.step % recipe.train.log_every == 0 or progress.step >= progress.total_steps:
+                self._log(record)
+            if progress.step >= progress.total_steps:
+                break
+            if progress.step % recipe.eval.every == 0:
+                self.evaluate(final=False)
+            # Only the newest checkpoints are kept: weights that give no finite loss must not push out those that did.
+            if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_row:
+                self.save()
 
     def _end(self, stopped: str | None) -> None:
         """The last checkpoint and what is said beside it. `stopped`: by what, if the run is not done."""
