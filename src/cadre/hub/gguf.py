@@ -42,6 +42,8 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2", "deepseek_v2": "deepseek2", "glm4_moe": "glm4moe", "qwen3_moe": "qwen3moe",
     "mixtral": "llama", "olmoe": "olmoe", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
 }  # fmt: skip
+# llama.cpp's numbers for what makes probabilities of a router's logits.
+SOFTMAX, SIGMOID = 1, 2
 # Where llama.cpp tells DeepSeek-V2-Lite and its like, whose queries have no rank, by the number of layers.
 _LITE_LAYERS = (26, 27)
 
@@ -217,7 +219,7 @@ def _keys(config: ModelConfig) -> dict[str, Any]:
             "expert_group_used_count": config.topk_group,
             "expert_weights_scale": float(config.routed_scaling_factor),
             "expert_weights_norm": config.norm_topk_prob,
-            "expert_gating_func": 2 if config.scoring_func == "sigmoid" else 1,
+            "expert_gating_func": SIGMOID if config.scoring_func == "sigmoid" else SOFTMAX,
         }
     return keys
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cadre.errors import UsageError, one_line
-from cadre.hub.gguf import ARCHITECTURES, gguf_library, named_tensors
+from cadre.hub.gguf import ARCHITECTURES, SIGMOID, SOFTMAX, gguf_library, named_tensors
 from cadre.hub.gguf_tokenizer import tokenizer_of
 from cadre.hub.names import give_storage, skeleton
 from cadre.hub.tokenizer import save_tokenizer
@@ -27,6 +27,8 @@ from cadre.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+Key = Callable[..., Any]  # a key of the file's architecture by its name, or what else is given if the file lacks it
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class FromGguf:
 
 
 def read_gguf(path: Path, dtype: torch.dtype | None = None) -> FromGguf:
-    """Read a GGUF file of the architectures `llama`, `deepseek2` and `glm4moe`. Raises `UsageError` for a file that is none, is
-    damaged, or holds what Cadre cannot compute."""
+    """Read a GGUF file of one of `ARCHITECTURES`. Raises `UsageError` for a file that is none, is damaged, or holds what Cadre
+    cannot compute."""
     gguf = gguf_library("reading")
     try:
         file = gguf.GGUFReader(path)
@@ -170,28 +172,13 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
         **_token_ids(keys),
     }
     if arch == "deepseek2":
-        if "deepseek2.attention.key_length_mla" not in keys:
-            raise UsageError(
-                "deepseek2.attention.key_length_mla is missing: the file is of llama.cpp's older layout; convert anew"
-            )
-        rotary = key("rope.dimension_count")
-        values |= {
-            "kv_lora_rank": key("attention.kv_lora_rank"),
-            "q_lora_rank": key("attention.q_lora_rank", 0) or None,
-            "qk_nope_head_dim": key("attention.key_length_mla") - rotary,
-            "qk_rope_head_dim": rotary,
-            "v_head_dim": key("attention.value_length_mla"),
-        }
+        values |= _latent(key)
     else:
         values["num_key_value_heads"] = key("attention.head_count_kv", heads)
         values["head_dim"] = key("attention.key_length", values["hidden_size"] // heads)
     if arch == "glm4moe":
         values["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
-        rotary, width = key("rope.dimension_count"), values["head_dim"]
-        share = rotary / width
-        if int(width * share) < rotary:  # a quotient rounded down
-            share = math.nextafter(share, 1)
-        values["rope_parameters"] = {**values["rope_parameters"], "partial_rotary_factor": share}
+        values["rope_parameters"]["partial_rotary_factor"] = _share(key("rope.dimension_count"), values["head_dim"])
     family = FAMILIES[values["model_type"]]
     if family.like_deepseek:
         values["first_k_dense_replace"] = key("leading_dense_block_count", 0)
@@ -206,8 +193,7 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
     if arch == "qwen3moe":
         values["norm_topk_prob"] = True  # llama.cpp knows no other
     if family.like_deepseek and experts:
-        softmax = key("expert_gating_func", 1 if arch == "deepseek2" else 2) == 1
-        if softmax:
+        if key("expert_gating_func", SOFTMAX if arch == "deepseek2" else SIGMOID) == SOFTMAX:
             values["model_type"] = "deepseek_v2"
         values |= {
             "n_shared_experts": key("expert_shared_count", 0),
@@ -219,13 +205,33 @@ def _config(keys: dict[str, Any], tensors: Any) -> ModelConfig:
     return ModelConfig(**values)
 
 
+def _latent(key: Key) -> dict[str, Any]:
+    """The widths of multi-head latent attention."""
+    if key("attention.key_length_mla", None) is None:
+        raise UsageError("deepseek2.attention.key_length_mla is missing: the file is of llama.cpp's older layout; convert anew")
+    rotary = key("rope.dimension_count")
+    return {
+        "kv_lora_rank": key("attention.kv_lora_rank"),
+        "q_lora_rank": key("attention.q_lora_rank", 0) or None,
+        "qk_nope_head_dim": key("attention.key_length_mla") - rotary,
+        "qk_rope_head_dim": rotary,
+        "v_head_dim": key("attention.value_length_mla"),
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    """`part / whole`, such that `int(whole * share)` is `part` again: a quotient may be rounded down."""
+    share = part / whole
+    return share if int(whole * share) == part else math.nextafter(share, 1)
+
+
 def _token_ids(keys: dict[str, Any]) -> dict[str, Any]:
     """What begins, ends and pads a text; a turn of a conversation may end otherwise than a text."""
     bos, eos, eot, pad = (keys.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding"))
     return {"bos_token_id": bos, "eos_token_id": eos if eot in (None, eos) else [eos, eot], "pad_token_id": pad}
 
 
-def _rope(key: Any) -> dict[str, Any]:
+def _rope(key: Key) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_theta": float(key("rope.freq_base", 10000.0))}
     kind = key("rope.scaling.type", "none")
     factor = float(key("rope.scaling.factor", 0.0))
