@@ -59,6 +59,14 @@ def train(
     from cadre.cli.progress import lasting_output
 
     with lasting_output():
+        if recipe is not None and not recipe.strip():
+            raise UsageError("RECIPE is empty: name a shipped recipe or a TOML file, or leave it out to train pocket")
+        if sum(x is not None for x in (steps, tokens, budget)) > 1:
+            raise UsageError("--steps, --tokens and --budget exclude each other: give one")
+        if resume is not None and out is not None:
+            raise UsageError("--out and --resume exclude each other: a resumed run stays in its directory")
+        if hardware is not None and budget is None:
+            raise UsageError("--hardware says what money is spent on: give it with a --budget such as 5usd")
         stopped = _train(recipe, out, steps, tokens, budget, hardware, set_, resume, nproc, restarts, logs)
     if stopped is not None:
         raise typer.Exit(128 + stopped)  # whoever waits for the model must not take this for done
@@ -78,16 +86,8 @@ def _train(
     from cadre.train.resume import held_recipe
     from cadre.train.trainer import Silent
 
-    if recipe is not None and not recipe.strip():
-        raise UsageError("RECIPE is empty: name a shipped recipe or a TOML file, or leave it out to train pocket")
-    if sum(x is not None for x in (steps, tokens, budget)) > 1:
-        raise UsageError("--steps, --tokens and --budget exclude each other: give one")
-    if resume is not None and out is not None:
-        raise UsageError("--out and --resume exclude each other: a resumed run stays in its directory")
     if (restarts or logs is not None) and (nproc or 1) == 1 and not started():
         raise UsageError("--restarts and --logs are for several processes: give them with --nproc 2 or more")
-    if hardware is not None and budget is None:
-        raise UsageError("--hardware says what money is spent on: give it with a --budget such as 5usd")
     began = time.monotonic()
     keep_freed_memory()
     if resume is not None:

@@ -155,7 +155,7 @@ def bench_decode(
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     if others:
-        ways: list[dict[str, Any]] = [
+        ways = [
             {
                 **other.description,
                 "prefill_tokens_per_second": context / other.prefill_seconds,
@@ -163,14 +163,17 @@ def bench_decode(
             }
             for other, took in zip(others, theirs, strict=True)
         ]
-        rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
-        result["peer"] = {
-            **{name: ways[0][name] for name in ("name", "version")},
-            **{rate: max(way[rate] for way in ways) for rate in rates},
-            "ways": ways,
-        }
-        result["prefill_ratio"], result["speed_ratio"] = (result[rate] / result["peer"][rate] for rate in rates)
+        result |= _compared(result, ways)
     return result
+
+
+def _compared(ours: dict[str, Any], ways: list[dict[str, Any]]) -> dict[str, Any]:
+    """The peer's best rates over all the ways in which it ran, and ours over them."""
+    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    best = {rate: max(way[rate] for way in ways) for rate in rates}
+    prefill, decode = (ours[rate] / best[rate] for rate in rates)
+    named = {name: ways[0][name] for name in ("name", "version")}
+    return {"peer": {**named, **best, "ways": ways}, "prefill_ratio": prefill, "speed_ratio": decode}
 
 
 def _peers(config: ModelConfig, dtype: torch.dtype, context: int, batch: int, note: Note) -> list[PeerDecoder]:

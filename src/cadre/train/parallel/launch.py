@@ -25,6 +25,7 @@ from cadre.train.parallel.group import Parallel
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
 
 # Set in the environment of processes that `launch` starts: it reports their failures, so that they need not.
 _LAUNCHED = "CADRE_LAUNCHED"
@@ -90,9 +91,9 @@ def launch(
 
     Raises `RunError` (or `UsageError`, as that process would have) that names the rank and the cause.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     # What it has to say is said here. Some of torch's modules give their own loggers a level.
     for name in ["torch.distributed.elastic", *logging.root.manager.loggerDict]:
@@ -107,24 +108,9 @@ def launch(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--logs {folder}: cannot be made ({error.strerror}): choose another folder") from None
-    # The agent would heed what nohup has told this process to ignore.
-    heeded = ["SIGTERM", "SIGINT", "SIGQUIT", *(["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=restarts,
-        monitor_interval=0.1,
-        local_addr="localhost",
-        signals_to_handle=",".join(heeded),
-        logs_specs=DefaultLogsSpecs(str(folder), redirects={rank: Std.ALL for rank in range(1, processes)}),
-    )
     telling = False
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
+        elastic_launch(_launch_config(processes, restarts, folder), sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         printed = any(file.stat().st_size for file in folder.rglob("std*.log"))
         cause = _cause(error, folder if printed else None)
@@ -139,6 +125,28 @@ def launch(
         if logs is None and not telling:
             shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+def _launch_config(processes: int, restarts: int, folder: Path) -> LaunchConfig:
+    """Processes of this machine alone, at a port that is free; what all but the first print goes to files in `folder`."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    # The agent would heed what nohup has told this process to ignore.
+    heeded = ["SIGTERM", "SIGINT", "SIGQUIT", *(["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=restarts,
+        monitor_interval=0.1,
+        local_addr="localhost",
+        signals_to_handle=",".join(heeded),
+        logs_specs=DefaultLogsSpecs(str(folder), redirects={rank: Std.ALL for rank in range(1, processes)}),
+    )
 
 
 def _cause(error: ChildFailedError, folder: Path | None) -> Exception:
