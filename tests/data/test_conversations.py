@@ -185,6 +185,15 @@ def test_a_text_is_the_same_every_day(tmp_path):
     assert ChatTemplate(source, {}, lambda: datetime(2026, 3, 9)).render(CHAT).startswith("09")
 
 
+def test_the_template_of_a_run_lies_beside_its_models_tokenizer(tmp_path, tokenizer_dir):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
+    source = write(tmp_path / "a.jsonl", {"messages": CHAT})
+    assert only(source, template_of(tmp_path)).text == only(source, template_of(tmp_path / "model")).text
+    assert ";" in only(source, template_of(tmp_path)).text
+
+
 @pytest.mark.parametrize("value, message", [
     ("hi", '"messages" must be a list of objects'),
     ([], '"messages" must be a list of objects'),

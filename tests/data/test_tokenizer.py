@@ -120,6 +120,14 @@ def test_save_and_load_keep_the_tokenizer(tmp_path):
         assert tokenizer_hash(load_tokenizer(path)) == tokenizer_hash(TRAINED)
 
 
+def test_a_runs_tokenizer_is_that_of_its_model_and_a_folders_own_comes_first(tmp_path):
+    save_tokenizer(TRAINED, tmp_path / "model")
+    assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(TRAINED)
+    other = train_tokenizer(TEXTS, 300)
+    save_tokenizer(other, tmp_path)
+    assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(other) != tokenizer_hash(TRAINED)
+
+
 @pytest.mark.parametrize("model_type", [None, "deepseek_v3", "deepseek_v2", "llama", "glm4_moe"])
 def test_transformers_loads_it_with_the_same_ids(tmp_path, model_type):
     from transformers import AutoTokenizer

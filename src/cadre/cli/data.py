@@ -24,7 +24,7 @@ def data(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go: a new or an empty folder.")],
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A tokenizer.json or its folder. Without one, one is trained.")
+        str | None, typer.Option(metavar="FILE", help="A tokenizer.json, its folder, or a run. Without one, one is trained.")
     ] = None,
     vocab_size: Annotated[
         int | None, typer.Option(metavar="N", parser=counts(), help="Entries of the tokenizer that is trained. [default: 4096]")

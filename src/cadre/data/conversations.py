@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cadre.errors import UsageError, shorten
-from cadre.files import kind_of
 from cadre.hub.directory import model_directory
 from cadre.hub.template import CHAT_TEMPLATE, ChatTemplate, Messages, chat_template
-from cadre.hub.tokenizer import BOS, EOS
+from cadre.hub.tokenizer import BOS, EOS, tokenizer_file
 
 # Where in a text what is learned begins and stops, in letters.
 Spans = tuple[tuple[int, int], ...]
@@ -30,8 +29,7 @@ def template_of(tokenizer: str | Path | None) -> Template:
     def template() -> ChatTemplate | None:
         if tokenizer is None:
             return ChatTemplate(CHAT_TEMPLATE, {"bos_token": BOS, "eos_token": EOS})
-        path = Path(tokenizer)
-        return chat_template(path if kind_of(path) == "folder" else path.parent, now=lambda: _A_DAY)
+        return chat_template(tokenizer_file(tokenizer).parent, now=lambda: _A_DAY)
 
     return template
 

@@ -43,7 +43,7 @@ def prepare(
     """Tokenise a corpus into a folder, once: the same text with the same choices is found there again. In the cache it is found
     without being read, if by its files (see `fingerprint`) it has not changed since.
 
-    source: as for `read_documents`. tokenizer: a tokenizer.json or its directory; without one a byte-level BPE of
+    source: as for `read_documents`. tokenizer: a tokenizer.json, its directory or a run; without one a byte-level BPE of
     `vocab_size` entries (4,096 unless given) is trained, on the training documents only (see `sampled`). out: the folder;
     by default a cache folder named after the content, under $CADRE_CACHE, $XDG_CACHE_HOME or ~/.cache. held_out: the
     share of documents held out (see `split_documents`). progress: called with one line as each stage starts, and as long

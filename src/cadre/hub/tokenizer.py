@@ -69,16 +69,24 @@ def lossy(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
     return f"the tokenizer gives back {back:.1%} of the text's letters: its bits per byte compare with no other tokenizer's"
 
 
+def tokenizer_file(path: str | Path) -> Path:
+    """The `tokenizer.json` that a path means: itself, that of a folder, or that of a run's model."""
+    path = Path(path)
+    if kind_of(path) != "folder":
+        return path
+    own, of_model = (folder / "tokenizer.json" for folder in (path, path / "model"))
+    return own if kind_of(own) is not None or kind_of(of_model) is None else of_model
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a `tokenizer.json`, or the one in a directory. Truncation and padding stored in it are switched off:
-    a corpus must not lose its documents' ends.
+    """Load what `tokenizer_file` finds. Truncation and padding stored in it are switched off: a corpus must not lose its
+    documents' ends.
 
     Raises UsageError if there is none or it cannot be read.
     """
-    path = Path(path)
-    file = path / "tokenizer.json" if kind_of(path) == "folder" else path
+    file = tokenizer_file(path)
     if kind_of(file) is None:
-        raise UsageError(f"{file}: no such tokenizer; wanted a tokenizer.json or a directory that holds one")
+        raise UsageError(f"{file}: no such tokenizer; wanted a tokenizer.json, its folder, or a run")
     require_regular(file)
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
