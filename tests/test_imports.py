@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "study": {"train", "infer", "plan", "data", "hub", "model", "kernels"},
     "train": {"plan", "data", "hub", "model", "kernels"},
     "serve": {"infer", "model"},
-    "infer": {"plan", "model", "kernels"},
+    "infer": {"plan", "hub", "model", "kernels"},
     "plan": {"model.config"},
     "data": {"hub"},
     "hub": {"model", "kernels"},

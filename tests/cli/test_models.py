@@ -25,7 +25,7 @@ def test_a_card_holds_float32_as_bfloat16_and_says_so(stored, exact, held, tmp_p
     asked = []
     monkeypatch.setattr("cadre.kernels.limits.default_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(
-        "cadre.hub.load.load", lambda path, dtype, device, each: asked.append((dtype, device.type)) or ("model", "words")
+        "cadre.hub.load.load", lambda path, dtype, device: asked.append((dtype, device.type)) or ("model", "words")
     )
     assert load_with_tokenizer(tmp_path / "model", exact=exact) == ("model", "words")
     assert asked == [(held, "cuda")]
@@ -35,8 +35,7 @@ def test_a_card_holds_float32_as_bfloat16_and_says_so(stored, exact, held, tmp_p
 def test_quantizing_on_a_card_is_said_to_save_no_time(tmp_path, monkeypatch, capsys):
     save(Transformer(small("llama")).initialize(0).bfloat16(), tmp_path / "model")
     monkeypatch.setattr("cadre.kernels.limits.default_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr("cadre.hub.load.load", lambda path, dtype, device, each: ("model", "words"))
-    monkeypatch.setattr("cadre.infer.quantize.for_inference", lambda model: model)
+    monkeypatch.setattr("cadre.infer.quantize.load_quantized", lambda path, kind, dtype, device: ("model", "words"))
     load_with_tokenizer(tmp_path / "model", Quantization.int8)
     assert "saves memory but not time" in capsys.readouterr().err
 

@@ -245,6 +245,19 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
         load(tmp_path / "model")
 
 
+def test_numbers_that_float16_cannot_hold_are_refused_not_made_infinite(tmp_path):
+    model = Transformer(small("deepseek_v3")).initialize(0)
+    model.layers[1].mlp.gate.e_score_correction_bias[0] = 1e5  # stays float32
+    model.norm.weight.data[3] = 60000.0
+    save(model, tmp_path / "model")
+    assert load(tmp_path / "model", dtype=torch.float16)[0].norm.weight[3] == 60000
+    model.norm.weight.data[3] = 70000.0
+    save(model, tmp_path / "other")
+    assert load(tmp_path / "other", dtype=torch.bfloat16)[0].norm.weight[3] > 60000
+    with pytest.raises(UsageError, match=r"model\.norm\.weight holds numbers too large for float16; take bfloat16 or float32"):
+        load(tmp_path / "other", dtype=torch.float16)
+
+
 def set_generation(path, content):
     (path / "generation_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cadre.errors import UsageError
-from cadre.infer.quantize import quantize_model
+from cadre.hub.save import save
+from cadre.infer.quantize import load_quantized, quantize_model
 from cadre.model.transformer import Transformer
 from tests.shapes import FAMILIES, small
 
@@ -60,8 +61,11 @@ def test_a_tied_head_is_rounded_and_its_embedding_is_not() -> None:
     assert torch.isfinite(model(torch.arange(5)[None])).all()
 
 
-def test_refusals() -> None:
+def test_refusals(tmp_path) -> None:
     model = model_of("llama")
+    save(model, tmp_path)
+    with pytest.raises(UsageError, match="quantization is 'int3'; it must be one of int8, int4"):
+        load_quantized(tmp_path, "int3")
     with pytest.raises(UsageError, match="int8, int4"):
         quantize_model(model, "int3")
     quantize_model(model, "int8")

@@ -26,7 +26,7 @@ def load_with_tokenizer(path: Path, quantize: Quantization | None = None, exact:
 
     from cadre.hub.directory import model_directory
     from cadre.hub.load import load, stored_dtype
-    from cadre.infer.quantize import for_inference, rounding
+    from cadre.infer.quantize import load_quantized
     from cadre.kernels.allocator import keep_freed_memory
     from cadre.kernels.limits import default_device
 
@@ -36,13 +36,12 @@ def load_with_tokenizer(path: Path, quantize: Quantization | None = None, exact:
     if device.type == "cuda" and not exact and stored_dtype(model_directory(path)) == torch.float32:
         typer.echo("note: float32 weights, held as bfloat16 on this card", err=True)
         dtype = torch.bfloat16
-    model, tokenizer = load(path, dtype=dtype, device=device, each=None if quantize is None else rounding(quantize.value))
+    read = load if quantize is None else partial(load_quantized, kind=quantize.value)
+    model, tokenizer = read(path, dtype=dtype, device=device)
     if tokenizer is None:
         raise UsageError(f"{path}: the model has no tokenizer.json, and text needs one")
-    if quantize is not None:
-        if device.type == "cuda":
-            typer.echo("note: on a card --quantize saves memory but not time: weights are widened at each use", err=True)
-        for_inference(model)
+    if quantize is not None and device.type == "cuda":
+        typer.echo("note: on a card --quantize saves memory but not time: weights are widened at each use", err=True)
     return model, tokenizer
 
 

@@ -56,12 +56,12 @@ def load(
     `dtype` defaults to the stored one (of a mixture, the one config.json names or the commonest by bytes; FP8 blocks
     become bfloat16); the router's correction bias is float32 whatever it says. Tensors go from the files straight into
     the parameters, so beside the model there is never more than one of them. `each`: what takes the place of a module once it
-    has its weights, before those of the next are read (`cadre.infer.quantize.rounding`). The tokenizer is None where the
+    has its weights, before those of the next are read (`cadre.infer.quantize.load_quantized`). The tokenizer is None where the
     directory has no tokenizer.json.
 
     Raises `UsageError`, before any weight is read where headers tell: no model directory, pickle files, damaged or
-    missing files, tensors that are missing, unexpected or of the wrong shape, a quantization Cadre cannot undo, and a
-    tokenizer with more ids than the model has embeddings.
+    missing files, tensors that are missing, unexpected or of the wrong shape, a quantization Cadre cannot undo, numbers
+    too large for float16 where `dtype` is that, and a tokenizer with more ids than the model has embeddings.
     """
     directory = model_directory(path)
     config = config_with_eos(directory)
@@ -227,6 +227,9 @@ def _read(
             part = value(name)
             if not part.isfinite().all():
                 raise UsageError(f"{stored[name].file}: {name} holds values that are not finite: the file is damaged")
+            narrows = dtype is torch.float16 and not piece.state.endswith(_CORRECTION_BIAS)
+            if narrows and not part.to(dtype).isfinite().all():
+                raise UsageError(f"{stored[name].file}: {name} holds numbers too large for float16; take bfloat16 or float32")
             yield piece, part
         for name, original in _copies(config).items():
             kept = disk_name(config, original)

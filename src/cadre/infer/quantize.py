@@ -4,13 +4,15 @@ keep their precision; everything that multiplies, the head included, is rounded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadre.errors import UsageError
+from cadre.hub.load import load
 from cadre.kernels.grouped import expert_swiglu
 from cadre.kernels.linear import linear, narrowed
 from cadre.kernels.native.library import own_products_faster, training_kernels_take
@@ -19,6 +21,9 @@ from cadre.kernels.routed import Dense, routed_swiglu_quantized
 from cadre.model.experts import Experts, Plan
 from cadre.model.layers import Linear
 from cadre.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -81,10 +86,17 @@ class QuantizedExperts(nn.Module):
         return routed_swiglu_quantized(x, plan.weight_TK, plan.row_TK, plan.token_R, load_E, *matrices)
 
 
-def rounding(kind: str) -> Callable[[nn.Module], nn.Module]:
-    """What makes of a module that multiplies the same in 8 or 4 bits, and leaves any other. Given to `cadre.load` as `each`,
-    so that a model is never in memory as it is stored; then `for_inference`. kind: "int8" or "int4". Raises `UsageError` for
-    another."""
+def load_quantized(
+    path: str | Path, kind: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Transformer, Tokenizer | None]:
+    """As `cadre.load`, for inference only and with weights in 8 or 4 bits: each module is rounded once it is read, so that a
+    model is never in memory as it is stored. kind: "int8" or "int4". Raises `UsageError` for another, and as `cadre.load`."""
+    model, tokenizer = load(path, dtype=dtype, device=device, each=_rounding(kind))
+    return _for_inference(model), tokenizer
+
+
+def _rounding(kind: str) -> Callable[[nn.Module], nn.Module]:
+    """What makes of a module that multiplies the same in 8 or 4 bits, and leaves any other."""
     if kind not in BITS:
         raise UsageError(f"quantization is {kind!r}; it must be one of {', '.join(BITS)}")
 
@@ -96,7 +108,7 @@ def rounding(kind: str) -> Callable[[nn.Module], nn.Module]:
     return rounded
 
 
-def for_inference(model: Transformer) -> Transformer:
+def _for_inference(model: Transformer) -> Transformer:
     """A model with rounded modules, such that what widens their weights again computes in the dtype that the model had."""
     model.compute_dtype = model.compute_dtype or model.embed_tokens.weight.dtype
     return model.requires_grad_(False)
@@ -104,14 +116,14 @@ def for_inference(model: Transformer) -> Transformer:
 
 def quantize_model(model: Transformer, kind: str) -> Transformer:
     """Round a model's weights in place, for inference only. A tied head is rounded, the embedding it came from is not. Raises
-    `UsageError` for an unknown kind (see `rounding`) or a model already rounded."""
-    rounded = rounding(kind)
+    `UsageError` for an unknown kind or a model already rounded."""
+    rounded = _rounding(kind)
     if any(isinstance(module, _Kept) for module in model.modules()):
         raise UsageError("the model's weights are quantized already")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             setattr(parent, name, rounded(child))
-    return for_inference(model)
+    return _for_inference(model)
 
 
 def weight_of(module: nn.Module) -> Tensor | QuantizedMatrix:
