@@ -102,6 +102,17 @@ def test_rows_in_8_bits_are_near_and_so_are_their_gradients(in_memory):
         assert 0 < (got - summed[name]).norm() < 0.12 * summed[name].norm(), name
 
 
+@pytest.mark.parametrize("counts", [[1, 0], [0, 0]], ids=str)
+@pytest.mark.parametrize("choices, fp8", [(1, False), (3, True)], ids=["one choice", "8 bits"])
+def test_a_single_row_and_none_are_sent_as_many_are(monkeypatch, counts, choices, fp8):
+    """As where the others still score and this process has no more text. Of 25 bytes, what goes with a token lies anywhere."""
+    monkeypatch.setitem(globals(), "CONFIG", CONFIG.model_copy(update={"num_experts_per_tok": choices}))
+    answers = world(2, parallel_run, counts, torch.float32, 8, fp8)
+    for rank, answer in enumerate(answers):
+        y, _, _ = run(mixture(), tokens(counts[rank], rank))
+        assert answer["y"].shape == y.shape and (answer["y"] - y).norm() <= 0.06 * y.norm() + 1e-5
+
+
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_the_bytes_of_rows_in_8_bits(in_memory):
     """A byte an element and one for each run of 128 in dispatch, the compute dtype in combine."""

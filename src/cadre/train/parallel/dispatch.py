@@ -123,7 +123,7 @@ class AllToAll:
             self.receive = partial(shared.receive, self.row_types)
             return
         sent = [first.index_select(0, self.token_L) if select else first, *rest]
-        joined = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in sent], dim=1)
+        joined = torch.cat([_bytes(tensor) for tensor in sent], dim=1)
         received = joined.new_empty(sum(recv_counts), joined.shape[1])
         work = dist.all_to_all_single(received, joined, recv_counts, send_counts, group=self.group.process_group, async_op=True)
 
@@ -131,7 +131,8 @@ class AllToAll:
             work.wait()
             widths = [width * dtype.itemsize for width, dtype in self.row_types]
             columns = zip(received.split(widths, dim=1), self.row_types, strict=True)
-            whole = [column.contiguous().view(dtype) for column, (_, dtype) in columns]
+            # Not `contiguous`, which leaves a single row, or none, where no number of this dtype may lie.
+            whole = [column.clone(memory_format=torch.contiguous_format).view(dtype) for column, (_, dtype) in columns]
             return [list(of_rank) for of_rank in zip(*(tensor.split(recv_counts) for tensor in whole), strict=True)]
 
         self.receive, self.sent = receive, joined
@@ -252,6 +253,11 @@ class ExpertParallelMixture(MixtureOfExperts):
         y_RD = self.experts(x_AD.index_select(0, token_R), load_N)
         weight_R = weight_AK.flatten().index_select(0, choice_R).to(y_RD.dtype)
         return torch.zeros_like(x_AD).index_add(0, token_R, y_RD * weight_R[:, None])
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """uint8 [rows, bytes of one]. First as one row: of none, or of one element each, the strides may be anything."""
+    return rows.reshape(-1).view(torch.uint8).view(len(rows), rows.shape[1] * rows.itemsize)
 
 
 def _choices_sent(routes: Routes, rank_TK: Tensor, local: int, all_to_all: AllToAll) -> tuple[Tensor, Tensor]:
