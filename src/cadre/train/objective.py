@@ -6,6 +6,7 @@ Letters in names: B sequence, T position, N = B*T, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -135,7 +136,10 @@ def token_losses(
             # The token that ends a document counts to the next one and is this one's to predict: what stands before it decides.
             stays_BT = micro.document_BT[:rows, ahead - 1 : every + ahead - 1] == inside[:rows]
             weight_N = mean_N * stays_BT[:, micro.own_T].flatten()
-        loss = mean_loss(next(modules), ahead, weight_N)
+        # Without a weight nothing of a module is trained, its router neither: FSDP would not gather a block for the backward
+        # pass of a balance loss alone, and processes whose sequences train no module would have no gradient to add.
+        with nullcontext() if mtp_weight else torch.no_grad():
+            loss = mean_loss(next(modules), ahead, weight_N)
         mtp.append(loss.detach())
         if mtp_weight:
             total = total + loss * (mtp_weight / depth)

@@ -105,6 +105,19 @@ def test_a_layout_changes_no_number(tmp_path, recipe, monkeypatch, settings, siz
         assert json.loads((tmp_path / name / "model" / "config.json").read_text())["n_routed_experts"] == 4
 
 
+@pytest.mark.parametrize("most", [0, shard.GATHERED_AT_ONCE], ids=["block by block", "at once"])
+def test_modules_without_a_weight_are_as_on_one_process(tmp_path, recipe, monkeypatch, most):
+    """They are trained by nothing, balance losses included, whichever process has sequences for them."""
+    monkeypatch.setattr(shard, "GATHERED_AT_ONCE", most)
+    settings = (*PLAIN, "train.mtp_weight=0.0", "train.mtp_share=0.25", "balance.sequence_weight=0.01", "train.steps=4")
+    train(Parallel(), recipe, tmp_path / "alone", settings)
+    world(2, several, recipe, tmp_path, {"2": 1}, settings)
+    assert_same_run(tmp_path / "alone", tmp_path / "2")
+    seed = start(read_recipe(str(recipe)), tmp_path / "new", torch.device("cpu"), lambda line: None).model.mtp[0]
+    weights = load_file(tmp_path / "2" / "model" / "model.safetensors")
+    torch.testing.assert_close(weights["model.layers.2.mlp.gate.weight"], seed.block.mlp.gate.weight.detach())
+
+
 def test_replicas_add_up_once_a_step_however_many_micro_batches(tmp_path, recipe):
     one, four = (world(2, sums, recipe, tmp_path / str(micro), micro) for micro in (4, 1))
     assert one == four
