@@ -113,6 +113,22 @@ def test_what_cannot_be_run_leaves_no_folder(lab, overrides, wanted):
     assert not (lab.folder / "run").exists()
 
 
+@pytest.mark.parametrize("layout, wanted", [
+    (["parallel.expert=3"], r"parallel\.expert is 3, which does not divide the run's 1 process"),
+    (["parallel.context=2", 'parallel.expert="auto"'], r"parallel\.context is 2, which the planner does not count"),
+])  # fmt: skip
+@pytest.mark.parametrize("began", [False, True], ids=["new", "from a model"])
+def test_a_layout_that_no_text_makes_possible_is_refused_before_it_is_read(lab, layout, wanted, began):
+    without_vocab_size(lab)
+    settings = []
+    if began:
+        run = lab.start("first", "data.vocab_size=300")
+        save(run.model, lab.folder / "model", run.data.tokenizer)
+        settings = [f"model.from={lab.folder / 'model'}"]
+    with pytest.raises(UsageError, match=wanted):
+        lab.start("run", *settings, *layout, "data.source=/nowhere/at/all")
+
+
 @pytest.mark.parametrize("content, wanted", [
     (b"", "the corpus is empty"), (b" \n\n", "the corpus is empty"), (b"text\0more", "a binary file"),
     ("caf\u00e9".encode("latin-1"), "not UTF-8"), (b"Too short to train.", "one batch needs|held out"),

@@ -252,6 +252,9 @@ class ParallelSection(Section):
         return Degrees(expert, replicas, self.pipeline, self.schedule, self.rows == "fp8")
 
 
+# A vocabulary's size where it is not known yet and what is checked does not depend on it.
+ANY_VOCABULARY = 1 << 17
+
 # What may be said anew of a model that training goes on with: how far its positions reach.
 BESIDE_FROM = ("max_position_embeddings", "rope_parameters")
 
@@ -279,7 +282,7 @@ class Recipe(Section):
             if not isinstance(self.model["from"], str):
                 raise ValueError(f"model.from is {self.model['from']!r}; it must be the path of a model directory")
             return self
-        config = self.config(vocab_size=self.model.get("vocab_size") or self.data.vocab_size or 1 << 17)
+        config = self.config(vocab_size=self.model.get("vocab_size") or self.data.vocab_size or ANY_VOCABULARY)
         reach = self.data.seq_len
         if config.max_position_embeddings < reach:
             raise ValueError(

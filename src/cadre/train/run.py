@@ -44,7 +44,7 @@ from cadre.train.checks import advise, check_fp8, check_memory, check_samples, s
 from cadre.train.metrics import folder_gone
 from cadre.train.parallel.auto import device_here, settle
 from cadre.train.parallel.group import Parallel
-from cadre.train.recipe import DataSection, ParallelSection, Recipe
+from cadre.train.recipe import ANY_VOCABULARY, DataSection, ParallelSection, Recipe
 
 BEGUN_WITH = "from.txt"
 # Samples at the end of a run, the letters that each begins with, and documents that are looked at for their beginnings.
@@ -120,9 +120,9 @@ def start(
             refuse_used(path)
             _require_folder(path)
             check_wandb(recipe.train.wandb)
-        _check_before_text(recipe, device, parallel)
         source = model_directory(recipe.model["from"]) if "from" in recipe.model else None
         begun = None if source is None else _begun(recipe, source)
+        _check_before_text(recipe, begun, device, parallel)
         data_section = recipe.data
         if source is not None and data_section.tokenizer is None and data_section.vocab_size is None:
             data_section = data_section.model_copy(update={"tokenizer": str(source)})
@@ -145,14 +145,16 @@ def start(
     return Run(path, resolved, config, data, batches, model, dtype, None, recipe.train.most_steps, parallel, source)
 
 
-def _check_before_text(recipe: Recipe, device: torch.device, parallel: Parallel) -> None:
-    """Refuse a new model that cannot be trained here before text is prepared for it, if the recipe says its vocabulary."""
+def _check_before_text(recipe: Recipe, begun: ModelConfig | None, device: torch.device, parallel: Parallel) -> None:
+    """Refuse what cannot be trained here before text is prepared for it: a layout that no text makes possible, and a model that
+    is too large, of a new one if the recipe says its vocabulary. `begun`: the model that training goes on with."""
     words = recipe.model.get("vocab_size") or recipe.data.vocab_size
-    if words is None or "from" in recipe.model:
-        return
-    config = recipe.config(words)
-    check_memory(config, device, recipe.optimizer.name, parallel.size)
-    if not recipe.parallel.open:
+    config = begun or recipe.config(words or ANY_VOCABULARY)
+    if begun or words:
+        check_memory(config, device, recipe.optimizer.name, parallel.size)
+    if recipe.parallel.open:
+        recipe.parallel.degrees()
+    else:
         parallel.check(recipe, config)
     if recipe.train.fp8_experts:
         check_fp8(config, device)
