@@ -59,12 +59,14 @@ def test_machines_that_could_not_start_again_together_say_so(monkeypatch):
             assert launch_module.without_restarts() is None
 
 
+DONE = launch_module._DONE
 GONE = "rank 0 lost the other processes: the process of rank 1 is gone"
 
 
 @pytest.mark.parametrize("told, why", [
     ({0: GONE, 1: None}, "rank 1 ended without a word"),
     ({0: GONE, 1: GONE}, GONE),
+    ({0: None, 1: DONE}, "rank 0 ended without a word"),
     ({0: GONE, 1: "rank 1: the disk is full"}, "rank 1: the disk is full"),
     ({}, "nobody knows why"),
 ])  # fmt: skip
@@ -72,7 +74,9 @@ def test_who_is_started_again_knows_why(tmp_path, monkeypatch, told, why):
     for rank, message in told.items():
         file = tmp_path / "attempt_1" / str(rank) / "error.json"
         file.parent.mkdir(parents=True)
-        if message is not None:
+        if message == DONE:
+            file.with_name(DONE).touch()
+        elif message is not None:
             file.write_text(json.dumps({"message": message, "timestamp": 0}))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_2" / "0" / "error.json"))

@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,8 @@ _MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # another's.
 _LOST = 75
 _FOLLOWING = (_LOST, 130, 143, -signal.SIGTERM)
+# A file beside those in which processes report failures: this one came to its end.
+_DONE = "done"
 # What the agent gives as the message of a process that left none.
 _EMPTY = "<NONE>"
 # Seconds that processes have to end, for they may be saving, when another has failed or the run is stopped.
@@ -61,7 +63,7 @@ def started_again() -> str | None:
         try:
             told.append(str(json.loads((folder / "error.json").read_text(encoding="utf-8"))["message"]))
         except (OSError, ValueError, LookupError):
-            silent.append(folder.name)
+            silent += [] if (folder / _DONE).exists() else [folder.name]
     causes = [message for message in told if "lost the other processes" not in message]
     if silent:  # such as one that was killed
         causes.append(f"rank {', '.join(silent)} ended without a word")
@@ -210,6 +212,9 @@ def joined(timeout: float) -> Iterator[tuple[Parallel, torch.device]]:
         _tell(f"rank {os.environ['RANK']} failed: {type(error).__name__}: {one_line(error)[:300]}", None)
         raise
     ranks.close()
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).with_name(_DONE).touch()
 
 
 def _tell(message: str, status: int | None) -> None:
