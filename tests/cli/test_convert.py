@@ -114,5 +114,9 @@ def test_too_large_for_16_bits(model_dir, tmp_path):
     with torch.no_grad():
         model.norm.weight[0] = 1e5
     cadre.save(model, tmp_path / "large")
-    result = run(tmp_path / "large", tmp_path / "half", "--dtype", "f16")
-    assert isinstance(result.exception, UsageError) and "norm.weight holds numbers too large for f16" in str(result.exception)
+    assert run(tmp_path / "large", tmp_path / "large.gguf", "--to", "gguf", "--dtype", "f32").exit_code == 0
+    for source in ("large", "large.gguf"):
+        result = run(tmp_path / source, tmp_path / "half", "--dtype", "f16")
+        assert isinstance(result.exception, UsageError)
+        assert "norm.weight holds numbers too large for float16" in str(result.exception)
+        assert not (tmp_path / "half").exists()

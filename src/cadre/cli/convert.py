@@ -83,12 +83,12 @@ def _to_directory(source: Path, target: Path, dtype: Dtype | None) -> None:
         if kind_of(source) == "file":
             read = read_gguf(source, wanted)
             model, tokenizer, like = read.model, read.tokenizer, stack.enter_context(tokenizer_files(read))
+            large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+            if large:
+                raise UsageError(f"{source}: {large[0]} holds numbers too large for float16; take bf16 or f32")
         else:
             model, tokenizer = load(source, dtype=wanted)
             like = model_directory(source)
-        large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-        if large:
-            raise UsageError(f"{source}: {large[0]} holds numbers too large for {dtype}; take bf16 or f32")
         save(model, target, tokenizer, like=like)
 
 
