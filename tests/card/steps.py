@@ -87,5 +87,5 @@ def wrong(case: dict) -> str | None:
 
 if __name__ == "__main__":
     print(json.dumps({name: wrong(case) for name, case in CASES.items()}), flush=True)
-    # torch's threads for a card that is not there cannot always be ended in order: once "terminate called" came after the result.
+    # Not by `exit`: torch's threads for a card that is not there may abort ("terminate called") while it takes them down.
     os._exit(0)
